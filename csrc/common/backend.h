@@ -1,0 +1,32 @@
+// What differs between the two libraries, in one place. The sources of a room's ops are compiled
+// once for each: without LT_CUDA into libllamatelemetry_cpu.so, with it into
+// libllamatelemetry_cuda.so. Free of torch, so kernel files include it too.
+#pragma once
+
+#ifdef LT_CUDA
+#include <cuda_runtime_api.h>
+#endif
+
+namespace llamatelemetry {
+
+// What a launcher returns: nullptr, or a sentence that ends the refusal "<op>: ...".
+using Error = const char*;
+
+#ifdef LT_CUDA
+
+#define LT_DISPATCH_KEY CUDA
+using Stream = cudaStream_t;
+
+inline Error last_launch_error() {
+  const cudaError_t status = cudaGetLastError();
+  return status == cudaSuccess ? nullptr : cudaGetErrorString(status);
+}
+
+#else
+
+#define LT_DISPATCH_KEY CPU
+struct Stream {};  // CPU work runs in program order, see parallel.h
+
+#endif
+
+}  // namespace llamatelemetry

@@ -1,0 +1,115 @@
+#include "common/recording.h"
+
+#include <sched.h>
+
+#include <algorithm>
+#include <cstring>
+#include <stdexcept>
+#include <string>
+
+#include "common/stable.h"
+
+namespace llamatelemetry {
+namespace {
+
+// A chunk of a replay is worth a second core from here on: one cache line changes hands.
+constexpr double kMinChunkNs = 500.0;
+// Longer waits give the core away: a neighbour may need it to finish the chunk we wait for.
+constexpr int kSpinsBeforeYield = 20000;
+
+thread_local Recording* t_recording = nullptr;
+thread_local std::string t_error;
+
+inline void spin_pause() {
+#if defined(__x86_64__)
+  __builtin_ia32_pause();
+#endif
+}
+
+}  // namespace
+
+Recording* recording_of_this_thread() { return t_recording; }
+
+bool recording_in_progress() { return t_recording != nullptr; }
+
+void recording_keeps(void* object, void (*destroy)(void*)) { t_recording->keep(object, destroy); }
+
+Recording::~Recording() {
+  for (const Kept& kept : kept_) kept.destroy(kept.object);
+}
+
+void Recording::append(const char* name, Body body, const void* params, size_t params_bytes,
+                       Work work) {
+  const auto worthwhile = static_cast<int64_t>(work.num_items * work.item_ns / kMinChunkNs);
+  Launch launch{name, body, {}, work.num_items, 0, 0};
+  launch.params.resize((params_bytes + sizeof(std::max_align_t) - 1) / sizeof(std::max_align_t));
+  std::memcpy(launch.params.data(), params, params_bytes);
+  launch.num_chunks =
+      std::clamp<int64_t>(worthwhile, 1, std::min<int64_t>(work.num_items, num_threads_));
+  launch.first_ticket = static_cast<int64_t>(launch_of_ticket_.size());
+  launch_of_ticket_.insert(launch_of_ticket_.end(), launch.num_chunks,
+                           static_cast<int32_t>(launches_.size()));
+  launches_.push_back(std::move(launch));
+}
+
+void Recording::take_chunks() {
+  const auto num_tickets = static_cast<int64_t>(launch_of_ticket_.size());
+  for (;;) {
+    const int64_t ticket = next_ticket_.fetch_add(1, std::memory_order_relaxed);
+    if (ticket >= num_tickets) return;
+    const Launch& launch = launches_[launch_of_ticket_[ticket]];
+    int spins = 0;
+    while (num_completed_.load(std::memory_order_acquire) < launch.first_ticket) {
+      spin_pause();
+      if (++spins > kSpinsBeforeYield) sched_yield();
+    }
+    const int64_t chunk = ticket - launch.first_ticket;
+    const int64_t begin = launch.num_items * chunk / launch.num_chunks;
+    const int64_t end = launch.num_items * (chunk + 1) / launch.num_chunks;
+    launch.body(launch.params.data(), begin, end);
+    num_completed_.fetch_add(1, std::memory_order_release);
+  }
+}
+
+void Recording::replay() {
+  next_ticket_.store(0, std::memory_order_relaxed);
+  num_completed_.store(0, std::memory_order_relaxed);
+  const auto run = [](int64_t, int64_t, void* self) {
+    static_cast<Recording*>(self)->take_chunks();
+  };
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_parallel_for(0, num_threads_, 1, run, this));
+}
+
+}  // namespace llamatelemetry
+
+// The C interface that llamatelemetry/inference/recording.py calls.
+#define LT_EXPORT extern "C" __attribute__((visibility("default")))
+
+using llamatelemetry::Recording;
+
+// Launches of this thread go into a new recording, and run as usual, until lt_recording_end.
+LT_EXPORT Recording* lt_recording_begin() {
+  if (llamatelemetry::t_recording != nullptr) return nullptr;
+  return llamatelemetry::t_recording = new Recording(llamatelemetry::num_threads());
+}
+
+LT_EXPORT int64_t lt_recording_end() {
+  const Recording* recording = llamatelemetry::t_recording;
+  llamatelemetry::t_recording = nullptr;
+  return recording == nullptr ? -1 : static_cast<int64_t>(recording->num_launches());
+}
+
+// 0, or -1 when a launch raised: lt_recording_error then says what.
+LT_EXPORT int lt_recording_replay(Recording* recording) {
+  try {
+    recording->replay();
+    return 0;
+  } catch (const std::exception& error) {
+    llamatelemetry::t_error = error.what();
+    return -1;
+  }
+}
+
+LT_EXPORT const char* lt_recording_error() { return llamatelemetry::t_error.c_str(); }
+
+LT_EXPORT void lt_recording_free(Recording* recording) { delete recording; }

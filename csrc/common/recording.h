@@ -1,0 +1,54 @@
+// A recording: the launches of one decode step, in order, replayed from C++. The CPU's counterpart
+// of a CUDA graph: pointers and sizes are frozen, the memory behind them is read afresh.
+#pragma once
+
+#include <atomic>
+#include <cstddef>
+#include <cstdint>
+#include <vector>
+
+#include "common/parallel.h"
+
+namespace llamatelemetry {
+
+class Recording {
+ public:
+  explicit Recording(int num_threads) : num_threads_(num_threads) {}
+  Recording(const Recording&) = delete;
+  Recording& operator=(const Recording&) = delete;
+  ~Recording();
+
+  void append(const char* name, Body body, const void* params, size_t params_bytes, Work work);
+  void keep(void* object, void (*destroy)(void*)) { kept_.push_back({object, destroy}); }
+  void replay();
+  size_t num_launches() const { return launches_.size(); }
+
+ private:
+  struct Launch {
+    const char* name;
+    Body body;
+    std::vector<std::max_align_t> params;
+    int64_t num_items;
+    int64_t num_chunks;
+    int64_t first_ticket;  // chunks of all launches before this one
+  };
+  struct Kept {
+    void* object;
+    void (*destroy)(void*);
+  };
+
+  // Takes chunks, each after every chunk of the launches before it, until none is left. Any number
+  // of threads may call it, at any time: none waits for a thread that holds no chunk.
+  void take_chunks();
+
+  int num_threads_;
+  std::vector<Launch> launches_;
+  std::vector<Kept> kept_;
+  std::vector<int32_t> launch_of_ticket_;
+  alignas(64) std::atomic<int64_t> next_ticket_{0};
+  alignas(64) std::atomic<int64_t> num_completed_{0};
+};
+
+Recording* recording_of_this_thread();
+
+}  // namespace llamatelemetry

@@ -1,0 +1,27 @@
+// float to and from the element types, rounding to nearest even.
+#pragma once
+
+#include "common/dtype.h"
+
+namespace llamatelemetry {
+
+__device__ inline float to_float(float x) { return x; }
+__device__ inline float to_float(Half x) { return __half2float(x); }
+__device__ inline float to_float(BFloat16 x) { return __bfloat162float(x); }
+
+template <typename T>
+__device__ inline T from_float(float x);
+template <>
+__device__ inline float from_float<float>(float x) {
+  return x;
+}
+template <>
+__device__ inline Half from_float<Half>(float x) {
+  return __float2half_rn(x);
+}
+template <>
+__device__ inline BFloat16 from_float<BFloat16>(float x) {
+  return __float2bfloat16_rn(x);
+}
+
+}  // namespace llamatelemetry

@@ -1,0 +1,56 @@
+// One source, several instruction sets. Every *_cpu.cpp is compiled once per level with LT_ISA set
+// to that level's name and its compiler flags; the level is chosen once, when the library loads.
+//
+//   scalar  any machine           (x86-64-v2 on x86)
+//   avx2    AVX2, FMA, F16C
+//   avx512  AVX-512 F/BW/VL/DQ/VNNI
+//
+// ISA files hold no std containers and no inline functions with linkage: the linker keeps one copy
+// of those, and if it is the AVX-512 one, older CPUs crash. So all of vec/ is `static inline`.
+#pragma once
+
+#include "common/backend.h"
+
+#ifndef LT_ISA
+#define LT_ISA scalar
+#define LT_ISA_SCALAR
+#endif
+
+namespace llamatelemetry {
+
+enum class Isa : int { kScalar, kAvx2, kAvx512 };
+
+// The level in use: the best this CPU has, or LLAMATELEMETRY_CPU_ISA.
+Isa cpu_isa();
+const char* cpu_isa_name();
+
+}  // namespace llamatelemetry
+
+// Closes the file of a launcher that is defined in namespace llamatelemetry::LT_ISA: makes
+// llamatelemetry::launcher, which calls the chosen level's.
+#if defined(LT_ISA_SCALAR) && defined(__x86_64__)
+#define LT_CPU_LAUNCHER(launcher, Params)                         \
+  namespace llamatelemetry {                                      \
+  namespace avx2 {                                                \
+  Error launcher(const Params& params, Stream stream);            \
+  }                                                               \
+  namespace avx512 {                                              \
+  Error launcher(const Params& params, Stream stream);            \
+  }                                                               \
+  Error launcher(const Params& params, Stream stream) {           \
+    switch (cpu_isa()) {                                          \
+      case Isa::kAvx512: return avx512::launcher(params, stream); \
+      case Isa::kAvx2: return avx2::launcher(params, stream);     \
+      case Isa::kScalar: break;                                   \
+    }                                                             \
+    return scalar::launcher(params, stream);                      \
+  }                                                               \
+  }
+#elif defined(LT_ISA_SCALAR)
+#define LT_CPU_LAUNCHER(launcher, Params)                                                          \
+  namespace llamatelemetry {                                                                       \
+  Error launcher(const Params& params, Stream stream) { return scalar::launcher(params, stream); } \
+  }
+#else
+#define LT_CPU_LAUNCHER(launcher, Params)
+#endif

@@ -1,0 +1,298 @@
+// Vec: kLanes floats in one register of the level being compiled, with loads, stores and rounding
+// for float, Half and BFloat16. Conversions round to nearest even, as torch's do.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#include "common/dtype.h"
+#include "vec/isa.h"
+
+#if !defined(LT_ISA_SCALAR)
+#include <immintrin.h>
+#endif
+
+namespace llamatelemetry {
+namespace LT_ISA {
+
+#define LT_INLINE static inline __attribute__((always_inline))
+#define LT_SPECIALISED inline __attribute__((always_inline))  // linkage of the template: static
+
+LT_INLINE float bits_to_float(uint32_t bits) {
+  float value;
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
+}
+LT_INLINE uint32_t float_to_bits(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  return bits;
+}
+
+// One element at a time: tails, tables, and the whole of the scalar level.
+LT_INLINE float to_float(float x) { return x; }
+LT_INLINE float to_float(BFloat16 x) { return bits_to_float(static_cast<uint32_t>(x.bits) << 16); }
+LT_INLINE float to_float(Half x) {
+#if defined(LT_ISA_SCALAR)
+  const uint32_t sign = static_cast<uint32_t>(x.bits & 0x8000) << 16;
+  const uint32_t magnitude = x.bits & 0x7fff;
+  if (magnitude >= 0x7c00) {  // inf, NaN
+    return bits_to_float(sign | 0x7f800000 | (magnitude << 13));
+  }
+  // Multiplying by 2^112 moves the exponent's bias from 15 to 127; subnormals come out exact.
+  return bits_to_float(sign | float_to_bits(bits_to_float(magnitude << 13) * 0x1p112f));
+#else
+  return _cvtsh_ss(x.bits);
+#endif
+}
+
+template <typename T>
+LT_INLINE T from_float(float x);
+template <>
+LT_SPECIALISED float from_float<float>(float x) {
+  return x;
+}
+template <>
+LT_SPECIALISED BFloat16 from_float<BFloat16>(float x) {
+  const uint32_t bits = float_to_bits(x);
+  if ((bits & 0x7fffffff) > 0x7f800000) return {0x7fc0};
+  return {static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16)};
+}
+template <>
+LT_SPECIALISED Half from_float<Half>(float x) {
+#if defined(LT_ISA_SCALAR)
+  const uint32_t bits = float_to_bits(x);
+  const uint32_t sign = (bits >> 16) & 0x8000;
+  const uint32_t magnitude = bits & 0x7fffffff;
+  if (magnitude > 0x7f800000) return {static_cast<uint16_t>(sign | 0x7e00)};
+  if (magnitude >= 0x477ff000) return {static_cast<uint16_t>(sign | 0x7c00)};  // rounds to inf
+  if (magnitude < 0x38800000) {  // subnormal: let the float adder round at 2^-24
+    const uint32_t rounded = float_to_bits(bits_to_float(magnitude) + 0.5f) - 0x3f000000;
+    return {static_cast<uint16_t>(sign | rounded)};
+  }
+  const uint32_t rounded = magnitude + 0xfff + ((magnitude >> 13) & 1) - 0x38000000;
+  return {static_cast<uint16_t>(sign | (rounded >> 13))};
+#else
+  return {static_cast<uint16_t>(_cvtss_sh(x, _MM_FROUND_TO_NEAREST_INT))};
+#endif
+}
+
+// x as it reads back after being stored as a T.
+template <typename T>
+LT_INLINE float rounded_to(float x) {
+  return to_float(from_float<T>(x));
+}
+
+#if defined(LT_ISA_SCALAR)
+
+struct Vec {
+  static constexpr int kLanes = 4;
+  float v[kLanes];
+};
+
+#define LT_LANES for (int i = 0; i < Vec::kLanes; ++i)
+LT_INLINE Vec vec_set(float x) { return {{x, x, x, x}}; }
+template <typename T>
+LT_INLINE Vec vec_load(const T* p) {
+  Vec r;
+  LT_LANES r.v[i] = to_float(p[i]);
+  return r;
+}
+template <typename T>
+LT_INLINE void vec_store(T* p, Vec x) {
+  LT_LANES p[i] = from_float<T>(x.v[i]);
+}
+#define LT_OPERATOR(op)                     \
+  LT_INLINE Vec operator op(Vec a, Vec b) { \
+    Vec r;                                  \
+    LT_LANES r.v[i] = a.v[i] op b.v[i];     \
+    return r;                               \
+  }
+LT_OPERATOR(+)
+LT_OPERATOR(-)
+LT_OPERATOR(*)
+LT_OPERATOR(/)
+#undef LT_OPERATOR
+LT_INLINE Vec vec_fma(Vec a, Vec b, Vec c) { return a * b + c; }
+LT_INLINE Vec vec_max(Vec a, Vec b) {
+  Vec r;
+  LT_LANES r.v[i] = a.v[i] > b.v[i] ? a.v[i] : b.v[i];
+  return r;
+}
+LT_INLINE Vec vec_min(Vec a, Vec b) {
+  Vec r;
+  LT_LANES r.v[i] = a.v[i] < b.v[i] ? a.v[i] : b.v[i];
+  return r;
+}
+LT_INLINE Vec vec_round(Vec a) {
+  Vec r;
+  LT_LANES r.v[i] = std::nearbyintf(a.v[i]);
+  return r;
+}
+// 2^n for integral n in [-127, 128]: n + 127 is the exponent field.
+LT_INLINE Vec vec_exp2_integral(Vec n) {
+  Vec r;
+  LT_LANES r.v[i] = bits_to_float(static_cast<uint32_t>(static_cast<int>(n.v[i]) + 127) << 23);
+  return r;
+}
+LT_INLINE float vec_sum(Vec a) { return (a.v[0] + a.v[1]) + (a.v[2] + a.v[3]); }
+LT_INLINE float vec_reduce_max(Vec a) {
+  float m = a.v[0];
+  for (int i = 1; i < Vec::kLanes; ++i) m = a.v[i] > m ? a.v[i] : m;
+  return m;
+}
+#undef LT_LANES
+
+#else  // AVX2 and AVX-512 differ in names only
+
+#if defined(LT_ISA_AVX512)
+#define LT_MM(name) _mm512_##name
+#define LT_HALF_MM(name) _mm256_##name
+#define LT_HALF_SI(name) _mm256_##name##_si256
+using VecRegister = __m512;
+using HalfWidthRegister = __m256i;
+#else
+#define LT_MM(name) _mm256_##name
+#define LT_HALF_MM(name) _mm_##name
+#define LT_HALF_SI(name) _mm_##name##_si128
+using VecRegister = __m256;
+using HalfWidthRegister = __m128i;
+#endif
+
+struct Vec {
+  static constexpr int kLanes = sizeof(VecRegister) / sizeof(float);
+  VecRegister v;
+};
+
+LT_INLINE Vec vec_set(float x) { return {LT_MM(set1_ps)(x)}; }
+LT_INLINE Vec operator+(Vec a, Vec b) { return {LT_MM(add_ps)(a.v, b.v)}; }
+LT_INLINE Vec operator-(Vec a, Vec b) { return {LT_MM(sub_ps)(a.v, b.v)}; }
+LT_INLINE Vec operator*(Vec a, Vec b) { return {LT_MM(mul_ps)(a.v, b.v)}; }
+LT_INLINE Vec operator/(Vec a, Vec b) { return {LT_MM(div_ps)(a.v, b.v)}; }
+LT_INLINE Vec vec_fma(Vec a, Vec b, Vec c) { return {LT_MM(fmadd_ps)(a.v, b.v, c.v)}; }
+LT_INLINE Vec vec_max(Vec a, Vec b) { return {LT_MM(max_ps)(a.v, b.v)}; }
+LT_INLINE Vec vec_min(Vec a, Vec b) { return {LT_MM(min_ps)(a.v, b.v)}; }
+
+LT_INLINE Vec vec_load(const float* p) { return {LT_MM(loadu_ps)(p)}; }
+LT_INLINE Vec vec_load(const Half* p) {
+  return {LT_MM(cvtph_ps)(LT_HALF_SI(loadu)(reinterpret_cast<const HalfWidthRegister*>(p)))};
+}
+LT_INLINE void vec_store(float* p, Vec x) { LT_MM(storeu_ps)(p, x.v); }
+LT_INLINE void vec_store(Half* p, Vec x) {
+  LT_HALF_SI(storeu)(reinterpret_cast<HalfWidthRegister*>(p),
+                     LT_MM(cvtps_ph)(x.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
+
+#if defined(LT_ISA_AVX512)
+
+LT_INLINE Vec vec_load(const BFloat16* p) {
+  const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16))};
+}
+LT_INLINE void vec_store(BFloat16* p, Vec x) {
+  const __m512i bits = _mm512_castps_si512(x.v);
+  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  __m512i r = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+  r = _mm512_mask_mov_epi32(r, _mm512_cmp_ps_mask(x.v, x.v, _CMP_UNORD_Q),
+                            _mm512_set1_epi32(0x7fc00000));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
+                      _mm512_cvtepi32_epi16(_mm512_srli_epi32(r, 16)));
+}
+LT_INLINE Vec vec_round(Vec a) {
+  return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
+}
+LT_INLINE Vec vec_exp2_integral(Vec n) {
+  const __m512i exponent = _mm512_add_epi32(_mm512_cvtps_epi32(n.v), _mm512_set1_epi32(127));
+  return {_mm512_castsi512_ps(_mm512_slli_epi32(exponent, 23))};
+}
+LT_INLINE float vec_sum(Vec a) { return _mm512_reduce_add_ps(a.v); }
+LT_INLINE float vec_reduce_max(Vec a) { return _mm512_reduce_max_ps(a.v); }
+
+#else  // AVX2
+
+LT_INLINE Vec vec_load(const BFloat16* p) {
+  const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16))};
+}
+LT_INLINE void vec_store(BFloat16* p, Vec x) {
+  const __m256i bits = _mm256_castps_si256(x.v);
+  const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+  __m256i r = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
+  const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(x.v, x.v, _CMP_UNORD_Q));
+  r = _mm256_srli_epi32(_mm256_blendv_epi8(r, _mm256_set1_epi32(0x7fc00000), nan), 16);
+  const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(r, r), 0x08);
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_castsi256_si128(packed));
+}
+LT_INLINE Vec vec_round(Vec a) {
+  return {_mm256_round_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
+}
+LT_INLINE Vec vec_exp2_integral(Vec n) {
+  const __m256i exponent = _mm256_add_epi32(_mm256_cvtps_epi32(n.v), _mm256_set1_epi32(127));
+  return {_mm256_castsi256_ps(_mm256_slli_epi32(exponent, 23))};
+}
+LT_INLINE float vec_sum(Vec a) {
+  __m128 x = _mm_add_ps(_mm256_castps256_ps128(a.v), _mm256_extractf128_ps(a.v, 1));
+  x = _mm_add_ps(x, _mm_movehl_ps(x, x));
+  return _mm_cvtss_f32(_mm_add_ss(x, _mm_movehdup_ps(x)));
+}
+LT_INLINE float vec_reduce_max(Vec a) {
+  __m128 x = _mm_max_ps(_mm256_castps256_ps128(a.v), _mm256_extractf128_ps(a.v, 1));
+  x = _mm_max_ps(x, _mm_movehl_ps(x, x));
+  return _mm_cvtss_f32(_mm_max_ss(x, _mm_movehdup_ps(x)));
+}
+
+#endif
+#undef LT_MM
+#undef LT_HALF_MM
+#undef LT_HALF_SI
+#endif
+
+// The first n < kLanes elements, the rest fill; and back.
+template <typename T>
+LT_INLINE Vec vec_load_first(const T* p, int n, float fill = 0.0f) {
+  float buffer[Vec::kLanes];
+  for (int i = 0; i < Vec::kLanes; ++i) buffer[i] = i < n ? to_float(p[i]) : fill;
+  return vec_load(buffer);
+}
+template <typename T>
+LT_INLINE void vec_store_first(T* p, int n, Vec x) {
+  float buffer[Vec::kLanes];
+  vec_store(buffer, x);
+  for (int i = 0; i < n; ++i) p[i] = from_float<T>(buffer[i]);
+}
+
+// x as it reads back after being stored as Ts.
+template <typename T>
+LT_INLINE Vec vec_rounded_to(Vec x) {
+  T buffer[Vec::kLanes];
+  vec_store(buffer, x);
+  return vec_load(buffer);
+}
+template <>
+LT_SPECIALISED Vec vec_rounded_to<float>(Vec x) {
+  return x;
+}
+
+// e^x within 2 ulp; 0 below -104, inf above 88.7, NaN stays NaN (vec_max and vec_min return their
+// second operand then). Cody and Waite's reduction, then the Taylor polynomial of degree 6 on
+// [-ln 2 / 2, ln 2 / 2].
+LT_INLINE Vec vec_exp(Vec x) {
+  x = vec_min(vec_set(89.0f), vec_max(vec_set(-104.0f), x));
+  const Vec n = vec_round(x * vec_set(1.44269504f));
+  Vec r = vec_fma(n, vec_set(-0.693359375f), x);
+  r = vec_fma(n, vec_set(2.12194440e-4f), r);
+  Vec p = vec_set(1.3888889e-3f);
+  p = vec_fma(p, r, vec_set(8.3333333e-3f));
+  p = vec_fma(p, r, vec_set(4.1666667e-2f));
+  p = vec_fma(p, r, vec_set(1.6666667e-1f));
+  p = vec_fma(p, r, vec_set(0.5f));
+  p = vec_fma(p, r, vec_set(1.0f));
+  p = vec_fma(p, r, vec_set(1.0f));
+  // n reaches 128, whose power of two alone overflows: scale in two steps.
+  const Vec half_n = vec_round(n * vec_set(0.5f));
+  return p * vec_exp2_integral(half_n) * vec_exp2_integral(n - half_n);
+}
+
+}  // namespace LT_ISA
+}  // namespace llamatelemetry

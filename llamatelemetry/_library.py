@@ -1,0 +1,60 @@
+"""Finds and loads the two libraries; explains a failure with its cause and the way out."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from pathlib import Path
+
+import torch
+
+_FOLDER = Path(__file__).parent / "lib"
+_REBUILD = "reinstall with: pip install --no-build-isolation --force-reinstall --no-deps ."
+
+
+def library_path(name: str) -> Path:
+    """The file of a library, name being "cpu" or "cuda"; it may not exist."""
+    return _FOLDER / f"libllamatelemetry_{name}.so"
+
+
+def _load(name: str) -> None:
+    path = library_path(name)
+    try:
+        torch.ops.load_library(str(path))
+    except OSError as error:
+        cause = error.__cause__ or error
+        raise ImportError(f"llamatelemetry: {path} does not load: {cause}; {_REBUILD}") from error
+
+
+def load_libraries() -> ctypes.CDLL:
+    """Loads what this torch can use and returns the CPU library, whose C functions Python calls."""
+    version = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
+    if version < (2, 10):
+        raise ImportError(f"llamatelemetry needs torch >= 2.10, got {torch.__version__}")
+    if not library_path("cpu").exists():
+        raise ImportError(f"llamatelemetry: {library_path('cpu')} is missing; {_REBUILD}")
+    _load("cpu")
+    if torch.version.cuda is not None and library_path("cuda").exists():
+        _load("cuda")
+    cpu = ctypes.CDLL(str(library_path("cpu")))
+    cpu.lt_cpu_isa.restype = ctypes.c_char_p
+    forced = os.environ.get("LLAMATELEMETRY_CPU_ISA")
+    if forced and forced != cpu.lt_cpu_isa().decode():
+        raise ImportError(
+            "llamatelemetry: LLAMATELEMETRY_CPU_ISA must be scalar, avx2 or avx512, and no "
+            f"more than this CPU has ({cpu.lt_cpu_isa().decode()}), got {forced!r}"
+        )
+    return cpu
+
+
+cpu_library = load_libraries()
+
+
+def cpu_isa() -> str:
+    """The instruction set level that the CPU kernels use: scalar, avx2 or avx512."""
+    return cpu_library.lt_cpu_isa().decode()
+
+
+def cuda_library_loaded() -> bool:
+    """Whether the CUDA kernels are registered; torch.cuda.is_available() is another question."""
+    return torch.version.cuda is not None and library_path("cuda").exists()

@@ -1,0 +1,1 @@
+"""Generation: recordings, the engine and what it is made of."""

@@ -1,0 +1,84 @@
+"""A decode step recorded once and replayed from C++: the CPU's counterpart of a CUDA graph."""
+
+from __future__ import annotations
+
+import ctypes
+from types import TracebackType
+from typing import Any
+
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from llamatelemetry import _library
+
+_lib = _library.cpu_library
+_lib.lt_recording_begin.restype = ctypes.c_void_p
+_lib.lt_recording_end.restype = ctypes.c_int64
+_lib.lt_recording_replay.argtypes = [ctypes.c_void_p]
+_lib.lt_recording_error.restype = ctypes.c_char_p
+_lib.lt_recording_free.argtypes = [ctypes.c_void_p]
+
+# They make or describe tensors and compute nothing, so a replay loses nothing without them.
+_NO_WORK = {"empty", "new_empty", "empty_like", "empty_strided", "detach", "alias", "lift_fresh"}
+
+
+class _OnlyOurOps(TorchDispatchMode):
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        namespace, _, name = func._schema.name.partition("::")
+        if not (namespace == "llamatelemetry" or func.is_view or name in _NO_WORK):
+            raise RuntimeError(
+                f"Recording: every op must be llamatelemetry's or a view, got {func}; its "
+                "work would be missing from the replay, so do it before the recording"
+            )
+        return func(*args, **(kwargs or {}))
+
+
+class Recording:
+    """Records the CPU launches of its ``with`` body, which also run; ``replay()`` runs them again.
+
+    Pointers, shapes and scalars are frozen; tensors are read afresh, so change inputs in place. The
+    recording keeps what ops of ours allocate; the caller keeps every other tensor alive and its
+    storage where it is.
+
+    Raises: RuntimeError for any op that is neither ours nor a view, and for a recording inside one.
+    """
+
+    def __init__(self) -> None:
+        self.num_launches = 0
+        self._handle: int | None = None
+        self._guard = _OnlyOurOps()
+
+    def __enter__(self) -> Recording:
+        if self._handle is not None:
+            raise RuntimeError("Recording: must be entered once, got a second time")
+        self._handle = _lib.lt_recording_begin()
+        if self._handle is None:
+            raise RuntimeError("Recording: must not be inside another recording of this thread")
+        self._guard.__enter__()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._guard.__exit__(kind, error, trace)
+        self.num_launches = _lib.lt_recording_end()
+        if error is not None:
+            self.close()
+
+    def replay(self) -> None:
+        """Runs every recorded launch again, in order, on torch's threads."""
+        if self._handle is None:
+            raise RuntimeError("Recording: nothing is recorded yet, or it was closed")
+        if _lib.lt_recording_replay(self._handle) != 0:
+            raise RuntimeError(f"Recording: replay failed: {_lib.lt_recording_error().decode()}")
+
+    def close(self) -> None:
+        """Frees the recording and the tensors it keeps."""
+        if self._handle is not None:
+            _lib.lt_recording_free(self._handle)
+            self._handle = None
+
+    def __del__(self) -> None:
+        self.close()

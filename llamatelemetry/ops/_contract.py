@@ -1,0 +1,31 @@
+"""What every wrapper shares: the library is loaded, and gradients are refused by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from llamatelemetry import _library
+
+assert _library.cpu_library  # loading defines torch.ops.llamatelemetry
+
+_Fake = TypeVar("_Fake", bound=Callable[..., object])
+
+
+def register_fake(op: str) -> Callable[[_Fake], _Fake]:
+    """torch.library.register_fake for an op of ours, typed."""
+    return torch.library.register_fake(f"llamatelemetry::{op}")
+
+
+def inference_only(op: str, **tensors: Tensor | None) -> None:
+    """Raises where autograd would need a backward that no op here has."""
+    if torch.is_grad_enabled():
+        for name, tensor in tensors.items():
+            if tensor is not None and tensor.requires_grad:
+                raise RuntimeError(
+                    f"{op}: {name} must not require grad while grad mode is on, got "
+                    "requires_grad=True; call it under torch.inference_mode() or torch.no_grad()"
+                )

@@ -1,0 +1,60 @@
+"""Fixtures and options that every room's tests share."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+from hypothesis import settings
+
+settings.register_profile("ci", derandomize=True, deadline=None, max_examples=25)
+settings.load_profile("ci")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--require-gpu", action="store_true", help="skips for want of a GPU fail")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    needs = {"gpu": (0, 0), "sm80": (8, 0), "sm90": (9, 0)}
+    has = torch.cuda.get_device_capability() if torch.cuda.is_available() else None
+    for item in items:
+        for name, capability in needs.items():
+            if item.get_closest_marker(name) and (has is None or has < capability):
+                item.add_marker(pytest.mark.skip(reason=f"needs a GPU ({name}), have {has}"))
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_makereport(item: pytest.Item):
+    outcome = yield
+    report = outcome.get_result()
+    if report.skipped and item.config.getoption("--require-gpu"):
+        reason = str(getattr(report, "longrepr", ""))
+        if "needs a GPU" in reason:
+            report.outcome = "failed"
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest) -> torch.device:
+    return torch.device(request.param)
+
+
+@pytest.fixture(params=[torch.float32, torch.float16, torch.bfloat16], ids=lambda d: str(d)[6:])
+def dtype(request: pytest.FixtureRequest) -> torch.dtype:
+    return request.param
+
+
+@pytest.fixture(autouse=True)
+def _seeded():
+    torch.manual_seed(0)
+    with torch.inference_mode():
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _forced_level_is_used():
+    from llamatelemetry import _library
+
+    forced = os.environ.get("LLAMATELEMETRY_CPU_ISA")
+    assert forced in (None, _library.cpu_isa())
