@@ -1,8 +1,34 @@
 // Every op of the package, grouped by the room that holds it. Tensor(a!) is written in place.
-// clang-format off: one line each
 #include "common/stable.h"
 
+// clang-format off: one op a line
 STABLE_TORCH_LIBRARY(llamatelemetry, m) {
-  // norm: x [..., hidden_size]; q, k [num_tokens, num_heads, head_dim]; cos, sin [positions, rotary_dim]
+  // norm: x [..., size]; q, k [num_tokens, heads, head_dim]; cos, sin [positions, rotary_dim]
   m.def("rms_norm(Tensor x, Tensor weight, float eps) -> Tensor");
+  m.def("fused_add_rms_norm_(Tensor(a!) x, Tensor(b!) residual, Tensor weight, float eps) -> ()");
+  m.def("layer_norm(Tensor x, Tensor? weight, Tensor? bias, float eps) -> Tensor");
+  m.def("rotary_embedding_(Tensor(a!) q, Tensor(b!) k, Tensor cos, Tensor sin, Tensor? positions, bool interleaved) -> ()");
+  m.def("silu_and_mul(Tensor x) -> Tensor");
+  m.def("gelu_and_mul(Tensor x) -> Tensor");
+  m.def("gelu_tanh_and_mul(Tensor x) -> Tensor");
+  m.def("softmax(Tensor x, float temperature) -> Tensor");
+
+  // cache: k_cache, v_cache [num_blocks, page_size, num_heads_kv, head_dim]
+  m.def("append_kv_(Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor slot_mapping) -> ()");
+  m.def("copy_blocks_(Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor block_pairs) -> ()");
+
+  // attention: q packed [total_tokens, num_heads_q, head_dim]; returns out, lse [num_heads_q, total_tokens]
+  m.def("paged_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor block_table, Tensor cache_seqlens, Tensor cu_seqlens_q, int max_seqlen_q, float softmax_scale, bool causal, int window_left, int window_right, float softcap) -> (Tensor, Tensor)");
+
+  // quant: format is the GGML type number; packed is what repack returns
+  m.def("dequantize(Tensor data, int format, ScalarType dtype) -> Tensor");
+  m.def("repack(Tensor data, int format) -> Tensor");
+  m.def("unpack(Tensor packed, int format, int n, int k) -> Tensor");
+  m.def("quant_embedding(Tensor ids, Tensor packed, int format, int n, int k, ScalarType dtype) -> Tensor");
+
+  // gemm: x [..., k], packed holds [n, k]
+  m.def("quant_linear(Tensor x, Tensor packed, int format, int n, Tensor? bias, bool exact) -> Tensor");
+
+  // sampling: a parameter per row
+  m.def("sample(Tensor logits, Tensor temperature, Tensor top_k, Tensor top_p, Tensor min_p, Tensor seed, Tensor offset) -> Tensor");
 }
