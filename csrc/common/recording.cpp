@@ -40,33 +40,46 @@ Recording::~Recording() {
 
 void Recording::append(const char* name, Body body, const void* params, size_t params_bytes,
                        Work work) {
-  const auto worthwhile = static_cast<int64_t>(work.num_items * work.item_ns / kMinChunkNs);
-  Launch launch{name, body, {}, work.num_items, 0, 0};
+  Launch launch{name, body, {}, work.num_items};
   launch.params.resize((params_bytes + sizeof(std::max_align_t) - 1) / sizeof(std::max_align_t));
   std::memcpy(launch.params.data(), params, params_bytes);
-  launch.num_chunks =
-      std::clamp<int64_t>(worthwhile, 1, std::min<int64_t>(work.num_items, num_threads_));
-  launch.first_ticket = static_cast<int64_t>(launch_of_ticket_.size());
-  launch_of_ticket_.insert(launch_of_ticket_.end(), launch.num_chunks,
-                           static_cast<int32_t>(launches_.size()));
+  const auto index = static_cast<int32_t>(launches_.size());
   launches_.push_back(std::move(launch));
+
+  const double worthwhile = static_cast<double>(work.num_items) * work.item_ns / kMinChunkNs;
+  const auto num_chunks = static_cast<int32_t>(std::clamp<double>(
+      worthwhile, 1, static_cast<double>(std::min<int64_t>(work.num_items, num_threads_))));
+  if (num_chunks == 1 && !tickets_.empty() && tickets_.back().num_chunks == 1) {
+    ++tickets_.back().num_launches;
+    return;
+  }
+  const auto num_before = static_cast<int64_t>(tickets_.size());
+  for (int32_t chunk = 0; chunk < num_chunks; ++chunk) {
+    tickets_.push_back({index, 1, chunk, num_chunks, num_before});
+  }
 }
 
-void Recording::take_chunks() {
-  const auto num_tickets = static_cast<int64_t>(launch_of_ticket_.size());
+void Recording::run(const Ticket& ticket) const {
+  for (int32_t i = 0; i < ticket.num_launches; ++i) {
+    const Launch& launch = launches_[ticket.first_launch + i];
+    const int64_t begin = launch.num_items * ticket.chunk / ticket.num_chunks;
+    const int64_t end = launch.num_items * (ticket.chunk + 1) / ticket.num_chunks;
+    launch.body(launch.params.data(), begin, end);
+  }
+}
+
+void Recording::take_tickets() {
+  const auto num_tickets = static_cast<int64_t>(tickets_.size());
   for (;;) {
-    const int64_t ticket = next_ticket_.fetch_add(1, std::memory_order_relaxed);
-    if (ticket >= num_tickets) return;
-    const Launch& launch = launches_[launch_of_ticket_[ticket]];
+    const int64_t index = next_ticket_.fetch_add(1, std::memory_order_relaxed);
+    if (index >= num_tickets) return;
+    const Ticket& ticket = tickets_[index];
     int spins = 0;
-    while (num_completed_.load(std::memory_order_acquire) < launch.first_ticket) {
+    while (num_completed_.load(std::memory_order_acquire) < ticket.num_before) {
       spin_pause();
       if (++spins > kSpinsBeforeYield) sched_yield();
     }
-    const int64_t chunk = ticket - launch.first_ticket;
-    const int64_t begin = launch.num_items * chunk / launch.num_chunks;
-    const int64_t end = launch.num_items * (chunk + 1) / launch.num_chunks;
-    launch.body(launch.params.data(), begin, end);
+    run(ticket);
     num_completed_.fetch_add(1, std::memory_order_release);
   }
 }
@@ -75,7 +88,7 @@ void Recording::replay() {
   next_ticket_.store(0, std::memory_order_relaxed);
   num_completed_.store(0, std::memory_order_relaxed);
   const auto run = [](int64_t, int64_t, void* self) {
-    static_cast<Recording*>(self)->take_chunks();
+    static_cast<Recording*>(self)->take_tickets();
   };
   STABLE_TORCH_ERROR_CODE_CHECK(torch_parallel_for(0, num_threads_, 1, run, this));
 }

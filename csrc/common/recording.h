@@ -29,22 +29,30 @@ class Recording {
     Body body;
     std::vector<std::max_align_t> params;
     int64_t num_items;
-    int64_t num_chunks;
-    int64_t first_ticket;  // chunks of all launches before this one
+  };
+  // What one thread takes at a time: a chunk of a launch, or several small launches in a row, which
+  // stay on one core that way.
+  struct Ticket {
+    int32_t first_launch;
+    int32_t num_launches;
+    int32_t chunk;
+    int32_t num_chunks;
+    int64_t num_before;  // tickets that must be completed first
   };
   struct Kept {
     void* object;
     void (*destroy)(void*);
   };
 
-  // Takes chunks, each after every chunk of the launches before it, until none is left. Any number
-  // of threads may call it, at any time: none waits for a thread that holds no chunk.
-  void take_chunks();
+  // Takes tickets until none is left. Any number of threads may call it, at any time: none waits
+  // for a thread that holds no ticket.
+  void take_tickets();
+  void run(const Ticket& ticket) const;
 
   int num_threads_;
   std::vector<Launch> launches_;
   std::vector<Kept> kept_;
-  std::vector<int32_t> launch_of_ticket_;
+  std::vector<Ticket> tickets_;
   alignas(64) std::atomic<int64_t> next_ticket_{0};
   alignas(64) std::atomic<int64_t> num_completed_{0};
 };
