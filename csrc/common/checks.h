@@ -43,15 +43,19 @@ inline std::string device_text(const Tensor& x) {
 }
 
 // float32, float16 or bfloat16.
-inline DType check_floating(const char* op, const char* arg, const Tensor& x) {
-  switch (x.scalar_type()) {
+inline DType check_floating(const char* op, const char* arg, ScalarType dtype) {
+  switch (dtype) {
     case ScalarType::Float: return DType::kFloat32;
     case ScalarType::Half: return DType::kFloat16;
     case ScalarType::BFloat16: return DType::kBFloat16;
     default: break;
   }
-  check(false, op, arg, "be float32, float16 or bfloat16", dtype_text(x.scalar_type()));
+  check(false, op, arg, "be float32, float16 or bfloat16", dtype_text(dtype));
   return DType::kFloat32;
+}
+
+inline DType check_floating(const char* op, const char* arg, const Tensor& x) {
+  return check_floating(op, arg, x.scalar_type());
 }
 
 inline void check_dtype(const char* op, const char* arg, const Tensor& x, ScalarType dtype) {

@@ -8,6 +8,9 @@ namespace llamatelemetry {
 __device__ inline float to_float(float x) { return x; }
 __device__ inline float to_float(Half x) { return __half2float(x); }
 __device__ inline float to_float(BFloat16 x) { return __bfloat162float(x); }
+__device__ inline float half_bits_to_float(uint16_t bits) {
+  return __half2float(__ushort_as_half(bits));
+}
 
 template <typename T>
 __device__ inline T from_float(float x);

@@ -8,6 +8,53 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from llamatelemetry.ops.quant import GGUF_BLOCKS
+
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps) * weight
+
+
+def dequantize(data: Tensor, format: int) -> Tensor:
+    """GGUF blocks to float32."""
+    num_bytes = GGUF_BLOCKS[format][1]
+    blocks = data.reshape(-1, num_bytes)
+    half = blocks.contiguous().view(torch.float16).float()
+
+    def planes(field: Tensor, group: int, bits: int) -> Tensor:
+        """The values of `bits` bits of a field: all lowest of `group` bytes, then all next..."""
+        shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=data.device)
+        grouped = field.reshape(field.shape[0], -1, 1, group) >> shifts.view(-1, 1)
+        return (grouped & (2**bits - 1)).flatten(1).int()
+
+    if format in (2, 3):
+        first = {2: 2, 3: 4}[format]
+        codes = planes(blocks[:, first:], 16, 4)
+    elif format in (6, 7):
+        first = {6: 2, 7: 4}[format]
+        fifth = planes(blocks[:, first : first + 4], 1, 1)
+        codes = planes(blocks[:, first + 4 :], 16, 4) + 16 * fifth
+    elif format == 8:
+        codes = blocks[:, 2:].view(torch.int8).int()
+    elif format == 12:
+        codes = planes(blocks[:, 16:], 32, 4)
+    elif format == 13:
+        codes = planes(blocks[:, 48:], 32, 4) + 16 * planes(blocks[:, 16:48], 32, 1)
+    else:
+        codes = planes(blocks[:, :128], 64, 4) + 16 * planes(blocks[:, 128:192], 32, 2)
+    weights = codes - {2: 8, 6: 16, 14: 32}.get(format, 0)
+
+    if format in (12, 13):
+        s = blocks[:, 4:16].int()
+        low, high = s[:, :8], s[:, 8:]
+        scale = torch.cat([low[:, :4] & 63, (high & 15) | (low[:, :4] >> 6 << 4)], 1)
+        minimum = torch.cat([low[:, 4:] & 63, (high >> 4) | (low[:, 4:] >> 6 << 4)], 1)
+        grouped = weights.view(-1, 8, 32) * (half[:, :1] * scale).unsqueeze(-1)
+        out = grouped - (half[:, 1:2] * minimum).unsqueeze(-1)
+    elif format == 14:
+        scale = half[:, -1:] * blocks[:, 192:208].view(torch.int8)
+        out = weights.view(-1, 16, 16) * scale.unsqueeze(-1)
+    else:
+        out = weights * half[:, :1]
+        out = out + half[:, 1:2] if format in (3, 7) else out
+    return out.view(*data.shape[:-1], data.shape[-1] // num_bytes * weights.shape[1])

@@ -1,0 +1,44 @@
+// out[i] = (d * scale) * code[i] - m * minimum, from GGUF blocks in place (quant/gguf_blocks.h).
+// Bandwidth bound by what it writes: a thread decodes four consecutive weights and stores them as
+// one word; neighbouring threads share the bytes of a block in L1.
+// Grid [blocks that hold num_quads threads], block kNumThreads.
+#pragma once
+
+#include <cstdint>
+
+#include "quant/gguf_blocks.h"
+#include "tile/convert.cuh"
+
+namespace llamatelemetry {
+
+constexpr int kQuad = 4;
+
+template <typename Format, typename T, int kNumThreads>
+__global__ void __launch_bounds__(kNumThreads)
+    dequantize_kernel(const uint8_t* __restrict__ data,  // rows row_stride_bytes apart
+                      T* __restrict__ out,               // contiguous
+                      int64_t num_quads,                 // weights / 4
+                      int64_t quads_per_row, int64_t row_stride_bytes) {
+  const int64_t quad = static_cast<int64_t>(blockIdx.x) * kNumThreads + threadIdx.x;
+  if (quad >= num_quads) return;
+  const int64_t row = quad / quads_per_row;
+  const int64_t weight = (quad - row * quads_per_row) * kQuad;  // in its row
+  const uint8_t* block = data + row * row_stride_bytes + weight / Format::kWeights * Format::kBytes;
+  const int run = static_cast<int>(weight % Format::kWeights) / kRun;
+  const int first = static_cast<int>(weight % kRun);
+
+  const RunScale s = Format::scale(block, run);
+  const float scale = half_bits_to_float(s.d) * static_cast<float>(s.scale);
+  const float minimum = half_bits_to_float(s.m) * static_cast<float>(s.minimum);
+  struct alignas(kQuad * sizeof(T)) {
+    T value[kQuad];
+  } quad_out;
+#pragma unroll
+  for (int i = 0; i < kQuad; ++i) {
+    const float value = scale * static_cast<float>(Format::code(block, run, first + i));
+    quad_out.value[i] = from_float<T>(Format::kHasMinimum ? value - minimum : value);
+  }
+  reinterpret_cast<decltype(quad_out)*>(out)[quad] = quad_out;
+}
+
+}  // namespace llamatelemetry
