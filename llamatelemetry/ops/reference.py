@@ -58,3 +58,21 @@ def dequantize(data: Tensor, format: int) -> Tensor:
         out = weights * half[:, :1]
         out = out + half[:, 1:2] if format in (3, 7) else out
     return out.view(*data.shape[:-1], data.shape[-1] // num_bytes * weights.shape[1])
+
+
+def append_kv_(
+    k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor
+) -> None:
+    page_size = k_cache.shape[1]
+    for token, slot in enumerate(slot_mapping.tolist()):
+        if 0 <= slot < k_cache.shape[0] * page_size:
+            k_cache[slot // page_size, slot % page_size] = k[token]
+            v_cache[slot // page_size, slot % page_size] = v[token]
+
+
+def copy_blocks_(k_cache: Tensor, v_cache: Tensor, block_pairs: Tensor) -> None:
+    num_blocks = k_cache.shape[0]
+    for src, dst in block_pairs.tolist():
+        if 0 <= src < num_blocks and 0 <= dst < num_blocks:
+            k_cache[dst] = k_cache[src]
+            v_cache[dst] = v_cache[src]

@@ -1,0 +1,122 @@
+// Cache writes: checks and Params, compiled once for each library.
+#include <utility>
+
+#include "cache/params.h"
+#include "common/checks.h"
+
+namespace llamatelemetry {
+namespace {
+
+// Any block and slot strides, so a cache may be a view (one layer of all, K beside V).
+void check_cache(const char* op, const char* arg, const Tensor& cache) {
+  check_dim(op, arg, cache, 4, "[num_blocks, page_size, num_heads_kv, head_dim]");
+  check_last_contiguous(op, arg, cache);
+  check(cache.numel() == 0 || cache.size(2) == 1 || cache.stride(2) == cache.size(3), op, arg,
+        "have contiguous heads (stride head_dim = " + std::to_string(cache.size(3)) + ")",
+        "stride " + std::to_string(cache.stride(2)));
+}
+
+void check_caches(const char* op, const Tensor& k_cache, const Tensor& v_cache) {
+  check_floating(op, "k_cache", k_cache);
+  check_cache(op, "k_cache", k_cache);
+  check_cache(op, "v_cache", v_cache);
+  check_shape(op, "v_cache", v_cache, "the shape of k_cache",
+              {k_cache.size(0), k_cache.size(1), k_cache.size(2), k_cache.size(3)});
+  check_like(op, "v_cache", v_cache, "k_cache", k_cache);
+}
+
+CachePlane plane_of(Tensor& cache) {
+  const auto element = static_cast<int64_t>(cache.element_size());
+  return {.source = nullptr,
+          .token_stride_bytes = 0,
+          .head_stride_bytes = 0,
+          .cache = cache.mutable_data_ptr(),
+          .block_stride_bytes = cache.stride(0) * element,
+          .slot_stride_bytes = cache.stride(1) * element};
+}
+
+CachePlane plane_of(const Tensor& source, Tensor& cache) {
+  const auto element = static_cast<int64_t>(cache.element_size());
+  CachePlane plane = plane_of(cache);
+  plane.source = source.const_data_ptr();
+  plane.token_stride_bytes = source.stride(0) * element;
+  plane.head_stride_bytes = source.stride(1) * element;
+  return plane;
+}
+
+// The widest copy, up to 16 bytes, that every address of both planes allows.
+int copy_bytes_of(const CachePlane (&planes)[2], int64_t run_bytes) {
+  int64_t all = run_bytes | 16;
+  for (const CachePlane& plane : planes) {
+    all |= reinterpret_cast<int64_t>(plane.source) | reinterpret_cast<int64_t>(plane.cache);
+    all |= plane.token_stride_bytes | plane.head_stride_bytes;
+    all |= plane.block_stride_bytes | plane.slot_stride_bytes;
+  }
+  return static_cast<int>(all & -all);  // the lowest bit set
+}
+
+void append_kv_(const Tensor& k, const Tensor& v, Tensor k_cache, Tensor v_cache,
+                const Tensor& slot_mapping) {
+  constexpr const char* op = "append_kv_";
+  check_caches(op, k_cache, v_cache);
+  check_dim(op, "k", k, 3, "[num_tokens, num_heads_kv, head_dim]");
+  const int64_t num_tokens = k.size(0);
+  const int64_t num_heads = k_cache.size(2);
+  const int64_t head_dim = k_cache.size(3);
+  for (const auto& [arg, x] : {std::pair<const char*, const Tensor&>{"k", k}, {"v", v}}) {
+    check_shape(op, arg, x, "[num_tokens, num_heads_kv, head_dim] as k and the caches are",
+                {num_tokens, num_heads, head_dim});
+    check_like(op, arg, x, "k_cache", k_cache);
+    check_last_contiguous(op, arg, x);
+  }
+  check_shape(op, "slot_mapping", slot_mapping, "[num_tokens]", {num_tokens});
+  check_dtype(op, "slot_mapping", slot_mapping, ScalarType::Long);
+  check_device(op, "slot_mapping", slot_mapping, "k_cache", k_cache);
+  check_contiguous(op, "slot_mapping", slot_mapping);
+  const DeviceGuard guard(k_cache);
+  if (k.numel() == 0 || k_cache.numel() == 0) return;
+  AppendKvParams params{
+      .planes = {plane_of(k, k_cache), plane_of(v, v_cache)},
+      .slot_mapping = slot_mapping.const_data_ptr<int64_t>(),
+      .num_tokens = num_tokens,
+      .num_blocks = k_cache.size(0),
+      .page_size = k_cache.size(1),
+      .num_heads = num_heads,
+      .head_bytes = head_dim * static_cast<int64_t>(k_cache.element_size()),
+      .copy_bytes = 0,
+  };
+  params.copy_bytes = copy_bytes_of(params.planes, params.head_bytes);
+  launch(op, launch_append_kv, params, k_cache);
+}
+
+void copy_blocks_(Tensor k_cache, Tensor v_cache, const Tensor& block_pairs) {
+  constexpr const char* op = "copy_blocks_";
+  check_caches(op, k_cache, v_cache);
+  check_dim(op, "block_pairs", block_pairs, 2, "[num_pairs, 2]");
+  check_shape(op, "block_pairs", block_pairs, "[num_pairs, 2]", {block_pairs.size(0), 2});
+  check_dtype(op, "block_pairs", block_pairs, ScalarType::Long);
+  check_device(op, "block_pairs", block_pairs, "k_cache", k_cache);
+  check_contiguous(op, "block_pairs", block_pairs);
+  const DeviceGuard guard(k_cache);
+  if (block_pairs.size(0) == 0 || k_cache.numel() == 0) return;
+  CopyBlocksParams params{
+      .planes = {plane_of(k_cache), plane_of(v_cache)},
+      .block_pairs = block_pairs.const_data_ptr<int64_t>(),
+      .num_pairs = block_pairs.size(0),
+      .num_blocks = k_cache.size(0),
+      .page_size = k_cache.size(1),
+      .row_bytes = k_cache.size(2) * k_cache.size(3) * static_cast<int64_t>(k_cache.element_size()),
+      .copy_bytes = 0,
+  };
+  params.copy_bytes = copy_bytes_of(params.planes, params.row_bytes);
+  launch(op, launch_copy_blocks, params, k_cache);
+}
+
+}  // namespace
+
+LT_IMPL(m) {
+  m.impl("append_kv_", TORCH_BOX(&append_kv_));
+  m.impl("copy_blocks_", TORCH_BOX(&copy_blocks_));
+}
+
+}  // namespace llamatelemetry
