@@ -26,6 +26,15 @@ def _load(name: str) -> None:
         raise ImportError(f"llamatelemetry: {path} does not load: {cause}; {_REBUILD}") from error
 
 
+def why_no_cuda_library() -> str | None:
+    """Why the CUDA kernels are not registered, or None when they are. Needs no GPU."""
+    if torch.version.cuda is None:
+        return "this torch has no CUDA"
+    if not library_path("cuda").exists():
+        return f"llamatelemetry is built without CUDA; put nvcc on PATH and {_REBUILD}"
+    return None
+
+
 def load_libraries() -> ctypes.CDLL:
     """Loads what this torch can use and returns the CPU library, whose C functions Python calls."""
     version = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
@@ -34,7 +43,7 @@ def load_libraries() -> ctypes.CDLL:
     if not library_path("cpu").exists():
         raise ImportError(f"llamatelemetry: {library_path('cpu')} is missing; {_REBUILD}")
     _load("cpu")
-    if torch.version.cuda is not None and library_path("cuda").exists():
+    if why_no_cuda_library() is None:
         _load("cuda")
     cpu = ctypes.CDLL(str(library_path("cpu")))
     cpu.lt_cpu_isa.restype = ctypes.c_char_p
@@ -55,6 +64,8 @@ def cpu_isa() -> str:
     return cpu_library.lt_cpu_isa().decode()
 
 
-def cuda_library_loaded() -> bool:
-    """Whether the CUDA kernels are registered; torch.cuda.is_available() is another question."""
-    return torch.version.cuda is not None and library_path("cuda").exists()
+def lower_cpu_isas() -> list[str]:
+    """The levels below cpu_isa() that LLAMATELEMETRY_CPU_ISA can choose here."""
+    from llamatelemetry._build_info import CPU_ISA_LEVELS
+
+    return CPU_ISA_LEVELS[: CPU_ISA_LEVELS.index(cpu_isa())]

@@ -8,9 +8,9 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from llamatelemetry import _library
+from llamatelemetry import _kernels
 
-assert _library.cpu_library  # loading defines torch.ops.llamatelemetry
+assert _kernels.op_names()  # importing it loads the libraries and so defines the ops
 
 _Fake = TypeVar("_Fake", bound=Callable[..., object])
 

