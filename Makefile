@@ -14,7 +14,7 @@ OP_TESTS := $(wildcard $(addprefix tests/,norm cache attention quant gemm sampli
 CPP_FILES = $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 BIN := .venv/bin
-INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation
+INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check --no-build-isolation
 HAS_TORCH := import torch; assert tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 10)
 # A venv sees the base Python's packages only; this line in a .pth shows it an active venv's too.
 SEE_PACKAGES := import site; print("import site;", *(f"site.addsitedir({p!r});" for p in site.getsitepackages()))
@@ -45,7 +45,7 @@ bench: .venv/test build
 	for file in benchmarks/bench_*.py; do $(BIN)/python $$file || exit 1; done
 
 wheel: .venv/torch
-	$(BIN)/python -m pip wheel --quiet --no-build-isolation --no-deps -w dist .
+	$(BIN)/python -m pip wheel -qq --no-build-isolation --no-deps -w dist .
 
 clean:
 	rm -rf build dist *.egg-info llamatelemetry/lib llamatelemetry/_build_info.py
