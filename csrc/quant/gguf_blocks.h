@@ -10,7 +10,7 @@
 
 #include <cstdint>
 
-#include "common/int_menu.h"
+#include "common/quant_layout.h"
 
 #ifdef __CUDACC__
 #define LT_BLOCK __host__ __device__ static inline
@@ -148,7 +148,5 @@ struct Block<14> {
 };
 
 }  // namespace
-
-using GgufFormats = IntMenu<2, 3, 6, 7, 8, 12, 13, 14>;
 
 }  // namespace llamatelemetry

@@ -1,7 +1,7 @@
 // Whole tensors of packed weights: checks, allocation and Params, compiled once for each library.
 #include <vector>
 
-#include "common/checks.h"
+#include "common/quant_checks.h"
 #include "quant/gguf_blocks.h"
 #include "quant/params.h"
 
@@ -42,8 +42,57 @@ Tensor dequantize(const Tensor& data, int64_t format, ScalarType dtype) {
   return out;
 }
 
+Tensor repack(const Tensor& data, int64_t format) {
+  constexpr const char* op = "repack";
+  const QuantLayout layout = check_format(op, format);
+  check_dtype(op, "data", data, ScalarType::Byte);
+  check_dim(op, "data", data, 2, "[n, row_bytes]");
+  const Rows rows = rows_of(op, "data", data);
+  check(rows.row_size % layout.block_bytes == 0, op, "data",
+        std::string("have rows of whole ") + layout.name + " blocks of " +
+            std::to_string(layout.block_bytes) + " bytes",
+        "shape " + shape_text(data));
+  const DeviceGuard guard(data);
+  Tensor packed = allocate(data, {num_tiles(rows.num_rows), kTileRows * rows.row_size});
+  if (packed.numel() == 0) return packed;
+  const RepackParams params{
+      .rows = static_cast<uint8_t*>(const_cast<void*>(data.const_data_ptr())),
+      .packed = static_cast<uint8_t*>(packed.mutable_data_ptr()),
+      .n = rows.num_rows,
+      .blocks_per_row = rows.row_size / layout.block_bytes,
+      .row_stride_bytes = rows.row_stride,
+      .layout = layout,
+  };
+  launch(op, launch_repack, params, data);
+  return packed;
+}
+
+Tensor unpack(const Tensor& packed, int64_t format, int64_t n, int64_t k) {
+  constexpr const char* op = "unpack";
+  const QuantLayout layout = check_format(op, format);
+  check_packed(op, packed, layout, n, k);
+  const int64_t row_bytes = check_row_bytes(op, layout, k);
+  const DeviceGuard guard(packed);
+  Tensor data = allocate(packed, {n, row_bytes});
+  if (data.numel() == 0) return data;
+  const RepackParams params{
+      .rows = static_cast<uint8_t*>(data.mutable_data_ptr()),
+      .packed = static_cast<uint8_t*>(const_cast<void*>(packed.const_data_ptr())),
+      .n = n,
+      .blocks_per_row = k / layout.block_size,
+      .row_stride_bytes = row_bytes,
+      .layout = layout,
+  };
+  launch(op, launch_unpack, params, packed);
+  return data;
+}
+
 }  // namespace
 
-LT_IMPL(m) { m.impl("dequantize", TORCH_BOX(&dequantize)); }
+LT_IMPL(m) {
+  m.impl("dequantize", TORCH_BOX(&dequantize));
+  m.impl("repack", TORCH_BOX(&repack));
+  m.impl("unpack", TORCH_BOX(&unpack));
+}
 
 }  // namespace llamatelemetry

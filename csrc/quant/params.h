@@ -5,6 +5,7 @@
 
 #include "common/backend.h"
 #include "common/dtype.h"
+#include "common/quant_layout.h"
 
 namespace llamatelemetry {
 
@@ -18,5 +19,16 @@ struct DequantizeParams {
   DType dtype;
 };
 Error launch_dequantize(const DequantizeParams& params, Stream stream);
+
+struct RepackParams {
+  uint8_t* rows;    // GGUF, [n, blocks_per_row * layout.block_bytes], rows row_stride_bytes apart
+  uint8_t* packed;  // [ceil(n / 16), 16 * blocks_per_row * layout.block_bytes]
+  int64_t n;
+  int64_t blocks_per_row;
+  int64_t row_stride_bytes;
+  QuantLayout layout;
+};
+Error launch_repack(const RepackParams& params, Stream stream);  // writes packed
+Error launch_unpack(const RepackParams& params, Stream stream);  // writes rows
 
 }  // namespace llamatelemetry

@@ -2,6 +2,14 @@
 
 from llamatelemetry.ops.cache import append_kv_, copy_blocks_
 from llamatelemetry.ops.norm import rms_norm
-from llamatelemetry.ops.quant import dequantize
+from llamatelemetry.ops.quant import QuantFormat, dequantize, repack, unpack
 
-__all__ = ["append_kv_", "copy_blocks_", "dequantize", "rms_norm"]
+__all__ = [
+    "QuantFormat",
+    "append_kv_",
+    "copy_blocks_",
+    "dequantize",
+    "repack",
+    "rms_norm",
+    "unpack",
+]

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from llamatelemetry.ops.quant import GGUF_BLOCKS
+from llamatelemetry.ops.quant import GGUF_BLOCKS, TILE_ROWS
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -76,3 +76,36 @@ def copy_blocks_(k_cache: Tensor, v_cache: Tensor, block_pairs: Tensor) -> None:
         if 0 <= src < num_blocks and 0 <= dst < num_blocks:
             k_cache[dst] = k_cache[src]
             v_cache[dst] = v_cache[src]
+
+
+# GGUF fields in packed order: (offset, bytes) in a block, see csrc/common/quant_layout.h.
+_PACKED_FIELDS = {
+    2: [(2, 16), (0, 2)],
+    3: [(4, 16), (0, 2), (2, 2)],
+    6: [(6, 16), (2, 4), (0, 2)],
+    7: [(8, 16), (4, 4), (0, 2), (2, 2)],
+    8: [(2, 32), (0, 2)],
+    12: [(16, 128), (4, 12), (0, 2), (2, 2)],
+    13: [(48, 128), (16, 32), (4, 12), (0, 2), (2, 2)],
+    14: [(0, 128), (128, 64), (192, 16), (208, 2)],
+}
+
+
+def repack(data: Tensor, format: int) -> Tensor:
+    """GGUF rows to tiles of 16 rows: every field of a block transposed by words."""
+    n, row_bytes = data.shape
+    num_bytes = GGUF_BLOCKS[format][1]
+    padded = torch.nn.functional.pad(data, (0, 0, 0, -n % TILE_ROWS))
+    shape = (len(padded) // TILE_ROWS, TILE_ROWS, row_bytes // num_bytes, num_bytes)
+    blocks = padded.view(shape).transpose(1, 2)
+    fields = []
+    for offset, size in _PACKED_FIELDS[format]:
+        field = blocks[..., offset : offset + size]
+        if size == 4:  # fifth bits: bit 4g + i to bit g of byte i
+            bits = field.unsqueeze(-1) >> torch.arange(8, dtype=torch.uint8, device=data.device) & 1
+            groups = bits.reshape(*field.shape[:-1], 8, 4).transpose(-1, -2)
+            field = (groups << torch.arange(8, device=data.device)).sum(-1).to(torch.uint8)
+        unit = min(size, 4)
+        words = field.reshape(*field.shape[:-1], size // unit, unit)
+        fields.append(words.transpose(-2, -3).flatten(-3))
+    return torch.cat(fields, -1).flatten(1)
