@@ -3,6 +3,7 @@
 from llamatelemetry.ops.cache import append_kv_, copy_blocks_
 from llamatelemetry.ops.norm import rms_norm
 from llamatelemetry.ops.quant import QuantFormat, dequantize, repack, unpack
+from llamatelemetry.ops.sampling import sample
 
 __all__ = [
     "QuantFormat",
@@ -11,5 +12,6 @@ __all__ = [
     "dequantize",
     "repack",
     "rms_norm",
+    "sample",
     "unpack",
 ]

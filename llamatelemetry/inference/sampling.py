@@ -1,0 +1,83 @@
+"""How the next token is chosen: the parameters of a request, and of a batch as tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from llamatelemetry.ops import sample
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """What one request asks for; the defaults draw from the model's own distribution.
+
+    temperature: 0 is greedy; else logits are divided by it
+    top_k:       keeps the k largest logits and their equals; 0 keeps all
+    top_p:       keeps the most probable tokens up to this mass; 1 keeps all
+    min_p:       keeps tokens at least min_p times as probable as the best; 0 keeps all
+    seed:        same seed, same logits: same text
+    Raises:      ValueError naming the argument, the rule and the value
+    """
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        def check(holds: bool, name: str, rule: str) -> None:
+            if not holds:
+                value = getattr(self, name)
+                raise ValueError(f"SamplingParams: {name} must {rule}, got {value!r}")
+
+        finite = 0 <= self.temperature < float("inf")
+        check(finite, "temperature", "be finite and at least 0 (0 is greedy)")
+        check(0 <= self.top_k < 2**31, "top_k", "be at least 0 (0 keeps all)")
+        check(0 < self.top_p <= 1, "top_p", "lie in (0, 1] (1 keeps all)")
+        check(0 <= self.min_p <= 1, "min_p", "lie in [0, 1] (0 keeps all)")
+        check(-(2**63) <= self.seed < 2**63, "seed", "fit in 64 bits")
+
+
+@dataclass(frozen=True)
+class SamplingTensors:
+    """The parameters of a batch on its device, a row each: what ``ops.sample`` reads."""
+
+    temperature: Tensor  # [batch] float32
+    top_k: Tensor  # [batch] int32
+    top_p: Tensor  # [batch] float32
+    min_p: Tensor  # [batch] float32
+    seed: Tensor  # [batch] int64
+
+    def sample(self, logits: Tensor, offsets: Tensor) -> Tensor:
+        """Draws one token a row.
+
+        logits:  [batch, vocab_size]
+        offsets: [batch] int64, another number for each token of a sequence (its position), so that
+                 every draw is a fresh one
+        Returns: [batch] int64
+        """
+        return sample(
+            logits, self.temperature, self.top_k, self.top_p, self.min_p, self.seed, offsets
+        )
+
+
+def sampling_tensors(
+    params: Sequence[SamplingParams], device: torch.device | str
+) -> SamplingTensors:
+    """One row for each of params, in order."""
+
+    def column(name: str, dtype: torch.dtype) -> Tensor:
+        return torch.tensor([getattr(p, name) for p in params], dtype=dtype, device=device)
+
+    return SamplingTensors(
+        temperature=column("temperature", torch.float32),
+        top_k=column("top_k", torch.int32),
+        top_p=column("top_p", torch.float32),
+        min_p=column("min_p", torch.float32),
+        seed=column("seed", torch.int64),
+    )
