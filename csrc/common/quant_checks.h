@@ -30,6 +30,9 @@ inline void check_packed(const char* op, const Tensor& packed, const QuantLayout
   check_shape(op, "packed", packed, "[ceil(n / 16), 16 * row_bytes]",
               {num_tiles(n), kTileRows * check_row_bytes(op, layout, k)});
   check_contiguous(op, "packed", packed);
+  const auto misaligned = reinterpret_cast<uintptr_t>(packed.const_data_ptr()) % 16;
+  check(misaligned == 0, op, "packed", "start at a multiple of 16 bytes",
+        std::to_string(misaligned) + " bytes past one; call .clone()");
 }
 
 }  // namespace llamatelemetry

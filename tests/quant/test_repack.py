@@ -60,6 +60,8 @@ def test_refusals(device):
     assert_refuses(lambda: unpack(packed, 3, -1, 64), "n must be at least 0, got -1")
     assert_refuses(lambda: unpack(packed.char(), 3, 16, 64), "packed must be uint8")
     assert_refuses(lambda: unpack(packed.T, 3, 640 * 16, 64), "packed must be")
+    offset = torch.zeros(641, dtype=torch.uint8, device=device)[1:].view(1, 640)
+    assert_refuses(lambda: unpack(offset, 3, 16, 64), "packed must start at a multiple of 16", "1")
 
 
 def test_opcheck(device, format):

@@ -1,0 +1,73 @@
+// repack: GGUF rows into tiles of 16 rows (common/quant_layout.h); unpack: the exact inverse.
+// Runs once per weight, so it is kept plain: a thread moves one block of one row, whose bytes L1
+// holds; 16 threads together read or write whole sectors of the tile.
+// Grid [blocks that hold a thread per row and block, rows padded to whole tiles], block
+// kNumThreads.
+#pragma once
+
+#include <cstdint>
+
+#include "quant/params.h"
+
+namespace llamatelemetry {
+
+// Unit is what the field is transposed by. GGUF rows have no alignment: they go byte by byte.
+template <typename Unit>
+__device__ inline void pack_field(const QuantField& field, const uint8_t* block, uint8_t* packed,
+                                  bool in_matrix, bool fifth_bits) {
+  auto* units = reinterpret_cast<Unit*>(packed + field.packed);
+  for (int unit = 0; unit < field.bytes / static_cast<int>(sizeof(Unit)); ++unit) {
+    uint32_t value = 0;
+    for (int i = 0; in_matrix && i < static_cast<int>(sizeof(Unit)); ++i) {
+      value |= static_cast<uint32_t>(block[field.offset + unit * sizeof(Unit) + i]) << (8 * i);
+    }
+    units[unit * kTileRows] = static_cast<Unit>(fifth_bits ? group_high_bits(value) : value);
+  }
+}
+
+template <typename Unit>
+__device__ inline void unpack_field(const QuantField& field, uint8_t* block, const uint8_t* packed,
+                                    bool fifth_bits) {
+  const auto* units = reinterpret_cast<const Unit*>(packed + field.packed);
+  for (int unit = 0; unit < field.bytes / static_cast<int>(sizeof(Unit)); ++unit) {
+    const uint32_t word = units[unit * kTileRows];
+    const uint32_t value = fifth_bits ? ungroup_high_bits(word) : word;
+    for (int i = 0; i < static_cast<int>(sizeof(Unit)); ++i) {
+      block[field.offset + unit * sizeof(Unit) + i] = static_cast<uint8_t>(value >> (8 * i));
+    }
+  }
+}
+
+template <bool kPack, int kNumThreads>
+__global__ void __launch_bounds__(kNumThreads) repack_kernel(const RepackParams p) {
+  const QuantLayout& layout = p.layout;
+  const int64_t index = static_cast<int64_t>(blockIdx.x) * kNumThreads + threadIdx.x;
+  const int64_t packed_block = index / kTileRows;  // counted through all tiles
+  const int64_t tile = packed_block / p.blocks_per_row;
+  const int row_in_tile = static_cast<int>(index % kTileRows);
+  const int64_t row = tile * kTileRows + row_in_tile;
+  if (tile >= (p.n + kTileRows - 1) / kTileRows || (!kPack && row >= p.n)) return;
+
+  uint8_t* block = p.rows + row * p.row_stride_bytes +
+                   (packed_block - tile * p.blocks_per_row) * layout.block_bytes;
+  uint8_t* packed = p.packed + packed_block * kTileRows * layout.block_bytes;
+  uint8_t* packed_words = packed + row_in_tile * sizeof(uint32_t);
+  uint8_t* packed_halves = packed + row_in_tile * sizeof(uint16_t);
+  const bool fifth_bits = layout.high_bits.bytes == sizeof(uint32_t);
+  if constexpr (kPack) {
+    const bool in_matrix = row < p.n;
+    pack_field<uint32_t>(layout.quants, block, packed_words, in_matrix, false);
+    pack_field<uint32_t>(layout.high_bits, block, packed_words, in_matrix, fifth_bits);
+    pack_field<uint32_t>(layout.sub_scales, block, packed_words, in_matrix, false);
+    pack_field<uint16_t>(layout.scale, block, packed_halves, in_matrix, false);
+    pack_field<uint16_t>(layout.min, block, packed_halves, in_matrix, false);
+  } else {
+    unpack_field<uint32_t>(layout.quants, block, packed_words, false);
+    unpack_field<uint32_t>(layout.high_bits, block, packed_words, fifth_bits);
+    unpack_field<uint32_t>(layout.sub_scales, block, packed_words, false);
+    unpack_field<uint16_t>(layout.scale, block, packed_halves, false);
+    unpack_field<uint16_t>(layout.min, block, packed_halves, false);
+  }
+}
+
+}  // namespace llamatelemetry
