@@ -1,0 +1,253 @@
+"""The decoder that Hugging Face's Llama-like families share, over our ops: one body, two ways in.
+
+Each piece stands for one module and serves both ways: ``forward`` takes the place of the module's
+forward under transformers, ``step`` works on packed tokens without padding over a paged KV cache.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from llamatelemetry.models.attention import StepState
+from llamatelemetry.models.linear import merge_linears, unmerge_linears
+from llamatelemetry.ops import _contract  # noqa: F401  (loads the library)
+
+_ops = torch.ops.llamatelemetry
+_rms_norm = _ops.rms_norm.default
+_fused_add_rms_norm = _ops.fused_add_rms_norm_.default
+_rotary_embedding = _ops.rotary_embedding_.default
+_append_kv = _ops.append_kv_.default
+_paged_attention = _ops.paged_attention.default
+
+ACTIVATIONS = {
+    "silu": _ops.silu_and_mul.default,
+    "swish": _ops.silu_and_mul.default,
+    "gelu": _ops.gelu_and_mul.default,
+    "gelu_pytorch_tanh": _ops.gelu_tanh_and_mul.default,
+    "gelu_new": _ops.gelu_tanh_and_mul.default,
+}
+
+
+@dataclass(frozen=True)
+class Family:
+    """Names of what a family has beyond Llama; "" is what it lacks."""
+
+    query_norm: str = ""  # of the attention, over head_dim, before the rotary embedding
+    key_norm: str = ""
+    sliding_window: str = ""  # of the attention or its config
+    residual_multiplier: str = ""  # of the layer
+    embedding_multiplier: str = ""  # of the base model
+    logits_scaling: str = ""  # of the config, divides the logits
+    qkv: tuple[str, ...] = ("q_proj", "k_proj", "v_proj")
+    gate_up: tuple[str, ...] = ("gate_proj", "up_proj")
+
+
+class Piece:
+    """Stands for one module: puts its forward in the module's place, and takes it out again."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module: Any = module
+        self.original = module.forward
+        self._replaced = {name: module.__dict__.get(name) for name in ("forward", "_apply")}
+        self._apply_original = module._apply
+
+    def bind(self) -> None:
+        """Takes the module's tensors in hand; again whenever they have moved."""
+
+    def unbind(self) -> None:
+        """Gives back what bind took."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        raise NotImplementedError
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Any:
+        result = self._apply_original(*args, **kwargs)
+        self.bind()
+        return result
+
+    def install(self) -> None:
+        self.module.forward = self.forward
+        self.module._apply = self._apply
+
+    def remove(self) -> None:
+        for name, value in self._replaced.items():
+            self.module.__dict__.pop(name, None)
+            if value is not None:
+                self.module.__dict__[name] = value
+        self.unbind()
+
+
+class RmsNorm(Piece):
+    """``x / sqrt(mean(x²) + eps) * weight``."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__(module)
+        self.weight: Tensor = self.module.weight
+        self.eps = float(self.module.variance_epsilon)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        if torch.is_grad_enabled():
+            return self.original(hidden_states)
+        return _rms_norm(hidden_states.contiguous(), self.weight, self.eps)
+
+
+class GatedMlp(Piece):
+    """``down(act(gate(x)) * up(x))`` with gate and up as one linear."""
+
+    def __init__(self, module: nn.Module, family: Family, config: Any) -> None:
+        super().__init__(module)
+        self._names = family.gate_up
+        if config.hidden_act not in ACTIVATIONS:
+            raise ValueError(
+                f"activation must be one of {sorted(ACTIVATIONS)}, got {config.hidden_act!r}"
+            )
+        self.act_and_mul = ACTIVATIONS[config.hidden_act]
+        self.bind()
+
+    def bind(self) -> None:
+        linears = [getattr(self.module, name) for name in self._names]
+        merged = merge_linears(linears)
+        if merged is None:
+            raise ValueError(f"{' and '.join(self._names)} must be alike to become one linear")
+        self.gate_up, self.down = merged.forward, self.module.down_proj.forward
+
+    def unbind(self) -> None:
+        unmerge_linears([getattr(self.module, name) for name in self._names])
+
+    def step(self, x: Tensor) -> Tensor:
+        return self.down(self.act_and_mul(self.gate_up(x)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.original(x) if torch.is_grad_enabled() else self.step(x)
+
+
+class Attention(Piece):
+    """q, k and v as one linear, rotary embedding in place, attention, the output projection."""
+
+    def __init__(self, module: nn.Module, family: Family, config: Any) -> None:
+        super().__init__(module)
+        self.config, self._names = config, family.qkv
+        self.head_dim = int(self.module.head_dim)
+        num_kv = config.num_key_value_heads
+        self.num_heads = [config.num_attention_heads, num_kv, num_kv]
+        self.scale = float(self.module.scaling)
+        self.window = self._window(family.sliding_window)
+        self.window_left = -1 if self.window is None else self.window - 1
+        self.qk_norms = [
+            (getattr(module, name).weight, float(getattr(module, name).variance_epsilon))
+            for name in (family.query_norm, family.key_norm)
+            if name
+        ]
+        self.interface_kwargs = {"sliding_window": self.window} if family.sliding_window else {}
+        self.bind()
+
+    def _window(self, name: str) -> int | None:
+        if not name:
+            return None
+        return getattr(self.module if hasattr(self.module, name) else self.config, name)
+
+    def bind(self) -> None:
+        self.linears = [getattr(self.module, name) for name in self._names]
+        merged = merge_linears(self.linears)
+        self.qkv = None if merged is None else merged.forward
+        self.o = self.module.o_proj.forward
+
+    def unbind(self) -> None:
+        unmerge_linears(self.linears)
+
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k, v [num_tokens, heads, head_dim] of x [num_tokens, hidden_size]; q and k normed."""
+        shape = (x.shape[0], -1, self.head_dim)
+        if self.qkv is None:
+            q, k, v = (linear(x).view(shape) for linear in self.linears)
+            if self.qk_norms:
+                q, k = (_rms_norm(y, *norm) for y, norm in zip((q, k), self.qk_norms, strict=True))
+            return q, k, v
+        rows = self.qkv(x).view(shape)
+        q, k, v = rows.split(self.num_heads, 1)
+        if self.qk_norms:
+            # The slices' rows are not evenly spaced, so the norms run over all rows: still one
+            # launch each and no copy, and the few heads too many cost less than one.
+            q = _rms_norm(rows, *self.qk_norms[0]).split(self.num_heads, 1)[0]
+            k = _rms_norm(rows, *self.qk_norms[1]).split(self.num_heads, 1)[1]
+        return q, k, v
+
+    def step(self, x: Tensor, state: StepState, k_cache: Tensor, v_cache: Tensor) -> Tensor:
+        q, k, v = self.project(x)
+        _rotary_embedding(q, k, state.cos, state.sin, state.positions, False)
+        _append_kv(k, v, k_cache, v_cache, state.slot_mapping)
+        out, _ = _paged_attention(
+            q,
+            k_cache,
+            v_cache,
+            state.block_table,
+            state.cache_seqlens,
+            state.cu_seqlens_q,
+            state.max_seqlen_q,
+            self.scale,
+            True,
+            self.window_left,
+            -1,
+            0.0,
+        )
+        return self.o(out.view(x.shape[0], -1))
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        position_embeddings: tuple[Tensor, Tensor],
+        attention_mask: Tensor | None = None,
+        past_key_values: Any = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        if torch.is_grad_enabled():
+            return self.original(
+                hidden_states, position_embeddings, attention_mask, past_key_values, **kwargs
+            )
+        batch, seqlen, hidden_size = hidden_states.shape
+        q, k, v = self.project(hidden_states.reshape(-1, hidden_size))
+        cos, sin = (x.expand(batch, -1, -1).flatten(0, 1) for x in position_embeddings)
+        _rotary_embedding(q, k, cos, sin, None, False)
+        q, k, v = (x.unflatten(0, (batch, seqlen)).transpose(1, 2) for x in (q, k, v))
+        if past_key_values is not None:
+            k, v = past_key_values.update(k, v, self.module.layer_idx)
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation,
+            sys.modules[type(self.module).__module__].eager_attention_forward,
+        )
+        dropout = self.module.attention_dropout if self.module.training else 0.0
+        kwargs |= self.interface_kwargs
+        out, weights = attend(
+            self.module, q, k, v, attention_mask, dropout=dropout, scaling=self.scale, **kwargs
+        )
+        return self.o(out.reshape(batch, seqlen, -1)), weights
+
+
+class DecoderLayer(Piece):
+    """Attention and MLP, each added to the residual; the sum and the next norm are one op."""
+
+    def __init__(self, module: nn.Module, family: Family) -> None:
+        super().__init__(module)
+        self.norm: Any = self.module.post_attention_layernorm
+        name = family.residual_multiplier
+        self.multiplier = float(getattr(module, name)) if name else 1.0
+
+    def forward(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
+        module = self.module
+        if torch.is_grad_enabled():
+            return self.original(hidden_states, **kwargs)
+        x, _ = module.self_attn(hidden_states=module.input_layernorm(hidden_states), **kwargs)
+        residual = hidden_states.clone()  # the caller may keep its tensor
+        if self.multiplier != 1.0:
+            x = x * self.multiplier
+        _fused_add_rms_norm(x, residual, self.norm.weight, self.norm.variance_epsilon)
+        x = module.mlp(x)
+        if self.multiplier != 1.0:
+            x = x * self.multiplier
+        return residual.add_(x)

@@ -1,0 +1,50 @@
+"""The packed forward gives transformers' logits: ragged prompts, chunks, decode steps."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from models.families import FAMILIES, VOCAB, PackedRun, tiny_model
+
+from llamatelemetry.models.patching import forward_tokens, patch, rope_tables
+from tolerance import assert_within_2x
+
+pytestmark = pytest.mark.skipif(
+    any(
+        not torch._C._dispatch_has_kernel_for_dispatch_key(f"llamatelemetry::{op}", "CPU")
+        for op in ("fused_add_rms_norm_", "rotary_embedding_", "silu_and_mul", "paged_attention")
+    ),
+    reason="its ops are still being built",
+)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_packed_logits_are_those_of_transformers(family, device, dtype):
+    model = tiny_model(family, device, dtype)
+    truth = tiny_model(family, device, torch.float64)
+    truth.load_state_dict({k: v.double() for k, v in model.state_dict().items()})
+    lengths, num_steps = (7, 3, 11), 4
+    sequences = [torch.randint(VOCAB, (n + num_steps,), device=device) for n in lengths]
+    theirs = [model(s[None]).logits[0] for s in sequences]
+    exact = [truth(s[None]).logits[0] for s in sequences]
+
+    patch(model)
+    run = PackedRun(model, len(lengths))
+    ends = [[2, 1, 3], list(lengths)] + [[n + i + 1 for n in lengths] for i in range(num_steps)]
+    begins = [[0] * len(lengths), *ends[:-1]]
+    for begin, end in zip(begins, ends, strict=True):
+        logits = run.step([s[b:e] for s, b, e in zip(sequences, begin, end, strict=True)])
+        for row, e, a, b in zip(logits, end, theirs, exact, strict=True):
+            assert_within_2x(row, a[e - 1], b[e - 1])
+
+
+def test_an_unpatched_model_is_refused():
+    with pytest.raises(ValueError, match="must be patched first"):
+        forward_tokens(tiny_model("llama"), torch.zeros(1, dtype=torch.long), None)
+
+
+def test_a_rope_that_depends_on_the_length_is_refused():
+    model = tiny_model("llama")
+    model.model.rotary_emb.rope_type = "dynamic"
+    with pytest.raises(ValueError, match="got 'dynamic'"):
+        rope_tables(model, 8)
