@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 from models.families import FAMILIES, VOCAB, PackedRun, tiny_model
+from tolerance import assert_within_2x
 
 from llamatelemetry.models.patching import forward_tokens, patch, rope_tables
-from tolerance import assert_within_2x
 
 pytestmark = pytest.mark.skipif(
     any(
