@@ -9,7 +9,7 @@ Error launch_dequantize(const DequantizeParams& p, Stream stream) {
     dispatch_dtype(p.dtype, [&](auto type) {
       using Format = Block<number()>;
       using T = typename decltype(type)::type;
-      const int64_t quads_per_row = p.blocks_per_row * Format::kWeights / kQuad;
+      const int64_t quads_per_row = p.blocks_per_row * Format::kWeights / 4;
       const int64_t num_quads = p.num_rows * quads_per_row;
       const auto grid = static_cast<unsigned>((num_quads + kNumThreads - 1) / kNumThreads);
       dequantize_kernel<Format, T, kNumThreads><<<grid, kNumThreads, 0, stream>>>(

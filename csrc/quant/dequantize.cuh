@@ -7,11 +7,9 @@
 #include <cstdint>
 
 #include "quant/gguf_blocks.h"
-#include "tile/convert.cuh"
+#include "tile/four.cuh"
 
 namespace llamatelemetry {
-
-constexpr int kQuad = 4;
 
 template <typename Format, typename T, int kNumThreads>
 __global__ void __launch_bounds__(kNumThreads)
@@ -22,7 +20,7 @@ __global__ void __launch_bounds__(kNumThreads)
   const int64_t quad = static_cast<int64_t>(blockIdx.x) * kNumThreads + threadIdx.x;
   if (quad >= num_quads) return;
   const int64_t row = quad / quads_per_row;
-  const int64_t weight = (quad - row * quads_per_row) * kQuad;  // in its row
+  const int64_t weight = (quad - row * quads_per_row) * 4;  // in its row
   const uint8_t* block = data + row * row_stride_bytes + weight / Format::kWeights * Format::kBytes;
   const int run = static_cast<int>(weight % Format::kWeights) / kRun;
   const int first = static_cast<int>(weight % kRun);
@@ -30,15 +28,13 @@ __global__ void __launch_bounds__(kNumThreads)
   const RunScale s = Format::scale(block, run);
   const float scale = half_bits_to_float(s.d) * static_cast<float>(s.scale);
   const float minimum = half_bits_to_float(s.m) * static_cast<float>(s.minimum);
-  struct alignas(kQuad * sizeof(T)) {
-    T value[kQuad];
-  } quad_out;
+  float weights[4];
 #pragma unroll
-  for (int i = 0; i < kQuad; ++i) {
-    const float value = scale * static_cast<float>(Format::code(block, run, first + i));
-    quad_out.value[i] = from_float<T>(Format::kHasMinimum ? value - minimum : value);
+  for (int i = 0; i < 4; ++i) {
+    const float product = scale * static_cast<float>(Format::code(block, run, first + i));
+    weights[i] = Format::kHasMinimum ? product - minimum : product;
   }
-  reinterpret_cast<decltype(quad_out)*>(out)[quad] = quad_out;
+  store_four(out + 4 * quad, weights);
 }
 
 }  // namespace llamatelemetry

@@ -1,4 +1,4 @@
-// The raw blocks of GGUF: where a weight's code and scale stand in the bytes of its block.
+// A weight's code and scale in the bytes of its raw GGUF block (fields: common/quant_layout.h).
 //
 //   weight = (d * scale) * code - m * minimum
 //
@@ -33,118 +33,60 @@ namespace {  // internal linkage: instruction sets must not share these, see vec
 
 LT_BLOCK uint16_t read_u16(const uint8_t* p) { return static_cast<uint16_t>(p[0] | (p[1] << 8)); }
 
-LT_BLOCK int nibble(uint8_t byte, int high) { return (byte >> (4 * high)) & 15; }
-
-// Fifth bits of Q5_0 and Q5_1: bit i of a 32-bit little-endian word belongs to weight i.
-LT_BLOCK int fifth_bit(const uint8_t* word, int weight) {
-  const uint32_t bits = read_u16(word) | (static_cast<uint32_t>(read_u16(word + 2)) << 16);
-  return static_cast<int>((bits >> weight) & 1) << 4;
-}
-
-// Scale and minimum of 32-weight group j of Q4_K and Q5_K: six bits each, in twelve bytes.
-LT_BLOCK RunScale k_scale(const uint8_t* block, int j) {
-  const uint8_t* s = block + 4;
-  const bool low = j < 4;
-  return {read_u16(block), read_u16(block + 2),
-          low ? s[j] & 63 : (s[j + 4] & 15) | ((s[j - 4] >> 6) << 4),
-          low ? s[j + 4] & 63 : (s[j + 4] >> 4) | ((s[j] >> 6) << 4)};
-}
-
-// Block<format>, format being the GGML type number: code and scale of weight 16 * run + i.
 template <int kFormat>
-struct Block;
+class Block {
+  static constexpr bool kSixBitScales = kFormat == kQ4_K || kFormat == kQ5_K;
+  static constexpr int kQuants = quant_layout(kFormat).quants.offset;
+  static constexpr int kHighBits = quant_layout(kFormat).high_bits.offset;
+  static constexpr int kSubScales = quant_layout(kFormat).sub_scales.offset;
+  static constexpr int kScale = quant_layout(kFormat).scale.offset;
+  static constexpr int kMin = quant_layout(kFormat).min.offset;
 
-template <>
-struct Block<2> {
-  static constexpr const char* kName = "Q4_0";
-  static constexpr int kBytes = 18, kWeights = 32;
-  static constexpr bool kHasMinimum = false;
-  LT_BLOCK int code(const uint8_t* b, int run, int i) { return nibble(b[2 + i], run) - 8; }
-  LT_BLOCK RunScale scale(const uint8_t* b, int) { return {read_u16(b), 0, 1, 0}; }
-};
+ public:
+  static constexpr int kBytes = quant_layout(kFormat).block_bytes;
+  static constexpr int kWeights = quant_layout(kFormat).block_size;
+  static constexpr bool kHasMinimum = quant_layout(kFormat).min.bytes > 0;
 
-template <>
-struct Block<3> {
-  static constexpr const char* kName = "Q4_1";
-  static constexpr int kBytes = 20, kWeights = 32;
-  static constexpr bool kHasMinimum = true;
-  LT_BLOCK int code(const uint8_t* b, int run, int i) { return nibble(b[4 + i], run); }
-  LT_BLOCK RunScale scale(const uint8_t* b, int) { return {read_u16(b), read_u16(b + 2), 1, -1}; }
-};
-
-template <>
-struct Block<6> {
-  static constexpr const char* kName = "Q5_0";
-  static constexpr int kBytes = 22, kWeights = 32;
-  static constexpr bool kHasMinimum = false;
+  // Of weight 16 * run + i.
   LT_BLOCK int code(const uint8_t* b, int run, int i) {
-    return (nibble(b[6 + i], run) | fifth_bit(b + 2, 16 * run + i)) - 16;
+    const uint8_t* q = b + kQuants;
+    if constexpr (kFormat == kQ8_0) {
+      return static_cast<int8_t>(q[16 * run + i]);
+    } else if constexpr (kFormat == kQ6_K) {  // halves of 64 bytes: 64 low nibbles, 64 high ones
+      const int half = run / 8;
+      const int two_bits = b[kHighBits + 32 * half + 16 * (run % 2) + i] >> (2 * (run % 8 / 2)) & 3;
+      return (nibble(q[64 * half + 16 * (run % 4) + i], run % 8 / 4) | two_bits << 4) - 32;
+    } else if constexpr (kSixBitScales) {  // quarters of 32 bytes: 32 low nibbles, 32 high ones
+      const int low = nibble(q[32 * (run / 4) + 16 * (run % 2) + i], run / 2 % 2);
+      if constexpr (kFormat == kQ4_K) return low;
+      return low | (b[kHighBits + 16 * (run % 2) + i] >> (run / 2) & 1) << 4;
+    } else if constexpr (kFormat == kQ5_0 || kFormat == kQ5_1) {  // one word of fifth bits
+      const uint8_t* high = b + kHighBits;
+      const uint32_t word = read_u16(high) | static_cast<uint32_t>(read_u16(high + 2)) << 16;
+      const int fifth = static_cast<int>(word >> (16 * run + i) & 1) << 4;
+      return (nibble(q[i], run) | fifth) - (kFormat == kQ5_0 ? 16 : 0);
+    } else {
+      return nibble(q[i], run) - (kFormat == kQ4_0 ? 8 : 0);
+    }
   }
-  LT_BLOCK RunScale scale(const uint8_t* b, int) { return {read_u16(b), 0, 1, 0}; }
-};
 
-template <>
-struct Block<7> {
-  static constexpr const char* kName = "Q5_1";
-  static constexpr int kBytes = 24, kWeights = 32;
-  static constexpr bool kHasMinimum = true;
-  LT_BLOCK int code(const uint8_t* b, int run, int i) {
-    return nibble(b[8 + i], run) | fifth_bit(b + 4, 16 * run + i);
-  }
-  LT_BLOCK RunScale scale(const uint8_t* b, int) { return {read_u16(b), read_u16(b + 2), 1, -1}; }
-};
-
-template <>
-struct Block<8> {
-  static constexpr const char* kName = "Q8_0";
-  static constexpr int kBytes = 34, kWeights = 32;
-  static constexpr bool kHasMinimum = false;
-  LT_BLOCK int code(const uint8_t* b, int run, int i) {
-    return static_cast<int8_t>(b[2 + 16 * run + i]);
-  }
-  LT_BLOCK RunScale scale(const uint8_t* b, int) { return {read_u16(b), 0, 1, 0}; }
-};
-
-// Each 32 bytes of nibbles hold 64 weights: the low nibbles are the first 32.
-template <>
-struct Block<12> {
-  static constexpr const char* kName = "Q4_K";
-  static constexpr int kBytes = 144, kWeights = 256;
-  static constexpr bool kHasMinimum = true;
-  LT_BLOCK int code(const uint8_t* b, int run, int i) {
-    return nibble(b[16 + 32 * (run / 4) + 16 * (run % 2) + i], (run / 2) % 2);
-  }
-  LT_BLOCK RunScale scale(const uint8_t* b, int run) { return k_scale(b, run / 2); }
-};
-
-// The nibbles of Q4_K, and 32 bytes of which bit j is the fifth bit in group j.
-template <>
-struct Block<13> {
-  static constexpr const char* kName = "Q5_K";
-  static constexpr int kBytes = 176, kWeights = 256;
-  static constexpr bool kHasMinimum = true;
-  LT_BLOCK int code(const uint8_t* b, int run, int i) {
-    const int fifth = (b[16 + 16 * (run % 2) + i] >> (run / 2)) & 1;
-    return nibble(b[48 + 32 * (run / 4) + 16 * (run % 2) + i], (run / 2) % 2) | (fifth << 4);
-  }
-  LT_BLOCK RunScale scale(const uint8_t* b, int run) { return k_scale(b, run / 2); }
-};
-
-// Per 128 weights: 64 bytes of nibbles (low ones first), 32 bytes of four 2-bit planes.
-template <>
-struct Block<14> {
-  static constexpr const char* kName = "Q6_K";
-  static constexpr int kBytes = 210, kWeights = 256;
-  static constexpr bool kHasMinimum = false;
-  LT_BLOCK int code(const uint8_t* b, int run, int i) {
-    const int half = run / 8;
-    const int low = nibble(b[64 * half + 16 * (run % 4) + i], (run % 8) / 4);
-    const int high = (b[128 + 32 * half + 16 * (run % 2) + i] >> (2 * ((run % 8) / 2))) & 3;
-    return (low | (high << 4)) - 32;
-  }
   LT_BLOCK RunScale scale(const uint8_t* b, int run) {
-    return {read_u16(b + 208), 0, static_cast<int8_t>(b[192 + run]), 0};
+    const uint16_t d = read_u16(b + kScale);
+    const uint16_t m = kHasMinimum ? read_u16(b + kMin) : 0;
+    const uint8_t* s = b + kSubScales;
+    if constexpr (kFormat == kQ6_K) {
+      return {d, m, static_cast<int8_t>(s[run]), 0};
+    } else if constexpr (kSixBitScales) {
+      const int j = run / 2 % 4;  // sub-blocks 4 to 7 borrow the top bits of 0 to 3
+      if (run < 8) return {d, m, s[j] & 63, s[j + 4] & 63};
+      return {d, m, (s[j + 8] & 15) | (s[j] >> 6 << 4), (s[j + 8] >> 4) | (s[j + 4] >> 6 << 4)};
+    } else {
+      return {d, m, 1, -1};  // these formats add their minimum
+    }
   }
+
+ private:
+  LT_BLOCK int nibble(uint8_t byte, int high) { return byte >> (4 * high) & 15; }
 };
 
 }  // namespace

@@ -2,30 +2,30 @@
 #include <vector>
 
 #include "common/quant_checks.h"
-#include "quant/gguf_blocks.h"
 #include "quant/params.h"
 
 namespace llamatelemetry {
 namespace {
 
+// Rows of whole blocks.
+Rows check_blocks(const char* op, const Tensor& data, const QuantLayout& layout) {
+  check_dtype(op, "data", data, ScalarType::Byte);
+  const Rows rows = rows_of(op, "data", data);
+  check(rows.row_size % layout.block_bytes == 0, op, "data",
+        std::string("have rows of whole ") + layout.name + " blocks of " +
+            std::to_string(layout.block_bytes) + " bytes",
+        "shape " + shape_text(data));
+  return rows;
+}
+
 Tensor dequantize(const Tensor& data, int64_t format, ScalarType dtype) {
   constexpr const char* op = "dequantize";
-  check_dtype(op, "data", data, ScalarType::Byte);
+  const QuantLayout layout = check_format(op, format);
   const DType out_dtype = check_floating(op, "dtype", dtype);
-  const Rows rows = rows_of(op, "data", data);
+  const Rows rows = check_blocks(op, data, layout);
+  const int64_t blocks_per_row = rows.row_size / layout.block_bytes;
   std::vector<int64_t> sizes(data.sizes().begin(), data.sizes().end());
-  int64_t blocks_per_row = 0;
-  const bool known = GgufFormats::dispatch(format, [&](auto number) {
-    using Format = Block<number()>;
-    check(rows.row_size % Format::kBytes == 0, op, "data",
-          std::string("have rows of whole ") + Format::kName + " blocks of " +
-              std::to_string(Format::kBytes) + " bytes",
-          "shape " + shape_text(data));
-    blocks_per_row = rows.row_size / Format::kBytes;
-    sizes.back() = blocks_per_row * Format::kWeights;
-  });
-  check(known, op, "format", "be a GGML type number of " + GgufFormats::text(),
-        std::to_string(format));
+  sizes.back() = blocks_per_row * layout.block_size;
   const DeviceGuard guard(data);
   Tensor out = allocate(data, sizes, dtype);
   if (out.numel() == 0) return out;
@@ -35,7 +35,7 @@ Tensor dequantize(const Tensor& data, int64_t format, ScalarType dtype) {
       .num_rows = rows.num_rows,
       .blocks_per_row = blocks_per_row,
       .row_stride_bytes = rows.row_stride,
-      .format = static_cast<int>(format),
+      .format = layout.format,
       .dtype = out_dtype,
   };
   launch(op, launch_dequantize, params, data);
@@ -45,13 +45,8 @@ Tensor dequantize(const Tensor& data, int64_t format, ScalarType dtype) {
 Tensor repack(const Tensor& data, int64_t format) {
   constexpr const char* op = "repack";
   const QuantLayout layout = check_format(op, format);
-  check_dtype(op, "data", data, ScalarType::Byte);
   check_dim(op, "data", data, 2, "[n, row_bytes]");
-  const Rows rows = rows_of(op, "data", data);
-  check(rows.row_size % layout.block_bytes == 0, op, "data",
-        std::string("have rows of whole ") + layout.name + " blocks of " +
-            std::to_string(layout.block_bytes) + " bytes",
-        "shape " + shape_text(data));
+  const Rows rows = check_blocks(op, data, layout);
   const DeviceGuard guard(data);
   Tensor packed = allocate(data, {num_tiles(rows.num_rows), kTileRows * rows.row_size});
   if (packed.numel() == 0) return packed;
