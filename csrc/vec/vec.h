@@ -137,6 +137,12 @@ LT_INLINE Vec vec_exp2_integral(Vec n) {
   return r;
 }
 LT_INLINE float vec_sum(Vec a) { return (a.v[0] + a.v[1]) + (a.v[2] + a.v[3]); }
+// Bit i is set where a[i] >= b[i], which no NaN is.
+LT_INLINE uint32_t vec_at_least(Vec a, Vec b) {
+  uint32_t mask = 0;
+  LT_LANES mask |= static_cast<uint32_t>(a.v[i] >= b.v[i]) << i;
+  return mask;
+}
 LT_INLINE float vec_reduce_max(Vec a) {
   float m = a.v[0];
   for (int i = 1; i < Vec::kLanes; ++i) m = a.v[i] > m ? a.v[i] : m;
@@ -208,6 +214,7 @@ LT_INLINE Vec vec_exp2_integral(Vec n) {
 }
 LT_INLINE float vec_sum(Vec a) { return _mm512_reduce_add_ps(a.v); }
 LT_INLINE float vec_reduce_max(Vec a) { return _mm512_reduce_max_ps(a.v); }
+LT_INLINE uint32_t vec_at_least(Vec a, Vec b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_GE_OQ); }
 
 #else  // AVX2
 
@@ -240,6 +247,9 @@ LT_INLINE float vec_reduce_max(Vec a) {
   __m128 x = _mm_max_ps(_mm256_castps256_ps128(a.v), _mm256_extractf128_ps(a.v, 1));
   x = _mm_max_ps(x, _mm_movehl_ps(x, x));
   return _mm_cvtss_f32(_mm_max_ss(x, _mm_movehdup_ps(x)));
+}
+LT_INLINE uint32_t vec_at_least(Vec a, Vec b) {
+  return static_cast<uint32_t>(_mm256_movemask_ps(_mm256_cmp_ps(a.v, b.v, _CMP_GE_OQ)));
 }
 
 #endif

@@ -1,0 +1,58 @@
+// Sampling: checks, allocation and Params, compiled once for each library.
+#include "common/checks.h"
+#include "sampling/params.h"
+
+namespace llamatelemetry {
+namespace {
+
+Tensor sample(const Tensor& logits, const Tensor& temperature, const Tensor& top_k,
+              const Tensor& top_p, const Tensor& min_p, const Tensor& seed, const Tensor& offset) {
+  constexpr const char* op = "sample";
+  const DType dtype = check_floating(op, "logits", logits);
+  check_dim(op, "logits", logits, 2, "[batch, vocab_size]");
+  check_last_contiguous(op, "logits", logits);
+  const int64_t batch = logits.size(0);
+  const int64_t vocab_size = logits.size(1);
+  check(vocab_size >= 1 && vocab_size <= kMaxVocabSize, op, "logits",
+        "have a vocab_size of 1 to " + std::to_string(kMaxVocabSize), std::to_string(vocab_size));
+  const auto check_column = [&](const char* arg, const Tensor& x, ScalarType column_dtype) {
+    check_shape(op, arg, x, "[batch]", {batch});
+    check_dtype(op, arg, x, column_dtype);
+    check_device(op, arg, x, "logits", logits);
+    check_contiguous(op, arg, x);
+  };
+  check_column("temperature", temperature, ScalarType::Float);
+  check_column("top_k", top_k, ScalarType::Int);
+  check_column("top_p", top_p, ScalarType::Float);
+  check_column("min_p", min_p, ScalarType::Float);
+  check_column("seed", seed, ScalarType::Long);
+  check_column("offset", offset, ScalarType::Long);
+  const DeviceGuard guard(logits);
+  Tensor out = allocate(logits, {batch}, ScalarType::Long);
+  if (batch == 0) return out;
+  Tensor workspace =
+      allocate(logits, {batch * sample_workspace_bytes(vocab_size)}, ScalarType::Byte);
+  const SampleParams params{
+      .logits = logits.const_data_ptr(),
+      .temperature = temperature.const_data_ptr<float>(),
+      .top_k = top_k.const_data_ptr<int32_t>(),
+      .top_p = top_p.const_data_ptr<float>(),
+      .min_p = min_p.const_data_ptr<float>(),
+      .seed = seed.const_data_ptr<int64_t>(),
+      .offset = offset.const_data_ptr<int64_t>(),
+      .out = out.mutable_data_ptr<int64_t>(),
+      .workspace = workspace.mutable_data_ptr(),
+      .batch = batch,
+      .vocab_size = vocab_size,
+      .logits_row_stride = logits.stride(0),
+      .dtype = dtype,
+  };
+  launch(op, launch_sample, params, logits);
+  return out;
+}
+
+}  // namespace
+
+LT_IMPL(m) { m.impl("sample", TORCH_BOX(&sample)); }
+
+}  // namespace llamatelemetry
