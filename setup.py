@@ -19,7 +19,7 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).resolve().parent
 WORK = ROOT / "build" / "ninja"  # kept between builds: only what changed is compiled again
 FLAGS = "-O3 -std=c++20 -I../../csrc"
-CXX_FLAGS = f"{FLAGS} -fPIC -fvisibility=hidden -Wall -Wextra"
+CXX_FLAGS = f"{FLAGS} -fPIC -fvisibility=hidden -ffp-contract=off -Wall -Wextra"  # vec_fma fuses
 NVCC_FLAGS = f"{FLAGS} -DLT_CUDA -DUSE_CUDA --expt-relaxed-constexpr"
 if os.environ.get("CI"):  # else not fatal: a user's newer compiler may have new warnings
     CXX_FLAGS, NVCC_FLAGS = f"{CXX_FLAGS} -Werror", f"{NVCC_FLAGS} -Werror=all-warnings"

@@ -136,6 +136,14 @@ LT_INLINE Vec vec_exp2_integral(Vec n) {
   LT_LANES r.v[i] = bits_to_float(static_cast<uint32_t>(static_cast<int>(n.v[i]) + 127) << 23);
   return r;
 }
+// x, its sign flipped where that of y is set.
+LT_INLINE Vec vec_flip_sign(Vec x, Vec y) {
+  Vec r;
+  LT_LANES r.v[i] = std::signbit(y.v[i]) ? -x.v[i] : x.v[i];
+  return r;
+}
+// (a, b, c, d, ...) -> (-b, a, -d, c, ...)
+LT_INLINE Vec vec_rotate_pairs(Vec a) { return {{-a.v[1], a.v[0], -a.v[3], a.v[2]}}; }
 LT_INLINE float vec_sum(Vec a) { return (a.v[0] + a.v[1]) + (a.v[2] + a.v[3]); }
 // Bit i is set where a[i] >= b[i], which no NaN is.
 LT_INLINE uint32_t vec_at_least(Vec a, Vec b) {
@@ -196,14 +204,16 @@ LT_INLINE Vec vec_load(const BFloat16* p) {
   const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
   return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16))};
 }
-LT_INLINE void vec_store(BFloat16* p, Vec x) {
+LT_INLINE __m512i bfloat16_in_high_half(Vec x) {
   const __m512i bits = _mm512_castps_si512(x.v);
   const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-  __m512i r = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
-  r = _mm512_mask_mov_epi32(r, _mm512_cmp_ps_mask(x.v, x.v, _CMP_UNORD_Q),
-                            _mm512_set1_epi32(0x7fc00000));
+  const __m512i r = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+  return _mm512_mask_mov_epi32(r, _mm512_cmp_ps_mask(x.v, x.v, _CMP_UNORD_Q),
+                               _mm512_set1_epi32(0x7fc00000));
+}
+LT_INLINE void vec_store(BFloat16* p, Vec x) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
-                      _mm512_cvtepi32_epi16(_mm512_srli_epi32(r, 16)));
+                      _mm512_cvtepi32_epi16(_mm512_srli_epi32(bfloat16_in_high_half(x), 16)));
 }
 LT_INLINE Vec vec_round(Vec a) {
   return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
@@ -211,6 +221,13 @@ LT_INLINE Vec vec_round(Vec a) {
 LT_INLINE Vec vec_exp2_integral(Vec n) {
   const __m512i exponent = _mm512_add_epi32(_mm512_cvtps_epi32(n.v), _mm512_set1_epi32(127));
   return {_mm512_castsi512_ps(_mm512_slli_epi32(exponent, 23))};
+}
+LT_INLINE Vec vec_flip_sign(Vec x, Vec y) {
+  return {_mm512_xor_ps(x.v, _mm512_and_ps(y.v, _mm512_set1_ps(-0.0f)))};
+}
+LT_INLINE Vec vec_rotate_pairs(Vec a) {
+  const __m512 sign = _mm512_castsi512_ps(_mm512_set1_epi64(0x80000000));
+  return {_mm512_xor_ps(_mm512_permute_ps(a.v, 0xb1), sign)};
 }
 LT_INLINE float vec_sum(Vec a) { return _mm512_reduce_add_ps(a.v); }
 LT_INLINE float vec_reduce_max(Vec a) { return _mm512_reduce_max_ps(a.v); }
@@ -222,12 +239,15 @@ LT_INLINE Vec vec_load(const BFloat16* p) {
   const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
   return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16))};
 }
-LT_INLINE void vec_store(BFloat16* p, Vec x) {
+LT_INLINE __m256i bfloat16_in_high_half(Vec x) {
   const __m256i bits = _mm256_castps_si256(x.v);
   const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
-  __m256i r = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
+  const __m256i r = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
   const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(x.v, x.v, _CMP_UNORD_Q));
-  r = _mm256_srli_epi32(_mm256_blendv_epi8(r, _mm256_set1_epi32(0x7fc00000), nan), 16);
+  return _mm256_blendv_epi8(r, _mm256_set1_epi32(0x7fc00000), nan);
+}
+LT_INLINE void vec_store(BFloat16* p, Vec x) {
+  const __m256i r = _mm256_srli_epi32(bfloat16_in_high_half(x), 16);
   const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(r, r), 0x08);
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_castsi256_si128(packed));
 }
@@ -237,6 +257,13 @@ LT_INLINE Vec vec_round(Vec a) {
 LT_INLINE Vec vec_exp2_integral(Vec n) {
   const __m256i exponent = _mm256_add_epi32(_mm256_cvtps_epi32(n.v), _mm256_set1_epi32(127));
   return {_mm256_castsi256_ps(_mm256_slli_epi32(exponent, 23))};
+}
+LT_INLINE Vec vec_flip_sign(Vec x, Vec y) {
+  return {_mm256_xor_ps(x.v, _mm256_and_ps(y.v, _mm256_set1_ps(-0.0f)))};
+}
+LT_INLINE Vec vec_rotate_pairs(Vec a) {
+  const __m256 sign = _mm256_castsi256_ps(_mm256_set1_epi64x(0x80000000));
+  return {_mm256_xor_ps(_mm256_permute_ps(a.v, 0xb1), sign)};
 }
 LT_INLINE float vec_sum(Vec a) {
   __m128 x = _mm_add_ps(_mm256_castps256_ps128(a.v), _mm256_extractf128_ps(a.v, 1));
@@ -283,6 +310,27 @@ template <>
 LT_SPECIALISED Vec vec_rounded_to<float>(Vec x) {
   return x;
 }
+#if defined(LT_ISA_AVX512)
+template <>
+LT_SPECIALISED Vec vec_rounded_to<Half>(Vec x) {
+  return {_mm512_cvtph_ps(_mm512_cvtps_ph(x.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC))};
+}
+template <>
+LT_SPECIALISED Vec vec_rounded_to<BFloat16>(Vec x) {
+  const __m512i high_half = _mm512_set1_epi32(static_cast<int>(0xffff0000));
+  return {_mm512_castsi512_ps(_mm512_and_si512(bfloat16_in_high_half(x), high_half))};
+}
+#elif defined(LT_ISA_AVX2)
+template <>
+LT_SPECIALISED Vec vec_rounded_to<Half>(Vec x) {
+  return {_mm256_cvtph_ps(_mm256_cvtps_ph(x.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC))};
+}
+template <>
+LT_SPECIALISED Vec vec_rounded_to<BFloat16>(Vec x) {
+  const __m256i high_half = _mm256_set1_epi32(static_cast<int>(0xffff0000));
+  return {_mm256_castsi256_ps(_mm256_and_si256(bfloat16_in_high_half(x), high_half))};
+}
+#endif
 
 // e^x within 2 ulp; 0 below -104, inf above 88.7, NaN stays NaN (vec_max and vec_min return their
 // second operand then). Cody and Waite's reduction, then the Taylor polynomial of degree 6 on
@@ -302,6 +350,25 @@ LT_INLINE Vec vec_exp(Vec x) {
   // n reaches 128, whose power of two alone overflows: scale in two steps.
   const Vec half_n = vec_round(n * vec_set(0.5f));
   return p * vec_exp2_integral(half_n) * vec_exp2_integral(n - half_n);
+}
+
+// tanh within 1e-7 of 1, which is what 1 + tanh(x) needs.
+LT_INLINE Vec vec_tanh(Vec x) {
+  const Vec e = vec_exp(vec_set(2.0f) * vec_flip_sign(x, x));
+  return vec_flip_sign(vec_set(1.0f) - vec_set(2.0f) / (e + vec_set(1.0f)), x);
+}
+
+// erf within 1.5e-7 of 1: Abramowitz and Stegun 7.1.26, as torch's vectorised erf computes it.
+LT_INLINE Vec vec_erf(Vec x) {
+  const Vec one = vec_set(1.0f);
+  const Vec t = one / vec_fma(vec_set(0.3275911f), vec_flip_sign(x, x), one);
+  Vec p = vec_set(1.061405429f);
+  p = vec_fma(p, t, vec_set(-1.453152027f));
+  p = vec_fma(p, t, vec_set(1.421413741f));
+  p = vec_fma(p, t, vec_set(-0.284496736f));
+  p = vec_fma(p, t, vec_set(0.254829592f));
+  const Vec tail = t * vec_exp(vec_set(0.0f) - x * x);
+  return vec_flip_sign(vec_fma(vec_set(0.0f) - tail, p, one), x);
 }
 
 }  // namespace LT_ISA

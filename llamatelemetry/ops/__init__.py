@@ -1,7 +1,16 @@
 """Typed wrappers of torch.ops.llamatelemetry, a module a room; reference.py is their semantics."""
 
 from llamatelemetry.ops.cache import append_kv_, copy_blocks_
-from llamatelemetry.ops.norm import rms_norm
+from llamatelemetry.ops.norm import (
+    fused_add_rms_norm_,
+    gelu_and_mul,
+    gelu_tanh_and_mul,
+    layer_norm,
+    rms_norm,
+    rotary_embedding_,
+    silu_and_mul,
+    softmax,
+)
 from llamatelemetry.ops.quant import QuantFormat, dequantize, repack, unpack
 from llamatelemetry.ops.sampling import sample
 
@@ -10,8 +19,15 @@ __all__ = [
     "append_kv_",
     "copy_blocks_",
     "dequantize",
+    "fused_add_rms_norm_",
+    "gelu_and_mul",
+    "gelu_tanh_and_mul",
+    "layer_norm",
     "repack",
     "rms_norm",
+    "rotary_embedding_",
     "sample",
+    "silu_and_mul",
+    "softmax",
     "unpack",
 ]

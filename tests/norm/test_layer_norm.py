@@ -1,0 +1,91 @@
+"""layer_norm: values, refusals, opcheck, reference, replay; compile."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from op_checks import assert_compiles, assert_refuses, assert_replays, run_opcheck
+from tolerance import assert_within_2x
+
+from llamatelemetry.ops import layer_norm, reference
+
+
+def case(device, dtype, shape, mean=0.0):
+    x = (torch.randn(shape, device=device) + mean).to(dtype)
+    return x, *(torch.randn(shape[-1], dtype=dtype, device=device) for _ in range(2))
+
+
+def assert_right(x, weight, bias, eps=1e-5):
+    assert_within_2x(
+        layer_norm(x, weight, bias, eps),
+        torch.nn.functional.layer_norm(x, x.shape[-1:], weight, bias, eps),
+        reference.layer_norm(
+            x.double(),
+            None if weight is None else weight.double(),
+            None if bias is None else bias.double(),
+            eps,
+        ),
+    )
+
+
+@pytest.mark.parametrize("mean", [0.0, 3.0])
+@pytest.mark.parametrize("shape", [(3, 7), (2, 5, 576), (4, 4096), (3, 1000), (1, 8191), (0, 16)])
+def test_values(device, dtype, shape, mean):
+    assert_right(*case(device, dtype, shape, mean))
+
+
+@pytest.mark.parametrize("has_weight", [True, False])
+@pytest.mark.parametrize("has_bias", [True, False])
+def test_weight_and_bias_are_optional(device, dtype, has_weight, has_bias):
+    x, weight, bias = case(device, dtype, (5, 300), mean=3.0)
+    assert_right(x, weight if has_weight else None, bias if has_bias else None)
+
+
+def test_a_large_mean_costs_no_variance(device):
+    x = torch.randn(4, 777, device=device) + 1000
+    ours = layer_norm(x)
+    assert (ours.double() - reference.layer_norm(x.double(), None, None, 1e-5)).abs().max() < 1e-4
+
+
+@given(st.integers(1, 5), st.integers(1, 700), st.integers(0, 9), st.integers(0, 3))
+def test_strided_rows_and_offsets(num_tokens, hidden_size, gap, offset):
+    flat = torch.full((offset + num_tokens * (hidden_size + gap),), torch.nan)
+    x = flat[offset:].view(num_tokens, hidden_size + gap)[:, :hidden_size]
+    x.copy_(torch.randn(num_tokens, hidden_size))
+    assert torch.equal(layer_norm(x), layer_norm(x.contiguous()))
+
+
+def test_refusals(device):
+    x, weight, bias = case(device, torch.float32, (2, 8))
+    assert_refuses(lambda: layer_norm(x, weight[:3]), "weight must be [hidden_size] = [8]", "[3]")
+    assert_refuses(lambda: layer_norm(x, weight, bias[:3]), "bias must be [hidden_size] = [8]")
+    assert_refuses(lambda: layer_norm(x, weight, bias.half()), "bias must have the dtype of x")
+    assert_refuses(lambda: layer_norm(x.double()), "x must be float32, float16 or bfloat16")
+    assert_refuses(lambda: layer_norm(x.T), "x must have a contiguous last dimension")
+    with torch.inference_mode(False), torch.enable_grad():
+        grad = torch.randn(8, device=device, requires_grad=True)
+        plain = torch.randn(2, 8, device=device)
+        assert_refuses(lambda: layer_norm(plain, None, grad), "bias must not require grad")
+
+
+def test_opcheck(device, dtype):
+    x, weight, bias = case(device, dtype, (2, 3, 24))
+    run_opcheck("layer_norm", x, weight, bias, 1e-5)
+    run_opcheck("layer_norm", x, None, None, 1e-5)
+    run_opcheck("layer_norm", x[:, :0], weight, None, 1e-5)
+
+
+def test_reference(device):
+    x, weight, bias = (t.double() for t in case(device, torch.float32, (3, 50), mean=3.0))
+    theirs = torch.nn.functional.layer_norm(x, (50,), weight, bias, 1e-5)
+    torch.testing.assert_close(reference.layer_norm(x, weight, bias, 1e-5), theirs)
+
+
+def test_replay(device, dtype):
+    assert_replays(layer_norm, case(device, dtype, (4, 96)), case(device, dtype, (4, 96)))
+
+
+def test_compile(device):
+    assert_compiles(layer_norm, [case(device, torch.float32, (n, 64)) for n in (2, 5, 9)])
