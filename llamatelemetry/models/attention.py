@@ -1,10 +1,25 @@
-"""Attention state of a step."""
+"""Attention over paged caches: the state of a packed step, and ours under transformers' names.
+
+Transformers' caches ``[batch, heads, slots, head_dim]`` are paged ones too: a page a row where all
+rows' tokens begin at the first slot, else a page a slot, so that the block table leaves padding out.
+Neither copies.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from llamatelemetry.models.masks import PaddedLayout, dense_mask, key_mask, padded_layout
+from llamatelemetry.ops import _contract  # noqa: F401  (loads the library)
+
+NAME = "llamatelemetry"
+_paged_attention = torch.ops.llamatelemetry.paged_attention.default
 
 
 @dataclass
@@ -30,3 +45,142 @@ class StepState:
     caches: list[tuple[Tensor, Tensor]]
     cos: Tensor
     sin: Tensor
+
+
+def register() -> None:
+    """Makes "llamatelemetry" an attention implementation of transformers, masks included."""
+    AttentionInterface.register(NAME, attention_forward)
+    AttentionMaskInterface.register(NAME, key_mask)
+
+
+def attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    is_causal: bool | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """transformers' attention function: ``softmax(q kᵀ * scaling) v`` by ops.paged_attention.
+
+    query:     [batch, num_heads_q, seqlen_q, head_dim]
+    key, value: [batch, num_heads_kv, seqlen_k, head_dim], any strides
+    attention_mask: key_mask's, or anything that scaled_dot_product_attention takes
+    Returns:   [batch, seqlen_q, num_heads_q, head_dim], 0 for a query that is padding; None
+    Torch's attention serves where ours cannot: gradients, dropout, foreign masks, position biases,
+    a sliding window over a gap.
+    """
+    softmax_scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    ours = attention_mask is None or attention_mask.dtype in (torch.uint8, torch.int32)
+    layout = None
+    if ours and attention_mask is not None and attention_mask.dtype == torch.uint8:
+        layout = getattr(attention_mask, "padded_layout", None)
+        if layout is None:
+            layout = padded_layout(attention_mask, query.shape[0], query.shape[2])
+    extras = [name for name in ("position_bias", "s_aux") if kwargs.get(name) is not None]
+    if (
+        not ours
+        or torch.is_grad_enabled()
+        or dropout
+        or extras
+        or (layout is not None and layout.has_gap and sliding_window is not None)
+        or query.shape[-1] % 8
+        or query.shape[-1] > 256
+    ):
+        if softcap or "s_aux" in extras:
+            raise ValueError(
+                f"{NAME} attention: softcap and sinks must be off where gradients, dropout or a "
+                'mask of another kind are asked for; use attn_implementation="eager"'
+            )
+        if ours and causal:
+            attention_mask = dense_mask(attention_mask, query, key, sliding_window)
+        return sdpa_attention_forward(
+            module,
+            query,
+            key,
+            value,
+            attention_mask,
+            dropout=dropout,
+            scaling=softmax_scale,
+            is_causal=causal,
+            **kwargs,
+        )
+    options = (
+        softmax_scale,
+        causal,
+        -1 if sliding_window is None else sliding_window - 1,
+        -1,
+        softcap or 0.0,
+    )
+    if layout is None:
+        return _rows_from_first_slot(query, key, value, attention_mask, options), None
+    return _rows_with_padding(query, key, value, layout, options), None
+
+
+def _rows_from_first_slot(
+    query: Tensor, key: Tensor, value: Tensor, num_tokens: Tensor | None, options: tuple[Any, ...]
+) -> Tensor:
+    """Attention where every row of the cache is one page, tokens first."""
+    batch, num_heads, seqlen_q, head_dim = query.shape
+    rows = torch.arange(batch + 1, dtype=torch.int32, device=query.device)
+    if num_tokens is None:
+        lengths = rows.new_full((batch,), key.shape[2])
+    else:
+        lengths = num_tokens.view(1).expand(batch).contiguous()
+    out, _ = _paged_attention(
+        query.transpose(1, 2).reshape(-1, num_heads, head_dim),
+        _last_contiguous(key).transpose(1, 2),
+        _last_contiguous(value).transpose(1, 2),
+        rows[:batch, None],
+        lengths,
+        rows * seqlen_q,
+        seqlen_q,
+        *options,
+    )
+    return out.view(batch, seqlen_q, num_heads, head_dim)
+
+
+def _rows_with_padding(
+    query: Tensor, key: Tensor, value: Tensor, layout: PaddedLayout, options: tuple[Any, ...]
+) -> Tensor:
+    """Attention where every slot of the cache is a page, so that the table can leave any out."""
+    batch, num_heads, seqlen_q, head_dim = query.shape
+    pages_per_row, (k_pages, v_pages) = _slots_as_pages(key, value)
+    first_pages = torch.arange(batch, device=query.device).mul_(pages_per_row).unsqueeze(1)
+    out, _ = _paged_attention(
+        query.transpose(1, 2).reshape(-1, num_heads, head_dim)[layout.order],
+        k_pages,
+        v_pages,
+        (layout.slots + first_pages).int(),
+        layout.cache_seqlens,
+        layout.cu_seqlens_q,
+        seqlen_q,
+        *options,
+    )
+    out = torch.where(layout.is_token.view(-1, 1, 1), out[layout.places], 0)
+    return out.view(batch, seqlen_q, num_heads, head_dim)
+
+
+def _slots_as_pages(key: Tensor, value: Tensor) -> tuple[int, list[Tensor]]:
+    """K and V [batch, heads, slots, head_dim] as [pages, 1, heads, head_dim], and a row's pages.
+
+    Pages overlap in memory where heads are further apart than slots: nothing writes through them.
+    """
+    batch, num_heads, num_slots, head_dim = key.shape
+    row, _, slot, last = key.stride()
+    if key.stride() != value.stride() or last != 1 or slot <= 0 or row % slot or num_slots == 1:
+        key, value = (x.clone(memory_format=torch.contiguous_format) for x in (key, value))
+        row, slot = num_heads * num_slots * head_dim, head_dim
+    num_pages = (batch - 1) * (row // slot) + num_slots
+    shape, strides = (num_pages, 1, num_heads, head_dim), (slot, slot, key.stride(1), 1)
+    return row // slot, [x.as_strided(shape, strides) for x in (key, value)]
+
+
+def _last_contiguous(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()

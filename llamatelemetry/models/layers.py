@@ -49,10 +49,14 @@ class Family:
 
 
 class Piece:
-    """Stands for one module: puts its forward in the module's place, and takes it out again."""
+    """Stands for one module: puts its forward in the module's place, and takes it out again.
 
-    def __init__(self, module: nn.Module) -> None:
+    Raises: ValueError where the module is not of the piece's kind after all
+    """
+
+    def __init__(self, module: nn.Module, family: Family, config: Any) -> None:
         self.module: Any = module
+        self.family, self.config = family, config
         self.original = module.forward
         self._replaced = {name: module.__dict__.get(name) for name in ("forward", "_apply")}
         self._apply_original = module._apply
@@ -86,13 +90,13 @@ class Piece:
 class RmsNorm(Piece):
     """``x / sqrt(mean(x²) + eps) * weight``."""
 
-    def __init__(self, module: nn.Module) -> None:
-        super().__init__(module)
+    def __init__(self, module: nn.Module, family: Family, config: Any) -> None:
+        super().__init__(module, family, config)
         self.weight: Tensor = self.module.weight
         self.eps = float(self.module.variance_epsilon)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled():  # ours have no gradients; the module's forward has
             return self.original(hidden_states)
         return _rms_norm(hidden_states.contiguous(), self.weight, self.eps)
 
@@ -101,8 +105,7 @@ class GatedMlp(Piece):
     """``down(act(gate(x)) * up(x))`` with gate and up as one linear."""
 
     def __init__(self, module: nn.Module, family: Family, config: Any) -> None:
-        super().__init__(module)
-        self._names = family.gate_up
+        super().__init__(module, family, config)
         if config.hidden_act not in ACTIVATIONS:
             raise ValueError(
                 f"activation must be one of {sorted(ACTIVATIONS)}, got {config.hidden_act!r}"
@@ -111,14 +114,16 @@ class GatedMlp(Piece):
         self.bind()
 
     def bind(self) -> None:
-        linears = [getattr(self.module, name) for name in self._names]
+        linears = [getattr(self.module, name) for name in self.family.gate_up]
         merged = merge_linears(linears)
         if merged is None:
-            raise ValueError(f"{' and '.join(self._names)} must be alike to become one linear")
+            raise ValueError(
+                f"{' and '.join(self.family.gate_up)} must be alike to become one linear"
+            )
         self.gate_up, self.down = merged.forward, self.module.down_proj.forward
 
     def unbind(self) -> None:
-        unmerge_linears([getattr(self.module, name) for name in self._names])
+        unmerge_linears([getattr(self.module, name) for name in self.family.gate_up])
 
     def step(self, x: Tensor) -> Tensor:
         return self.down(self.act_and_mul(self.gate_up(x)))
@@ -131,8 +136,7 @@ class Attention(Piece):
     """q, k and v as one linear, rotary embedding in place, attention, the output projection."""
 
     def __init__(self, module: nn.Module, family: Family, config: Any) -> None:
-        super().__init__(module)
-        self.config, self._names = config, family.qkv
+        super().__init__(module, family, config)
         self.head_dim = int(self.module.head_dim)
         num_kv = config.num_key_value_heads
         self.num_heads = [config.num_attention_heads, num_kv, num_kv]
@@ -153,7 +157,7 @@ class Attention(Piece):
         return getattr(self.module if hasattr(self.module, name) else self.config, name)
 
     def bind(self) -> None:
-        self.linears = [getattr(self.module, name) for name in self._names]
+        self.linears = [getattr(self.module, name) for name in self.family.qkv]
         merged = merge_linears(self.linears)
         self.qkv = None if merged is None else merged.forward
         self.o = self.module.o_proj.forward
@@ -232,8 +236,8 @@ class Attention(Piece):
 class DecoderLayer(Piece):
     """Attention and MLP, each added to the residual; the sum and the next norm are one op."""
 
-    def __init__(self, module: nn.Module, family: Family) -> None:
-        super().__init__(module)
+    def __init__(self, module: nn.Module, family: Family, config: Any) -> None:
+        super().__init__(module, family, config)
         self.norm: Any = self.module.post_attention_layernorm
         name = family.residual_multiplier
         self.multiplier = float(getattr(module, name)) if name else 1.0

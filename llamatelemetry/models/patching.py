@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llamatelemetry.models.attention import StepState
+from llamatelemetry.models.attention import NAME, StepState, register
 from llamatelemetry.models.decoder import Block, Decoder, rope_tables
 from llamatelemetry.models.layers import Attention, DecoderLayer, Family, GatedMlp, Piece, RmsNorm
 
@@ -43,6 +43,7 @@ class _Patched:
     report: PatchReport
     pieces: list[Piece]
     decoder: Decoder
+    attn_implementation: str
 
 
 def patch(model: Any) -> PatchReport:
@@ -55,13 +56,18 @@ def patch(model: Any) -> PatchReport:
     for i, layer in enumerate(layers):
         attention = Attention(layer.self_attn, family, config)
         mlp = GatedMlp(layer.mlp, family, config)
-        pieces += [attention, mlp, DecoderLayer(layer, family)]
-        pieces += [RmsNorm(layer.input_layernorm), RmsNorm(layer.post_attention_layernorm)]
+        pieces += [attention, mlp, DecoderLayer(layer, family, config)]
+        norms = (layer.input_layernorm, layer.post_attention_layernorm)
+        pieces += [RmsNorm(norm, family, config) for norm in norms]
         after = layers[i + 1].input_layernorm if i + 1 < len(layers) else model.model.norm
         blocks.append(Block(attention, mlp.step, layer.post_attention_layernorm, after))
     for piece in pieces:
         piece.install()
-    model._llamatelemetry = _Patched(report, pieces, Decoder(model, family, blocks))
+    register()
+    implementation = config._attn_implementation
+    model.set_attn_implementation(NAME)
+    decoder = Decoder(model, family, blocks)
+    model._llamatelemetry = _Patched(report, pieces, decoder, implementation)
     return report
 
 
@@ -70,6 +76,7 @@ def unpatch(model: Any) -> None:
     if patched is not None:
         for piece in patched.pieces:
             piece.remove()
+        model.set_attn_implementation(patched.attn_implementation)
 
 
 @torch.no_grad()
