@@ -1,7 +1,7 @@
 """Attention over paged caches: the state of a packed step, and ours under transformers' names.
 
 Transformers' caches ``[batch, heads, slots, head_dim]`` are paged ones too: a page a row where all
-rows' tokens begin at the first slot, else a page a slot, so that the block table leaves padding out.
+rows' tokens begin at the first slot, else a page a slot, so that the table leaves padding out.
 Neither copies.
 """
 
