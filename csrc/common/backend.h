@@ -19,7 +19,12 @@ using Stream = cudaStream_t;
 
 inline Error last_launch_error() {
   const cudaError_t status = cudaGetLastError();
-  return status == cudaSuccess ? nullptr : cudaGetErrorString(status);
+  if (status == cudaSuccess) return nullptr;
+  if (status == cudaErrorNoKernelImageForDevice) {
+    return "the GPU must have an architecture of this build, got another; `llamatelemetry doctor` "
+           "lists them, building with LLAMATELEMETRY_CUDA_ARCHS adds one (7.5 is the least)";
+  }
+  return cudaGetErrorString(status);
 }
 
 #else

@@ -1,0 +1,86 @@
+"""llamatelemetry doctor: the right kernel for each GPU, and an answer on every machine."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import pytest
+import torch
+
+from llamatelemetry import _build_info, _kernels, _library, doctor, machine
+from llamatelemetry.cli import main
+
+H200 = {"name": "NVIDIA H200", "capability": "9.0", "memory": "139 GiB"}
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """Gives the machine a GPU that only the doctor sees; returns how to choose its capability."""
+
+    def put(capability: str) -> None:
+        monkeypatch.setattr(machine, "gpus", lambda: [H200 | {"capability": capability}])
+
+    monkeypatch.setattr(_build_info, "CUDA_ARCHS", ["7.5", "8.0", "9.0+PTX"])
+    monkeypatch.setattr(_library, "why_no_cuda_library", lambda: None)
+    monkeypatch.setattr(_kernels, "without_cuda", {"softmax": "it has a CPU kernel only"})
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    return put
+
+
+@pytest.mark.parametrize(
+    ("capability", "code"),
+    [
+        ("7.5", "sm_75"),
+        ("8.0", "sm_80"),
+        ("8.9", "sm_80"),
+        ("9.0", "sm_90"),
+        ("10.0", "PTX 9.0, compiled by the driver at first use"),
+        ("7.0", None),
+    ],
+)
+def test_cuda_code(capability, code):
+    assert doctor.cuda_code(capability, ["7.5", "8.0", "9.0+PTX"]) == code
+
+
+def test_cuda_code_without_ptx():
+    assert doctor.cuda_code("9.0", ["8.6"]) is None
+    assert doctor.cuda_code("8.0", ["8.6"]) is None
+
+
+def test_json(capsys):
+    assert main(["doctor", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["ops"].keys() == set(_kernels.op_names())
+    assert found["ops"]["rms_norm"]["cpu"] == found["build"]["cpu_level"] == _library.cpu_isa()
+    assert found["machine"]["versions"]["torch"] == torch.__version__
+    if not torch.cuda.is_available():
+        assert all(kernel["cuda"].startswith("none: ") for kernel in found["ops"].values())
+
+
+def test_with_a_gpu(gpu, capsys):
+    gpu("9.0")
+    assert main(["doctor", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["ops"]["rms_norm"]["cuda"] == "sm_90"
+    assert found["ops"]["softmax"]["cuda"] == "none: it has a CPU kernel only"
+    assert found["machine"]["gpus"][0]["name"] == "NVIDIA H200"
+
+
+def test_with_a_gpu_too_old(gpu):
+    gpu("7.0")
+    reason = "the GPU has compute capability 7.0, this build holds 7.5, 8.0, 9.0+PTX"
+    assert doctor.cuda_kernel("rms_norm") == f"none: {reason}"
+
+
+@pytest.mark.parametrize("rich_installed", [True, False])
+def test_text(rich_installed, monkeypatch, capsys):
+    if not rich_installed:
+        monkeypatch.setitem(sys.modules, "rich.box", None)
+    assert main(["doctor"]) == 0
+    text = capsys.readouterr().out
+    for op in _kernels.op_names():
+        assert op in text
+    assert _library.cpu_isa() in text
+    assert torch.__version__ in text
