@@ -71,9 +71,9 @@ def attention_forward(
     query:     [batch, num_heads_q, seqlen_q, head_dim]
     key, value: [batch, num_heads_kv, seqlen_k, head_dim], any strides
     attention_mask: key_mask's, or anything that scaled_dot_product_attention takes
-    Returns:   [batch, seqlen_q, num_heads_q, head_dim], 0 for a query that is padding; None
+    Returns:   [batch, seqlen_q, num_heads_q, head_dim]; None
     Torch's attention serves where ours cannot: gradients, dropout, foreign masks, position biases,
-    a sliding window over a gap.
+    windows over padding.
     """
     softmax_scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
@@ -89,7 +89,7 @@ def attention_forward(
         or torch.is_grad_enabled()
         or dropout
         or extras
-        or (layout is not None and layout.has_gap and sliding_window is not None)
+        or (layout is not None and not _serves(layout, sliding_window))
         or query.shape[-1] % 8
         or query.shape[-1] > 256
     ):
@@ -99,7 +99,9 @@ def attention_forward(
                 'mask of another kind are asked for; use attn_implementation="eager"'
             )
         if ours and causal:
-            attention_mask = dense_mask(attention_mask, query, key, sliding_window)
+            attention_mask = dense_mask(
+                attention_mask, query.shape[2], key.shape[2], sliding_window, key.device
+            )
         return sdpa_attention_forward(
             module,
             query,
@@ -146,25 +148,30 @@ def _rows_from_first_slot(
     return out.view(batch, seqlen_q, num_heads, head_dim)
 
 
+def _serves(layout: PaddedLayout, window: int | None) -> bool:
+    """Whether _rows_with_padding can: a window counts positions, and padding has none."""
+    return not layout.uneven and (window is None or not (layout.has_gap or layout.pads_see))
+
+
 def _rows_with_padding(
     query: Tensor, key: Tensor, value: Tensor, layout: PaddedLayout, options: tuple[Any, ...]
 ) -> Tensor:
     """Attention where every slot of the cache is a page, so that the table can leave any out."""
     batch, num_heads, seqlen_q, head_dim = query.shape
-    pages_per_row, (k_pages, v_pages) = _slots_as_pages(key, value)
+    pages_per_row, cache = _slots_as_pages(key, value)
     first_pages = torch.arange(batch, device=query.device).mul_(pages_per_row).unsqueeze(1)
-    out, _ = _paged_attention(
-        query.transpose(1, 2).reshape(-1, num_heads, head_dim)[layout.order],
-        k_pages,
-        v_pages,
-        (layout.slots + first_pages).int(),
-        layout.cache_seqlens,
-        layout.cu_seqlens_q,
-        seqlen_q,
-        *options,
-    )
-    out = torch.where(layout.is_token.view(-1, 1, 1), out[layout.places], 0)
-    return out.view(batch, seqlen_q, num_heads, head_dim)
+    table = (layout.slots + first_pages).int()
+    q = query.transpose(1, 2).reshape(-1, num_heads, head_dim)[layout.order]
+    tokens, pads = q[: layout.num_tokens], q[layout.num_tokens :]
+    scale, causal, *rest = options
+    lengths = (layout.cache_seqlens, layout.cu_seqlens_q, seqlen_q)
+    out, _ = _paged_attention(tokens, *cache, table, *lengths, scale, causal, *rest)
+    if layout.pads_see:
+        lengths = (layout.pad_seqlens, layout.cu_pads, seqlen_q)
+        pads_out, _ = _paged_attention(pads, *cache, table, *lengths, scale, False, *rest)
+    else:
+        pads_out = torch.zeros_like(pads)
+    return torch.cat([out, pads_out])[layout.places].view(batch, seqlen_q, num_heads, head_dim)
 
 
 def _slots_as_pages(key: Tensor, value: Tensor) -> tuple[int, list[Tensor]]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from llamatelemetry.models.attention import StepState
-from llamatelemetry.models.layers import Attention, Family
+from llamatelemetry.models.layers import Attention, Family, number_of
 
 _fused_add_rms_norm = torch.ops.llamatelemetry.fused_add_rms_norm_.default
 _rms_norm = torch.ops.llamatelemetry.rms_norm.default
@@ -34,9 +34,9 @@ class Decoder:
         self.embed, self.lm_head = base.embed_tokens, model.lm_head
         self.first_norm = base.layers[0].input_layernorm
         self.blocks = list(blocks)
-        self.embedding_multiplier = _number(base, family.embedding_multiplier)
-        self.residual_multiplier = _number(base.layers[0], family.residual_multiplier)
-        self.logits_scaling = _number(model.config, family.logits_scaling)
+        self.embedding_multiplier = number_of(base, family.embedding_multiplier)
+        self.residual_multiplier = number_of(base.layers[0], family.residual_multiplier)
+        self.logits_scaling = number_of(model.config, family.logits_scaling)
 
     def forward(self, input_ids: Tensor, state: StepState) -> Tensor:
         """Logits of the last token of each sequence, [batch, vocab_size]."""
@@ -82,7 +82,3 @@ def rope_tables(model: Any, num_positions: int) -> tuple[Tensor, Tensor]:
     positions = torch.arange(max(num_positions, 1), device=like.device)
     cos, sin = rotary(like, positions.unsqueeze(0))
     return cos[0], sin[0]
-
-
-def _number(owner: Any, name: str) -> float:
-    return float(getattr(owner, name)) if name else 1.0

@@ -51,12 +51,13 @@ class Family:
 class Piece:
     """Stands for one module: puts its forward in the module's place, and takes it out again.
 
-    Raises: ValueError where the module is not of the piece's kind after all
+    Raises: ValueError, AttributeError where the module is not of the piece's kind after all
     """
 
     def __init__(self, module: nn.Module, family: Family, config: Any) -> None:
         self.module: Any = module
         self.family, self.config = family, config
+        self.width = int(config.hidden_size)
         self.original = module.forward
         self._replaced = {name: module.__dict__.get(name) for name in ("forward", "_apply")}
         self._apply_original = module._apply
@@ -75,11 +76,16 @@ class Piece:
         self.bind()
         return result
 
+    def _loaded(self, *_: Any) -> None:
+        self.bind()
+
     def install(self) -> None:
         self.module.forward = self.forward
         self.module._apply = self._apply
+        self._hook = self.module.register_load_state_dict_post_hook(self._loaded)
 
     def remove(self) -> None:
+        self._hook.remove()
         for name, value in self._replaced.items():
             self.module.__dict__.pop(name, None)
             if value is not None:
@@ -92,8 +98,11 @@ class RmsNorm(Piece):
 
     def __init__(self, module: nn.Module, family: Family, config: Any) -> None:
         super().__init__(module, family, config)
-        self.weight: Tensor = self.module.weight
         self.eps = float(self.module.variance_epsilon)
+        self.bind()
+
+    def bind(self) -> None:
+        self.weight: Tensor = self.module.weight
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         if torch.is_grad_enabled():  # ours have no gradients; the module's forward has
@@ -141,22 +150,15 @@ class Attention(Piece):
         num_kv = config.num_key_value_heads
         self.num_heads = [config.num_attention_heads, num_kv, num_kv]
         self.scale = float(self.module.scaling)
-        self.window = self._window(family.sliding_window)
+        self.window = sliding_window_of(self.module, family, config)
         self.window_left = -1 if self.window is None else self.window - 1
-        self.qk_norms = [
-            (getattr(module, name).weight, float(getattr(module, name).variance_epsilon))
-            for name in (family.query_norm, family.key_norm)
-            if name
-        ]
         self.interface_kwargs = {"sliding_window": self.window} if family.sliding_window else {}
         self.bind()
 
-    def _window(self, name: str) -> int | None:
-        if not name:
-            return None
-        return getattr(self.module if hasattr(self.module, name) else self.config, name)
-
     def bind(self) -> None:
+        names = [name for name in (self.family.query_norm, self.family.key_norm) if name]
+        norms = [getattr(self.module, name) for name in names]
+        self.qk_norms = [(norm.weight, float(norm.variance_epsilon)) for norm in norms]
         self.linears = [getattr(self.module, name) for name in self.family.qkv]
         merged = merge_linears(self.linears)
         self.qkv = None if merged is None else merged.forward
@@ -239,8 +241,8 @@ class DecoderLayer(Piece):
     def __init__(self, module: nn.Module, family: Family, config: Any) -> None:
         super().__init__(module, family, config)
         self.norm: Any = self.module.post_attention_layernorm
-        name = family.residual_multiplier
-        self.multiplier = float(getattr(module, name)) if name else 1.0
+        self.window = sliding_window_of(self.module.self_attn, family, config)
+        self.multiplier = number_of(module, family.residual_multiplier)
 
     def forward(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
         module = self.module
@@ -255,3 +257,14 @@ class DecoderLayer(Piece):
         if self.multiplier != 1.0:
             x = x * self.multiplier
         return residual.add_(x)
+
+
+def sliding_window_of(attention: nn.Module, family: Family, config: Any) -> int | None:
+    """How many keys a query of this attention sees, its own included; None without a limit."""
+    name = family.sliding_window
+    return getattr(attention if hasattr(attention, name) else config, name) if name else None
+
+
+def number_of(owner: Any, name: str) -> float:
+    """A factor that a family has under this name; 1 where it has none."""
+    return float(getattr(owner, name)) if name else 1.0

@@ -2,49 +2,64 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import cast
+import copy
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 
 def merge_linears(linears: Sequence[nn.Module]) -> nn.Module | None:
     """One linear whose output is the linears' outputs side by side; None if they are not alike.
 
-    The parameters stay where they were registered and become views of the merged ones, so the
+    The weights stay where they were registered and become views of the merged ones, so the
     state_dict keeps its keys and values, and loading into it reaches the merged linear.
     """
+    with _plain_tensors():
+        return _merge(linears)
+
+
+def _merge(linears: Sequence[nn.Module]) -> nn.Module | None:
     if any(type(linear) is not nn.Linear for linear in linears):
         return None
-    first = cast("nn.Linear", linears[0])
-    names = [name for name, _ in first.named_parameters()]
-    parameters = [dict(linear.named_parameters()) for linear in linears]
-    for other in parameters:
-        if list(other) != names:
-            return None
-        for name in names:
-            like, tensor = parameters[0][name], other[name]
-            if (tensor.dtype, tensor.device) != (like.dtype, like.device):
-                return None
-    merged = nn.Linear(first.in_features, 1, bias="bias" in names, device="meta")
-    merged.out_features = sum(part["weight"].shape[0] for part in parameters)
-    for name in names:
-        whole = torch.cat([p[name].data for p in parameters])
-        setattr(merged, name, nn.Parameter(whole, requires_grad=False))
-        for part, view in zip(parameters, _pieces(whole, parameters, name), strict=True):
+    parts = [dict(linear.named_parameters()) for linear in linears]
+    if len({tuple((name, p.dtype, p.device) for name, p in part.items()) for part in parts}) > 1:
+        return None
+    out_features = sum(part["weight"].shape[0] for part in parts)
+    in_features = parts[0]["weight"].shape[1]
+    merged = nn.Linear(in_features, out_features, bias="bias" in parts[0], device="meta")
+    for name in parts[0]:
+        whole = torch.cat([part[name].data for part in parts])
+        views = whole.split([part[name].shape[0] for part in parts])
+        for part, view in zip(parts, views, strict=True):
             part[name].data = view
+        setattr(merged, name, nn.Parameter(whole, requires_grad=False))
     return merged
 
 
 def unmerge_linears(linears: Sequence[nn.Module]) -> None:
-    """Gives each linear a storage of its own again."""
-    for linear in linears:
-        for parameter in linear.parameters():
-            parameter.data = parameter.data.clone()
+    """Gives each linear storages of its own again."""
+    with _plain_tensors():
+        for linear in linears:
+            for parameter in linear.parameters():
+                parameter.data = parameter.data.clone()
+            for name, buffer in list(linear.named_buffers()):
+                setattr(linear, name, buffer.clone())
 
 
-def _pieces(
-    whole: Tensor, parameters: Sequence[dict[str, nn.Parameter]], name: str
-) -> tuple[Tensor, ...]:
-    return whole.split([part[name].shape[0] for part in parameters])
+@contextmanager
+def _plain_tensors() -> Iterator[None]:
+    """Tensors made here can be trained later, whatever mode the caller is in."""
+    with torch.inference_mode(False), torch.no_grad():
+        yield
+
+
+def in_more_bits(module: nn.Module, dtype: torch.dtype, config: Any) -> nn.Module:
+    """A copy of module in dtype.
+
+    config: is not copied, so the copy follows its changes
+    """
+    twin = copy.deepcopy(module, {id(config): config})
+    return twin.to(dtype)

@@ -21,15 +21,23 @@ _QUERY = 2  # holds what this forward asks with
 
 
 class PaddedLayout(NamedTuple):
-    """Which slots of a padded cache hold tokens, and which queries are tokens."""
+    """How paged_attention reads a padded cache: twice, for queries that are tokens and for padding.
+
+    A query that is padding sees the tokens before it, as with torch's attention: where a prompt is
+    padded on the right, transformers takes the first new token from there.
+    """
 
     slots: Tensor  # [batch, num_slots] the slots of each row that hold tokens, then the others
-    cache_seqlens: Tensor  # [batch] int32
-    cu_seqlens_q: Tensor  # [batch + 1] int32
+    cache_seqlens: Tensor  # [batch] int32, tokens in the cache
+    cu_seqlens_q: Tensor  # [batch + 1] int32, of the queries that are tokens
+    pad_seqlens: Tensor  # [batch] int32, tokens that padding sees
+    cu_pads: Tensor  # [batch + 1] int32, of the queries that are padding
     order: Tensor  # [batch * seqlen_q] the queries that are tokens, then the others
     places: Tensor  # [batch * seqlen_q] its inverse
-    is_token: Tensor  # [batch * seqlen_q] of the queries as they come
+    num_tokens: int  # queries that are tokens
+    pads_see: bool  # some padding comes after a token
     has_gap: bool  # padding between tokens: slots are further apart than positions
+    uneven: bool  # of one row, padding sees different tokens
 
 
 def key_mask(
@@ -94,28 +102,44 @@ def key_mask(
 
 
 def padded_layout(mask: Tensor, batch: int, seqlen_q: int) -> PaddedLayout:
+    """The layout of key_mask's mask; waits for the device once."""
     bits = mask[:, 0, 0].expand(batch, -1)
     tokens = (bits & _TOKEN).bool()
     first_query = (bits[0] & _QUERY).argmax()
     queries = first_query + torch.arange(seqlen_q, device=mask.device)
     is_token = tokens.index_select(1, queries)
-    order = is_token.logical_not().flatten().sort(stable=True).indices
+    seen = tokens.cumsum(1).index_select(1, queries)
+    most = seen.masked_fill(is_token, 0).amax(1)
+    least = seen.masked_fill(is_token, tokens.shape[1]).amin(1)
     runs = tokens[:, 0] + (tokens[:, 1:] & ~tokens[:, :-1]).sum(1)
+    order = is_token.logical_not().flatten().sort(stable=True).indices
+    num_tokens, pads_see, has_gap, uneven = torch.stack(
+        [is_token.sum(), most.amax(), (runs > 1).sum(), (most > least).sum()]
+    ).tolist()
     return PaddedLayout(
         slots=tokens.logical_not().sort(dim=1, stable=True).indices,
         cache_seqlens=tokens.sum(1, dtype=torch.int32),
-        cu_seqlens_q=nn.functional.pad(is_token.sum(1).cumsum(0), (1, 0)).int(),
+        cu_seqlens_q=_starts(is_token.sum(1)),
+        pad_seqlens=most.int(),
+        cu_pads=_starts(is_token.logical_not().sum(1)),
         order=order,
         places=order.argsort(),
-        is_token=is_token.flatten(),
-        has_gap=bool((runs > 1).any()),
+        num_tokens=num_tokens,
+        pads_see=pads_see > 0,
+        has_gap=has_gap > 0,
+        uneven=uneven > 0,
     )
 
 
-def dense_mask(mask: Tensor | None, query: Tensor, key: Tensor, window: int | None) -> Tensor:
+def _starts(lengths: Tensor) -> Tensor:
+    return nn.functional.pad(lengths.cumsum(0), (1, 0)).int()
+
+
+def dense_mask(
+    mask: Tensor | None, seqlen_q: int, seqlen_k: int, window: int | None, device: torch.device
+) -> Tensor:
     """Which key each query sees, [batch or 1, 1, seqlen_q, seqlen_k] bool, of key_mask's mask."""
-    seqlen_q, seqlen_k = query.shape[2], key.shape[2]
-    slots = torch.arange(seqlen_k, device=key.device)
+    slots = torch.arange(seqlen_k, device=device)
     if mask is not None and mask.dtype == torch.uint8:
         tokens = (mask & _TOKEN).bool()
         first_query = (mask[0, 0, 0] & _QUERY).argmax()
@@ -123,7 +147,7 @@ def dense_mask(mask: Tensor | None, query: Tensor, key: Tensor, window: int | No
         num_tokens = slots.new_tensor(seqlen_k) if mask is None else mask.view(())
         tokens = slots < num_tokens
         first_query = num_tokens - seqlen_q
-    queries = (first_query + torch.arange(seqlen_q, device=key.device)).unsqueeze(1)
+    queries = (first_query + torch.arange(seqlen_q, device=device)).unsqueeze(1)
     seen = slots <= queries
     if window is not None:
         seen = seen & (slots > queries - window)

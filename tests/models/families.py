@@ -14,7 +14,7 @@ from llamatelemetry.models.patching import forward_tokens, rope_tables
 VOCAB = 97
 HEAD_DIM = 16
 NUM_KV = 3
-LAYERS = 3
+LAYERS = 2
 WINDOW = 5
 
 # Odd head counts, grouped queries, heads wider together than the hidden size.

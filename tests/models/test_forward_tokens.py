@@ -39,7 +39,7 @@ def test_packed_logits_are_those_of_transformers(family, device, dtype):
 
 
 def test_an_unpatched_model_is_refused():
-    with pytest.raises(ValueError, match="must be patched first"):
+    with pytest.raises(ValueError, match="must be patched as a whole, got it is not patched"):
         forward_tokens(tiny_model("llama"), torch.zeros(1, dtype=torch.long), None)
 
 
