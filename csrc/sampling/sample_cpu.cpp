@@ -1,9 +1,9 @@
 // One token a row from softmax(logits / temperature) after top-k, top-p and min-p, see row.h.
 // Bound by reading the logits, once: the first launch leaves the largest of every group of 64, and
-// what follows skips the groups that cannot hold a token. The k-th largest of the group maxima is a
-// lower bound of the k-th largest logit; log((1 - top_p) / vocab_size) is a score below which all
-// tokens together weigh less than top-p removes. So a few hundred tokens are gathered, and exact
-// selection among those is cheap.
+// what follows skips the groups that cannot hold a token. The k-th largest of those maxima is a
+// lower bound of the k-th largest logit; top-p looks ever deeper below the best score until it has
+// the weight it wants. So a few hundred tokens are gathered, and exact selection among them is
+// cheap.
 //   sample_maxima   item = segment: largest logit of every group
 //   sample_weights  item = segment: weight of the segment, where a row needs the total of all
 //   tokens sample_tokens   item = row: gather, filter, draw
@@ -65,9 +65,13 @@ struct Row : SampleRow {
     greedy = greedy || !(std::fabs(best) < INFINITY);
   }
 
+  uint64_t total_of_segments() const {
+    uint64_t total = 0;
+    for (int64_t s = 0; s < num_segments(vocab_size); ++s) total += segment_weight[s];
+    return total;
+  }
+
   bool top_k_on() const { return top_k < vocab_size; }
-  // k groups whose maxima bound the k-th largest logit from below.
-  bool top_k_bounds() const { return top_k <= num_groups(vocab_size); }
   bool filtered() const { return top_k_on() || top_p_on || min_p_on; }
   // Where the weight of all tokens matters: for the draw, or for top-p.
   bool needs_total() const { return !greedy && (!filtered() || (top_p_on && !top_k_on())); }
@@ -96,6 +100,12 @@ LT_INLINE uint64_t weight_of(float x) {
   return bits & 0xfffffffffffff;
 }
 
+uint64_t total_weight(const float* exps, int64_t size) {
+  uint64_t total = 0;
+  for (int64_t i = 0; i < size; ++i) total += weight_of(exps[i]);
+  return total;
+}
+
 template <typename T>
 void weights_of_segments(const SampleParams& p, int64_t begin, int64_t end) {
   const int64_t segments = num_segments(p.vocab_size);
@@ -104,17 +114,14 @@ void weights_of_segments(const SampleParams& p, int64_t begin, int64_t end) {
     r.find_best();
     if (!r.needs_total()) continue;
     const int64_t first = item % segments * kSegment;
-    const int64_t last = smaller(first + kSegment, p.vocab_size);
-    uint64_t weight[kLanes] = {};
-    for (int64_t i = first; i < last; i += kLanes) {
-      const Vec score = load_of(r.logits + i, r.vocab_size - i) / vec_set(r.temperature);
-      float exps[kLanes];
-      vec_store(exps, vec_exp(vec_max(score - vec_set(r.best), vec_set(-INFINITY))));
-      for (int lane = 0; lane < kLanes; ++lane) weight[lane] += weight_of(exps[lane]);
+    const int64_t size = smaller(kSegment, p.vocab_size - first);
+    float exps[kSegment];
+    for (int64_t i = 0; i < size; i += kLanes) {
+      const Vec score = load_of(r.logits + first + i, size - i) / vec_set(r.temperature);
+      // NaN becomes -inf, which weighs nothing.
+      vec_store(exps + i, vec_exp(vec_max(score - vec_set(r.best), vec_set(-INFINITY))));
     }
-    uint64_t sum = 0;
-    for (int lane = 0; lane < kLanes; ++lane) sum += weight[lane];
-    r.segment_weight[item % segments] = sum;
+    r.segment_weight[item % segments] = total_weight(exps, size);
   }
 }
 
@@ -143,32 +150,16 @@ Selected select(int64_t size, KeyOf key_of, WeightOf weight_of, uint64_t budget)
 
 uint32_t rank_of(float score) { return rank_of_bits(float_to_bits(score + 0.0f)); }
 
-// The score that every candidate must reach, relative to the best one. Never excludes a token that
-// the filters keep, except one that weighs nothing.
 template <typename T>
-float candidate_floor(const Row<T>& r) {
-  constexpr float kMargin = 0.01f;  // far above the rounding of logf
-  float floor = kSmallestScore;
-  if (r.top_k_on() && r.top_k_bounds()) {
-    const auto kth = select(
-        num_groups(r.vocab_size), [&](int64_t g) { return rank_of(r.group_max[g]); },
-        [](int64_t) { return 1; }, r.top_k - 1);
-    for (int64_t g = 0;; ++g) {
-      if (rank_of(r.group_max[g]) != kth.key) continue;
-      const float score = r.group_max[g] / r.temperature - r.best;
-      return score > floor ? score : floor;
-    }
+void weigh(const Row<T>& r, int64_t size) {
+  for (int64_t i = size; i < size + kLanes; ++i) r.scores[i] = -INFINITY;
+  for (int64_t i = 0; i < size; i += kLanes) {
+    vec_store(r.exps + i, vec_exp(vec_load(r.scores + i) - vec_set(r.best)));
   }
-  float bound = floor;
-  if (r.top_p_on && !r.top_k_on()) {
-    bound = logf((1.0f - r.top_p) / static_cast<float>(r.vocab_size)) - kMargin;
-  } else if (r.min_p_on && !r.top_p_on) {
-    bound = logf(r.min_p) - kMargin;
-  }
-  return bound > floor ? bound : floor;
 }
 
-// Gathers the tokens of [begin, end) (whole groups) with score - best >= floor; returns how many.
+// Gathers and weighs the tokens of [begin, end), whole groups, with score - best >= floor; returns
+// how many.
 template <typename T>
 int64_t gather(const Row<T>& r, int64_t begin, int64_t end, float floor) {
   int64_t size = 0;
@@ -187,7 +178,17 @@ int64_t gather(const Row<T>& r, int64_t begin, int64_t end, float floor) {
       }
     }
   }
+  weigh(r, size);
   return size;
+}
+
+// Gathers ever deeper below the best score until enough(size) holds, or all that weighs anything.
+template <typename T, typename Enough>
+int64_t gather_until(const Row<T>& r, Enough enough) {
+  for (float floor = -4.0f;; floor *= 2.0f) {
+    const int64_t size = gather(r, 0, r.vocab_size, floor);
+    if (floor <= kSmallestScore || enough(size)) return size;
+  }
 }
 
 // Keeps the candidates that keep(i) names, in order; returns how many.
@@ -203,18 +204,32 @@ int64_t retain(const Row<T>& r, int64_t size, Keep keep) {
   return kept;
 }
 
+// Gathers at least the k best tokens and keeps those and their equals. The k-th largest group
+// maximum is a tight floor; there is none for k beyond the number of groups.
 template <typename T>
-int64_t retain_top_k(const Row<T>& r, int64_t size) {
+int64_t gather_top_k(const Row<T>& r) {
+  const auto one = [](int64_t) { return 1; };
+  int64_t size;
+  if (r.top_k <= num_groups(r.vocab_size)) {
+    const auto rank = [&](int64_t group) { return rank_of(r.group_max[group]); };
+    const uint32_t kth = select(num_groups(r.vocab_size), rank, one, r.top_k - 1).key;
+    int64_t group = 0;
+    while (rank(group) != kth) ++group;
+    const float floor = r.group_max[group] / r.temperature - r.best;
+    size = gather(r, 0, r.vocab_size, floor > kSmallestScore ? floor : kSmallestScore);
+  } else {
+    size = gather_until(r, [&](int64_t found) { return found >= r.top_k; });
+  }
+  if (size <= r.top_k) return size;
   const auto rank = [&](int64_t i) { return rank_of(r.scores[i]); };
-  const uint32_t kth = select(size, rank, [](int64_t) { return 1; }, r.top_k - 1).key;
+  const uint32_t kth = select(size, rank, one, r.top_k - 1).key;
   return retain(r, size, [&](int64_t i) { return rank(i) <= kth; });
 }
 
 template <typename T>
-int64_t retain_top_p(const Row<T>& r, int64_t size, uint64_t total) {
+int64_t retain_top_p(const Row<T>& r, int64_t size, uint64_t wanted) {
   const auto rank = [&](int64_t i) { return rank_of(r.scores[i]); };
   const auto weight = [&](int64_t i) { return weight_of(r.exps[i]); };
-  const uint64_t wanted = top_p_weight(r.top_p, total);
   const Selected last = select(size, rank, weight, wanted - 1);
   // Of the tokens equal to the last one kept, those with the lowest ids go first.
   uint64_t equal = 0;
@@ -230,14 +245,6 @@ int64_t retain_top_p(const Row<T>& r, int64_t size, uint64_t total) {
     if (rank(i) != last.key) return rank(i) < last.key;
     return removed == 0 || (removed--, false);
   });
-}
-
-template <typename T>
-void weigh(const Row<T>& r, int64_t size) {
-  for (int64_t i = size; i < size + kLanes; ++i) r.scores[i] = -INFINITY;
-  for (int64_t i = 0; i < size; i += kLanes) {
-    vec_store(r.exps + i, vec_exp(vec_load(r.scores + i) - vec_set(r.best)));
-  }
 }
 
 template <typename T>
@@ -267,35 +274,31 @@ int64_t walk(const Row<T>& r, int64_t size, uint64_t target) {
 
 template <typename T>
 int64_t draw_unfiltered(const Row<T>& r, uint64_t random) {
-  uint64_t total = 0;
-  for (int64_t s = 0; s < num_segments(r.vocab_size); ++s) total += r.segment_weight[s];
-  uint64_t target = random_below(total, random);
+  uint64_t target = random_below(r.total_of_segments(), random);
   int64_t segment = 0;
   while (target >= r.segment_weight[segment]) target -= r.segment_weight[segment++];
   const int64_t begin = segment * kSegment;
-  const int64_t size = gather(r, begin, smaller(begin + kSegment, r.vocab_size), kSmallestScore);
-  weigh(r, size);
-  return walk(r, size, target);
+  const int64_t end = smaller(begin + kSegment, r.vocab_size);
+  return walk(r, gather(r, begin, end, kSmallestScore), target);
 }
 
 template <typename T>
 int64_t draw_filtered(const Row<T>& r, uint64_t random) {
-  int64_t size = gather(r, 0, r.vocab_size, candidate_floor(r));
-  if (r.top_k < size) size = retain_top_k(r, size);
-  weigh(r, size);
-  if (r.top_p_on) {
-    uint64_t total = 0;
-    if (r.needs_total()) {
-      for (int64_t s = 0; s < num_segments(r.vocab_size); ++s) total += r.segment_weight[s];
-    } else {
-      for (int64_t i = 0; i < size; ++i) total += weight_of(r.exps[i]);
+  int64_t size;
+  if (r.top_k_on()) {
+    size = gather_top_k(r);
+    if (r.top_p_on) {
+      size = retain_top_p(r, size, top_p_weight(r.top_p, total_weight(r.exps, size)));
     }
-    size = retain_top_p(r, size, total);
+  } else if (r.top_p_on) {
+    const uint64_t wanted = top_p_weight(r.top_p, r.total_of_segments());
+    size = gather_until(r, [&](int64_t found) { return total_weight(r.exps, found) >= wanted; });
+    size = retain_top_p(r, size, wanted);
+  } else {
+    size = gather(r, 0, r.vocab_size, logf(r.min_p) - 0.01f);  // far more than logf rounds
   }
   if (r.min_p_on) size = retain(r, size, [&](int64_t i) { return r.exps[i] >= r.min_p; });
-  uint64_t total = 0;
-  for (int64_t i = 0; i < size; ++i) total += weight_of(r.exps[i]);
-  return walk(r, size, random_below(total, random));
+  return walk(r, size, random_below(total_weight(r.exps, size), random));
 }
 
 template <typename T>
