@@ -3,16 +3,27 @@
 namespace llamatelemetry {
 namespace {
 
-constexpr int kNumThreads = 256;
+constexpr int kNumThreads = 128;
+constexpr int64_t kMaxGridY = 65535;
+
+template <typename Function, typename V>
+void start(const GatedActivationParams& p, Stream stream) {
+  const int64_t blocks = (p.row_size / V::kElements + kNumThreads - 1) / kNumThreads;
+  const dim3 grid(static_cast<unsigned>(p.num_rows),
+                  static_cast<unsigned>(blocks < kMaxGridY ? blocks : kMaxGridY));
+  launch_overlapped(gated_activation_kernel<Function, V, kNumThreads>, grid, kNumThreads, stream,
+                    p);
+}
 
 template <typename Function>
 void start(const GatedActivationParams& p, Stream stream) {
-  const auto blocks_per_row = static_cast<unsigned>((p.row_size + kNumThreads - 1) / kNumThreads);
-  const dim3 grid(static_cast<unsigned>(p.num_rows),
-                  blocks_per_row < 65535 ? blocks_per_row : 65535);
   dispatch_dtype(p.dtype, [&](auto type) {
     using T = typename decltype(type)::type;
-    gated_activation_kernel<Function, T, kNumThreads><<<grid, kNumThreads, 0, stream>>>(p);
+    if (fits_wide_vectors<T>({p.x, p.out}, p.row_size, p.x_row_stride)) {
+      start<Function, WideVector<T>>(p, stream);
+    } else {
+      start<Function, Vector<T, 1>>(p, stream);
+    }
   });
 }
 

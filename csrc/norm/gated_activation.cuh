@@ -1,12 +1,11 @@
 // out[r, i] = activation(x[r, i]) * x[r, row_size + i], the activation rounded to T before the
-// product, as act_fn(gate) * up rounds it. Bandwidth bound.
+// product, as act_fn(gate) * up rounds it. Bandwidth bound: a thread has one vector.
 // Grid [num_rows, blocks a row], block kNumThreads.
 #pragma once
 
-#include <cstdint>
-
 #include "norm/params.h"
-#include "tile/convert.cuh"
+#include "tile/overlap.cuh"
+#include "tile/vector.cuh"
 
 namespace llamatelemetry {
 
@@ -24,17 +23,23 @@ struct GeluTanh {
   }
 };
 
-template <typename Function, typename T, int kNumThreads>
+template <typename Function, typename V, int kNumThreads>
 __global__ void __launch_bounds__(kNumThreads)
     gated_activation_kernel(const __grid_constant__ GatedActivationParams p) {
+  using T = typename V::Element;
   const int64_t row = blockIdx.x;
-  const T* gate = static_cast<const T*>(p.x) + row * p.x_row_stride;
-  const T* up = gate + p.row_size;
-  T* out = static_cast<T*>(p.out) + row * p.row_size;
+  const V* gate = reinterpret_cast<const V*>(static_cast<const T*>(p.x) + row * p.x_row_stride);
+  V* out = reinterpret_cast<V*>(static_cast<T*>(p.out) + row * p.row_size);
+  const int64_t num_vectors = p.row_size / V::kElements;
+  const V* up = gate + num_vectors;
+  let_successors_start();
+  wait_for_predecessors();
+
   const int64_t step = static_cast<int64_t>(gridDim.y) * kNumThreads;
-  for (int64_t i = blockIdx.y * kNumThreads + threadIdx.x; i < p.row_size; i += step) {
-    const T activated = from_float<T>(Function::of(to_float(gate[i])));
-    out[i] = from_float<T>(to_float(activated) * to_float(up[i]));
+  for (int64_t i = blockIdx.y * kNumThreads + threadIdx.x; i < num_vectors; i += step) {
+    const V factor = up[i];
+    const V activated = map_vector(gate[i], [](float g) { return Function::of(g); });
+    out[i] = map_vector(activated, factor, [](float a, float u) { return a * u; });
   }
 }
 

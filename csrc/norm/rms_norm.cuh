@@ -1,42 +1,51 @@
 // out[t, :] = x[t, :] / sqrt(mean(x[t, :]^2) + eps) * weight          (Zhang & Sennrich 2019)
 // and the same of residual[t, :] += x[t, :], where there is a residual.
-// Bandwidth bound: one block per token; the second read of x hits L1/L2. Accumulates in float32.
-// Grid [num_tokens], block kNumThreads.
+// Bandwidth bound, or for a few rows bound by latency: one block per row, which stays in registers
+// between the sum and the product.
+// Grid [num_tokens].
 #pragma once
 
-#include <cstdint>
-
+#include "norm/block_row.cuh"
 #include "norm/params.h"
-#include "tile/convert.cuh"
-#include "tile/reduce.cuh"
 
 namespace llamatelemetry {
 
-template <typename T, int kNumThreads>
-__global__ void __launch_bounds__(kNumThreads)
+template <typename V, int kHeld>
+__global__ void __launch_bounds__(kMaxWarps* kWarpSize)
     rms_norm_kernel(const __grid_constant__ RmsNormParams p) {
+  using T = typename V::Element;
   const int64_t token = blockIdx.x;
-  const T* x = static_cast<const T*>(p.x) + token * p.x_row_stride;
-  T* residual = static_cast<T*>(p.residual) + token * p.residual_row_stride;
-  const T* weight = static_cast<const T*>(p.weight);
-  T* out = static_cast<T*>(p.out) + token * p.out_row_stride;
+  const auto hidden_size = static_cast<int>(p.hidden_size);
+  let_successors_start();
+  prefetch_row<V>(p.weight, hidden_size);
+  wait_for_predecessors();
+
+  BlockRow<V, kHeld> x(static_cast<const T*>(p.x) + token * p.x_row_stride, hidden_size);
+  // Under way before the sum is known, unless that takes more registers than there are.
+  const BlockRow<V, kHeld == 4 ? 0 : kHeld> weight(p.weight, hidden_size);
+  if (p.residual) {
+    T* sums = static_cast<T*>(p.residual) + token * p.residual_row_stride;
+    const BlockRow<V, kHeld> residual(sums, hidden_size);
+    x.for_each([&](int i, int h, V& value) {
+      value = map_vector(residual.at(i, h), value, [](float r, float v) { return r + v; });
+      reinterpret_cast<V*>(sums)[i] = value;
+    });
+    x.row = reinterpret_cast<const V*>(sums);
+  }
+
   float sum = 0.0f;
-  for (int64_t i = threadIdx.x; i < p.hidden_size; i += kNumThreads) {
-    float value = to_float(x[i]);
-    if (p.residual) {
-      residual[i] = from_float<T>(to_float(residual[i]) + value);
-      value = to_float(residual[i]);
-    }
-    sum += value * value;
-  }
+  x.for_each([&](int, int, const V& value) {
+#pragma unroll
+    for (const T element : value.value) sum = fmaf(to_float(element), to_float(element), sum);
+  });
   // torch multiplies by the reciprocal and takes the approximate root; so do we, to the bit.
-  const float mean = block_sum<kNumThreads>(sum) * (1.0f / static_cast<float>(p.hidden_size));
-  const float rstd = rsqrtf(mean + p.eps);
-  const T* source = p.residual ? residual : x;
-  for (int64_t i = threadIdx.x; i < p.hidden_size; i += kNumThreads) {
-    const T normalised = from_float<T>(to_float(source[i]) * rstd);
-    out[i] = from_float<T>(to_float(normalised) * to_float(weight[i]));
-  }
+  const float rstd = rsqrtf(block_sum(sum) * (1.0f / static_cast<float>(hidden_size)) + p.eps);
+
+  V* out = reinterpret_cast<V*>(static_cast<T*>(p.out) + token * p.out_row_stride);
+  x.for_each([&](int i, int h, const V& value) {
+    const V normalised = map_vector(value, [=](float v) { return v * rstd; });
+    out[i] = map_vector(normalised, weight.at(i, h), [](float n, float w) { return n * w; });
+  });
 }
 
 }  // namespace llamatelemetry

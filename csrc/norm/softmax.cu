@@ -3,11 +3,13 @@
 namespace llamatelemetry {
 
 Error launch_softmax(const SoftmaxParams& p, Stream stream) {
-  constexpr int kNumThreads = 256;
   dispatch_dtype(p.dtype, [&](auto type) {
     using T = typename decltype(type)::type;
-    softmax_kernel<T, kNumThreads>
-        <<<static_cast<unsigned>(p.num_rows), kNumThreads, 0, stream>>>(p);
+    const bool wide = fits_wide_vectors<T>({p.x, p.out}, p.row_size, p.x_row_stride);
+    with_block_row<T>(p.row_size, wide, [&](auto vector, auto held, unsigned num_threads) {
+      launch_overlapped(softmax_kernel<typename decltype(vector)::type, held()>,
+                        dim3(static_cast<unsigned>(p.num_rows)), num_threads, stream, p);
+    });
   });
   return last_launch_error();
 }

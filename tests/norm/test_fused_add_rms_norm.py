@@ -17,7 +17,9 @@ def case(device, dtype, shape):
     return x, residual, torch.randn(shape[-1], dtype=dtype, device=device)
 
 
-@pytest.mark.parametrize("shape", [(1, 1), (3, 7), (2, 5, 576), (4, 4096), (1, 8191), (0, 16)])
+@pytest.mark.parametrize(
+    "shape", [(1, 1), (3, 7), (2, 5, 576), (4, 4096), (1, 8191), (2, 40000), (1, 70001), (0, 16)]
+)
 def test_values(device, dtype, shape):
     x, residual, weight = case(device, dtype, shape)
     total = residual + x

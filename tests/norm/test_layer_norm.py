@@ -31,7 +31,9 @@ def assert_right(x, weight, bias, eps=1e-5):
 
 
 @pytest.mark.parametrize("mean", [0.0, 3.0])
-@pytest.mark.parametrize("shape", [(3, 7), (2, 5, 576), (4, 4096), (3, 1000), (1, 8191), (0, 16)])
+@pytest.mark.parametrize(
+    "shape", [(3, 7), (2, 5, 576), (4, 4096), (3, 1000), (1, 8191), (2, 40000), (1, 70001), (0, 16)]
+)
 def test_values(device, dtype, shape, mean):
     assert_right(*case(device, dtype, shape, mean))
 

@@ -19,7 +19,8 @@ def transformers_rms_norm(x, weight, eps):
 
 
 @pytest.mark.parametrize(
-    "shape", [(1, 1), (3, 7), (2, 5, 576), (4, 4096), (1, 8191), (0, 16), (2, 0)]
+    "shape",
+    [(1, 1), (3, 7), (2, 5, 576), (4, 4096), (1, 8191), (2, 40000), (1, 70001), (0, 16), (2, 0)],
 )
 def test_values(device, dtype, shape):
     x = torch.randn(shape, dtype=dtype, device=device)

@@ -1,0 +1,39 @@
+#include "common/device.h"
+
+#include <mutex>
+
+namespace llamatelemetry {
+namespace {
+
+constexpr int kMaxDevices = 64;
+
+// Compiled for the same architectures as every portable kernel, so what is true of it is of them.
+__global__ void probe_kernel() {}
+
+DeviceFacts ask(int device) {
+  const auto attribute = [device](cudaDeviceAttr which) {
+    int value = 0;
+    cudaDeviceGetAttribute(&value, which, device);
+    return value;
+  };
+  cudaFuncAttributes probe{};
+  cudaFuncGetAttributes(&probe, probe_kernel);
+  return {.capability = 10 * attribute(cudaDevAttrComputeCapabilityMajor) +
+                        attribute(cudaDevAttrComputeCapabilityMinor),
+          .code_capability = probe.ptxVersion,
+          .num_sms = attribute(cudaDevAttrMultiProcessorCount),
+          .max_shared_bytes = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin)};
+}
+
+}  // namespace
+
+const DeviceFacts& current_device() {
+  static DeviceFacts facts[kMaxDevices];
+  static std::once_flag asked[kMaxDevices];
+  int device = 0;
+  cudaGetDevice(&device);
+  std::call_once(asked[device], [device] { facts[device] = ask(device); });
+  return facts[device];
+}
+
+}  // namespace llamatelemetry

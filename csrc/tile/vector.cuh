@@ -1,0 +1,51 @@
+// kElements consecutive elements, moved as one word.
+#pragma once
+
+#include <cstdint>
+
+#include "tile/convert.cuh"
+
+namespace llamatelemetry {
+
+constexpr int kVectorBytes = 16;
+
+template <typename T, int kNumElements>
+struct alignas(kNumElements * sizeof(T)) Vector {
+  static constexpr int kElements = kNumElements;
+  using Element = T;
+  T value[kElements];
+};
+
+template <typename T>
+using WideVector = Vector<T, kVectorBytes / sizeof(T)>;
+
+// Where all of these are multiples of it, rows can be moved in units of kVectorBytes.
+template <typename T, typename... Sizes>
+bool fits_wide_vectors(std::initializer_list<const void*> pointers, Sizes... sizes) {
+  auto bits = static_cast<uint64_t>((static_cast<int64_t>(sizes) | ...)) * sizeof(T);
+  for (const void* pointer : pointers) bits |= reinterpret_cast<uint64_t>(pointer);
+  return bits % kVectorBytes == 0;
+}
+
+// Each element of a to function(a), or of a and b to function(a, b), as floats; rounded to T.
+template <typename V, typename Function>
+__device__ inline V map_vector(const V& a, Function function) {
+  V out;
+#pragma unroll
+  for (int i = 0; i < V::kElements; ++i) {
+    out.value[i] = from_float<typename V::Element>(function(to_float(a.value[i])));
+  }
+  return out;
+}
+template <typename V, typename Function>
+__device__ inline V map_vector(const V& a, const V& b, Function function) {
+  V out;
+#pragma unroll
+  for (int i = 0; i < V::kElements; ++i) {
+    out.value[i] =
+        from_float<typename V::Element>(function(to_float(a.value[i]), to_float(b.value[i])));
+  }
+  return out;
+}
+
+}  // namespace llamatelemetry
