@@ -82,12 +82,44 @@ Tensor unpack(const Tensor& packed, int64_t format, int64_t n, int64_t k) {
   return data;
 }
 
+Tensor quant_embedding(const Tensor& ids, const Tensor& packed, int64_t format, int64_t n,
+                       int64_t k, ScalarType dtype) {
+  constexpr const char* op = "quant_embedding";
+  const QuantLayout layout = check_format(op, format);
+  const bool ids_are_int64 = ids.scalar_type() == ScalarType::Long;
+  check(ids_are_int64 || ids.scalar_type() == ScalarType::Int, op, "ids", "be int64 or int32",
+        dtype_text(ids.scalar_type()));
+  check_contiguous(op, "ids", ids);
+  check_packed(op, packed, layout, n, k);
+  check_device(op, "ids", ids, "packed", packed);
+  const DType out_dtype = check_floating(op, "dtype", dtype);
+  const DeviceGuard guard(packed);
+  std::vector<int64_t> sizes(ids.sizes().begin(), ids.sizes().end());
+  sizes.push_back(k);
+  Tensor out = allocate(packed, sizes, dtype);
+  if (out.numel() == 0) return out;
+  const QuantEmbeddingParams params{
+      .ids = ids.const_data_ptr(),
+      .packed = static_cast<const uint8_t*>(packed.const_data_ptr()),
+      .out = out.mutable_data_ptr(),
+      .num_ids = ids.numel(),
+      .n = n,
+      .k = k,
+      .format = layout.format,
+      .dtype = out_dtype,
+      .ids_are_int64 = ids_are_int64,
+  };
+  launch(op, launch_quant_embedding, params, packed);
+  return out;
+}
+
 }  // namespace
 
 LT_IMPL(m) {
   m.impl("dequantize", TORCH_BOX(&dequantize));
   m.impl("repack", TORCH_BOX(&repack));
   m.impl("unpack", TORCH_BOX(&unpack));
+  m.impl("quant_embedding", TORCH_BOX(&quant_embedding));
 }
 
 }  // namespace llamatelemetry

@@ -31,4 +31,17 @@ struct RepackParams {
 Error launch_repack(const RepackParams& params, Stream stream);  // writes packed
 Error launch_unpack(const RepackParams& params, Stream stream);  // writes rows
 
+struct QuantEmbeddingParams {
+  const void* ids;        // [num_ids], int64 or int32, contiguous
+  const uint8_t* packed;  // [n, k] of format in tiles
+  void* out;              // [num_ids, k], contiguous
+  int64_t num_ids;
+  int64_t n;
+  int64_t k;
+  int format;
+  DType dtype;  // of out
+  bool ids_are_int64;
+};
+Error launch_quant_embedding(const QuantEmbeddingParams& params, Stream stream);
+
 }  // namespace llamatelemetry

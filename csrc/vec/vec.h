@@ -37,11 +37,10 @@ LT_INLINE float to_float(Half x) {
 #if defined(LT_ISA_SCALAR)
   const uint32_t sign = static_cast<uint32_t>(x.bits & 0x8000) << 16;
   const uint32_t magnitude = x.bits & 0x7fff;
-  if (magnitude >= 0x7c00) {  // inf, NaN
-    return bits_to_float(sign | 0x7f800000 | (magnitude << 13));
-  }
   // Multiplying by 2^112 moves the exponent's bias from 15 to 127; subnormals come out exact.
-  return bits_to_float(sign | float_to_bits(bits_to_float(magnitude << 13) * 0x1p112f));
+  const uint32_t finite = float_to_bits(bits_to_float(magnitude << 13) * 0x1p112f);
+  const uint32_t inf_or_nan = 0x7f800000 | (magnitude << 13);
+  return bits_to_float(sign | (magnitude >= 0x7c00 ? inf_or_nan : finite));
 #else
   return _cvtsh_ss(x.bits);
 #endif
@@ -86,13 +85,14 @@ LT_INLINE float rounded_to(float x) {
 
 #if defined(LT_ISA_SCALAR)
 
+typedef float VecRegister __attribute__((vector_size(16)));  // of gcc and clang, on any machine
 struct Vec {
-  static constexpr int kLanes = 4;
-  float v[kLanes];
+  static constexpr int kLanes = sizeof(VecRegister) / sizeof(float);
+  VecRegister v;
 };
 
 #define LT_LANES for (int i = 0; i < Vec::kLanes; ++i)
-LT_INLINE Vec vec_set(float x) { return {{x, x, x, x}}; }
+LT_INLINE Vec vec_set(float x) { return {VecRegister{x, x, x, x}}; }
 template <typename T>
 LT_INLINE Vec vec_load(const T* p) {
   Vec r;
@@ -103,28 +103,13 @@ template <typename T>
 LT_INLINE void vec_store(T* p, Vec x) {
   LT_LANES p[i] = from_float<T>(x.v[i]);
 }
-#define LT_OPERATOR(op)                     \
-  LT_INLINE Vec operator op(Vec a, Vec b) { \
-    Vec r;                                  \
-    LT_LANES r.v[i] = a.v[i] op b.v[i];     \
-    return r;                               \
-  }
-LT_OPERATOR(+)
-LT_OPERATOR(-)
-LT_OPERATOR(*)
-LT_OPERATOR(/)
-#undef LT_OPERATOR
+LT_INLINE Vec operator+(Vec a, Vec b) { return {a.v + b.v}; }
+LT_INLINE Vec operator-(Vec a, Vec b) { return {a.v - b.v}; }
+LT_INLINE Vec operator*(Vec a, Vec b) { return {a.v * b.v}; }
+LT_INLINE Vec operator/(Vec a, Vec b) { return {a.v / b.v}; }
 LT_INLINE Vec vec_fma(Vec a, Vec b, Vec c) { return a * b + c; }
-LT_INLINE Vec vec_max(Vec a, Vec b) {
-  Vec r;
-  LT_LANES r.v[i] = a.v[i] > b.v[i] ? a.v[i] : b.v[i];
-  return r;
-}
-LT_INLINE Vec vec_min(Vec a, Vec b) {
-  Vec r;
-  LT_LANES r.v[i] = a.v[i] < b.v[i] ? a.v[i] : b.v[i];
-  return r;
-}
+LT_INLINE Vec vec_max(Vec a, Vec b) { return {a.v > b.v ? a.v : b.v}; }
+LT_INLINE Vec vec_min(Vec a, Vec b) { return {a.v < b.v ? a.v : b.v}; }
 LT_INLINE Vec vec_round(Vec a) {
   Vec r;
   LT_LANES r.v[i] = std::nearbyintf(a.v[i]);
@@ -143,7 +128,7 @@ LT_INLINE Vec vec_flip_sign(Vec x, Vec y) {
   return r;
 }
 // (a, b, c, d, ...) -> (-b, a, -d, c, ...)
-LT_INLINE Vec vec_rotate_pairs(Vec a) { return {{-a.v[1], a.v[0], -a.v[3], a.v[2]}}; }
+LT_INLINE Vec vec_rotate_pairs(Vec a) { return {VecRegister{-a.v[1], a.v[0], -a.v[3], a.v[2]}}; }
 LT_INLINE float vec_sum(Vec a) { return (a.v[0] + a.v[1]) + (a.v[2] + a.v[3]); }
 // Bit i is set where a[i] >= b[i], which no NaN is.
 LT_INLINE uint32_t vec_at_least(Vec a, Vec b) {
@@ -331,6 +316,21 @@ LT_SPECIALISED Vec vec_rounded_to<BFloat16>(Vec x) {
   return {_mm256_castsi256_ps(_mm256_and_si256(bfloat16_in_high_half(x), high_half))};
 }
 #endif
+
+// Integral floats in [-128, 127] as int8.
+LT_INLINE void vec_store_int8(int8_t* p, Vec x) {
+#if defined(LT_ISA_AVX512)
+  const __m128i bytes = _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(x.v));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), bytes);
+#elif defined(LT_ISA_AVX2)
+  const __m256i words = _mm256_cvtps_epi32(x.v);
+  const __m128i halves =
+      _mm_packs_epi32(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
+  _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packs_epi16(halves, halves));
+#else
+  for (int i = 0; i < Vec::kLanes; ++i) p[i] = static_cast<int8_t>(x.v[i]);
+#endif
+}
 
 // e^x within 2 ulp; 0 below -104, inf above 88.7, NaN stays NaN (vec_max and vec_min return their
 // second operand then). Cody and Waite's reduction, then the Taylor polynomial of degree 6 on

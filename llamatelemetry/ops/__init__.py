@@ -1,6 +1,8 @@
 """Typed wrappers of torch.ops.llamatelemetry, a module a room; reference.py is their semantics."""
 
+from llamatelemetry.ops._formats import QuantFormat
 from llamatelemetry.ops.cache import append_kv_, copy_blocks_
+from llamatelemetry.ops.gemm import quant_linear
 from llamatelemetry.ops.norm import (
     fused_add_rms_norm_,
     gelu_and_mul,
@@ -11,7 +13,7 @@ from llamatelemetry.ops.norm import (
     silu_and_mul,
     softmax,
 )
-from llamatelemetry.ops.quant import QuantFormat, dequantize, repack, unpack
+from llamatelemetry.ops.quant import dequantize, quant_embedding, repack, unpack
 from llamatelemetry.ops.sampling import sample
 
 __all__ = [
@@ -23,6 +25,8 @@ __all__ = [
     "gelu_and_mul",
     "gelu_tanh_and_mul",
     "layer_norm",
+    "quant_embedding",
+    "quant_linear",
     "repack",
     "rms_norm",
     "rotary_embedding_",

@@ -2,54 +2,11 @@
 
 from __future__ import annotations
 
-from enum import IntEnum
-
 import torch
 from torch import Tensor
 
 from llamatelemetry.ops._contract import register_fake
-
-TILE_ROWS = 16  # of a packed matrix, see csrc/common/quant_layout.h
-
-
-class QuantFormat(IntEnum):
-    """The quantised formats of GGUF that our ops read, by GGML type number."""
-
-    Q4_0 = 2
-    Q4_1 = 3
-    Q5_0 = 6
-    Q5_1 = 7
-    Q8_0 = 8
-    Q4_K = 12
-    Q5_K = 13
-    Q6_K = 14
-
-    def row_bytes(self, k: int) -> int:
-        """Bytes of a row of k weights, in GGUF and packed."""
-        weights, num_bytes = GGUF_BLOCKS[self]
-        return k // weights * num_bytes
-
-
-# Weights and bytes of a block, as csrc/common/quant_layout.h has them.
-GGUF_BLOCKS: dict[int, tuple[int, int]] = {
-    QuantFormat.Q4_0: (32, 18),
-    QuantFormat.Q4_1: (32, 20),
-    QuantFormat.Q5_0: (32, 22),
-    QuantFormat.Q5_1: (32, 24),
-    QuantFormat.Q8_0: (32, 34),
-    QuantFormat.Q4_K: (256, 144),
-    QuantFormat.Q5_K: (256, 176),
-    QuantFormat.Q6_K: (256, 210),
-}
-
-
-def format_number(format: int | str) -> int:
-    """The GGML type number of a format given by name or number; the ops refuse a wrong number."""
-    if isinstance(format, str):
-        if format not in QuantFormat.__members__:
-            raise ValueError(f"format must be one of {list(QuantFormat.__members__)}, got {format}")
-        return QuantFormat[format].value
-    return int(format)
+from llamatelemetry.ops._formats import GGUF_BLOCKS, TILE_ROWS, QuantFormat, format_number
 
 
 def dequantize(data: Tensor, format: int | str, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -107,3 +64,32 @@ def unpack(packed: Tensor, format: int | str, n: int, k: int) -> Tensor:
 @register_fake("unpack")
 def _(packed: Tensor, format: int, n: int, k: int) -> Tensor:
     return packed.new_empty((n, QuantFormat(format).row_bytes(k)))
+
+
+def quant_embedding(
+    ids: Tensor,
+    packed: Tensor,
+    format: int | str,
+    n: int,
+    k: int,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """Rows of a packed matrix: ``weight[ids]``, decoded in float32, rounded once to dtype.
+
+    ids:     any shape, int64 or int32, contiguous; an id outside [0, n) gives a row of zeros
+    packed:  what repack returns for [n, k]
+    format:  a QuantFormat, its name or its GGML type number
+    n, k:    rows of the matrix and weights of a row
+    dtype:   float32, float16 or bfloat16
+    Returns: [*ids.shape, k] of dtype; float32 equals dequantize bit for bit
+    Raises:  RuntimeError naming the argument, the rule and the value
+    Source:  csrc/common/quant_layout.h
+    """
+    return torch.ops.llamatelemetry.quant_embedding.default(
+        ids, packed, format_number(format), n, k, dtype
+    )
+
+
+@register_fake("quant_embedding")
+def _(ids: Tensor, packed: Tensor, format: int, n: int, k: int, dtype: torch.dtype) -> Tensor:
+    return packed.new_empty((*ids.shape, k), dtype=dtype)

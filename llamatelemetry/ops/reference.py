@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from llamatelemetry.ops.quant import GGUF_BLOCKS, TILE_ROWS
+from llamatelemetry.ops._formats import GGUF_BLOCKS, TILE_ROWS
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -217,3 +217,25 @@ def sample(
         )
         tokens.append(int((probs.cumsum(0) > uniform).nonzero()[0]))
     return torch.tensor(tokens, device=logits.device)
+
+
+def rounded_activations(x: Tensor) -> Tensor:
+    """x as the default mode of quant_linear sees it: int8 times a float32 scale per 32 values."""
+    blocks = x.float().unflatten(-1, (-1, 32))
+    scale = blocks.abs().amax(-1, keepdim=True) / torch.tensor(127.0, device=x.device)
+    usable = scale >= torch.finfo(torch.float32).tiny
+    q = torch.where(usable, (blocks * (1 / scale)).round(), 0.0)
+    poison = (blocks * 0).sum(-1, keepdim=True)  # NaN where a block holds NaN or infinity
+    return (q.to(x.dtype) * (scale + poison).to(x.dtype)).flatten(-2)
+
+
+def quant_linear(x: Tensor, data: Tensor, format: int, bias: Tensor | None, exact: bool) -> Tensor:
+    """data: the GGUF rows that repack packed."""
+    out = (x if exact else rounded_activations(x)) @ dequantize(data, format).to(x.dtype).T
+    return out if bias is None else out + bias
+
+
+def quant_embedding(ids: Tensor, data: Tensor, format: int) -> Tensor:
+    inside = (ids >= 0) & (ids < len(data))
+    rows = dequantize(data, format)[torch.where(inside, ids, 0)]
+    return torch.where(inside.unsqueeze(-1), rows, 0.0)

@@ -1,0 +1,43 @@
+"""Linear layers over quantised weights."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from llamatelemetry.ops._contract import inference_only, register_fake
+from llamatelemetry.ops._formats import format_number
+
+
+def quant_linear(
+    x: Tensor,
+    packed: Tensor,
+    format: int | str,
+    n: int,
+    bias: Tensor | None = None,
+    exact: bool = False,
+) -> Tensor:
+    """``x @ weight.T + bias`` with the weight packed in 4 to 8 bits; sums in float32.
+
+    x:       [..., k], float32, float16 or bfloat16; rows contiguous, evenly spaced
+    packed:  what repack returns for the weight's [n, k]
+    format:  a QuantFormat, its name or its GGML type number
+    n:       rows of the weight
+    bias:    [n], dtype and device of x
+    exact:   whether x stays as it is. Otherwise the CPU rounds it to 8 bits in blocks of 32
+             (``scale = absmax / 127``), which is several times faster; a block with NaN or
+             infinity gives NaN
+    Returns: [..., n] in the dtype of x. On the CPU a row does not depend on the other rows, nor on
+             how many there are
+    Raises:  RuntimeError naming the argument, the rule and the value
+    Source:  the blocks are GGUF's; 8-bit activations in blocks of 32 are ggml's Q8_0
+    """
+    inference_only("quant_linear", x=x, bias=bias)
+    return torch.ops.llamatelemetry.quant_linear.default(
+        x, packed, format_number(format), n, bias, exact
+    )
+
+
+@register_fake("quant_linear")
+def _(x: Tensor, packed: Tensor, format: int, n: int, bias: Tensor | None, exact: bool) -> Tensor:
+    return x.new_empty((*x.shape[:-1], n))
