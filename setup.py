@@ -27,11 +27,11 @@ LINK_FLAGS = "-shared -Wl,--no-as-needed -Wl,--exclude-libs,ALL"
 STUBS = ("stub/libtorch_cpu.so", "stub/libtorch_cuda.so")
 # The levels of csrc/vec/isa.h. gcc 12 warns inside its own AVX-512 headers.
 AVX2 = "-march=x86-64-v2 -mavx2 -mfma -mf16c"
-AVX512 = "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx512vnni -mprefer-vector-width=512"
+WIDE = "-Wno-uninitialized -mavx512bw -mavx512vl -mavx512dq -mavx512vnni -mprefer-vector-width=512"
 ISA_FLAGS = {
     "scalar": "-march=x86-64-v2",
     "avx2": f"-DLT_ISA=avx2 -DLT_ISA_AVX2 {AVX2}",
-    "avx512": f"-DLT_ISA=avx512 -DLT_ISA_AVX512 {AVX2} {AVX512} -Wno-maybe-uninitialized",
+    "avx512": f"-DLT_ISA=avx512 -DLT_ISA_AVX512 {AVX2} {WIDE} -Wno-maybe-uninitialized",
 }
 if platform.machine() not in ("x86_64", "AMD64"):
     ISA_FLAGS = {"scalar": ""}

@@ -1,6 +1,7 @@
 """Typed wrappers of torch.ops.llamatelemetry, a module a room; reference.py is their semantics."""
 
 from llamatelemetry.ops._formats import QuantFormat
+from llamatelemetry.ops.attention import paged_attention
 from llamatelemetry.ops.cache import append_kv_, copy_blocks_
 from llamatelemetry.ops.gemm import quant_linear
 from llamatelemetry.ops.norm import (
@@ -25,6 +26,7 @@ __all__ = [
     "gelu_and_mul",
     "gelu_tanh_and_mul",
     "layer_norm",
+    "paged_attention",
     "quant_embedding",
     "quant_linear",
     "repack",

@@ -1,0 +1,86 @@
+"""Attention over a paged cache: prefill, chunked prefill and decode in one op."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from llamatelemetry.ops._contract import inference_only, register_fake
+
+
+def paged_attention(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_table: Tensor,
+    cache_seqlens: Tensor,
+    cu_seqlens_q: Tensor,
+    *,
+    max_seqlen_q: int,
+    softmax_scale: float | None = None,
+    causal: bool = True,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+) -> tuple[Tensor, Tensor]:
+    """Attention of packed queries over their sequences' cached keys, accumulated in float32:
+    ``softmax(softcap · tanh(q kᵀ · softmax_scale / softcap)) v``.
+
+    Query i of a sequence with ``seqlen_q`` queries and n keys stands at key ``n - seqlen_q + i``
+    (bottom-right alignment); it sees keys up to there if causal, and in a window those at most
+    ``window_size`` = (left, right) keys away.
+
+    q:             [total_q, num_heads_q, head_dim], float32, float16 or bfloat16: the queries of
+                   all sequences, one after the other; any token and head strides
+    k_cache,
+    v_cache:       [num_blocks, page_size, num_heads_kv, head_dim], dtype and device of q; any
+                   strides with a contiguous last dimension; num_heads_kv divides num_heads_q;
+                   head_dim a multiple of 8 up to 256; any page_size
+    block_table:   [batch, max_blocks] int32, the blocks of each sequence in order
+    cache_seqlens: [batch] int32, keys of each sequence, its own queries' (appended before) included
+    cu_seqlens_q:  [batch + 1] int32, where each sequence's queries start in q, and the end
+    max_seqlen_q:  no sequence has more queries; sizes the launch
+    softmax_scale: default 1 / sqrt(head_dim)
+    window_size:   -1: unlimited
+    softcap:       0: off
+    Returns:       out as q, contiguous, and lse [num_heads_q, total_q] float32, the natural log of
+                   the sum of exponentials. A query that sees no key gives 0 and -inf; rows of q
+                   past the last sequence are left unwritten. Lengths and tables are read when the
+                   kernel runs; table entries and slots past a sequence's end never matter.
+    Raises:        RuntimeError naming the argument, the rule and the value
+    Source:        Kwon et al. 2023, arXiv:2309.06180; Dao 2023, arXiv:2307.08691; softcap: Gemma
+                   Team 2024, arXiv:2408.00118
+    """
+    inference_only("paged_attention", q=q, k_cache=k_cache, v_cache=v_cache)
+    return torch.ops.llamatelemetry.paged_attention.default(
+        q,
+        k_cache,
+        v_cache,
+        block_table,
+        cache_seqlens,
+        cu_seqlens_q,
+        max_seqlen_q,
+        q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale,
+        causal,
+        window_size[0],
+        window_size[1],
+        softcap,
+    )
+
+
+@register_fake("paged_attention")
+def _(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_table: Tensor,
+    cache_seqlens: Tensor,
+    cu_seqlens_q: Tensor,
+    max_seqlen_q: int,
+    softmax_scale: float,
+    causal: bool,
+    window_left: int,
+    window_right: int,
+    softcap: float,
+) -> tuple[Tensor, Tensor]:
+    lse = q.new_empty((q.shape[1], q.shape[0]), dtype=torch.float32)
+    return q.new_empty(q.shape), lse

@@ -1,0 +1,351 @@
+"""paged_attention: values, refusals, opcheck, reference, replay; compile."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from op_checks import assert_compiles, assert_refuses, assert_replays, run_opcheck
+from tolerance import assert_within_2x
+from torch import Tensor
+
+from llamatelemetry.ops import paged_attention, reference
+
+LENGTHS = (1, 3, 113, 239, 1023)
+MASKS = [
+    {"causal": False},
+    {"window_size": (20, -1)},
+    {"window_size": (0, 0)},
+    {"causal": False, "window_size": (7, 30)},
+    {"causal": False, "window_size": (-1, 0)},
+    {"softcap": 3.0},
+    {"softcap": 30.0, "window_size": (64, 0), "softmax_scale": 0.3},
+]
+
+
+@dataclass(frozen=True)
+class Case:
+    """What paged_attention takes; tensors for the op, then host sizes."""
+
+    q: Tensor
+    k_cache: Tensor
+    v_cache: Tensor
+    block_table: Tensor
+    cache_seqlens: Tensor
+    cu_seqlens_q: Tensor
+    max_seqlen_q: int
+
+    def tensors(self):
+        return (
+            self.q,
+            self.k_cache,
+            self.v_cache,
+            self.block_table,
+            self.cache_seqlens,
+            self.cu_seqlens_q,
+        )
+
+    def run(self, **options):
+        return paged_attention(*self.tensors(), max_seqlen_q=self.max_seqlen_q, **options)
+
+    def reference(self, dtype, **options):
+        q, k_cache, v_cache, *lengths = self.tensors()
+        return reference.paged_attention(
+            q.to(dtype), k_cache.to(dtype), v_cache.to(dtype), *lengths, **options
+        )
+
+
+def random_case(
+    device, dtype, sequences, heads=(6, 2), head_dim=64, page_size=16, max_blocks=None
+) -> Case:
+    """Sequences of (queries, keys). Pages are shuffled, unused pages and slots past a sequence's
+    end NaN, unused table entries absurd ids; q is a slice of a merged qkv."""
+    num_pages = [-(-keys // page_size) for _, keys in sequences]
+    max_blocks = max_blocks or max([*num_pages, 0]) + 2
+    ids = torch.randperm(sum(num_pages) + 3, dtype=torch.int32).split([*num_pages, 3])
+    table = torch.full((len(sequences), max_blocks), 2**31 - 1, dtype=torch.int32)
+    table[:, 1::2] = -7
+    shape = (2, sum(num_pages) + 3, page_size, heads[1], head_dim)
+    caches = torch.full(shape, torch.nan, dtype=dtype)
+    for row, pages, (_, keys) in zip(table, ids, sequences, strict=False):
+        row[: len(pages)] = pages
+        filled = torch.full((2, len(pages) * page_size, *shape[3:]), torch.nan, dtype=dtype)
+        filled[:, :keys] = torch.randn(2, keys, *shape[3:])
+        caches[:, pages] = filled.view(2, len(pages), *shape[2:])
+    queries = torch.tensor([0, *(queries for queries, _ in sequences)])
+    qkv = torch.randn(int(queries.sum()), heads[0] + 2 * heads[1], head_dim).to(dtype)
+    return Case(
+        qkv.to(device)[:, : heads[0]],
+        *caches.to(device),
+        table.to(device),
+        torch.tensor([keys for _, keys in sequences], dtype=torch.int32, device=device),
+        queries.cumsum(0).int().to(device),
+        int(queries.max()),
+    )
+
+
+def sdpa(case: Case, causal=True, window_size=(-1, -1), softmax_scale=None) -> Tensor:
+    """torch's own attention, sequence by sequence, in the case's dtype."""
+    left, right = window_size[0], 0 if causal else window_size[1]
+    out = torch.zeros_like(case.q)
+    starts = case.cu_seqlens_q.tolist()
+    for b, keys in enumerate(case.cache_seqlens.tolist()):
+        queries = slice(starts[b], starts[b + 1])
+        count = starts[b + 1] - starts[b]
+        if count == 0 or keys == 0:
+            continue
+        blocks = case.block_table[b, : -(-keys // case.k_cache.shape[1])]
+        k, v = (c[blocks].flatten(0, 1)[:keys] for c in (case.k_cache, case.v_cache))
+        distance = torch.arange(keys) - (torch.arange(count) + keys - count)[:, None]
+        seen = torch.ones(count, keys, dtype=torch.bool)
+        seen &= (distance <= right) if right >= 0 else seen
+        seen &= (-distance <= left) if left >= 0 else seen
+        out[queries] = torch.nn.functional.scaled_dot_product_attention(
+            case.q[queries].transpose(0, 1)[None],
+            k.transpose(0, 1)[None],
+            v.transpose(0, 1)[None],
+            attn_mask=seen.to(case.q.device),
+            scale=softmax_scale,
+            enable_gqa=True,
+        )[0].transpose(0, 1)
+    return out
+
+
+def assert_right(case: Case, **options):
+    out, lse = case.run(**options)
+    out64, lse64 = case.reference(torch.float64, **options)
+    out32, lse32 = case.reference(torch.float32, **options)
+    if options.get("softcap"):
+        same_dtype = out32.to(case.q.dtype)
+    else:
+        options.pop("softcap", None)
+        same_dtype = sdpa(case, **options)
+    assert out.is_contiguous()
+    assert_within_2x(out, same_dtype, out64)
+    assert_within_2x(lse, lse32, lse64)
+    return out, lse
+
+
+@pytest.mark.parametrize("page_size", [1, 7, 16, 256])
+@pytest.mark.parametrize("heads", [(3, 3), (9, 3), (4, 1), (9, 1)], ids=str)
+def test_decode(device, dtype, heads, page_size):
+    assert_right(random_case(device, dtype, [(1, n) for n in LENGTHS], heads, 64, page_size))
+
+
+@pytest.mark.parametrize("page_size", [1, 16, 256])
+@pytest.mark.parametrize("heads", [(2, 2), (9, 3), (9, 1)], ids=str)
+def test_prefill(device, dtype, heads, page_size):
+    assert_right(random_case(device, dtype, [(n, n) for n in LENGTHS[:4]], heads, 64, page_size))
+
+
+@pytest.mark.parametrize("mask", MASKS, ids=str)
+@pytest.mark.parametrize("queries", [1, 4, 60])
+def test_masks(device, dtype, queries, mask):
+    sequences = [(queries, n) for n in (queries, queries + 64, 200)]
+    assert_right(random_case(device, dtype, sequences, page_size=7), **mask)
+
+
+@pytest.mark.parametrize("head_dim", [8, 24, 64, 72, 96, 128, 136, 256])
+def test_head_dims(device, dtype, head_dim):
+    for queries in (1, 70):
+        sequences = [(queries, 70), (queries, 200)]
+        assert_right(random_case(device, dtype, sequences, (4, 2), head_dim))
+
+
+def test_one_long_sequence(device):
+    assert_right(random_case(device, torch.bfloat16, [(1023, 1023)], (3, 1)))
+    assert_right(random_case(device, torch.float32, [(5, 4000)], (9, 3)))
+    assert_right(random_case(device, torch.float32, [(130, 3000)], (9, 3)))
+
+
+@pytest.mark.parametrize("heads", [(40, 1), (128, 1), (3, 1)], ids=str)
+@pytest.mark.parametrize("queries", [1, 2, 16, 17])
+def test_wide_groups_and_few_queries(device, heads, queries):
+    assert_right(random_case(device, torch.float32, [(queries, 150), (queries - 1, 30)], heads, 16))
+
+
+@pytest.mark.parametrize("queries", [1, 40])
+def test_empty_sequences_and_rows_without_keys(device, dtype, queries):
+    sequences = [(0, 0), (queries, 0), (queries, 5), (0, 9), (queries, 50), (0, 0)]
+    case = random_case(device, dtype, sequences, page_size=4)
+    out, lse = assert_right(case)
+    assert (out[:queries] == 0).all()
+    assert (lse[:, :queries] == -torch.inf).all()
+    if queries > 5:  # the first queries of a chunk longer than its keys see none
+        assert (out[queries : 2 * queries - 5] == 0).all()
+
+
+def test_no_tokens_and_no_sequences(device, dtype):
+    for sequences in ([(0, 5), (0, 0)], []):
+        out, lse = random_case(device, dtype, sequences).run()
+        assert out.shape == (0, 6, 64)
+        assert lse.shape == (6, 0)
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 40), st.integers(0, 90)), min_size=1, max_size=4),
+    st.integers(1, 9),
+    st.integers(1, 3),
+    st.integers(1, 32),
+    st.integers(1, 20),
+    st.booleans(),
+    st.tuples(st.integers(-1, 50), st.integers(-1, 50)),
+    st.sampled_from([0.0, 5.0]),
+)
+def test_any_case(sequences, group, heads_kv, eighths, page_size, causal, window_size, softcap):
+    torch.manual_seed(0)
+    heads = (group * heads_kv, heads_kv)
+    case = random_case("cpu", torch.float32, sequences, heads, 8 * eighths, page_size)
+    assert_right(case, causal=causal, window_size=window_size, softcap=softcap)
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 64])
+def test_chunked_prefill_is_full_prefill(device, chunk):
+    full = random_case(device, torch.float32, [(150, 150)], (9, 3))
+    _, full_lse = full.run()
+    out64, _ = full.reference(torch.float64)
+    outs, lses = [], []
+    for start in range(0, 150, chunk):
+        q = full.q[start : start + chunk]
+        length = torch.tensor([start + len(q)], dtype=torch.int32, device=device)
+        starts = torch.tensor([0, len(q)], dtype=torch.int32, device=device)
+        part = replace(full, q=q, cache_seqlens=length, cu_seqlens_q=starts, max_seqlen_q=chunk)
+        out, lse = part.run()
+        outs.append(out)
+        lses.append(lse)
+    assert_within_2x(torch.cat(outs), sdpa(full), out64)
+    torch.testing.assert_close(torch.cat(lses, 1), full_lse)
+
+
+@pytest.mark.parametrize("queries", [1, 33])
+def test_a_sequence_does_not_depend_on_its_neighbours(device, dtype, queries):
+    case = random_case(device, dtype, [(queries, n) for n in (300, 40, 700)], (9, 3))
+    out, lse = case.run()
+    for b in range(3):
+        rows = slice(b * queries, (b + 1) * queries)
+        alone = replace(
+            case,
+            q=case.q[rows],
+            block_table=case.block_table[b : b + 1],
+            cache_seqlens=case.cache_seqlens[b : b + 1],
+            cu_seqlens_q=case.cu_seqlens_q[:2],
+        )
+        alone_out, alone_lse = alone.run()
+        assert torch.equal(alone_out, out[rows])
+        assert torch.equal(alone_lse, lse[:, rows])
+
+
+def test_any_strides_and_offsets(device, dtype):
+    # One layer of a cache that holds all layers, K beside V; heads before slots; a sliced table.
+    case = random_case(device, dtype, [(1, 40), (37, 61)], (6, 2), 40, page_size=5)
+    out, lse = case.run()
+    shape = case.k_cache.shape
+    every = torch.full((shape[0], 3, 2, shape[2], shape[1], shape[3] + 1), torch.nan, dtype=dtype)
+    k_cache, v_cache = every.to(device)[:, 1, :, :, :, 1:].unbind(1)
+    k_cache, v_cache = k_cache.transpose(1, 2), v_cache.transpose(1, 2)
+    k_cache.copy_(case.k_cache)
+    v_cache.copy_(case.v_cache)
+    q = torch.full((6, 38, 41), torch.nan, dtype=dtype, device=device)[:, :, 1:].transpose(0, 1)
+    q.copy_(case.q)
+    table = case.block_table.repeat_interleave(2, 0)[::2]
+    moved = replace(case, q=q, k_cache=k_cache, v_cache=v_cache, block_table=table)
+    moved_out, moved_lse = moved.run()
+    assert torch.equal(moved_out, out)
+    assert torch.equal(moved_lse, lse)
+
+
+def test_a_table_too_short_for_its_length_is_not_read_past_its_end(device):
+    case = random_case(device, torch.float32, [(1, 64)], page_size=16, max_blocks=4)
+    longer = replace(case, cache_seqlens=case.cache_seqlens + 1000)
+    assert torch.equal(longer.run()[0], case.run()[0])
+
+
+def test_refusals(device):
+    case = random_case(device, torch.float32, [(3, 5), (1, 7)])
+
+    def refuses(*parts, options=None, **changed):
+        assert_refuses(
+            lambda: replace(case, **changed).run(**(options or {})), "paged_attention: ", *parts
+        )
+
+    refuses("q must be [total_q, num_heads_q, head_dim], got shape [6, 64]", q=case.q[0])
+    refuses("q must be float32, float16 or bfloat16, got float64", q=case.q.double())
+    refuses("q must have a contiguous last dimension", q=case.q.repeat(1, 1, 2)[..., ::2])
+    refuses("head_dim must be a multiple of 8 up to 256, got 60; pad", q=case.q[..., :60])
+    refuses("head_dim must be", "got 264", q=torch.zeros(4, 6, 264, device=device))
+    refuses("num_heads_q must be a multiple of num_heads_kv = 2, got 5", q=case.q[:, :5])
+    refuses("k_cache must be [num_blocks, page_size, num_heads_kv", k_cache=case.k_cache[0])
+    refuses("k_cache must be", "= [5, 16, 2, 32], got", q=case.q[..., :32])
+    refuses("page_size must be at least 1, got 0", k_cache=case.k_cache[:, :0])
+    refuses(
+        "v_cache must be", "= [5, 16, 2, 64], got shape [4, 16, 2, 64]", v_cache=case.v_cache[1:]
+    )
+    refuses("k_cache must have the dtype of q (float32)", k_cache=case.k_cache.half())
+    refuses(
+        "v_cache must have a contiguous last", v_cache=case.v_cache.repeat(1, 1, 1, 2)[..., ::2]
+    )
+    refuses("block_table must be [batch, max_blocks], got", block_table=case.block_table[0])
+    refuses("block_table must be int32, got int64", block_table=case.block_table.long())
+    refuses("cache_seqlens must be [batch] = [2], got", cache_seqlens=case.cache_seqlens[1:])
+    refuses("cache_seqlens must be int32, got int64", cache_seqlens=case.cache_seqlens.long())
+    refuses("cu_seqlens_q must be [batch + 1] = [3], got", cu_seqlens_q=case.cu_seqlens_q[1:])
+    refuses("max_seqlen_q must be at least 0, got -1", max_seqlen_q=-1)
+    refuses("window_left must be at least -1, got -2", options={"window_size": (-2, 0)})
+    refuses("window_right must be at least -1, got -3", options={"window_size": (0, -3)})
+    refuses("softcap must be finite and not negative", options={"softcap": -1.0})
+    refuses("softmax_scale must be finite", "inf", options={"softmax_scale": torch.inf})
+    with torch.inference_mode(False), torch.enable_grad():
+        grad = torch.ones(4, 6, 64, device=device, requires_grad=True)
+        refuses("q must not require grad", q=grad)
+
+
+@pytest.mark.parametrize("sequences", [[(1, 5), (1, 40)], [(20, 20), (3, 50)], [(0, 0)]], ids=str)
+def test_opcheck(device, dtype, sequences):
+    case = random_case(device, dtype, sequences)
+    if not len(case.q):  # opcheck cannot clone an empty slice
+        case = replace(case, q=case.q.new_empty(case.q.shape))
+    run_opcheck("paged_attention", *case.tensors(), case.max_seqlen_q, 0.125, True, -1, -1, 0.0)
+
+
+@pytest.mark.parametrize("queries", [1, 64])
+def test_is_torch_attention(device, dtype, queries):
+    case = random_case(device, dtype, [(queries, 64)], (4, 4))
+    out, _ = case.run()
+    torch.testing.assert_close(out, sdpa(case), atol=2e-2, rtol=2e-2)
+
+
+def test_replay_with_other_lengths(device, dtype):
+    """Recorded while sequences are short; replayed when they have grown, shrunk and emptied."""
+    case = random_case(device, dtype, [(1, 700), (1, 5), (1, 130), (1, 64)], (9, 3))
+
+    def run(q, k_cache, v_cache, table, seqlens, starts):
+        return paged_attention(q, k_cache, v_cache, table, seqlens, starts, max_seqlen_q=1)
+
+    for lengths in ([3, 1, 60, 64], [0, 5, 1, 2]):
+        first = torch.tensor(lengths, dtype=torch.int32, device=device)
+        assert_replays(run, replace(case, cache_seqlens=first).tensors(), case.tensors())
+        assert_replays(run, case.tensors(), replace(case, cache_seqlens=first).tensors())
+
+
+def test_replay_with_other_chunks(device):
+    case = random_case(device, torch.float32, [(60, 300), (10, 40), (0, 5)], (9, 3))
+    starts = torch.tensor([0, 5, 5, 70], dtype=torch.int32, device=device)
+    seqlens = torch.tensor([7, 0, 5], dtype=torch.int32, device=device)
+
+    def run(q, k_cache, v_cache, table, seqlens, starts):
+        return paged_attention(q, k_cache, v_cache, table, seqlens, starts, max_seqlen_q=70)
+
+    other = replace(case, cache_seqlens=seqlens, cu_seqlens_q=starts)
+    assert_replays(run, other.tensors(), case.tensors())
+    assert_replays(run, case.tensors(), other.tensors())
+
+
+def test_compile(device):
+    def run(q, k_cache, v_cache, table, seqlens, starts):
+        return paged_attention(q, k_cache, v_cache, table, seqlens, starts, max_seqlen_q=1)
+
+    inputs = [random_case(device, torch.float32, [(1, 9)] * n).tensors() for n in (4, 5, 9)]
+    assert_compiles(run, inputs)
