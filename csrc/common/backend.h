@@ -15,6 +15,7 @@ using Error = const char*;
 #ifdef LT_CUDA
 
 #define LT_DISPATCH_KEY CUDA
+constexpr bool kOnCuda = true;
 using Stream = cudaStream_t;
 
 inline Error last_launch_error() {
@@ -30,6 +31,7 @@ inline Error last_launch_error() {
 #else
 
 #define LT_DISPATCH_KEY CPU
+constexpr bool kOnCuda = false;
 struct Stream {};  // CPU work runs in program order, see parallel.h
 
 #endif

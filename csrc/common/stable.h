@@ -9,6 +9,9 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <array>
+#include <optional>
+
 #include "common/backend.h"
 #include "common/dtype.h"
 #include "common/parallel.h"
@@ -65,6 +68,15 @@ inline Tensor allocate(const Tensor& like, IntArrayRef sizes, ScalarType dtype) 
 
 inline Tensor allocate(const Tensor& like, IntArrayRef sizes) {
   return allocate(like, sizes, like.scalar_type());
+}
+
+// torch's x · weightᵀ + bias.
+inline Tensor linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
+  using torch::stable::detail::from;
+  std::array<StableIValue, 3> stack{from(x), from(weight), from(bias)};
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      torch_call_dispatcher("aten::linear", "", stack.data(), TORCH_ABI_VERSION));
+  return torch::stable::detail::to<Tensor>(stack[0]);
 }
 
 }  // namespace llamatelemetry

@@ -26,7 +26,8 @@ def quant_linear(
     bias:    [n], dtype and device of x
     exact:   whether x stays as it is. Otherwise the CPU rounds it to 8 bits in blocks of 32
              (``scale = absmax / 127``), which is several times faster; a block with NaN or
-             infinity gives NaN
+             infinity gives NaN. CUDA never rounds x; from 9 rows on it rounds the weights to the
+             dtype of x, for torch's matmul
     Returns: [..., n] in the dtype of x. On the CPU a row does not depend on the other rows, nor on
              how many there are
     Raises:  RuntimeError naming the argument, the rule and the value

@@ -1,0 +1,32 @@
+#include "gemm/quant_linear.cuh"
+
+namespace llamatelemetry {
+namespace {
+
+constexpr int kNumThreads = 256;
+
+template <int kFormat, int kRows>
+void launch(const QuantLinearParams& p, Stream stream) {
+  const int64_t four = p.dtype == DType::kFloat32 ? 16 : 8;  // bytes of four elements
+  const bool x_aligned = reinterpret_cast<uintptr_t>(p.x) % four == 0 && p.x_row_stride % 4 == 0;
+  const int64_t num_tiles = (p.n + kTileRows - 1) / kTileRows;
+  const auto grid = static_cast<unsigned>(num_tiles * ((p.m + kRows - 1) / kRows));
+  quant_linear_kernel<kFormat, kRows, kNumThreads><<<grid, kNumThreads, 0, stream>>>(p, x_aligned);
+}
+
+}  // namespace
+
+int64_t quant_linear_workspace_bytes(const QuantLinearParams&) { return 0; }
+
+Error launch_quant_linear(const QuantLinearParams& p, Stream stream) {
+  GgufFormats::dispatch(p.format, [&](auto format) {
+    if (p.m == 1) {
+      launch<format(), 1>(p, stream);
+    } else {
+      launch<format(), kMaxFusedRows>(p, stream);
+    }
+  });
+  return last_launch_error();
+}
+
+}  // namespace llamatelemetry
