@@ -87,12 +87,10 @@ def test_strided_rows_and_offsets(m, gap, offset, exact):
 
 @pytest.mark.parametrize("m", [1, 5, 20])
 def test_misaligned_rows(device, dtype, format, exact, m):
-    packed = repack(gguf_rows(format, 24, 512, device), format)
     flat = torch.full((3 + m * 515,), torch.nan, dtype=dtype, device=device)
     x = flat[3:].view(m, 515)[:, :512]
     x.copy_(torch.randn(m, 512))
-    ours = quant_linear(x, packed, format, 24, exact=exact)
-    assert torch.equal(ours, quant_linear(x.contiguous(), packed, format, 24, exact=exact))
+    assert_values(x, gguf_rows(format, 24, 512, device), format, None, exact)
 
 
 def test_a_row_depends_on_no_other(format, exact):
