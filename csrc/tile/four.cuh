@@ -1,23 +1,18 @@
-// Four consecutive elements, moved as one word and computed with as floats.
+// Four consecutive elements as floats.
 #pragma once
 
 #include <cstdint>
 
-#include "tile/convert.cuh"
+#include "tile/vector.cuh"
 
 namespace llamatelemetry {
-
-template <typename T>
-struct alignas(4 * sizeof(T)) Four {
-  T value[4];
-};
 
 // aligned: p is a multiple of 4 * sizeof(T) bytes, so that one load does.
 template <typename T>
 __device__ inline void load_four(const T* p, bool aligned, float (&values)[4]) {
-  Four<T> four;
+  Vector<T, 4> four;
   if (aligned) {
-    four = *reinterpret_cast<const Four<T>*>(p);
+    four = *reinterpret_cast<const Vector<T, 4>*>(p);
   } else {
 #pragma unroll
     for (int i = 0; i < 4; ++i) four.value[i] = p[i];
@@ -29,10 +24,10 @@ __device__ inline void load_four(const T* p, bool aligned, float (&values)[4]) {
 // p must be a multiple of 4 * sizeof(T) bytes.
 template <typename T>
 __device__ inline void store_four(T* p, const float (&values)[4]) {
-  Four<T> four;
+  Vector<T, 4> four;
 #pragma unroll
   for (int i = 0; i < 4; ++i) four.value[i] = from_float<T>(values[i]);
-  *reinterpret_cast<Four<T>*>(p) = four;
+  *reinterpret_cast<Vector<T, 4>*>(p) = four;
 }
 
 }  // namespace llamatelemetry
