@@ -7,6 +7,7 @@ forward under transformers, ``step`` works on packed tokens without padding over
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from llamatelemetry.models.attention import StepState
-from llamatelemetry.models.linear import merge_linears, unmerge_linears
+from llamatelemetry.models.linear import merge_linears, merge_runs, unmerge_linears
 from llamatelemetry.ops import _contract  # noqa: F401  (loads the library)
 
 _ops = torch.ops.llamatelemetry
@@ -141,6 +142,26 @@ class GatedMlp(Piece):
         return self.original(x) if torch.is_grad_enabled() else self.step(x)
 
 
+@dataclass(frozen=True)
+class _Projection:
+    """Neighbours among q, k and v that are one linear, and the norms over their heads."""
+
+    linear: Callable[[Tensor], Tensor]
+    heads: list[int]
+    norms: list[tuple[Tensor, float] | None]
+
+    def parts(self, x: Tensor, head_dim: int) -> list[Tensor]:
+        """[num_tokens, heads, head_dim] each."""
+        rows = self.linear(x).view(x.shape[0], -1, head_dim)
+        parts = list(rows.split(self.heads, 1))
+        for i, norm in enumerate(self.norms):
+            if norm is not None:
+                # A slice's rows are not evenly spaced, so its norm runs over all rows: one launch
+                # and no copy, and the heads too many cost less than another launch.
+                parts[i] = _rms_norm(rows, *norm).split(self.heads, 1)[i]
+        return parts
+
+
 class Attention(Piece):
     """q, k and v as one linear, rotary embedding in place, attention, the output projection."""
 
@@ -148,7 +169,8 @@ class Attention(Piece):
         super().__init__(module, family, config)
         self.head_dim = int(self.module.head_dim)
         num_kv = config.num_key_value_heads
-        self.num_heads = [config.num_attention_heads, num_kv, num_kv]
+        self._num_heads = (config.num_attention_heads, num_kv, num_kv)
+        self._norm_names = (family.query_norm, family.key_norm, "")
         self.scale = float(self.module.scaling)
         self.window = sliding_window_of(self.module, family, config)
         self.window_left = -1 if self.window is None else self.window - 1
@@ -156,33 +178,24 @@ class Attention(Piece):
         self.bind()
 
     def bind(self) -> None:
-        names = [name for name in (self.family.query_norm, self.family.key_norm) if name]
-        norms = [getattr(self.module, name) for name in names]
-        self.qk_norms = [(norm.weight, float(norm.variance_epsilon)) for norm in norms]
         self.linears = [getattr(self.module, name) for name in self.family.qkv]
-        merged = merge_linears(self.linears)
-        self.qkv = None if merged is None else merged.forward
+        heads, norms = list(self._num_heads), [self._norm(name) for name in self._norm_names]
+        self.projections = []
+        for linear, count in merge_runs(self.linears):
+            self.projections.append(_Projection(linear.forward, heads[:count], norms[:count]))
+            del heads[:count], norms[:count]
         self.o = self.module.o_proj.forward
+
+    def _norm(self, name: str) -> tuple[Tensor, float] | None:
+        norm = getattr(self.module, name) if name else None
+        return None if norm is None else (norm.weight, float(norm.variance_epsilon))
 
     def unbind(self) -> None:
         unmerge_linears(self.linears)
 
-    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def project(self, x: Tensor) -> list[Tensor]:
         """q, k, v [num_tokens, heads, head_dim] of x [num_tokens, hidden_size]; q and k normed."""
-        shape = (x.shape[0], -1, self.head_dim)
-        if self.qkv is None:
-            q, k, v = (linear(x).view(shape) for linear in self.linears)
-            if self.qk_norms:
-                q, k = (_rms_norm(y, *norm) for y, norm in zip((q, k), self.qk_norms, strict=True))
-            return q, k, v
-        rows = self.qkv(x).view(shape)
-        q, k, v = rows.split(self.num_heads, 1)
-        if self.qk_norms:
-            # The slices' rows are not evenly spaced, so the norms run over all rows: still one
-            # launch each and no copy, and the few heads too many cost less than one.
-            q = _rms_norm(rows, *self.qk_norms[0]).split(self.num_heads, 1)[0]
-            k = _rms_norm(rows, *self.qk_norms[1]).split(self.num_heads, 1)[1]
-        return q, k, v
+        return [part for one in self.projections for part in one.parts(x, self.head_dim)]
 
     def step(self, x: Tensor, state: StepState, k_cache: Tensor, v_cache: Tensor) -> Tensor:
         q, k, v = self.project(x)

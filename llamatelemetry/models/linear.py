@@ -5,10 +5,13 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
+
+from llamatelemetry.models.modules import QuantLinear, merge_quant_linears
+from llamatelemetry.ops import dequantize, unpack
 
 
 def merge_linears(linears: Sequence[nn.Module]) -> nn.Module | None:
@@ -22,6 +25,8 @@ def merge_linears(linears: Sequence[nn.Module]) -> nn.Module | None:
 
 
 def _merge(linears: Sequence[nn.Module]) -> nn.Module | None:
+    if all(type(linear) is QuantLinear for linear in linears):
+        return merge_quant_linears(cast("Sequence[QuantLinear]", linears))
     if any(type(linear) is not nn.Linear for linear in linears):
         return None
     parts = [dict(linear.named_parameters()) for linear in linears]
@@ -37,6 +42,15 @@ def _merge(linears: Sequence[nn.Module]) -> nn.Module | None:
             part[name].data = view
         setattr(merged, name, nn.Parameter(whole, requires_grad=False))
     return merged
+
+
+def merge_runs(linears: Sequence[nn.Module]) -> list[tuple[nn.Module, int]]:
+    """As few linears as the neighbours among them allow, each with how many it stands for."""
+    for count in range(len(linears), 1, -1):
+        merged = merge_linears(linears[:count])
+        if merged is not None:
+            return [(merged, count), *merge_runs(linears[count:])]
+    return [(linears[0], 1), *merge_runs(linears[1:])] if linears else []
 
 
 def unmerge_linears(linears: Sequence[nn.Module]) -> None:
@@ -57,9 +71,16 @@ def _plain_tensors() -> Iterator[None]:
 
 
 def in_more_bits(module: nn.Module, dtype: torch.dtype, config: Any) -> nn.Module:
-    """A copy of module in dtype.
+    """A copy of module in dtype, quantised linears as dense ones of the weights they stand for.
 
     config: is not copied, so the copy follows its changes
     """
     twin = copy.deepcopy(module, {id(config): config})
+    for name, part in list(twin.named_modules()):
+        if isinstance(part, QuantLinear):
+            dense: Any = nn.Linear(part.in_features, part.out_features, bias=False, device="meta")
+            rows = unpack(part.weight, part.format, part.out_features, part.in_features)
+            dense.weight = nn.Parameter(dequantize(rows, part.format), requires_grad=False)
+            dense.bias = part.bias
+            twin.set_submodule(name, dense)
     return twin.to(dtype)

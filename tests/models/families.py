@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import itertools
+from collections import Counter
 from collections.abc import Sequence
 
+import gguf
 import torch
 import transformers
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from llamatelemetry.models.attention import StepState
+from llamatelemetry.models.modules import QuantEmbedding, QuantLinear
 from llamatelemetry.models.patching import forward_tokens, rope_tables
+from llamatelemetry.ops import QuantFormat, repack
 
 VOCAB = 97
-HEAD_DIM = 16
+HEAD_DIM = 64
 NUM_KV = 3
 LAYERS = 2
 WINDOW = 5
@@ -20,8 +26,8 @@ WINDOW = 5
 # Odd head counts, grouped queries, heads wider together than the hidden size.
 _COMMON = {
     "vocab_size": VOCAB,
-    "hidden_size": 72,
-    "intermediate_size": 100,
+    "hidden_size": 288,
+    "intermediate_size": 160,
     "num_hidden_layers": LAYERS,
     "num_attention_heads": 3 * NUM_KV,
     "num_key_value_heads": NUM_KV,
@@ -64,8 +70,26 @@ def tiny_model(
             if parameter.ndim == 1:
                 parameter.normal_(mean=1.0, std=0.3)
             else:
-                parameter.normal_(std=0.15)
+                parameter.normal_(std=1.2 * parameter.shape[1] ** -0.5)
         return model.to(device=device, dtype=dtype)
+
+
+def quantise_(model: transformers.PreTrainedModel, formats: Sequence[str] = ("Q4_1",)) -> None:
+    """Packs a model's weights in place, linears in the formats in turn; the embedding is tied."""
+    device, dtype = model.device, model.model.norm.weight.dtype
+
+    def pack(weight: Tensor, kind: QuantFormat) -> Tensor:
+        rows = gguf.quants.quantize(weight.float().cpu().numpy(), gguf.GGMLQuantizationType(kind))
+        return repack(torch.from_numpy(rows), kind).to(device)
+
+    linears = [(name, m) for name, m in model.named_modules() if isinstance(m, torch.nn.Linear)]
+    for (name, linear), format in zip(linears, itertools.cycle(formats), strict=False):
+        kind = QuantFormat[format]
+        packed = pack(linear.weight, kind)
+        model.set_submodule(name, QuantLinear(packed, kind, linear.out_features, linear.bias))
+    packed = pack(model.model.embed_tokens.weight, QuantFormat.Q8_0)
+    model.model.embed_tokens = QuantEmbedding(packed, QuantFormat.Q8_0, VOCAB, dtype)
+    model.lm_head = QuantLinear(packed, QuantFormat.Q8_0, VOCAB)
 
 
 class PackedRun:
@@ -109,3 +133,15 @@ class PackedRun:
         """Logits [batch, vocab] after each sequence's new tokens."""
         state = self.state([len(t) for t in tokens])
         return forward_tokens(self.model, torch.cat(list(tokens)).to(state.cos.device), state)
+
+
+class OpCounter(TorchDispatchMode):
+    """Counts calls by op name."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.calls[func._schema.name] += 1
+        return func(*args, **(kwargs or {}))

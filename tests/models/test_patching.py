@@ -3,25 +3,15 @@
 from __future__ import annotations
 
 import copy
-from collections import Counter
 
 import pytest
 import torch
-from models.families import FAMILIES, LAYERS, VOCAB, PackedRun, tiny_model
+from models.families import FAMILIES, LAYERS, VOCAB, OpCounter, PackedRun, tiny_model
 from tolerance import assert_within_2x
 from torch.testing import assert_close
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache, StaticCache
 
 from llamatelemetry.models.patching import forward_tokens, patch, unpatch
-
-pytestmark = pytest.mark.skipif(
-    any(
-        not torch._C._dispatch_has_kernel_for_dispatch_key(f"llamatelemetry::{op}", "CPU")
-        for op in ("fused_add_rms_norm_", "rotary_embedding_", "silu_and_mul", "paged_attention")
-    ),
-    reason="its ops are still being built",
-)
 
 LENGTHS = (4, 9, 1)
 LONGEST = 9
@@ -163,16 +153,6 @@ def test_attention_is_ours_with_padding(family, side, device):
         greedy(model, *padded_batch(side, device))
     assert counter.calls["llamatelemetry::paged_attention"] >= NEW_TOKENS * LAYERS
     assert not any("scaled_dot_product" in name for name in counter.calls)
-
-
-class OpCounter(TorchDispatchMode):
-    def __init__(self):
-        super().__init__()
-        self.calls = Counter()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.calls[func._schema.name] += 1
-        return func(*args, **(kwargs or {}))
 
 
 def test_a_replacement_that_differs_is_refused_by_name(device):
