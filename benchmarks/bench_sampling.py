@@ -53,7 +53,9 @@ def same_token(ours: Tensor, theirs: tuple[Tensor, Tensor]) -> None:
 
 
 def cases(device: torch.device, quick: bool) -> Iterator[Case]:
-    shapes = [(1, 49152), (1, 151936), (32, 151936)]
+    shapes = [(1, 49152), (1, 151936)]
+    if device.type == "cuda":
+        shapes.append((32, 151936))
     for batch, vocab_size in shapes[:1] if quick else shapes:
         # Normal logits of this width have the perplexity of a small model's.
         logits = 2.5 * torch.randn(batch, vocab_size, device=device)

@@ -334,8 +334,9 @@ void sample_tokens(const SampleParams& p, int64_t begin, int64_t end) {
 
 Error launch_sample(const SampleParams& p, Stream) {
   const int64_t items = p.batch * num_segments(p.vocab_size);
-  parallel_over<sample_maxima>("sample_maxima", Work{items, 350.0}, p);
-  parallel_over<sample_weights>("sample_weights", Work{items, 350.0}, p);
+  parallel_over<sample_maxima>("sample_maxima", Work{items, 600.0}, p);
+  // Mostly nothing to do: a lower guess than the work of rows that need it.
+  parallel_over<sample_weights>("sample_weights", Work{items, 200.0}, p);
   const double row_ns = 2000.0 + 0.05 * static_cast<double>(p.vocab_size);
   parallel_over<sample_tokens>("sample_tokens", Work{p.batch, row_ns}, p);
   return nullptr;

@@ -48,7 +48,7 @@ def draws(row: Tensor, count: int, **values: object) -> Tensor:
     return sample(row.expand(count, -1), *parameters)
 
 
-@pytest.mark.parametrize("vocab_size", [1, 63, 1000, 49152])
+@pytest.mark.parametrize("vocab_size", [1, 63, 1000, 20011])
 @pytest.mark.parametrize("values", FILTERS, ids=str)
 def test_values(device, dtype, vocab_size, values):
     # The token's share of the cumulative distribution holds the random number, up to rounding.
