@@ -10,8 +10,8 @@ from typing import Any, cast
 import torch
 from torch import nn
 
+from llamatelemetry.models.dense import expand
 from llamatelemetry.models.modules import QuantLinear, merge_quant_linears
-from llamatelemetry.ops import dequantize, unpack
 
 
 def merge_linears(linears: Sequence[nn.Module]) -> nn.Module | None:
@@ -76,11 +76,5 @@ def in_more_bits(module: nn.Module, dtype: torch.dtype, config: Any) -> nn.Modul
     config: is not copied, so the copy follows its changes
     """
     twin = copy.deepcopy(module, {id(config): config})
-    for name, part in list(twin.named_modules()):
-        if isinstance(part, QuantLinear):
-            dense: Any = nn.Linear(part.in_features, part.out_features, bias=False, device="meta")
-            rows = unpack(part.weight, part.format, part.out_features, part.in_features)
-            dense.weight = nn.Parameter(dequantize(rows, part.format), requires_grad=False)
-            dense.bias = part.bias
-            twin.set_submodule(name, dense)
+    expand(twin, dtype)
     return twin.to(dtype)

@@ -42,6 +42,13 @@ class QuantLinear(nn.Module):
             x, self.weight, self.format, self.out_features, self.bias, self.exact
         )
 
+    def dense(self, dtype: torch.dtype) -> nn.Linear:
+        """nn.Linear with the same weights, expanded to dtype."""
+        linear = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
+        linear.weight = _expanded(self, self.out_features, self.in_features, dtype)
+        linear.register_parameter("bias", self.bias)
+        return linear.to(dtype)
+
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, {self.format.name}, exact={self.exact}"
 
@@ -76,6 +83,11 @@ class QuantEmbedding(nn.Module):
             self.like.dtype,
         )
 
+    def dense(self, dtype: torch.dtype) -> nn.Embedding:
+        """nn.Embedding with the same weights, expanded to dtype."""
+        weight = _expanded(self, self.num_embeddings, self.embedding_dim, dtype)
+        return nn.Embedding.from_pretrained(weight.data)
+
     def extra_repr(self) -> str:
         return f"{self.num_embeddings}, {self.embedding_dim}, {self.format.name}"
 
@@ -102,13 +114,21 @@ def merge_quant_linears(linears: Sequence[QuantLinear]) -> QuantLinear | None:
         linear.weight = view
     rows = [linear.out_features for linear in linears]
     merged = QuantLinear(weight, first.format, sum(rows), exact=first.exact)
-    biases = [linear.bias for linear in linears if linear.bias is not None]
-    if biases:
+    if first.bias is not None:
+        biases = [linear.bias for linear in linears if linear.bias is not None]
         bias = torch.cat([part.data for part in biases])
         for part, view in zip(biases, bias.split(rows), strict=True):
             part.data = view
         merged.bias = nn.Parameter(bias, requires_grad=False)
     return merged
+
+
+def _expanded(
+    module: QuantLinear | QuantEmbedding, n: int, k: int, dtype: torch.dtype
+) -> nn.Parameter:
+    rows = ops.unpack(module.weight, module.format, n, k)
+    values = ops.dequantize(rows, module.format, torch.float32).to(dtype)
+    return nn.Parameter(values, requires_grad=False)
 
 
 def _weights_per_row(weight: Tensor, format: QuantFormat) -> int:
