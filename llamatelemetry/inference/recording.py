@@ -21,11 +21,15 @@ _lib.lt_recording_free.argtypes = [ctypes.c_void_p]
 _NO_WORK = {"empty", "new_empty", "empty_like", "empty_strided", "detach", "alias", "lift_fresh"}
 
 
+class RecordingError(RuntimeError):
+    """An op that a recording cannot hold."""
+
+
 class _OnlyOurOps(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         namespace, _, name = func._schema.name.partition("::")
         if not (namespace == "llamatelemetry" or func.is_view or name in _NO_WORK):
-            raise RuntimeError(
+            raise RecordingError(
                 f"Recording: every op must be llamatelemetry's or a view, got {func}; its "
                 "work would be missing from the replay, so do it before the recording"
             )
@@ -39,7 +43,8 @@ class Recording:
     recording keeps what ops of ours allocate; the caller keeps every other tensor alive and its
     storage where it is.
 
-    Raises: RuntimeError for any op that is neither ours nor a view, and for a recording inside one.
+    Raises: RecordingError for any op that is neither ours nor a view, RuntimeError for a recording
+            inside one.
     """
 
     def __init__(self) -> None:

@@ -43,6 +43,9 @@ class SamplingParams:
         check(-(2**63) <= self.seed < 2**63, "seed", "fit in 64 bits")
 
 
+GREEDY = SamplingParams(temperature=0.0)
+
+
 @dataclass(frozen=True)
 class SamplingTensors:
     """The parameters of a batch on its device, a row each: what ``ops.sample`` reads."""

@@ -1,0 +1,148 @@
+"""Text in, text out: a local engine over a patched model and its tokenizer."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from llamatelemetry.inference.generation import TokenGenerator
+from llamatelemetry.inference.sampling import GREEDY, SamplingParams
+from llamatelemetry.inference.text_stream import TextStream
+from llamatelemetry.models.loading import LoadedModel
+from llamatelemetry.models.patching import patch
+
+
+@dataclass(frozen=True)
+class InferResult:
+    """What ``InferenceEngine.infer`` returns; on failure text is "" and error_message says why."""
+
+    success: bool
+    text: str
+    tokens_generated: int
+    latency_ms: float
+    tokens_per_sec: float
+    error_message: str | None = None
+
+
+@dataclass
+class GenerationStats:
+    """Counts and seconds of one generation, filled in while it streams."""
+
+    prompt_tokens: int = 0
+    generated_tokens: int = 0
+    first_token_s: float = 0.0  # from the call to the first token
+    decode_s: float = 0.0  # from the first token to the last
+
+    @property
+    def prompt_tokens_per_s(self) -> float:
+        return self.prompt_tokens / self.first_token_s if self.first_token_s else 0.0
+
+    @property
+    def decode_tokens_per_s(self) -> float:
+        return (self.generated_tokens - 1) / self.decode_s if self.decode_s else 0.0
+
+
+class InferenceEngine:
+    """Generates text with a model that ``load_model`` returned; patches the model.
+
+    model: LoadedModel; its transformers model is patched in place
+    stats: GenerationStats of the last generation
+    """
+
+    def __init__(self, model: LoadedModel) -> None:
+        self.loaded = model
+        self.tokenizer = model.tokenizer
+        self.patch_report = patch(model.model)
+        self.generator = TokenGenerator(model.model)
+        self.stats = GenerationStats()
+
+    def encode(self, prompt: str) -> list[int]:
+        """Token ids of a prompt, as a user's turn where the model has a chat template."""
+        if getattr(self.tokenizer, "chat_template", None):
+            turn = [{"role": "user", "content": prompt}]
+            prompt = self.tokenizer.apply_chat_template(
+                turn, tokenize=False, add_generation_prompt=True
+            )
+            return list(self.tokenizer.encode(prompt, add_special_tokens=False))
+        return list(self.tokenizer.encode(prompt))
+
+    def stream(
+        self,
+        prompt: str | Sequence[int],
+        params: SamplingParams | None = None,
+        max_tokens: int = 128,
+        stop_sequences: Sequence[str] = (),
+    ) -> Iterator[str]:
+        """Yields text as it comes, until max_tokens, the end of the turn or a stop sequence.
+
+        prompt:  text, or token ids that go to the model as they are
+        params:  SamplingParams; None is greedy
+        Raises:  ValueError for a prompt that is empty or longer than the context
+        """
+        ids = self.encode(prompt) if isinstance(prompt, str) else list(prompt)
+        stats = self.stats = GenerationStats(prompt_tokens=len(ids))
+        text = TextStream(self.tokenizer, stop_sequences)
+        start = time.perf_counter()
+        steps = self.generator.generate([ids], [params or GREEDY], max_tokens, self.loaded.eos_ids)
+        for (token,) in steps:
+            now = time.perf_counter()
+            if stats.generated_tokens == 0:
+                stats.first_token_s = now - start
+            stats.decode_s = now - start - stats.first_token_s
+            stats.generated_tokens += 1
+            assert token is not None, "a single row ends with its generation"
+            if piece := text.push(token):
+                yield piece
+            if text.stopped:
+                return
+        if rest := text.finish():
+            yield rest
+
+    def infer(
+        self,
+        prompt: str,
+        max_tokens: int = 128,
+        temperature: float = 0.7,
+        top_p: float = 0.9,
+        top_k: int = 40,
+        seed: int = 0,
+        stop_sequences: Sequence[str] | None = None,
+    ) -> InferResult:
+        """Generates and returns the whole text; refused input comes back as error_message."""
+        start = time.perf_counter()
+        try:
+            params = SamplingParams(temperature=temperature, top_p=top_p, top_k=top_k, seed=seed)
+            text = "".join(self.stream(prompt, params, max_tokens, stop_sequences or ()))
+        except ValueError as error:
+            return InferResult(False, "", 0, _ms_since(start), 0.0, str(error))
+        return InferResult(
+            True,
+            text,
+            self.stats.generated_tokens,
+            _ms_since(start),
+            self.stats.generated_tokens / (time.perf_counter() - start),
+        )
+
+    def infer_batch(
+        self,
+        prompts: Sequence[str],
+        params: SamplingParams | None = None,
+        max_tokens: int = 128,
+    ) -> list[str]:
+        """One text a prompt, decoded together as one ragged batch without padding."""
+        ids = [self.encode(prompt) for prompt in prompts]
+        texts = [TextStream(self.tokenizer) for _ in prompts]
+        rows = [params or GREEDY] * len(prompts)
+        eos = self.loaded.eos_ids
+        for tokens in self.generator.generate(ids, rows, max_tokens, eos):
+            for text, token in zip(texts, tokens, strict=True):
+                if token is not None:
+                    text.push(token)
+        for text in texts:
+            text.finish()
+        return [text.text for text in texts]
+
+
+def _ms_since(start: float) -> float:
+    return (time.perf_counter() - start) * 1e3

@@ -1,0 +1,53 @@
+"""The generate command: refusals are one sentence on stderr and exit code 2, never a traceback."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from llamatelemetry.cli import main
+
+
+def refused(capsys, *arguments):
+    code = main(["generate", "hello", *map(str, arguments)])
+    out, err = capsys.readouterr()
+    assert code == 2
+    assert out == ""
+    assert err.startswith("llamatelemetry: ")
+    assert err.count("\n") == 1, f"more than one line: {err}"
+    return err
+
+
+def test_a_missing_file_is_named(capsys, tmp_path):
+    assert "nowhere.gguf" in refused(capsys, "--model", tmp_path / "nowhere.gguf")
+
+
+def test_what_is_not_a_gguf_is_named(capsys, tmp_path):
+    path = tmp_path / "notes.gguf"
+    path.write_bytes(b"these are notes, not weights" * 10)
+    err = refused(capsys, "--model", path)
+    assert "notes.gguf" in err
+    assert "GGUF" in err
+
+
+def test_an_empty_directory_is_refused(capsys, tmp_path):
+    assert "config.json" in refused(capsys, "--model", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "named"),
+    [
+        ("--temperature", -1, "temperature"),
+        ("--top-p", 0, "top_p"),
+        ("--top-p", 1.5, "top_p"),
+        ("--min-p", 2, "min_p"),
+        ("--top-k", -3, "top_k"),
+    ],
+)
+def test_bad_sampling_parameters_are_named(capsys, option, value, named):
+    assert named in refused(capsys, option, value)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there_is_refused(capsys):
+    assert "--device cuda needs a CUDA GPU" in refused(capsys, "--device", "cuda")
