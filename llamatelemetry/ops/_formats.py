@@ -38,10 +38,12 @@ GGUF_BLOCKS: dict[int, tuple[int, int]] = {
 }
 
 
+_NUMBERS: dict[int | str, int] = {f.name: f.value for f in QuantFormat}
+_NUMBERS |= {f: f.value for f in QuantFormat}
+
+
 def format_number(format: int | str) -> int:
     """The GGML type number of a format given by name or number; the ops refuse a wrong number."""
-    if isinstance(format, str):
-        if format not in QuantFormat.__members__:
-            raise ValueError(f"format must be one of {list(QuantFormat.__members__)}, got {format}")
-        return QuantFormat[format].value
-    return int(format)
+    if isinstance(format, str) and format not in _NUMBERS:
+        raise ValueError(f"format must be one of {[f.name for f in QuantFormat]}, got {format}")
+    return _NUMBERS.get(format, format)  # type: ignore[return-value]  # a number of no format

@@ -50,7 +50,7 @@ def test_families(path, family, tied, device):
 @pytest.mark.parametrize("tied", [True, False])
 def test_unquantised(path, tied, device):
     reference = write_model(path, format=None, tied=tied)
-    model = load_gguf(path, device=device).model
+    model = load_gguf(path, device=device, dtype=torch.float32).model
     assert all(p.dtype == torch.float32 for p in model.parameters())
     assert not any(p.requires_grad for p in model.parameters())
     logits_close(model, reference)
@@ -98,7 +98,8 @@ def test_what_comes_with_the_model(path):
 
 def test_merge_quant_linears(path, device):
     write_model(path, "qwen2")
-    attention = load_gguf(path, device=device).model.model.layers[0].self_attn
+    model = load_gguf(path, device=device, dtype=torch.float32).model
+    attention = model.model.layers[0].self_attn
     parts = [attention.q_proj, attention.k_proj, attention.v_proj]
     x = torch.randn(3, 256, device=device)
     apart = torch.cat([part(x) for part in parts], -1)
