@@ -1,6 +1,6 @@
 // out[r, :] = exp(y - max(y)) / sum(exp(y - max(y))) with y = x[r, :] / temperature, in float.
-// Bound by exp, which is computed again when the row is written rather than kept in T. One item per
-// row. A NaN, an inf or nothing but -inf gives NaN in the whole row and in no other.
+// Bound by exp, which out keeps between the passes if it holds floats; else it is computed twice.
+// One item per row. A NaN, an inf or nothing but -inf gives NaN in the whole row and in no other.
 #include "common/parallel.h"
 #include "norm/params.h"
 #include "vec/rows.h"
@@ -11,6 +11,7 @@ namespace {
 
 template <typename T>
 void softmax_rows(const SoftmaxParams& p, int64_t begin, int64_t end) {
+  constexpr bool kOutKeepsFloats = sizeof(T) == sizeof(float);
   const Vec temperature = vec_set(p.temperature);
   for (int64_t row = begin; row < end; ++row) {
     const T* x = static_cast<const T*>(p.x) + row * p.x_row_stride;
@@ -26,11 +27,16 @@ void softmax_rows(const SoftmaxParams& p, int64_t begin, int64_t end) {
     const auto power = [=](int64_t i, auto lanes) {
       return vec_exp(vec_load(x + i, lanes, -INFINITY) / temperature - max);
     };
-    const float sum =
-        sum_row(p.row_size, [=](Vec acc, int64_t i, auto lanes) { return acc + power(i, lanes); });
-    const Vec sums = vec_set(sum);
-    for_each_vec(p.row_size,
-                 [=](int64_t i, auto lanes) { vec_store(out + i, lanes, power(i, lanes) / sums); });
+    const float sum = sum_row(p.row_size, [=](Vec acc, int64_t i, auto lanes) {
+      const Vec value = power(i, lanes);
+      if constexpr (kOutKeepsFloats) vec_store(out + i, lanes, value);
+      return acc + value;
+    });
+    const Vec scale = vec_set(1.0f / sum);
+    for_each_vec(p.row_size, [=](int64_t i, auto lanes) {
+      const Vec value = kOutKeepsFloats ? vec_load(out + i, lanes) : power(i, lanes);
+      vec_store(out + i, lanes, value * scale);
+    });
   }
 }
 
