@@ -1,0 +1,51 @@
+"""quant_linear at the shapes of SmolLM2-135M against torch's linear over dense weights.
+
+The limit for one row is a read of the packed bytes; for many rows torch's int8 matmul.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from harness import Case, main
+from torch.nn.functional import linear
+
+from llamatelemetry.ops import QuantFormat, dequantize, quant_linear, repack
+
+SHAPES = [
+    (QuantFormat.Q4_1, 960, 576),  # merged q, k, v
+    (QuantFormat.Q4_1, 576, 576),
+    (QuantFormat.Q4_1, 3072, 576),  # merged gate, up
+    (QuantFormat.Q4_1, 576, 1536),
+    (QuantFormat.Q8_0, 49152, 576),  # the head
+]
+
+
+def random_rows(format: QuantFormat, n: int, k: int, device: torch.device) -> torch.Tensor:
+    """GGUF rows; bytes below 64 keep every float16 scale finite and positive."""
+    return torch.randint(0, 64, (n, format.row_bytes(k)), dtype=torch.uint8, device=device)
+
+
+def cases(device: torch.device, quick: bool) -> Iterator[Case]:
+    for format, n, k in SHAPES[:2] if quick else SHAPES:
+        data = random_rows(format, n, k, device)
+        weight, packed = dequantize(data, format), repack(data, format)
+        for m in (1, 8, 128):
+            x = torch.randn(m, k, device=device)
+            yield Case(
+                f"{format.name} {k}->{n} m={m}",
+                inputs=(x, packed, weight, weight.bfloat16()),
+                ours=lambda x, packed, *_, format=format, n=n: quant_linear(x, packed, format, n),
+                baselines={
+                    "float32 linear": lambda x, packed, w, w16: linear(x, w),
+                    "bfloat16 linear": lambda x, packed, w, w16: linear(x.bfloat16(), w16),
+                },
+                bytes_moved=packed.nbytes if m < 128 else None,
+                flops=2 * m * n * k if m == 128 else None,
+                flops_dtype=torch.int8,
+            )
+
+
+if __name__ == "__main__":
+    main("quant_linear", cases)
