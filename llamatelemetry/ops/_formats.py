@@ -38,12 +38,14 @@ GGUF_BLOCKS: dict[int, tuple[int, int]] = {
 }
 
 
-_NUMBERS: dict[int | str, int] = {f.name: f.value for f in QuantFormat}
-_NUMBERS |= {f: f.value for f in QuantFormat}
+# A plain dict: torch.compile of torch 2.11 traces its lookup, but not an enum's.
+_NUMBERS: dict[int | str, int] = {key: f.value for f in QuantFormat for key in (f.name, f.value)}
 
 
 def format_number(format: int | str) -> int:
     """The GGML type number of a format given by name or number; the ops refuse a wrong number."""
-    if isinstance(format, str) and format not in _NUMBERS:
+    if (number := _NUMBERS.get(format)) is not None:
+        return number
+    if isinstance(format, str):
         raise ValueError(f"format must be one of {[f.name for f in QuantFormat]}, got {format}")
-    return _NUMBERS.get(format, format)  # type: ignore[return-value]  # a number of no format
+    return format
