@@ -13,11 +13,11 @@ NUM_STEPS = 20
 def inputs(dtype, num_tokens):
     """x, residual, weight, cos, sin."""
     generator = torch.Generator("cuda").manual_seed(1)
-    rows = [(num_tokens, 1024)] * 2
-    return [
-        torch.randn(shape, device="cuda", generator=generator).to(dtype)
-        for shape in (*rows, (1024,), (num_tokens, 64), (num_tokens, 64))
-    ]
+    shapes = [(num_tokens, 1024), (num_tokens, 1024), (1024,), (num_tokens, 64)]
+    x, residual, weight, angle = (
+        torch.randn(shape, device="cuda", generator=generator) for shape in shapes
+    )
+    return [y.to(dtype) for y in (x, residual, weight, angle.cos(), angle.sin())]
 
 
 def step(x, residual, weight, cos, sin, between=lambda: None):
