@@ -119,10 +119,10 @@ def measure(path: str, rounds: int) -> list[harness.Row]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--device", choices=["cpu"], default="cpu")
-    parser.add_argument("--quick", action="store_true", help="three rounds, no JSON")
+    parser.add_argument("--quick", action="store_true", help="two rounds, no JSON")
     parser.add_argument("--model", default="smollm2")
     arguments = parser.parse_args()
-    rows = measure(str(find_model(arguments.model)), rounds=3 if arguments.quick else 15)
+    rows = measure(str(find_model(arguments.model)), rounds=2 if arguments.quick else 5)
     harness.print_rows(rows)
     if not arguments.quick:
         print(f"wrote {harness.save('generate', torch.device('cpu'), rows)}")
