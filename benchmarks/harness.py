@@ -6,8 +6,8 @@
     if __name__ == "__main__":
         main("<name>", cases)
 
-Ours, each baseline and the limit (read and write on the GPU, read on the CPU, a matmul for flops) take
-turns, so that a machine that changes speed changes it for all; "x" and "% of the limit" are medians
+Ours, each baseline and the limit (torch's reading and writing on the GPU, reading on the CPU, its
+matmul for flops) take turns, so that a machine that changes speed changes it for all; "x" and "% of the limit" are medians
 of the ratios within a round. Inputs rotate through copies larger than the last cache. On the GPU a
 sample is one replay of a CUDA graph of many calls between two events.
 Results go to benchmarks/results/<name>-<cpu|cuda>.json: the environment and every sample.
@@ -164,7 +164,7 @@ def interleave(samplers: dict[str, Callable[[], float]], rounds: int) -> dict[st
 
 
 def bandwidth_limit(nbytes: int, device: torch.device) -> tuple[str, Callable[[], float]]:
-    """The time of nbytes at the speed of torch: reading and writing (GPU), or reading as many (CPU)."""
+    """The time of nbytes at the speed of torch reading and writing (GPU) or only reading (CPU)."""
     if device.type == "cuda":
         source = torch.randn(1 << 28, device=device)
         target = torch.empty_like(source)
