@@ -7,9 +7,9 @@
         main("<name>", cases)
 
 Ours, each baseline and the limit (torch's reading and writing on the GPU, reading on the CPU, its
-matmul for flops) take turns, so that a machine that changes speed changes it for all; "x" and "% of the limit" are medians
-of the ratios within a round. Inputs rotate through copies larger than the last cache. On the GPU a
-sample is one replay of a CUDA graph of many calls between two events.
+matmul for flops) take turns, so that a machine that changes speed changes it for all; "x" and "% of
+the limit" are medians of the ratios within a round. Inputs rotate through copies larger than the
+last cache. On the GPU a sample is one replay of a CUDA graph of many calls between two events.
 Results go to benchmarks/results/<name>-<cpu|cuda>.json: the environment and every sample.
 """
 
