@@ -61,9 +61,8 @@ def arch_flags(source: str, archs: list[str]) -> str:
 
 def find_nvcc() -> str | None:
     """The CUDA compiler, or None for a CPU-only build. Whether a GPU is present does not matter."""
-    wanted = os.environ.get("LLAMATELEMETRY_CUDA", "auto")
-    path = f"{os.environ.get('PATH', '')}:/usr/local/cuda/bin"
-    nvcc = os.environ.get("NVCC") or shutil.which("nvcc", path=path)
+    wanted, path = os.environ.get("LLAMATELEMETRY_CUDA", "auto"), os.environ.get("PATH", "")
+    nvcc = os.environ.get("NVCC") or shutil.which("nvcc", path=f"{path}:/usr/local/cuda/bin")
     if wanted not in ("auto", "0", "1"):
         raise SystemExit(f"LLAMATELEMETRY_CUDA must be auto, 0 or 1, got {wanted!r}")
     if wanted == "1" and not nvcc:
@@ -110,8 +109,9 @@ def ninja_file(nvcc: str | None, archs: list[str]) -> str:
     for level, flags in ISA_FLAGS.items():
         add("cxx", "cpu", "*/*_cpu.cpp", level, f"{CXX_FLAGS} {flags}")
     if nvcc:
-        add("nvcc", "cuda", "*/ops.cpp", "host", f"{NVCC_FLAGS} {torch_flags()}")
-        add("nvcc", "cuda", "*/*.cu", "device", NVCC_FLAGS)
+        sm90 = "-DLT_SM90" if any(arch.startswith("9.0") for arch in archs) else ""
+        add("nvcc", "cuda", "*/ops.cpp", "host", f"{NVCC_FLAGS} {sm90} {torch_flags()}")
+        add("nvcc", "cuda", "*/*.cu", "device", f"{NVCC_FLAGS} {sm90}")
     for library in ["cpu", "cuda"] if nvcc else ["cpu"]:
         inputs = " ".join([*objects[library], "|", *STUBS])
         text.append(f"build libllamatelemetry_{library}.so: link_{library} {inputs}")

@@ -6,6 +6,7 @@
 
 #include "attention/params.h"
 #include "common/checks.h"
+#include "common/device.h"
 
 namespace llamatelemetry {
 namespace {
@@ -27,6 +28,29 @@ void check_lengths(const char* op, const char* arg, const Tensor& x, const char*
 
 void check_at_least(const char* op, const char* arg, int64_t value, int64_t least) {
   check(value >= least, op, arg, "be at least " + std::to_string(least), std::to_string(value));
+}
+
+void check_head_dim(const char* op, int64_t head_dim) {
+  check(head_dim % kHeadDimMultiple == 0 && head_dim > 0 && head_dim <= kMaxHeadDim, op, "head_dim",
+        "be a multiple of " + std::to_string(kHeadDimMultiple) + " up to " +
+            std::to_string(kMaxHeadDim),
+        std::to_string(head_dim) + "; pad q, k and v with zeros");
+}
+
+void check_heads(const char* op, int64_t num_heads_q, int64_t num_heads_kv) {
+  check(num_heads_kv > 0 && num_heads_q % num_heads_kv == 0, op, "num_heads_q",
+        "be a multiple of num_heads_kv = " + std::to_string(num_heads_kv),
+        std::to_string(num_heads_q));
+}
+
+void check_scores(const char* op, double softmax_scale, int64_t window_left, int64_t window_right,
+                  double softcap) {
+  check_at_least(op, "window_left", window_left, -1);
+  check_at_least(op, "window_right", window_right, -1);
+  check(std::isfinite(softmax_scale), op, "softmax_scale", "be finite",
+        std::to_string(softmax_scale));
+  check(softcap >= 0 && std::isfinite(softcap), op, "softcap",
+        "be finite and not negative (0: off)", std::to_string(softcap));
 }
 
 // Into how many parts the keys of a sequence are cut, so that few queries over many keys use every
@@ -55,18 +79,13 @@ std::tuple<Tensor, Tensor> paged_attention(const Tensor& q, const Tensor& k_cach
   const int64_t total_q = q.size(0);
   const int64_t num_heads_q = q.size(1);
   const int64_t head_dim = q.size(2);
-  check(head_dim % kHeadDimMultiple == 0 && head_dim > 0 && head_dim <= kMaxHeadDim, op, "head_dim",
-        "be a multiple of " + std::to_string(kHeadDimMultiple) + " up to " +
-            std::to_string(kMaxHeadDim),
-        std::to_string(head_dim) + "; pad q, k_cache and v_cache with zeros");
+  check_head_dim(op, head_dim);
 
   check_dim(op, "k_cache", k_cache, 4, "[num_blocks, page_size, num_heads_kv, head_dim]");
   const int64_t page_size = k_cache.size(1);
   const int64_t num_heads_kv = k_cache.size(2);
   check_at_least(op, "page_size", page_size, 1);
-  check(num_heads_kv > 0 && num_heads_q % num_heads_kv == 0, op, "num_heads_q",
-        "be a multiple of num_heads_kv = " + std::to_string(num_heads_kv),
-        std::to_string(num_heads_q));
+  check_heads(op, num_heads_q, num_heads_kv);
   for (const auto& [arg, cache] :
        {std::pair<const char*, const Tensor&>{"k_cache", k_cache}, {"v_cache", v_cache}}) {
     check_shape(op, arg, cache, "[num_blocks, page_size, num_heads_kv, head_dim] as q and k_cache",
@@ -83,12 +102,7 @@ std::tuple<Tensor, Tensor> paged_attention(const Tensor& q, const Tensor& k_cach
   check_lengths(op, "cache_seqlens", cache_seqlens, "[batch]", batch, q);
   check_lengths(op, "cu_seqlens_q", cu_seqlens_q, "[batch + 1]", batch + 1, q);
   check_at_least(op, "max_seqlen_q", max_seqlen_q, 0);
-  check_at_least(op, "window_left", window_left, -1);
-  check_at_least(op, "window_right", window_right, -1);
-  check(std::isfinite(softmax_scale), op, "softmax_scale", "be finite",
-        std::to_string(softmax_scale));
-  check(softcap >= 0 && std::isfinite(softcap), op, "softcap",
-        "be finite and not negative (0: off)", std::to_string(softcap));
+  check_scores(op, softmax_scale, window_left, window_right, softcap);
 
   const DeviceGuard guard(q);
   Tensor out = allocate(q, q.sizes());
@@ -131,8 +145,210 @@ std::tuple<Tensor, Tensor> paged_attention(const Tensor& q, const Tensor& k_cach
   return {out, lse};
 }
 
+Heads heads_of(const Tensor& x) {
+  const bool packed = x.dim() == 3;
+  return {.data = x.const_data_ptr(),
+          .batch_stride = packed ? 0 : x.stride(0),
+          .token_stride = x.stride(packed ? 0 : 1),
+          .head_stride = x.stride(packed ? 1 : 2)};
+}
+
+// Whether every row of x starts at a multiple of 16 bytes.
+bool has_aligned_rows(const Tensor& x) {
+  constexpr int64_t kBytes = 16;
+  const int64_t element_bytes = x.scalar_type() == ScalarType::Float ? 4 : 2;
+  auto bits = reinterpret_cast<uintptr_t>(x.const_data_ptr());
+  for (int64_t d = 0; d < x.dim() - 1; ++d) {
+    if (x.size(d) > 1) bits |= static_cast<uintptr_t>(x.stride(d) * element_bytes);
+  }
+  return bits % kBytes == 0;
+}
+
+// The implementation for these tensors: the one that backend names, or the best that serves them.
+FlashImpl flash_impl_for(const char* op, int64_t backend, DType dtype, const Tensor& q,
+                         const Tensor& k, const Tensor& v) {
+  FlashDescriptor call{};
+  call.on_cuda = kOnCuda;
+  call.dtype = dtype;
+  call.head_dim = q.size(q.dim() - 1);
+  call.aligned = has_aligned_rows(q) && has_aligned_rows(k) && has_aligned_rows(v);
+#ifdef LT_CUDA
+  call.capability = current_device().capability;
+  call.code_capability = current_device().code_capability;
+#ifdef LT_SM90
+  call.has_sm90_code = true;
+#endif
+#endif
+  check(backend >= 0 && backend < kNumFlashImpls, op, "backend", "be an implementation's number",
+        std::to_string(backend));
+  if (const auto wanted = static_cast<FlashImpl>(backend); wanted != FlashImpl::kAuto) {
+    const char* reason = why_not(wanted, call);
+    check(reason == nullptr, op, "backend", "serve the call",
+          std::string(flash_impl_name(wanted)) + ": " + (reason ? reason : "") +
+              "; leave backend=None to choose the best that does");
+    return wanted;
+  }
+  const FlashImpl best = choose_flash(call);
+  check(best != FlashImpl::kAuto, op, "q",
+        "be float16 or float32 on a GPU of compute capability " +
+            std::to_string(call.capability / 10) + "." + std::to_string(call.capability % 10),
+        std::string(dtype_text(q.scalar_type())) + "; call .half()");
+  return best;
+}
+
+// The options that flash_attn and flash_attn_varlen share, in the order of the schema.
+struct FlashOptions {
+  const std::optional<Tensor>& sinks;
+  const std::optional<Tensor>& alibi_slopes;
+  double softmax_scale;
+  bool causal;
+  int64_t window_left;
+  int64_t window_right;
+  double softcap;
+  int64_t backend;
+};
+
+// Checks what both forms share and fills everything but the lengths.
+FlashAttnParams flash_params(const char* op, const Tensor& q, const Tensor& k, const Tensor& v,
+                             int64_t batch, const FlashOptions& options) {
+  const DType dtype = check_floating(op, "q", q);
+  const int64_t heads = q.dim() - 2;
+  const int64_t num_heads_q = q.size(heads);
+  const int64_t num_heads_kv = k.size(heads);
+  const int64_t head_dim = q.size(heads + 1);
+  check_head_dim(op, head_dim);
+  check_heads(op, num_heads_q, num_heads_kv);
+  for (const auto& [arg, x] : {std::pair<const char*, const Tensor&>{"q", q}, {"k", k}, {"v", v}}) {
+    check_like(op, arg, x, "q", q);
+    check_last_contiguous(op, arg, x);
+  }
+  check_scores(op, options.softmax_scale, options.window_left, options.window_right,
+               options.softcap);
+  if (options.sinks) {
+    check_shape(op, "sinks", *options.sinks, "[num_heads_q]", {num_heads_q});
+    check_dtype(op, "sinks", *options.sinks, ScalarType::Float);
+    check_device(op, "sinks", *options.sinks, "q", q);
+    check_contiguous(op, "sinks", *options.sinks);
+  }
+  bool slopes_per_sequence = false;
+  if (options.alibi_slopes) {
+    const Tensor& slopes = *options.alibi_slopes;
+    slopes_per_sequence = slopes.dim() == 2;
+    if (slopes_per_sequence) {
+      check_shape(op, "alibi_slopes", slopes, "[batch, num_heads_q]", {batch, num_heads_q});
+    } else {
+      check_shape(op, "alibi_slopes", slopes, "[num_heads_q]", {num_heads_q});
+    }
+    check_dtype(op, "alibi_slopes", slopes, ScalarType::Float);
+    check_device(op, "alibi_slopes", slopes, "q", q);
+    check_contiguous(op, "alibi_slopes", slopes);
+  }
+  return {
+      .q = heads_of(q),
+      .k = heads_of(k),
+      .v = heads_of(v),
+      .cu_seqlens_q = nullptr,
+      .cu_seqlens_k = nullptr,
+      .sinks = options.sinks ? options.sinks->const_data_ptr<float>() : nullptr,
+      .alibi_slopes =
+          options.alibi_slopes ? options.alibi_slopes->const_data_ptr<float>() : nullptr,
+      .out = nullptr,
+      .lse = nullptr,
+      .alibi_batch_stride = slopes_per_sequence ? num_heads_q : 0,
+      .batch = batch,
+      .seqlen_q = 0,
+      .seqlen_k = 0,
+      .total_q = 0,
+      .total_k = 0,
+      .num_heads_q = num_heads_q,
+      .num_heads_kv = num_heads_kv,
+      .head_dim = head_dim,
+      .window_left = options.window_left,
+      .window_right = options.causal ? 0 : options.window_right,
+      .softmax_scale = static_cast<float>(options.softmax_scale),
+      .softcap = static_cast<float>(options.softcap),
+      .dtype = dtype,
+      .impl = flash_impl_for(op, options.backend, dtype, q, k, v),
+  };
+}
+
+std::tuple<Tensor, Tensor> run_flash(const char* op, FlashAttnParams& params, const Tensor& q,
+                                     Tensor lse) {
+  Tensor out = allocate(q, q.sizes());
+  if (q.numel() == 0 || params.batch == 0) return {out, lse};
+  params.out = out.mutable_data_ptr();
+  params.lse = lse.mutable_data_ptr<float>();
+  launch(op, launch_flash_attn, params, q);
+  return {out, lse};
+}
+
+std::tuple<Tensor, Tensor> flash_attn(const Tensor& q, const Tensor& k, const Tensor& v,
+                                      const std::optional<Tensor>& sinks,
+                                      const std::optional<Tensor>& alibi_slopes,
+                                      double softmax_scale, bool causal, int64_t window_left,
+                                      int64_t window_right, double softcap, int64_t backend) {
+  constexpr const char* op = "flash_attn";
+  check_dim(op, "q", q, 4, "[batch, seqlen_q, num_heads_q, head_dim]");
+  check_dim(op, "k", k, 4, "[batch, seqlen_k, num_heads_kv, head_dim]");
+  const int64_t batch = q.size(0);
+  for (const auto& [arg, x] : {std::pair<const char*, const Tensor&>{"k", k}, {"v", v}}) {
+    check_shape(op, arg, x, "[batch, seqlen_k, num_heads_kv, head_dim] as q and k",
+                {batch, k.size(1), k.size(2), q.size(3)});
+  }
+  const DeviceGuard guard(q);
+  FlashAttnParams params = flash_params(
+      op, q, k, v, batch,
+      {sinks, alibi_slopes, softmax_scale, causal, window_left, window_right, softcap, backend});
+  params.seqlen_q = q.size(1);
+  params.seqlen_k = k.size(1);
+  params.total_q = batch * params.seqlen_q;
+  params.total_k = batch * params.seqlen_k;
+  Tensor lse = allocate(q, {batch, params.num_heads_q, params.seqlen_q}, ScalarType::Float);
+  return run_flash(op, params, q, lse);
+}
+
+std::tuple<Tensor, Tensor> flash_attn_varlen(const Tensor& q, const Tensor& k, const Tensor& v,
+                                             const Tensor& cu_seqlens_q, const Tensor& cu_seqlens_k,
+                                             int64_t max_seqlen_q, int64_t max_seqlen_k,
+                                             const std::optional<Tensor>& sinks,
+                                             const std::optional<Tensor>& alibi_slopes,
+                                             double softmax_scale, bool causal, int64_t window_left,
+                                             int64_t window_right, double softcap,
+                                             int64_t backend) {
+  constexpr const char* op = "flash_attn_varlen";
+  check_dim(op, "q", q, 3, "[total_q, num_heads_q, head_dim]");
+  check_dim(op, "k", k, 3, "[total_k, num_heads_kv, head_dim]");
+  for (const auto& [arg, x] : {std::pair<const char*, const Tensor&>{"k", k}, {"v", v}}) {
+    check_shape(op, arg, x, "[total_k, num_heads_kv, head_dim] as q and k",
+                {k.size(0), k.size(1), q.size(2)});
+  }
+  check_dim(op, "cu_seqlens_q", cu_seqlens_q, 1, "[batch + 1]");
+  check_at_least(op, "the size of cu_seqlens_q", cu_seqlens_q.size(0), 1);
+  const int64_t batch = cu_seqlens_q.size(0) - 1;
+  check_lengths(op, "cu_seqlens_q", cu_seqlens_q, "[batch + 1]", batch + 1, q);
+  check_lengths(op, "cu_seqlens_k", cu_seqlens_k, "[batch + 1]", batch + 1, q);
+  check_at_least(op, "max_seqlen_q", max_seqlen_q, 0);
+  check_at_least(op, "max_seqlen_k", max_seqlen_k, 0);
+  const DeviceGuard guard(q);
+  FlashAttnParams params = flash_params(
+      op, q, k, v, batch,
+      {sinks, alibi_slopes, softmax_scale, causal, window_left, window_right, softcap, backend});
+  params.cu_seqlens_q = cu_seqlens_q.const_data_ptr<int32_t>();
+  params.cu_seqlens_k = cu_seqlens_k.const_data_ptr<int32_t>();
+  params.seqlen_q = max_seqlen_q;
+  params.seqlen_k = max_seqlen_k;
+  params.total_q = q.size(0);
+  params.total_k = k.size(0);
+  Tensor lse = allocate(q, {params.num_heads_q, params.total_q}, ScalarType::Float);
+  return run_flash(op, params, q, lse);
+}
+
 }  // namespace
 
-LT_IMPL(m) { m.impl("paged_attention", TORCH_BOX(&paged_attention)); }
+LT_IMPL(m) {
+  m.impl("paged_attention", TORCH_BOX(&paged_attention));
+  m.impl("flash_attn", TORCH_BOX(&flash_attn));
+  m.impl("flash_attn_varlen", TORCH_BOX(&flash_attn_varlen));
+}
 
 }  // namespace llamatelemetry

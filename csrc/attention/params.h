@@ -4,6 +4,7 @@
 
 #include <cstdint>
 
+#include "attention/flash_choice.h"
 #include "common/backend.h"
 #include "common/dtype.h"
 
@@ -54,6 +55,58 @@ struct PagedAttentionParams {
 };
 Error launch_paged_attention(const PagedAttentionParams& params, Stream stream);
 
+// q, k, v or out of flash_attn: element c of (sequence b, token t, head h) lies at
+// data + b * batch_stride + t * token_stride + h * head_stride + c. Where lengths are packed the
+// token counts from the start of the tensor and batch_stride is 0.
+struct Heads {
+  const void* data;
+  int64_t batch_stride;
+  int64_t token_stride;
+  int64_t head_stride;
+};
+
+struct FlashAttnParams {
+  Heads q;  // [batch, seqlen_q, num_heads_q, head_dim] or [total_q, num_heads_q, head_dim]
+  Heads k;  // [batch, seqlen_k, num_heads_kv, head_dim] or [total_k, num_heads_kv, head_dim]
+  Heads v;
+  const int32_t* cu_seqlens_q;  // [batch + 1], where lengths are packed; else nullptr
+  const int32_t* cu_seqlens_k;  // [batch + 1], likewise
+  const float* sinks;           // [num_heads_q] or nullptr: a score without a value
+  const float* alibi_slopes;    // [num_heads_q], rows alibi_batch_stride apart, or nullptr
+  void* out;                    // like q, contiguous
+  float* lse;                   // [batch, num_heads_q, seqlen_q] or [num_heads_q, total_q]
+  int64_t alibi_batch_stride;
+  int64_t batch;
+  int64_t seqlen_q;  // of every sequence, or the most of any where lengths are packed
+  int64_t seqlen_k;
+  int64_t total_q;  // tokens of q and out in all: batch * seqlen_q, or the packed ones
+  int64_t total_k;
+  int64_t num_heads_q;
+  int64_t num_heads_kv;
+  int64_t head_dim;
+  int64_t window_left;   // -1: unlimited
+  int64_t window_right;  // -1: unlimited; 0: causal
+  float softmax_scale;
+  float softcap;  // 0: off
+  DType dtype;
+  FlashImpl impl;  // never kAuto here
+};
+Error launch_flash_attn(const FlashAttnParams& params, Stream stream);
+
+// Where one sequence lies: its first token in q and k, and how many tokens it has there.
+struct FlashSequence {
+  int64_t first_query;
+  int64_t num_queries;
+  int64_t first_key;
+  int64_t num_keys;
+};
+static inline constexpr FlashSequence flash_sequence(const FlashAttnParams& p, int64_t index) {
+  if (p.cu_seqlens_q == nullptr) return {0, p.seqlen_q, 0, p.seqlen_k};
+  const int64_t query = p.cu_seqlens_q[index];
+  const int64_t key = p.cu_seqlens_k[index];
+  return {query, p.cu_seqlens_q[index + 1] - query, key, p.cu_seqlens_k[index + 1] - key};
+}
+
 // Keys [begin, end) of a sequence.
 struct KeyRange {
   int64_t begin;
@@ -61,15 +114,26 @@ struct KeyRange {
 };
 
 // What query i of num_queries sees of num_keys keys: the last query stands at the last key. Both
-// ends grow with i. A table that is too short for num_keys ends the range, never a read past it.
-static constexpr KeyRange visible_keys(const PagedAttentionParams& p, int64_t num_keys,
-                                       int64_t num_queries, int64_t query) {
+// ends grow with i. -1 is an unlimited side of the window.
+static inline constexpr KeyRange window_keys(int64_t left, int64_t right, int64_t num_keys,
+                                             int64_t num_queries, int64_t query) {
   const int64_t position = num_keys - num_queries + query;
-  const int64_t capacity = p.max_blocks * p.page_size;
-  const int64_t right = p.causal ? 0 : p.window_right;
-  KeyRange keys{0, num_keys < capacity ? num_keys : capacity};
+  KeyRange keys{0, num_keys};
   if (right >= 0 && position + right + 1 < keys.end) keys.end = position + right + 1;
-  if (p.window_left >= 0 && position - p.window_left > 0) keys.begin = position - p.window_left;
+  if (left >= 0 && position - left > 0) keys.begin = position - left;
+  if (keys.begin > num_keys) keys.begin = num_keys;
+  if (keys.end < keys.begin) keys.end = keys.begin;
+  return keys;
+}
+
+// As window_keys over a paged cache. A table that is too short for num_keys ends the range, never
+// a read past it.
+static inline constexpr KeyRange visible_keys(const PagedAttentionParams& p, int64_t num_keys,
+                                              int64_t num_queries, int64_t query) {
+  const int64_t capacity = p.max_blocks * p.page_size;
+  KeyRange keys =
+      window_keys(p.window_left, p.causal ? 0 : p.window_right, num_keys, num_queries, query);
+  if (keys.end > capacity) keys.end = capacity;
   if (keys.end < keys.begin) keys.end = keys.begin;
   return keys;
 }

@@ -1,0 +1,53 @@
+// Which implementation of flash_attn serves a call: a pure function of what the call and the
+// machine are, so that the check, the launcher and `doctor` cannot disagree.
+#pragma once
+
+#include <initializer_list>
+
+#include "common/dtype.h"
+
+namespace llamatelemetry {
+
+// The numbers stand in the schema's `backend` and in llamatelemetry/ops/attention.py.
+enum class FlashImpl : int { kAuto, kCpu, kSimt };
+constexpr int kNumFlashImpls = 3;
+
+struct FlashDescriptor {
+  bool on_cuda;
+  int capability;       // of the GPU: 90 for 9.0
+  int code_capability;  // of the code that runs on it: 80 where it was built for 8.0 and its PTX
+  bool has_sm90_code;   // whether this build holds code for 9.0a
+  DType dtype;
+  int64_t head_dim;
+  // Whether every row of q, k and v starts at a multiple of 16 bytes.
+  bool aligned;
+};
+
+static inline constexpr const char* flash_impl_name(FlashImpl impl) {
+  switch (impl) {
+    case FlashImpl::kAuto: return "auto";
+    case FlashImpl::kCpu: return "cpu";
+    case FlashImpl::kSimt: return "simt";
+  }
+  return "unknown";
+}
+
+// Why impl cannot serve the call, or nullptr where it can.
+static inline constexpr const char* why_not(FlashImpl impl, const FlashDescriptor& d) {
+  if (impl == FlashImpl::kCpu) return d.on_cuda ? "the tensors are on a GPU" : nullptr;
+  if (!d.on_cuda) return "the tensors are on the CPU";
+  switch (impl) {
+    case FlashImpl::kSimt: return nullptr;
+    default: return "no such implementation";
+  }
+}
+
+// The first that serves the call; kAuto where none does.
+static inline constexpr FlashImpl choose_flash(const FlashDescriptor& d) {
+  for (const FlashImpl impl : {FlashImpl::kCpu, FlashImpl::kSimt}) {
+    if (why_not(impl, d) == nullptr) return impl;
+  }
+  return FlashImpl::kAuto;
+}
+
+}  // namespace llamatelemetry

@@ -1,0 +1,10 @@
+// The CUDA implementations of flash_attn, one launcher each. flash_choice.h says what they serve.
+#pragma once
+
+#include "attention/params.h"
+
+namespace llamatelemetry {
+
+Error launch_flash_fwd_simt(const FlashAttnParams& params, Stream stream);
+
+}  // namespace llamatelemetry
