@@ -57,6 +57,7 @@ def load_libraries() -> ctypes.CDLL:
 
 
 cpu_library = load_libraries()
+cuda_library = None if why_no_cuda_library() else ctypes.CDLL(str(library_path("cuda")))
 
 
 def cpu_isa() -> str:

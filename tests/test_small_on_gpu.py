@@ -48,6 +48,14 @@ def paged_attention(q, k_cache, v_cache, table, lengths, starts):
     return ops.paged_attention(q, k_cache, v_cache, table, lengths, starts, max_seqlen_q=5)
 
 
+def flash_attn(dtype, **options):
+    def run(q, k, v):
+        out, lse = ops.flash_attn(*(x.to(dtype) for x in (q, k, v)), **options)
+        return out.float(), lse
+
+    return run
+
+
 def quantised(x, data):
     packed = ops.repack(data, "Q8_0")
     ids = torch.tensor([0, 19, 20, -1], device=x.device)
@@ -87,6 +95,21 @@ CASES = {
         *(copy_blocks, randn(4, 7, 2, 24), randn(4, 7, 2, 24)),
         torch.tensor([[0, 3], [1, 2]]),
     ),
+    **{
+        f"flash_attn {dtype} {head_dim} {options}": lambda d=dtype, h=head_dim, o=options: (
+            flash_attn(getattr(torch, d), **o),
+            randn(2, 70, 4, h),
+            randn(2, 133, 2, h),
+            randn(2, 133, 2, h),
+        )
+        for dtype, head_dim, options in [
+            ("float32", 24, {}),
+            ("float16", 64, {"causal": True}),
+            ("float16", 128, {"window_size": (40, 3)}),
+            ("bfloat16", 40, {"causal": True, "softcap": 5.0}),
+            ("bfloat16", 256, {}),
+        ]
+    },
     "paged_attention": lambda: (
         *(paged_attention, randn(6, 6, 24), randn(4, 7, 2, 24), randn(4, 7, 2, 24)),
         torch.tensor([[3, 0], [2, 1]], dtype=torch.int32),

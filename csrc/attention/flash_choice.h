@@ -18,7 +18,6 @@ struct FlashDescriptor {
   int code_capability;  // of the code that runs on it: 80 where it was built for 8.0 and its PTX
   bool has_sm90_code;   // whether this build holds code for 9.0a
   DType dtype;
-  int64_t head_dim;
   // Whether every row of q, k and v starts at a multiple of 16 bytes.
   bool aligned;
 };

@@ -164,21 +164,24 @@ bool has_aligned_rows(const Tensor& x) {
   return bits % kBytes == 0;
 }
 
-// The implementation for these tensors: the one that backend names, or the best that serves them.
-FlashImpl flash_impl_for(const char* op, int64_t backend, DType dtype, const Tensor& q,
-                         const Tensor& k, const Tensor& v) {
-  FlashDescriptor call{};
-  call.on_cuda = kOnCuda;
-  call.dtype = dtype;
-  call.head_dim = q.size(q.dim() - 1);
-  call.aligned = has_aligned_rows(q) && has_aligned_rows(k) && has_aligned_rows(v);
+// Aligned tensors of a dtype on the device that this library is for.
+FlashDescriptor flash_on_this_device(DType dtype) {
+  FlashDescriptor call{.on_cuda = kOnCuda, .dtype = dtype, .aligned = true};
 #ifdef LT_CUDA
   call.capability = current_device().capability;
   call.code_capability = current_device().code_capability;
+#endif
 #ifdef LT_SM90
   call.has_sm90_code = true;
 #endif
-#endif
+  return call;
+}
+
+// The implementation for these tensors: the one that backend names, or the best that serves them.
+FlashImpl flash_impl_for(const char* op, int64_t backend, DType dtype, const Tensor& q,
+                         const Tensor& k, const Tensor& v) {
+  FlashDescriptor call = flash_on_this_device(dtype);
+  call.aligned = has_aligned_rows(q) && has_aligned_rows(k) && has_aligned_rows(v);
   check(backend >= 0 && backend < kNumFlashImpls, op, "backend", "be an implementation's number",
         std::to_string(backend));
   if (const auto wanted = static_cast<FlashImpl>(backend); wanted != FlashImpl::kAuto) {
@@ -352,3 +355,17 @@ LT_IMPL(m) {
 }
 
 }  // namespace llamatelemetry
+
+// The C interface that llamatelemetry/ops/attention.py and doctor.py call. nullptr past the last.
+extern "C" __attribute__((visibility("default"))) const char* lt_flash_impl_name(int impl) {
+  using namespace llamatelemetry;
+  return impl < kNumFlashImpls ? flash_impl_name(static_cast<FlashImpl>(impl)) : nullptr;
+}
+
+// Why an implementation cannot serve aligned tensors of a dtype (a DType) on the current device of
+// the library that is asked; nullptr where it can.
+extern "C" __attribute__((visibility("default"))) const char* lt_flash_why_not(int impl,
+                                                                               int dtype) {
+  using namespace llamatelemetry;
+  return why_not(static_cast<FlashImpl>(impl), flash_on_this_device(static_cast<DType>(dtype)));
+}

@@ -1,7 +1,7 @@
 """Typed wrappers of torch.ops.llamatelemetry, a module a room; reference.py is their semantics."""
 
 from llamatelemetry.ops._formats import QuantFormat
-from llamatelemetry.ops.attention import paged_attention
+from llamatelemetry.ops.attention import flash_attn, flash_attn_varlen, paged_attention
 from llamatelemetry.ops.cache import append_kv_, copy_blocks_
 from llamatelemetry.ops.gemm import quant_linear
 from llamatelemetry.ops.norm import (
@@ -22,6 +22,8 @@ __all__ = [
     "append_kv_",
     "copy_blocks_",
     "dequantize",
+    "flash_attn",
+    "flash_attn_varlen",
     "fused_add_rms_norm_",
     "gelu_and_mul",
     "gelu_tanh_and_mul",

@@ -1,11 +1,158 @@
-"""Attention over a paged cache: prefill, chunked prefill and decode in one op."""
+"""Attention: of whole sequences, dense or packed, and over a paged cache."""
 
 from __future__ import annotations
+
+import ctypes
 
 import torch
 from torch import Tensor
 
+from llamatelemetry import _library
 from llamatelemetry.ops._contract import inference_only, register_fake
+
+_impl_name = _library.cpu_library.lt_flash_impl_name
+_impl_name.restype = ctypes.c_char_p
+
+
+def _implementations() -> dict[str, int]:
+    """Name -> number of csrc/attention/flash_choice.h, "auto" is 0."""
+    names: list[str] = []
+    while name := _impl_name(len(names)):
+        names.append(name.decode())
+    return {name: number for number, name in enumerate(names)}
+
+
+FLASH_BACKENDS = _implementations()
+
+
+def flash_why_not(backend: str, dtype: torch.dtype) -> str | None:
+    """Why a backend cannot serve aligned tensors of dtype on its device, the current GPU or the CPU,
+    or None where it can."""
+    library = _library.cpu_library if backend == "cpu" else _library.cuda_library
+    if library is None:
+        return _library.why_no_cuda_library()
+    library.lt_flash_why_not.restype = ctypes.c_char_p
+    number = (torch.float32, torch.float16, torch.bfloat16).index(dtype)
+    reason = library.lt_flash_why_not(FLASH_BACKENDS[backend], number)
+    return reason.decode() if reason else None
+
+
+def flash_attn(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Attention of whole sequences, accumulated in float32:
+    ``softmax(softcap · tanh(q kᵀ · softmax_scale / softcap) - slope · distance) v``.
+
+    Query i of seqlen_q stands at key ``seqlen_k - seqlen_q + i`` (bottom-right alignment); it sees
+    keys up to there if causal, and in a window those at most ``window_size`` = (left, right) keys
+    away.
+
+    q:             [batch, seqlen_q, num_heads_q, head_dim], float32, float16 or bfloat16
+    k, v:          [batch, seqlen_k, num_heads_kv, head_dim], dtype and device of q; num_heads_kv
+                   divides num_heads_q; head_dim a multiple of 8 up to 256; any strides with a
+                   contiguous last dimension
+    softmax_scale: default 1 / sqrt(head_dim)
+    window_size:   -1: unlimited
+    softcap:       0: off
+    sinks:         [num_heads_q] float32 or None: one more score a head, without a value
+    alibi_slopes:  [num_heads_q] or [batch, num_heads_q] float32 or None
+    backend:       None chooses the best that serves the call; one of "cpu", "simt", "sm75", "sm80",
+                   "sm90" that this build has forces it
+    Returns:       out as q, contiguous, and lse [batch, num_heads_q, seqlen_q] float32, the natural
+                   log of the sum of exponentials, the sink's included. A query that sees no key
+                   gives 0 and -inf (the sink where there is one).
+    Raises:        RuntimeError naming the argument, the rule and the value, and for a forced
+                   backend why it cannot serve the call
+    Source:        Dao 2023, arXiv:2307.08691; Shah et al. 2024, arXiv:2407.08608; ALiBi: Press et
+                   al. 2021, arXiv:2108.12409; sinks: Xiao et al. 2023, arXiv:2309.17453
+    """
+    inference_only("flash_attn", q=q, k=k, v=v)
+    return torch.ops.llamatelemetry.flash_attn.default(
+        q,
+        k,
+        v,
+        sinks,
+        alibi_slopes,
+        q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale,
+        causal,
+        window_size[0],
+        window_size[1],
+        softcap,
+        _backend_number("flash_attn", backend),
+    )
+
+
+def flash_attn_varlen(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    *,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """flash_attn of packed sequences of any lengths, each over keys of its own.
+
+    q:             [total_q, num_heads_q, head_dim], the queries of all sequences, one after the
+                   other
+    k, v:          [total_k, num_heads_kv, head_dim], likewise
+    cu_seqlens_q,
+    cu_seqlens_k:  [batch + 1] int32, where each sequence starts in q and in k, and the end; a
+                   sequence may be empty
+    max_seqlen_q,
+    max_seqlen_k:  no sequence is longer; size the launch
+    The other arguments as in flash_attn.
+    Returns:       out as q, contiguous, and lse [num_heads_q, total_q] float32. Lengths are read
+                   when the kernel runs; rows of q past the last sequence are left unwritten.
+    Raises:        RuntimeError naming the argument, the rule and the value
+    Source:        as flash_attn
+    """
+    inference_only("flash_attn_varlen", q=q, k=k, v=v)
+    return torch.ops.llamatelemetry.flash_attn_varlen.default(
+        q,
+        k,
+        v,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        max_seqlen_q,
+        max_seqlen_k,
+        sinks,
+        alibi_slopes,
+        q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale,
+        causal,
+        window_size[0],
+        window_size[1],
+        softcap,
+        _backend_number("flash_attn_varlen", backend),
+    )
+
+
+def _backend_number(op: str, backend: str | None) -> int:
+    if backend is None:
+        return 0
+    if backend not in FLASH_BACKENDS:
+        raise RuntimeError(
+            f"{op}: backend must be None or one of {', '.join(FLASH_BACKENDS)}, got {backend!r}"
+        )
+    return FLASH_BACKENDS[backend]
 
 
 def paged_attention(
@@ -81,6 +228,46 @@ def _(
     window_left: int,
     window_right: int,
     softcap: float,
+) -> tuple[Tensor, Tensor]:
+    lse = q.new_empty((q.shape[1], q.shape[0]), dtype=torch.float32)
+    return q.new_empty(q.shape), lse
+
+
+@register_fake("flash_attn")
+def _(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    sinks: Tensor | None,
+    alibi_slopes: Tensor | None,
+    softmax_scale: float,
+    causal: bool,
+    window_left: int,
+    window_right: int,
+    softcap: float,
+    backend: int,
+) -> tuple[Tensor, Tensor]:
+    lse = q.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=torch.float32)
+    return q.new_empty(q.shape), lse
+
+
+@register_fake("flash_attn_varlen")
+def _(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    sinks: Tensor | None,
+    alibi_slopes: Tensor | None,
+    softmax_scale: float,
+    causal: bool,
+    window_left: int,
+    window_right: int,
+    softcap: float,
+    backend: int,
 ) -> tuple[Tensor, Tensor]:
     lse = q.new_empty((q.shape[1], q.shape[0]), dtype=torch.float32)
     return q.new_empty(q.shape), lse

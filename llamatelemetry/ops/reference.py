@@ -8,6 +8,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from llamatelemetry.ops._attention_reference import (  # noqa: F401
+    flash_attn,
+    flash_attn_varlen,
+    paged_attention,
+)
 from llamatelemetry.ops._formats import GGUF_BLOCKS, TILE_ROWS
 
 
@@ -112,46 +117,6 @@ def dequantize(data: Tensor, format: int) -> Tensor:
         out = weights * half[:, :1]
         out = out + half[:, 1:2] if format in (3, 7) else out
     return out.view(*data.shape[:-1], data.shape[-1] // num_bytes * weights.shape[1])
-
-
-def paged_attention(
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    block_table: Tensor,
-    cache_seqlens: Tensor,
-    cu_seqlens_q: Tensor,
-    *,
-    softmax_scale: float | None = None,
-    causal: bool = True,
-    window_size: tuple[int, int] = (-1, -1),
-    softcap: float = 0.0,
-) -> tuple[Tensor, Tensor]:
-    left, right = window_size[0], 0 if causal else window_size[1]
-    scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
-    out, lse = torch.zeros_like(q), q.new_full((q.shape[1], q.shape[0]), -torch.inf)
-    starts = cu_seqlens_q.tolist()
-    for b, num_keys in enumerate(cache_seqlens.tolist()):
-        queries = slice(starts[b], starts[b + 1])
-        blocks = block_table[b, : -(-num_keys // k_cache.shape[1])]
-        k, v = (
-            cache[blocks]
-            .flatten(0, 1)[:num_keys]
-            .repeat_interleave(q.shape[1] // cache.shape[2], 1)
-            for cache in (k_cache, v_cache)
-        )
-        scores = torch.einsum("qhd,khd->hqk", q[queries], k) * scale
-        if softcap > 0:
-            scores = softcap * torch.tanh(scores / softcap)
-        key = torch.arange(num_keys, device=q.device)
-        num_queries = starts[b + 1] - starts[b]
-        distance = key - (key.new_tensor(range(num_queries)) + num_keys - num_queries)[:, None]
-        hidden = (right >= 0) & (distance > right) | (left >= 0) & (-distance > left)
-        scores = scores.masked_fill(hidden, -torch.inf)
-        lse[:, queries] = scores.logsumexp(-1)
-        weights = scores.softmax(-1).masked_fill(hidden, 0)
-        out[queries] = torch.einsum("hqk,khd->qhd", weights, v)
-    return out, lse
 
 
 def append_kv_(
