@@ -6,6 +6,9 @@ namespace llamatelemetry {
 
 Error launch_flash_attn(const FlashAttnParams& p, Stream stream) {
   switch (p.impl) {
+#ifdef LT_SM90
+    case FlashImpl::kSm90: return launch_flash_fwd_sm90(p, stream);
+#endif
     case FlashImpl::kSimt: return launch_flash_fwd_simt(p, stream);
     default: return "the implementation must be one of CUDA, got another";
   }

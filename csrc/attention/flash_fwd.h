@@ -6,5 +6,6 @@
 namespace llamatelemetry {
 
 Error launch_flash_fwd_simt(const FlashAttnParams& params, Stream stream);
+Error launch_flash_fwd_sm90(const FlashAttnParams& params, Stream stream);
 
 }  // namespace llamatelemetry

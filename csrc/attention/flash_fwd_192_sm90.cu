@@ -1,0 +1,11 @@
+// The Hopper kernels for heads of at most 192 columns.
+#include "attention/flash_sm90_launch.cuh"
+
+namespace llamatelemetry {
+
+Error launch_flash_fwd_sm90_192(const FlashSm90Params& params, Stream stream) {
+  using Tile = FlashTile<192, 2, 96, 2, 1, true>;
+  return launch_tiles<Tile, Tile, Tile>(params, stream);
+}
+
+}  // namespace llamatelemetry

@@ -1,0 +1,132 @@
+// The host side of the Hopper kernels of flash_attn: tensor maps, schedule, launch.
+#pragma once
+
+#include <cuda.h>
+#include <cudaTypedefs.h>
+
+#include <algorithm>
+#include <bit>
+#include <climits>
+
+#include "attention/flash_fwd_sm90.cuh"
+#include "common/device.h"
+
+namespace llamatelemetry {
+
+// The driver's function without linking to the driver: nullptr where there is none.
+inline PFN_cuTensorMapEncodeTiled_v12000 tensor_map_encoder() {
+  static const auto encoder = [] {
+    void* function = nullptr;
+    cudaDriverEntryPointQueryResult found{};
+    const cudaError_t status = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function,
+                                                                12000, cudaEnableDefault, &found);
+    const bool usable = status == cudaSuccess && found == cudaDriverEntryPointSuccess;
+    return reinterpret_cast<PFN_cuTensorMapEncodeTiled_v12000>(usable ? function : nullptr);
+  }();
+  return encoder;
+}
+
+// A box is kColumnBlock columns of num_rows tokens of one head; what lies outside reads as 0.
+// Sets the steps to 0 along dimensions that a stride of 0 repeats.
+inline Error encode_heads(const Heads& x, DType dtype, int64_t head_dim, int64_t num_tokens,
+                          int64_t num_heads, int64_t batch, int num_rows, CUtensorMap* map,
+                          int* head_step, int* batch_step) {
+  const auto encode = tensor_map_encoder();
+  if (encode == nullptr) return "the driver must know cuTensorMapEncodeTiled (CUDA 12)";
+  constexpr int64_t kElementBytes = 2;
+  *head_step = x.head_stride != 0;
+  *batch_step = x.batch_stride != 0;
+  const auto size = [](int64_t n, int64_t step) {
+    return static_cast<cuuint64_t>(step ? std::max<int64_t>(n, 1) : 1);
+  };
+  // The stride of a dimension of one element means nothing and may be anything.
+  const auto bytes = [](int64_t n, int64_t stride) {
+    return static_cast<cuuint64_t>(n > 1 && stride > 0 ? stride * kElementBytes : 16);
+  };
+  const cuuint64_t sizes[4] = {static_cast<cuuint64_t>(head_dim), size(num_tokens, 1),
+                               size(num_heads, *head_step), size(batch, *batch_step)};
+  const cuuint64_t strides[3] = {bytes(num_tokens, x.token_stride), bytes(num_heads, x.head_stride),
+                                 bytes(batch, x.batch_stride)};
+  const cuuint32_t box[4] = {kColumnBlock, static_cast<cuuint32_t>(num_rows), 1, 1};
+  const cuuint32_t steps[4] = {1, 1, 1, 1};
+  const CUresult status = encode(
+      map,
+      dtype == DType::kFloat16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
+      4, const_cast<void*>(x.data), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
+      CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+      CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  return status == CUDA_SUCCESS ? nullptr : "no tensor map fits the strides of q, k or v";
+}
+
+inline FlashSchedule flash_schedule(const FlashAttnParams& p, int block_m, bool even) {
+  // Tiles of one length: the heads at work fill half of L2. Of many: balance counts for more.
+  const int64_t l2_bytes = int64_t{even ? 32 : 128} << 20;
+  const int64_t head_bytes = std::max<int64_t>(p.seqlen_k * p.head_dim * 2 * 2, 1);
+  const int64_t num_heads = p.batch * p.num_heads_q;
+  const auto fitting = static_cast<uint64_t>(std::max<int64_t>(l2_bytes / head_bytes, 1));
+  const int64_t section =
+      static_cast<int64_t>(std::bit_floor(fitting)) * (p.num_heads_q / p.num_heads_kv);
+  const int64_t row_blocks = (p.seqlen_q + block_m - 1) / block_m;
+  return {.num_tiles = static_cast<int>(std::min<int64_t>(num_heads * row_blocks, INT_MAX)),
+          .num_row_blocks = static_cast<int>(row_blocks),
+          .num_heads = static_cast<int>(num_heads),
+          .section_heads = static_cast<int>(std::min(section, num_heads))};
+}
+
+template <typename T, typename Tile, FlashMask kMask>
+Error launch_tiles_of(const FlashSm90Params& params, Stream stream) {
+  const FlashAttnParams& p = params.call;
+  FlashSm90Args args{};
+  args.p = params;
+  args.schedule = flash_schedule(p, Tile::kBlockM, kMask == FlashMask::kFull);
+  const bool packed = p.cu_seqlens_q != nullptr;
+  const int64_t maps = packed ? 1 : p.batch;  // sequences in a map: packed ones are one
+  const int64_t tokens_q = packed ? p.total_q : p.seqlen_q;
+  const int64_t tokens_k = packed ? p.total_k : p.seqlen_k;
+  if (args.schedule.num_tiles == INT_MAX || tokens_q > INT_MAX - 512 || tokens_k > INT_MAX - 512) {
+    return "batch * num_heads_q * seqlen_q / 128 and the tokens must stay below 2^31";
+  }
+  // Without keys nothing is copied: any address does.
+  const Heads k = p.k.data != nullptr && tokens_k > 0 ? p.k : p.q;
+  const Heads v = p.v.data != nullptr && tokens_k > 0 ? p.v : p.q;
+  Error error = encode_heads(p.q, p.dtype, p.head_dim, tokens_q, p.num_heads_q, maps, Tile::kBlockM,
+                             &args.q_map, &args.q_head_step, &args.q_batch_step);
+  if (error == nullptr) {
+    error = encode_heads(k, p.dtype, p.head_dim, tokens_k, p.num_heads_kv, maps, Tile::kBlockN,
+                         &args.k_map, &args.k_head_step, &args.k_batch_step);
+  }
+  if (error == nullptr) {
+    error = encode_heads(v, p.dtype, p.head_dim, tokens_k, p.num_heads_kv, maps, Tile::kBlockN,
+                         &args.v_map, &args.v_head_step, &args.v_batch_step);
+  }
+  if (error != nullptr) return error;
+  const auto kernel = flash_fwd_sm90_kernel<T, Tile, kMask>;
+  constexpr int kSharedBytes = sizeof(FlashShared<Tile>);
+  static_assert(kSharedBytes * Tile::kBlocks <= 227 * 1024);
+  if (cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes) !=
+      cudaSuccess) {
+    return last_launch_error();
+  }
+  const int grid = std::min(args.schedule.num_tiles, current_device().num_sms * Tile::kBlocks);
+  kernel<<<grid, Tile::kThreads, kSharedBytes, stream>>>(args);
+  return last_launch_error();
+}
+
+template <typename FullTile, typename CausalTile, typename LocalTile>
+Error launch_tiles(const FlashSm90Params& params, Stream stream) {
+  const auto launch_dtype = [&](auto type) -> Error {
+    using T = typename decltype(type)::type;
+    switch (params.mask) {
+      case FlashMask::kFull: return launch_tiles_of<T, FullTile, FlashMask::kFull>(params, stream);
+      case FlashMask::kCausal:
+        return launch_tiles_of<T, CausalTile, FlashMask::kCausal>(params, stream);
+      case FlashMask::kLocal:
+        return launch_tiles_of<T, LocalTile, FlashMask::kLocal>(params, stream);
+    }
+    return "the mask must be one of three";
+  };
+  return params.call.dtype == DType::kFloat16 ? launch_dtype(Type<Half>{})
+                                              : launch_dtype(Type<BFloat16>{});
+}
+
+}  // namespace llamatelemetry

@@ -1,0 +1,33 @@
+// What the Hopper kernels of flash_attn take, and one launcher for each width of head. The widths
+// are compiled apart so that they build in parallel.
+#pragma once
+
+#include <cuda.h>
+
+#include "attention/params.h"
+
+namespace llamatelemetry {
+
+enum class FlashMask : int {
+  kFull,    // every key
+  kCausal,  // keys up to a bound that grows with the query
+  kLocal,   // bounded on both sides
+};
+
+struct FlashSm90Params {
+  FlashAttnParams call;
+  FlashMask mask;
+  // Whether scores need more than a positive scale: softcap, ALiBi, or a scale that is not
+  // positive.
+  bool shapes_scores;
+  float scale_log2;  // softmax_scale * log2(e), what exp2 takes where shapes_scores is false
+};
+
+// Which tensor maps a launcher builds: boxes of 64 columns by so many tokens.
+Error launch_flash_fwd_sm90_64(const FlashSm90Params& params, Stream stream);
+Error launch_flash_fwd_sm90_96(const FlashSm90Params& params, Stream stream);
+Error launch_flash_fwd_sm90_128(const FlashSm90Params& params, Stream stream);
+Error launch_flash_fwd_sm90_192(const FlashSm90Params& params, Stream stream);
+Error launch_flash_fwd_sm90_256(const FlashSm90Params& params, Stream stream);
+
+}  // namespace llamatelemetry

@@ -1,0 +1,161 @@
+// Online softmax over the accumulators of a warpgroup product: a thread holds two rows of 64, eight
+// apart, and of each the columns 8 * j + 2 * (lane % 4) + {0, 1}.
+#pragma once
+
+#include <cstdint>
+
+#include "attention/flash_sm90_schedule.cuh"
+#include "attention/params.h"
+#include "common/dtype.h"
+#include "ptx/tma.cuh"
+
+namespace llamatelemetry {
+
+constexpr float kLog2E = 1.4426950408889634f;
+constexpr float kLn2 = 0.6931471805599453f;
+// Below every score and finite, so that a row without a score needs no branch.
+constexpr float kNoScore = -1e30f;
+// A row keeps its reference while the largest score is less than 2^kSlack above it: the weights
+// stay far from the limits of float16, and the accumulators are scaled only when it matters.
+constexpr float kSlack = 8.0f;
+
+__device__ inline float quad_max(float x) {
+  x = fmaxf(x, __shfl_xor_sync(0xffffffff, x, 1));
+  return fmaxf(x, __shfl_xor_sync(0xffffffff, x, 2));
+}
+__device__ inline float quad_sum(float x) {
+  x += __shfl_xor_sync(0xffffffff, x, 1);
+  return x + __shfl_xor_sync(0xffffffff, x, 2);
+}
+
+template <typename T>
+__device__ inline uint32_t pack_two(float low, float high);
+template <>
+__device__ inline uint32_t pack_two<Half>(float low, float high) {
+  const __half2 two = __floats2half2_rn(low, high);
+  return reinterpret_cast<const uint32_t&>(two);
+}
+template <>
+__device__ inline uint32_t pack_two<BFloat16>(float low, float high) {
+  const __nv_bfloat162 two = __floats2bfloat162_rn(low, high);
+  return reinterpret_cast<const uint32_t&>(two);
+}
+
+// The two rows of a thread: their references, in the unit of the scores before the scale, and the
+// thread's share of their sums.
+struct TwoRows {
+  float largest[2];
+  float sum[2];
+};
+
+// From dot products to scores in log2 units, as score_of.
+struct FlashScoreRule {
+  float softmax_scale;
+  float softcap;
+  float slope;
+};
+template <int kBlockN>
+__device__ inline void shape_scores(float (&s)[kBlockN / 2], const FlashScoreRule& rule,
+                                    int position, int first_key) {
+  const float inverse_cap = rule.softcap > 0 ? 1.0f / rule.softcap : 0.0f;
+#pragma unroll
+  for (int i = 0; i < kBlockN / 2; ++i) {
+    float score = s[i] * rule.softmax_scale;
+    if (rule.softcap > 0) {
+      // tanh(x) = 1 - 2 / (e^2x + 1): off by 1e-7 of the cap, where tanh.approx is off by 5e-4.
+      const float e = ptx::ex2(score * inverse_cap * (2.0f * kLog2E));
+      score = rule.softcap * (1.0f - __fdividef(2.0f, e + 1.0f));
+    }
+    const int key = first_key + i / 4 * 8 + i % 2;
+    const int row = position + i % 4 / 2 * 8;
+    score -= rule.slope * fabsf(static_cast<float>(row - key));
+    s[i] = score * kLog2E;
+  }
+}
+
+// Scores of keys that a row does not see become -inf. ends and begins count from the thread's
+// column 0 of the block.
+template <FlashMask kMask, int kBlockN>
+__device__ inline void mask_scores(float (&s)[kBlockN / 2], const int (&begins)[2],
+                                   const int (&ends)[2]) {
+#pragma unroll
+  for (int i = 0; i < kBlockN / 2; ++i) {
+    const int column = i / 4 * 8 + i % 2;
+    const int row = i % 4 / 2;
+    bool seen = column < ends[row];
+    if constexpr (kMask == FlashMask::kLocal) seen = seen && column >= begins[row];
+    s[i] = seen ? s[i] : -INFINITY;
+  }
+}
+
+// 2^x on the units of sums and products, for where the unit of ex2 is what bounds: x = n + f with n
+// whole and f in [-1/2, 1/2], 2^f by a polynomial (relative error below 1e-4, a twentieth of what
+// rounding to bfloat16 costs), n added to the exponent. Below 2^-126 it is 2^-126; NaN stays.
+__device__ inline float ex2_polynomial(float x) {
+  constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: the sum's low bits are n
+  x = ptx::max_nan(x, -126.0f);
+  const float shifted = x + kRound;
+  const float f = x - (shifted - kRound);
+  const float y = fmaf(fmaf(fmaf(0.05517155f, f, 0.24261136f), f, 0.69326102f), f, 0.99992806f);
+  return __int_as_float(__float_as_int(y) + (__float_as_int(shifted) << 23));
+}
+
+// Scores to weights in place, kPolynomials of every eight by ex2_polynomial. keep: by how much what
+// was accumulated so far is to be scaled.
+template <int kBlockN, int kPolynomials>
+__device__ inline void weigh(float (&s)[kBlockN / 2], TwoRows& rows, float scale_log2,
+                             float (&keep)[2]) {
+  float base[2];
+#pragma unroll
+  for (int h = 0; h < 2; ++h) {
+    float even = s[2 * h];  // two chains of maxima
+    float odd = s[2 * h + 1];
+#pragma unroll
+    for (int j = 1; j < kBlockN / 8; ++j) {
+      even = fmaxf(even, s[4 * j + 2 * h]);
+      odd = fmaxf(odd, s[4 * j + 2 * h + 1]);
+    }
+    const float largest = quad_max(fmaxf(even, odd));
+    const float growth = (largest - rows.largest[h]) * scale_log2;
+    const bool moves = growth > kSlack;
+    keep[h] = moves ? ptx::ex2(-growth) : 1.0f;
+    rows.largest[h] = moves ? largest : rows.largest[h];
+    base[h] = rows.largest[h] * scale_log2;
+  }
+#pragma unroll
+  for (int i = 0; i < kBlockN / 2; ++i) {
+    const float x = fmaf(s[i], scale_log2, -base[i % 4 / 2]);
+    s[i] = i / 4 % 8 < kPolynomials ? ex2_polynomial(x) : ptx::ex2(x);
+  }
+#pragma unroll
+  for (int h = 0; h < 2; ++h) {
+    float even = s[2 * h];
+    float odd = s[2 * h + 1];
+#pragma unroll
+    for (int j = 1; j < kBlockN / 8; ++j) {
+      even += s[4 * j + 2 * h];
+      odd += s[4 * j + 2 * h + 1];
+    }
+    rows.sum[h] = rows.sum[h] * keep[h] + (even + odd);
+  }
+}
+
+// The weights as the A fragments of the next product.
+template <typename T, int kBlockN>
+__device__ inline void pack_weights(const float (&s)[kBlockN / 2], uint32_t (&p)[kBlockN / 16][4]) {
+#pragma unroll
+  for (int step = 0; step < kBlockN / 16; ++step) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      p[step][i] = pack_two<T>(s[8 * step + 2 * i], s[8 * step + 2 * i + 1]);
+    }
+  }
+}
+
+template <int kSize>
+__device__ inline void scale_rows(float (&o)[kSize], const float (&keep)[2]) {
+#pragma unroll
+  for (int i = 0; i < kSize; ++i) o[i] *= keep[i % 4 / 2];
+}
+
+}  // namespace llamatelemetry
