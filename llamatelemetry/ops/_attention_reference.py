@@ -18,7 +18,7 @@ def attention(
     sinks: Tensor | None = None,
     alibi_slopes: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """One sequence, q, k and v [tokens, heads, head_dim], alibi_slopes [num_heads_q]; returns out as
+    """One sequence: q, k, v [tokens, heads, head_dim], alibi_slopes [num_heads_q]; returns out as
     q, lse [num_heads_q, seqlen_q]."""
     num_queries, num_keys, group = len(q), len(k), q.shape[1] // max(k.shape[1], 1)
     k, v = (x.repeat_interleave(group, 1) for x in (k, v))

@@ -2,12 +2,44 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from tolerance import assert_within_2x
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from llamatelemetry.ops import flash_attn, flash_attn_varlen, reference
+from llamatelemetry.ops._flash_backends import flash_why_not
+
+OPTIONS = {
+    "full": {},
+    "causal": {"causal": True},
+    "left": {"window_size": (37, -1)},
+    "right": {"window_size": (-1, 20)},
+    "both": {"window_size": (100, 5)},
+    "zero": {"window_size": (0, 0)},
+    "causal window": {"causal": True, "window_size": (64, -1)},
+    "softcap": {"softcap": 3.0},
+    "sinks": {"sinks": True},
+    "alibi": {"alibi_slopes": True},
+}
+
+
+def with_tensors(options, heads, device):
+    made = dict(options)
+    if made.get("sinks"):
+        made["sinks"] = torch.randn(heads, device=device)
+    if made.get("alibi_slopes"):
+        made["alibi_slopes"] = torch.rand(heads, device=device) / 4
+    return made
+
+
+def device_of(backend, dtype):
+    """Where the backend runs; skips what it says it does not serve."""
+    device = torch.device("cpu" if backend == "cpu" else "cuda")
+    if backend != "cpu" and (reason := flash_why_not(backend, dtype)):
+        pytest.skip(f"{backend}: {reason}")
+    return device
 
 
 def random_qkv(device, dtype, batch, lengths, heads=(6, 2), head_dim=64, scale=1.0):
@@ -72,16 +104,12 @@ def assert_lse(lse, lse32, lse64, dtype):
     assert error <= 2 * own + max(room, 1e-6) * torch.clamp(largest, min=1.0)
 
 
-def pack(tensors) -> Tensor:
-    return torch.cat(list(tensors))
-
-
-def random_varlen(device, dtype, lengths, heads=(6, 2), head_dim=64):
-    """q, k, v packed, cu_seqlens of both; a few NaN rows stand past the last sequence."""
+def random_varlen(device, dtype, lengths, heads=(6, 2), head_dim=64, tail=3):
+    """q, k, v packed, cu_seqlens of both; tail NaN rows stand past the last sequence."""
     queries, keys = [n for n, _ in lengths], [n for _, n in lengths]
 
     def tensor(total, num_heads):
-        whole = torch.full((total + 3, num_heads, head_dim), torch.nan, dtype=dtype)
+        whole = torch.full((total + tail, num_heads, head_dim), torch.nan, dtype=dtype)
         whole[:total] = torch.randn(total, num_heads, head_dim)
         return whole.to(device)
 

@@ -1,4 +1,4 @@
-"""flash_attn and flash_attn_varlen, every implementation that serves the device."""
+"""flash_attn, every implementation that serves the device."""
 
 from __future__ import annotations
 
@@ -7,69 +7,20 @@ import itertools
 import pytest
 import torch
 from attention.flash_cases import (
-    assert_lse,
+    OPTIONS,
     assert_right,
+    device_of,
     random_qkv,
-    random_varlen,
-    run_varlen,
     torch_attention,
+    with_tensors,
 )
 from hypothesis import given
 from hypothesis import strategies as st
 from op_checks import assert_compiles, assert_refuses, assert_replays, run_opcheck
 from tolerance import assert_within_2x
 
-from llamatelemetry.ops import flash_attn, flash_attn_varlen, reference
-from llamatelemetry.ops.attention import FLASH_BACKENDS, flash_why_not
-
-OPTIONS = {
-    "full": {},
-    "causal": {"causal": True},
-    "left": {"window_size": (37, -1)},
-    "right": {"window_size": (-1, 20)},
-    "both": {"window_size": (100, 5)},
-    "zero": {"window_size": (0, 0)},
-    "causal window": {"causal": True, "window_size": (64, -1)},
-    "softcap": {"softcap": 3.0},
-    "sinks": {"sinks": True},
-    "alibi": {"alibi_slopes": True},
-}
-
-
-def with_tensors(options, heads, device):
-    made = dict(options)
-    if made.get("sinks"):
-        made["sinks"] = torch.randn(heads, device=device)
-    if made.get("alibi_slopes"):
-        made["alibi_slopes"] = torch.rand(heads, device=device) / 4
-    return made
-
-
-def pytest_generate_tests(metafunc):
-    """backend: every implementation of this build, on the device it is for."""
-    if "backend" in metafunc.fixturenames:
-        names = [name for name in FLASH_BACKENDS if name != "auto"]
-        marks = {"sm80": pytest.mark.sm80, "sm90": pytest.mark.sm90}
-        metafunc.parametrize(
-            "backend",
-            [
-                pytest.param(
-                    n,
-                    marks=[]
-                    if n == "cpu"
-                    else [pytest.mark.gpu, *([marks[n]] if n in marks else [])],
-                )
-                for n in names
-            ],
-        )
-
-
-def device_of(backend, dtype):
-    """Where the backend runs; skips what it says it does not serve."""
-    device = torch.device("cpu" if backend == "cpu" else "cuda")
-    if backend != "cpu" and (reason := flash_why_not(backend, dtype)):
-        pytest.skip(f"{backend}: {reason}")
-    return device
+from llamatelemetry.ops import flash_attn, reference
+from llamatelemetry.ops._flash_backends import FLASH_BACKENDS
 
 
 @pytest.mark.parametrize("lengths", [(1, 1), (3, 113), (113, 3), (239, 239), (200, 799)], ids=str)
@@ -149,43 +100,6 @@ def test_any_strides_and_offsets(device, dtype):
             assert_within_2x(other_out, torch_attention(q, k, v, causal=True), out64)
 
 
-LENGTHS = [
-    [(5, 5), (0, 7), (130, 130), (7, 0), (1, 300), (0, 0), (64, 64)],
-    [(300, 17)],
-    [(0, 0), (0, 9)],
-]
-
-
-@pytest.mark.parametrize("lengths", LENGTHS, ids=["mixed", "one", "empty"])
-@pytest.mark.parametrize("name", OPTIONS)
-def test_varlen(backend, dtype, lengths, name):
-    device = device_of(backend, dtype)
-    options = with_tensors(OPTIONS[name], 6, device)
-    q, k, v, *starts = random_varlen(device, dtype, lengths)
-    out, lse = run_varlen(q, k, v, *starts, backend=backend, **options)
-    total = int(starts[0][-1])
-    double = [x.double() for x in (q[:total], k, v)]
-    out64, lse64 = reference.flash_attn_varlen(*double, *starts, **options)
-    single = [x.float() for x in (q[:total], k, v)]
-    out32, lse32 = reference.flash_attn_varlen(*single, *starts, **options)
-    same = out32.to(dtype)
-    for (rows, keys), b, c in zip(lengths, starts[0].tolist(), starts[1].tolist(), strict=False):
-        if rows and keys:
-            part = q[None, b : b + rows], k[None, c : c + keys], v[None, c : c + keys]
-            same[b : b + rows] = torch_attention(*part, **options)[0]
-    assert_within_2x(out[:total], same, out64)
-    assert_lse(lse[:, :total], lse32, lse64, dtype)
-
-
-def test_varlen_of_equal_lengths_is_dense(device, dtype):
-    q, k, v = (x.contiguous() for x in random_qkv(device, dtype, 3, (70, 130)))
-    out, lse = flash_attn(q, k, v, causal=True)
-    starts = [torch.arange(4, device=device, dtype=torch.int32) * n for n in (70, 130)]
-    packed, packed_lse = run_varlen(*(x.flatten(0, 1) for x in (q, k, v)), *starts, causal=True)
-    assert torch.equal(packed.view_as(out), out)
-    assert torch.equal(packed_lse.unflatten(1, (3, 70)).transpose(0, 1), lse)
-
-
 def test_alibi_slopes_of_each_sequence(device):
     q, k, v = random_qkv(device, torch.float32, 3, (40, 60))
     assert_right(q, k, v, alibi_slopes=torch.rand(3, 6, device=device))
@@ -202,17 +116,6 @@ def test_nothing_to_do(device, dtype):
     out, lse = flash_attn(q, k, k)
     assert (out == 0).all()
     assert (lse == -torch.inf).all()
-
-
-def test_poison_past_the_last_key_stays_out(backend, dtype):
-    """Keys and values of the next sequence are NaN or infinite."""
-    device = device_of(backend, dtype)
-    q, k, v, *starts = random_varlen(device, dtype, [(50, 70), (9, 9)])
-    for poison in (torch.nan, torch.inf, -torch.inf):
-        k[70:79], v[70:79] = poison, poison
-        out, lse = run_varlen(q, k, v, *starts, causal=True, backend=backend)
-        assert out[:50].isfinite().all()
-        assert lse[:, :50].isfinite().all()
 
 
 @given(
@@ -284,35 +187,12 @@ def test_refusals(device):
         refuses("q must not require grad", tensors=(grad, k, v))
 
 
-def test_refusals_of_varlen(device):
-    q, k, v, *starts = random_varlen(device, torch.float32, [(3, 5), (2, 2)])
-    sizes = {"max_seqlen_q": 3, "max_seqlen_k": 5}
-
-    def refuses(*parts, tensors=(q, k, v, *starts), **options):
-        assert_refuses(
-            lambda: flash_attn_varlen(*tensors, **(sizes | options)), "flash_attn_varlen: ", *parts
-        )
-
-    refuses("q must be [total_q, num_heads_q, head_dim], got", tensors=(q[None], k, v, *starts))
-    refuses("v must be", "as q and k", tensors=(q, k, v[1:], *starts))
-    refuses("cu_seqlens_q must be int32, got int64", tensors=(q, k, v, starts[0].long(), starts[1]))
-    refuses("cu_seqlens_k must be [batch + 1] = [3]", tensors=(q, k, v, starts[0], starts[1][1:]))
-    refuses(
-        "the size of cu_seqlens_q must be at least 1", tensors=(q, k, v, starts[0][:0], starts[1])
-    )
-    refuses("max_seqlen_q must be at least 0, got -1", max_seqlen_q=-1)
-    refuses("max_seqlen_k must be at least 0, got -2", max_seqlen_k=-2)
-
-
 @pytest.mark.parametrize("seqlen", [0, 1, 70])
 def test_opcheck(device, dtype, seqlen):
     q, k, v = (x.contiguous() for x in random_qkv(device, dtype, 2, (seqlen, 40)))
     sinks, slopes = torch.randn(6, device=device), torch.rand(6, device=device)
     run_opcheck("flash_attn", q, k, v, None, None, 0.125, True, -1, -1, 0.0, 0)
     run_opcheck("flash_attn", q, k, v, sinks, slopes, 0.125, False, 9, 9, 5.0, 0)
-    q, k, v, *starts = random_varlen(device, dtype, [(seqlen, 9), (4, 50)])
-    args = (*starts, max(seqlen, 4), 50, None, None, 0.125, True, -1, -1, 0.0, 0)
-    run_opcheck("flash_attn_varlen", q, k, v, *args)
 
 
 def test_is_torch_attention(device, dtype):
@@ -328,19 +208,6 @@ def test_replay_with_other_values(device, dtype):
         tuple(x.contiguous() for x in random_qkv(device, dtype, 2, (130, 200))) for _ in range(2)
     )
     assert_replays(lambda q, k, v: flash_attn(q, k, v, causal=True), first, second)
-
-
-def test_replay_with_other_lengths(device, dtype):
-    def run(q, k, v, starts, key_starts):
-        sizes = {"max_seqlen_q": 200, "max_seqlen_k": 200}
-        return flash_attn_varlen(q, k, v, starts, key_starts, causal=True, **sizes)
-
-    cases = [
-        random_varlen(device, dtype, lengths)
-        for lengths in ([(200, 200), (0, 3), (30, 40)], [(7, 9), (190, 199), (33, 35)])
-    ]
-    assert_replays(run, cases[0], cases[1])
-    assert_replays(run, cases[1], cases[0])
 
 
 def test_compile(device):

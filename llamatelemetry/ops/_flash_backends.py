@@ -1,0 +1,45 @@
+"""The implementations of flash_attn that this build has, and why one cannot serve a call."""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+
+from llamatelemetry import _library
+
+_impl_name = _library.cpu_library.lt_flash_impl_name
+_impl_name.restype = ctypes.c_char_p
+
+
+def _implementations() -> dict[str, int]:
+    """Name -> number of csrc/attention/flash_choice.h, "auto" is 0."""
+    names: list[str] = []
+    while name := _impl_name(len(names)):
+        names.append(name.decode())
+    return {name: number for number, name in enumerate(names)}
+
+
+FLASH_BACKENDS = _implementations()
+
+
+def flash_why_not(backend: str, dtype: torch.dtype) -> str | None:
+    """Why a backend cannot serve aligned tensors of dtype on its device, the CPU or the
+    current GPU, or None where it can."""
+    library = _library.cpu_library if backend == "cpu" else _library.cuda_library
+    if library is None:
+        return _library.why_no_cuda_library()
+    library.lt_flash_why_not.restype = ctypes.c_char_p
+    number = (torch.float32, torch.float16, torch.bfloat16).index(dtype)
+    reason = library.lt_flash_why_not(FLASH_BACKENDS[backend], number)
+    return reason.decode() if reason else None
+
+
+def flash_backend_number(op: str, backend: str | None) -> int:
+    if backend is None:
+        return 0
+    if backend not in FLASH_BACKENDS:
+        raise RuntimeError(
+            f"{op}: backend must be None or one of {', '.join(FLASH_BACKENDS)}, got {backend!r}"
+        )
+    return FLASH_BACKENDS[backend]
