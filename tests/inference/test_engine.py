@@ -10,6 +10,7 @@ from llamatelemetry.inference import generation
 from llamatelemetry.inference.engine import InferenceEngine
 from llamatelemetry.inference.sampling import GREEDY, SamplingParams
 from llamatelemetry.models.loading import load_model
+from llamatelemetry.models.patching import patch, unpatch
 
 PROMPTS = [[5, 9, 2], [7], [11, 3, 8, 1, 40, 22, 17, 6, 30]]
 NEW_TOKENS = 12
@@ -45,6 +46,39 @@ def test_a_row_of_a_ragged_batch_is_what_it_is_alone(tmp_path, device):
     alone = [rows_of(engine, [prompt])[0] for prompt in PROMPTS]
     assert engine.generator.decode_mode == ("graph" if device.type == "cuda" else "recorded")
     assert rows_of(engine, PROMPTS) == alone
+
+
+def test_one_step_serves_later_batches_of_its_size(tmp_path, device):
+    engine, _ = make_engine(tmp_path, device)
+    alone = [rows_of(engine, [prompt])[0] for prompt in reversed(PROMPTS)][::-1]
+    step = engine.generator.step
+    warm = SamplingParams(temperature=1.5, seed=3)
+    drawn = rows_of(engine, PROMPTS[:1], warm)
+    assert engine.generator.step is step
+    assert [rows_of(engine, [prompt])[0] for prompt in PROMPTS] == alone
+    assert rows_of(engine, PROMPTS[:1], warm) == drawn
+    rows_of(engine, PROMPTS[:2])
+    assert engine.generator.step is not step
+
+
+def test_a_model_patched_anew_gets_a_step_of_its_own(tmp_path, device):
+    engine, _ = make_engine(tmp_path, device)
+    before, step = rows_of(engine, PROMPTS[:1]), engine.generator.step
+    unpatch(engine.loaded.model)
+    with pytest.raises(ValueError, match="must be patched"):
+        rows_of(engine, PROMPTS[:1])
+    patch(engine.loaded.model)
+    assert rows_of(engine, PROMPTS[:1]) == before
+    assert engine.generator.step is not step
+
+
+def test_a_generation_whose_cache_was_taken_says_so(tmp_path, device):
+    engine, _ = make_engine(tmp_path, device)
+    first = engine.generator.generate([PROMPTS[0]], [GREEDY], NEW_TOKENS)
+    next(first)
+    rows_of(engine, PROMPTS[:1])
+    with pytest.raises(RuntimeError, match="a later generate has taken the cache"):
+        next(first)
 
 
 def test_a_prompt_in_chunks_is_the_prompt(tmp_path, device, monkeypatch):
