@@ -1,96 +1,41 @@
 // One token a row from softmax(logits / temperature) after top-k, top-p and min-p, see row.h.
-// Everything is one question, answered by select: at which key does the cumulative weight exceed a
-// budget? With the rank of the score as key and 1 as weight it is top-k, with the probability as
-// weight top-p, and with the id as key the draw itself. A digit of 8 bits a pass, histograms by
-// integer atomics in shared memory, so the sums are exact and their order does not matter.
-// Bound by the passes over the row, which stays in L2: 1 for greedy, up to 16 with every filter.
-// Grid [batch], block kNumThreads.
+// Three launches, each over all slices of all rows, because one multiprocessor cannot read a row in
+// the time that all of them take for it; the last block of a row to arrive does what needs the
+// whole row. Bound by latency for few rows, by reading the logits up to three times (from L2, where
+// they fit) for many.
+//   sample_maxima   largest logit of every slice, which gives the best score of the row
+//   sample_bins     tokens and weight of every bin of scores below the best; the last block finds
+//                   the bins in which top-k and top-p end. Without both: weight of every slice, and
+//                   the last block draws.
+//   sample_tokens   weight of every slice in the bins before these, and the few tokens in them; the
+//                   last block selects among them exactly and draws
+// A row of one slice takes one launch: all its tokens are candidates. Which block arrives last and
+// in what order candidates are listed changes nothing, for integer sums and keys decide.
+// Grid [batch * num_slices], block kNumThreads.
 #pragma once
 
 #include <cstdint>
 
+#include "sampling/block_select.cuh"
 #include "sampling/row.h"
-#include "tile/convert.cuh"
-#include "tile/reduce.cuh"
+#include "tile/four.cuh"
+#include "tile/overlap.cuh"
 
 namespace llamatelemetry {
 
-using Weight = unsigned long long;  // the uint64_t that atomicAdd takes
+static_assert(kSlice == kBlockValues);
+static_assert(kMaxVocabSize <= int64_t{kSlice} * kBlockValues, "draw scans the slices once");
 
-constexpr int kNumBins = 256;
-constexpr int kBinsPerLane = kNumBins / kWarpSize;
+constexpr float kBinsPerUnit = 32.0f;
+static_assert(kNumBins == -kSmallestScore * kBinsPerUnit);
+constexpr int kBinsPerThread = (kNumBins + kNumThreads - 1) / kNumThreads;
 
-struct SelectScratch {
-  Weight bins[kNumBins];
-  Weight below;
-  Weight at;
-  uint32_t digit;
+struct Add {
+  __device__ Weight operator()(Weight a, Weight b) const { return a + b; }
 };
-
-struct Selected {
-  uint32_t key;
-  Weight below;  // weight of smaller keys
-  Weight at;     // weight of this key
+struct Larger {
+  __device__ Weight operator()(Weight a, Weight b) const { return a > b ? a : b; }
 };
-
-// The smallest key at which the weight of it and of all smaller keys exceeds budget, which is less
-// than the weight of all. Keys have kNumDigits digits of 8 bits. Every thread must call it.
-template <int kNumDigits, int kNumThreads, typename KeyOf, typename WeightOf>
-__device__ Selected select(SelectScratch& s_scratch, int size, KeyOf key_of, WeightOf weight_of,
-                           Weight budget) {
-  Selected selected{0, 0, 0};
-  for (int shift = 8 * (kNumDigits - 1); shift >= 0; shift -= 8) {
-    for (int bin = threadIdx.x; bin < kNumBins; bin += kNumThreads) s_scratch.bins[bin] = 0;
-    __syncthreads();
-    for (int i = threadIdx.x; i < size; i += kNumThreads) {
-      const uint64_t key = key_of(i);
-      if (key >> (shift + 8) != selected.key) continue;
-      if (const Weight weight = weight_of(i)) {
-        atomicAdd(&s_scratch.bins[key >> shift & (kNumBins - 1)], weight);
-      }
-    }
-    __syncthreads();
-    if (threadIdx.x < kWarpSize) {
-      Weight sum = 0;
-      for (int j = 0; j < kBinsPerLane; ++j) {
-        sum += s_scratch.bins[threadIdx.x * kBinsPerLane + j];
-      }
-      Weight through = sum;  // of the bins of all lanes up to this one
-      for (int offset = 1; offset < kWarpSize; offset *= 2) {
-        const Weight other = __shfl_up_sync(0xffffffff, through, offset);
-        if (threadIdx.x >= offset) through += other;
-      }
-      Weight below = selected.below + through - sum;
-      if (below <= budget && budget < below + sum) {  // true in exactly one lane
-        uint32_t bin = threadIdx.x * kBinsPerLane;
-        while (below + s_scratch.bins[bin] <= budget) below += s_scratch.bins[bin++];
-        s_scratch.below = below;
-        s_scratch.at = s_scratch.bins[bin];
-        s_scratch.digit = bin;
-      }
-    }
-    __syncthreads();
-    selected = {selected.key << 8 | s_scratch.digit, s_scratch.below, s_scratch.at};
-  }
-  return selected;
-}
-
-// Sum or largest of a value over the block; every thread must call it and gets the result.
-template <int kNumThreads, typename Combine>
-__device__ Weight block_reduce(Weight value, Combine combine) {
-  __shared__ Weight s_partial[kNumThreads / kWarpSize];
-  for (int offset = kWarpSize / 2; offset > 0; offset /= 2) {
-    value = combine(value, __shfl_xor_sync(0xffffffff, value, offset));
-  }
-  __syncthreads();  // the last call's readers are done
-  if (threadIdx.x % kWarpSize == 0) s_partial[threadIdx.x / kWarpSize] = value;
-  __syncthreads();
-  Weight result = s_partial[0];
-  for (int warp = 1; warp < kNumThreads / kWarpSize; ++warp) {
-    result = combine(result, s_partial[warp]);
-  }
-  return result;
-}
 
 __device__ inline uint32_t rank_of(float score) {
   return rank_of_bits(__float_as_uint(score + 0.0f));
@@ -100,85 +45,496 @@ __device__ inline float score_of_rank(uint32_t rank) {
   return __uint_as_float(rank & 0x80000000 ? rank : ~rank & 0x7fffffff);
 }
 
-// The largest number in the upper half, for the lowest id in the lower; 0 when all are NaN.
-template <int kNumThreads, typename T>
-__device__ Weight largest_logit(const T* logits, int vocab_size) {
-  Weight largest = 0;
-  for (int i = threadIdx.x; i < vocab_size; i += kNumThreads) {
-    const float logit = to_float(logits[i]);
-    const Weight packed = Weight{~rank_of(logit)} << 32 | ~static_cast<uint32_t>(i);
-    if (logit == logit && packed > largest) largest = packed;
-  }
-  return block_reduce<kNumThreads>(largest, [](Weight a, Weight b) { return a > b ? a : b; });
+// A token and its logit in one number, larger for a larger logit, then for a lower id; 0 for NaN.
+__device__ inline Weight packed_logit(float logit, int id) {
+  return logit == logit ? Weight{~rank_of(logit)} << 32 | ~static_cast<uint32_t>(id) : 0;
+}
+__device__ inline float logit_of_packed(Weight packed) {
+  return score_of_rank(~static_cast<uint32_t>(packed >> 32));
+}
+__device__ inline int64_t token_of_packed(Weight packed) {
+  return packed == 0 ? 0 : ~static_cast<uint32_t>(packed);
 }
 
-template <typename T, int kNumThreads>
-__global__ void __launch_bounds__(kNumThreads) sample_kernel(const SampleParams p) {
-  __shared__ SelectScratch s_scratch;
-  const int64_t row_index = blockIdx.x;
-  const T* logits = static_cast<const T*>(p.logits) + row_index * p.logits_row_stride;
-  const auto vocab_size = static_cast<int>(p.vocab_size);
-  const SampleRow row = sample_row(p, row_index);
+// What top-k and top-p keep: ranks below last_rank, and of those equal to it ids from first_equal.
+struct Kept {
+  uint32_t last_rank = 0xffffffff;
+  int first_equal = 0;
 
-  const Weight largest = largest_logit<kNumThreads>(logits, vocab_size);
-  const float best = score_of_rank(~static_cast<uint32_t>(largest >> 32)) / row.temperature;
-  if (row.greedy || largest == 0 || !(fabsf(best) < INFINITY)) {
-    if (threadIdx.x == 0) {
-      p.out[row_index] = largest == 0 ? 0 : ~static_cast<uint32_t>(largest);
+  __device__ bool holds(uint32_t rank, int id) const {
+    return rank < last_rank || (rank == last_rank && id >= first_equal);
+  }
+};
+
+template <typename T>
+struct Row : SampleRow {
+  const T* logits;
+  int vocab_size;
+  float best = 0.0f;  // score
+  SampleRowState* state;
+  Weight* bin_weights;
+  Weight* slice_largest;  // packed
+  Weight* slice_weights;
+  uint32_t* bin_counts;
+  int32_t* candidates;
+
+  __device__ Row(const SampleParams& p, int64_t row) : SampleRow(sample_row(p, row)) {
+    logits = static_cast<const T*>(p.logits) + row * p.logits_row_stride;
+    vocab_size = static_cast<int>(p.vocab_size);
+    char* workspace = static_cast<char*>(p.workspace);
+    state = reinterpret_cast<SampleRowState*>(workspace + row * sample_workspace_bytes(vocab_size));
+    bin_weights = reinterpret_cast<Weight*>(state + 1);
+    slice_largest = bin_weights + kNumBins;
+    slice_weights = slice_largest + slices();
+    bin_counts = reinterpret_cast<uint32_t*>(slice_weights + slices());
+    candidates = reinterpret_cast<int32_t*>(bin_counts + kNumBins);
+  }
+
+  __device__ int slices() const { return (vocab_size + kSlice - 1) / kSlice; }
+  __device__ bool top_k_on() const { return top_k < vocab_size; }
+
+  // True where the largest logit is all that matters.
+  __device__ bool is_settled_by(Weight largest) {
+    best = logit_of_packed(largest) / temperature;
+    return greedy || largest == 0 || !(fabsf(best) < INFINITY);
+  }
+
+  __device__ float score(float logit) const {
+    const float quotient = logit / temperature;
+    return quotient == quotient ? quotient : -INFINITY;
+  }
+  __device__ Weight weight(float score) const {
+    return __float2ull_rn(expf(score - best) * kWeightScale);
+  }
+  // 0 for what min-p drops.
+  __device__ Weight weight_after_min_p(float score) const {
+    const float relative = expf(score - best);
+    return min_p_on && relative < min_p ? 0 : __float2ull_rn(relative * kWeightScale);
+  }
+  // Not smaller for a smaller score; kNumBins for those that weigh nothing for sure.
+  __device__ int bin(float score) const {
+    const float depth = best - score;
+    return depth < -kSmallestScore ? static_cast<int>(depth * kBinsPerUnit) : kNumBins;
+  }
+
+  // The logits of kPerThread consecutive ids from first on, NaN past the end.
+  __device__ void load(int first, float (&values)[kPerThread]) const {
+    const bool aligned = reinterpret_cast<uint64_t>(logits) % (4 * sizeof(T)) == 0;
+#pragma unroll
+    for (int start = 0; start < kPerThread; start += 4) {
+      float four[4] = {NAN, NAN, NAN, NAN};
+      if (first + start + 4 <= vocab_size) {
+        load_four(logits + first + start, aligned, four);
+      } else {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          if (first + start + i < vocab_size) four[i] = to_float(logits[first + start + i]);
+        }
+      }
+#pragma unroll
+      for (int i = 0; i < 4; ++i) values[start + i] = four[i];
+    }
+  }
+};
+
+__device__ inline int first_of_thread(int slice) {
+  return slice * kSlice + static_cast<int>(threadIdx.x) * kPerThread;
+}
+
+__device__ inline Weight largest_of(SelectScratch& s_scratch, const float (&logits)[kPerThread],
+                                    int first) {
+  Weight largest = 0;
+#pragma unroll
+  for (int i = 0; i < kPerThread; ++i) {
+    largest = Larger{}(largest, packed_logit(logits[i], first + i));
+  }
+  return block_combine(s_scratch, largest, Larger{});
+}
+
+// True in the block that is the last of num_blocks to call it, which then sees what the others
+// wrote, if it reads with __ldcg.
+__device__ inline bool arrives_last(uint32_t* counter, uint32_t num_blocks) {
+  __shared__ bool s_last;
+  __syncthreads();  // this block has written
+  if (threadIdx.x == 0) {
+    __threadfence();
+    s_last = atomicAdd(counter, 1) == num_blocks - 1;
+    __threadfence();
+  }
+  __syncthreads();
+  return s_last;
+}
+
+// The token of one slice at which the weight of what is kept exceeds target.
+template <typename T>
+struct SliceWeights : Sums<kPerThread> {
+  int start;
+
+  __device__ SliceWeights(SelectScratch& s_scratch, const Row<T>& row, int slice,
+                          const float (&logits)[kPerThread], Kept kept)
+      : start(slice * kSlice) {
+#pragma unroll
+    for (int i = 0; i < kPerThread; ++i) {
+      const float score = row.score(logits[i]);
+      values[i] = kept.holds(rank_of(score), first_of_thread(slice) + i)
+                      ? row.weight_after_min_p(score)
+                      : 0;
+    }
+    scan(s_scratch);
+  }
+  __device__ int64_t token(SelectScratch& s_scratch, Weight target) const {
+    return start + find(s_scratch, target).index;
+  }
+};
+
+// By the last block, when slice_weights holds the weight of what is kept of each slice.
+template <typename T>
+__device__ int64_t draw(SelectScratch& s_scratch, const Row<T>& row, Kept kept, uint64_t random) {
+  Sums<kPerThread> slices;
+#pragma unroll
+  for (int i = 0; i < kPerThread; ++i) {
+    const int slice = first_of_thread(0) + i;
+    slices.values[i] = slice < row.slices() ? __ldcg(row.slice_weights + slice) : 0;
+  }
+  slices.scan(s_scratch);
+  const Weight target = random_below(slices.total, random);
+  const Found slice = slices.find(s_scratch, target);
+  float logits[kPerThread];
+  row.load(first_of_thread(slice.index), logits);
+  return SliceWeights(s_scratch, row, slice.index, logits, kept)
+      .token(s_scratch, target - slice.before);
+}
+
+// Exact selection among size candidates, of rank rank_at(i) and id id_at(i).
+template <typename T, typename RankAt, typename IdAt>
+__device__ Kept select_kept(SelectScratch& s_scratch, const Row<T>& row, const SampleEdge& edge,
+                            int size, RankAt rank_at, IdAt id_at) {
+  Kept kept;
+  const auto is_between = [&](uint32_t rank, int first, int last) {
+    const int bin = row.bin(score_of_rank(rank));
+    return first <= bin && bin <= last;
+  };
+  if (edge.k_left >= 0) {
+    const auto one = [&](int i) {
+      return Weight{is_between(rank_at(i), edge.k_first, edge.k_last)};
+    };
+    kept.last_rank = select<4>(s_scratch, size, rank_at, one, static_cast<Weight>(edge.k_left)).key;
+  }
+  if (!row.top_p_on) return kept;
+  const auto weight_between = [&](uint32_t rank, int first, int last) {
+    return rank <= kept.last_rank && is_between(rank, first, last) ? row.weight(score_of_rank(rank))
+                                                                   : 0;
+  };
+  Weight sum = 0;
+  for (int i = threadIdx.x; i < size; i += kNumThreads) {
+    sum += weight_between(rank_at(i), edge.k_first, edge.k_last);
+  }
+  const Weight total = edge.weight_before_k + block_combine(s_scratch, sum, Add{});
+  const Weight budget = top_p_weight(row.top_p, total) - 1 - edge.weight_before_p;
+  const auto weight = [&](int i) { return weight_between(rank_at(i), edge.p_first, edge.p_last); };
+  const Selected last = select<4>(s_scratch, size, rank_at, weight, budget);
+  kept.last_rank = last.key;
+  const Weight each = row.weight(score_of_rank(last.key));
+  const Weight removed = last.at / each - ((budget - last.before) / each + 1);
+  if (removed > 0) {
+    const auto equal = [&](int i) { return Weight{rank_at(i) == last.key}; };
+    kept.first_equal = static_cast<int>(select<3>(s_scratch, size, id_at, equal, removed).key);
+  }
+  return kept;
+}
+
+template <typename T>
+__global__ void __launch_bounds__(kNumThreads)
+    sample_one_slice_kernel(const __grid_constant__ SampleParams p) {
+  __shared__ SelectScratch s_scratch;
+  __shared__ uint32_t s_ranks[kSlice];
+  let_successors_start();
+  wait_for_predecessors();
+  const int64_t row_index = blockIdx.x;
+  Row<T> row(p, row_index);
+  float logits[kPerThread];
+  const int first = first_of_thread(0);
+  row.load(first, logits);
+  const Weight largest = largest_of(s_scratch, logits, first);
+  if (row.is_settled_by(largest)) {
+    if (threadIdx.x == 0) p.out[row_index] = token_of_packed(largest);
+    return;
+  }
+  Kept kept;
+  if (row.top_k_on() || row.top_p_on) {
+    Weight count = 0;  // of tokens in bins
+    for (int i = 0; i < kPerThread; ++i) {
+      const float score = row.score(logits[i]);
+      s_ranks[first + i] = rank_of(score);
+      count += row.bin(score) < kNumBins;
+    }
+    count = block_combine(s_scratch, count, Add{});
+    const bool cuts = row.top_k_on() && static_cast<Weight>(row.top_k) <= count;
+    const SampleEdge edge{
+        .k_first = 0,
+        .k_last = kNumBins - 1,
+        .k_left = cuts ? static_cast<int>(row.top_k) - 1 : -1,
+        .p_first = 0,
+        .p_last = kNumBins - 1,
+        .weight_before_k = 0,
+        .weight_before_p = 0,
+    };
+    const auto rank_at = [&](int i) { return s_ranks[i]; };
+    const auto id_at = [](int i) { return static_cast<uint32_t>(i); };
+    kept = select_kept(s_scratch, row, edge, row.vocab_size, rank_at, id_at);
+  }
+  const SliceWeights weights(s_scratch, row, 0, logits, kept);
+  const uint64_t random = random_bits(p.seed[row_index], p.offset[row_index]);
+  const int64_t token = weights.token(s_scratch, random_below(weights.total, random));
+  if (threadIdx.x == 0) p.out[row_index] = token;
+}
+
+template <typename T>
+__global__ void __launch_bounds__(kNumThreads)
+    sample_maxima_kernel(const __grid_constant__ SampleParams p) {
+  __shared__ SelectScratch s_scratch;
+  let_successors_start();
+  wait_for_predecessors();
+  const int slices = static_cast<int>(num_slices(p.vocab_size));
+  const int slice = blockIdx.x % slices;
+  const Row<T> row(p, blockIdx.x / slices);
+  float logits[kPerThread];
+  row.load(first_of_thread(slice), logits);
+  for (int bin = slice * kNumThreads + threadIdx.x; bin < kNumBins; bin += slices * kNumThreads) {
+    row.bin_weights[bin] = 0;
+    row.bin_counts[bin] = 0;
+  }
+  if (slice == 0 && threadIdx.x == 0) {
+    row.state->num_arrived[0] = 0;
+    row.state->num_arrived[1] = 0;
+    row.state->num_candidates = 0;
+  }
+  const Weight largest = largest_of(s_scratch, logits, first_of_thread(slice));
+  if (threadIdx.x == 0) row.slice_largest[slice] = largest;
+}
+
+struct BinScratch {
+  uint32_t count[kNumBins];
+  uint32_t low[kNumBins];
+  uint32_t high[kNumBins];
+};
+
+// Adds the tokens of one slice to the bins of the row.
+template <typename T>
+__device__ void add_to_bins(BinScratch& s_bins, const Row<T>& row,
+                            const float (&logits)[kPerThread]) {
+  for (int bin = threadIdx.x; bin < kNumBins; bin += kNumThreads) {
+    s_bins.count[bin] = 0;
+    s_bins.low[bin] = 0;
+    s_bins.high[bin] = 0;
+  }
+  __syncthreads();
+#pragma unroll
+  for (int i = 0; i < kPerThread; ++i) {
+    const float score = row.score(logits[i]);
+    const int bin = row.bin(score);
+    if (bin == kNumBins) continue;
+    if (row.top_k_on()) atomicAdd(&s_bins.count[bin], 1);
+    if (row.top_p_on) add_weight(&s_bins.low[bin], &s_bins.high[bin], row.weight(score));
+  }
+  __syncthreads();
+  for (int bin = threadIdx.x; bin < kNumBins; bin += kNumThreads) {
+    const Weight weight = s_bins.low[bin] + (Weight{s_bins.high[bin]} << kLowBits);
+    if (s_bins.count[bin]) atomicAdd(row.bin_counts + bin, s_bins.count[bin]);
+    if (weight) atomicAdd(row.bin_weights + bin, weight);
+  }
+}
+
+// By the last block: the bins where top-k and top-p end. How much top-k keeps is known up to the
+// tokens of one bin, so top-p may end in one of several.
+template <typename T>
+__device__ SampleEdge find_edge(SelectScratch& s_scratch, const Row<T>& row) {
+  Sums<kBinsPerThread> counts;
+  Sums<kBinsPerThread> weights;
+#pragma unroll
+  for (int i = 0; i < kBinsPerThread; ++i) {
+    const int bin = threadIdx.x * kBinsPerThread + i;
+    counts.values[i] = bin < kNumBins ? __ldcg(row.bin_counts + bin) : 0;
+    weights.values[i] = bin < kNumBins ? __ldcg(row.bin_weights + bin) : 0;
+  }
+  weights.scan(s_scratch);
+  SampleEdge edge{
+      .k_first = kNumBins,
+      .k_last = -1,
+      .k_left = -1,
+      .p_first = kNumBins,
+      .p_last = -1,
+      .weight_before_k = weights.total,
+      .weight_before_p = 0,
+  };
+  Weight weight_through_k = weights.total;
+  if (row.top_k_on()) {
+    counts.scan(s_scratch);
+    if (static_cast<Weight>(row.top_k) <= counts.total) {
+      const Found kth = counts.find(s_scratch, row.top_k - 1);
+      edge.k_first = edge.k_last = kth.index;
+      edge.k_left = static_cast<int>(row.top_k - 1 - kth.before);
+      edge.p_first = kth.index;
+      // The weight of the bins before the k-th's: what the sums of all threads that hold any add.
+      Weight before = 0;
+      Weight at = 0;
+#pragma unroll
+      for (int i = 0; i < kBinsPerThread; ++i) {
+        const int bin = threadIdx.x * kBinsPerThread + i;
+        if (bin < kth.index) before += weights.values[i];
+        if (bin == kth.index) at = weights.values[i];
+      }
+      edge.weight_before_k = block_combine(s_scratch, before, Add{});
+      weight_through_k = edge.weight_before_k + block_combine(s_scratch, at, Add{});
+    }
+  }
+  if (row.top_p_on) {
+    const Found least = weights.find(s_scratch, top_p_weight(row.top_p, edge.weight_before_k) - 1);
+    const Found most = weights.find(s_scratch, top_p_weight(row.top_p, weight_through_k) - 1);
+    edge.p_first = least.index;
+    edge.p_last = most.index;
+    edge.weight_before_p = least.before;
+  }
+  return edge;
+}
+
+template <typename T>
+__global__ void __launch_bounds__(kNumThreads)
+    sample_bins_kernel(const __grid_constant__ SampleParams p) {
+  __shared__ SelectScratch s_scratch;
+  __shared__ BinScratch s_bins;
+  let_successors_start();
+  wait_for_predecessors();
+  const int slices = static_cast<int>(num_slices(p.vocab_size));
+  const int slice = blockIdx.x % slices;
+  const int64_t row_index = blockIdx.x / slices;
+  Row<T> row(p, row_index);
+  if (row.greedy && slice > 0) return;
+  Weight largest = 0;
+  for (int i = threadIdx.x; i < slices; i += kNumThreads) {
+    largest = Larger{}(largest, row.slice_largest[i]);
+  }
+  largest = block_combine(s_scratch, largest, Larger{});
+  if (row.is_settled_by(largest)) {
+    if (slice == 0 && threadIdx.x == 0) {
+      p.out[row_index] = token_of_packed(largest);
+      row.state->finished = 1;
     }
     return;
   }
-
-  const auto score = [&](int i) {
-    const float quotient = to_float(logits[i]) / row.temperature;
-    return quotient == quotient ? quotient : -INFINITY;
-  };
-  const auto rank = [&](int i) { return rank_of(score(i)); };
-  const auto relative = [&](float score) { return expf(score - best); };
-  const auto weight_of = [&](float score) {
-    return static_cast<Weight>(__float2ull_rn(relative(score) * kWeightScale));
-  };
-  const auto id = [](int i) { return static_cast<uint32_t>(i); };
-  const auto add = [](Weight a, Weight b) { return a + b; };
-
-  // Kept are ranks below last_rank, and of those equal to it ids from first_equal on.
-  uint32_t last_rank = 0xffffffff;
-  int first_equal = 0;
-  if (row.top_k < p.vocab_size) {
-    const auto one = [](int) { return Weight{1}; };
-    last_rank = select<4, kNumThreads>(s_scratch, vocab_size, rank, one, row.top_k - 1).key;
+  const bool to_select = row.top_k_on() || row.top_p_on;
+  float logits[kPerThread];
+  row.load(first_of_thread(slice), logits);
+  if (to_select) {
+    add_to_bins(s_bins, row, logits);
+  } else {
+    const Weight weight = SliceWeights(s_scratch, row, slice, logits, Kept{}).total;
+    if (threadIdx.x == 0) row.slice_weights[slice] = weight;
   }
-  const auto weight = [&](int i) {
-    const float s = score(i);
-    const uint32_t r = rank_of(s);
-    const bool kept = r < last_rank || (r == last_rank && i >= first_equal);
-    return kept && !(row.min_p_on && relative(s) < row.min_p) ? weight_of(s) : 0;
-  };
-  const auto total_weight = [&](auto weight_of_id) {
-    Weight sum = 0;
-    for (int i = threadIdx.x; i < vocab_size; i += kNumThreads) sum += weight_of_id(i);
-    return block_reduce<kNumThreads>(sum, add);
-  };
-  if (row.top_p_on) {
-    const auto top_k_weight = [&](int i) {
-      const float s = score(i);
-      return rank_of(s) <= last_rank ? weight_of(s) : 0;
-    };
-    const Weight wanted = top_p_weight(row.top_p, total_weight(top_k_weight));
-    const Selected last =
-        select<4, kNumThreads>(s_scratch, vocab_size, rank, top_k_weight, wanted - 1);
-    last_rank = last.key;
-    const Weight each = weight_of(score_of_rank(last.key));
-    const Weight removed = last.at / each - ((wanted - 1 - last.below) / each + 1);
-    if (removed > 0) {
-      const auto equal = [&](int i) { return Weight{rank(i) == last_rank}; };
-      first_equal =
-          static_cast<int>(select<3, kNumThreads>(s_scratch, vocab_size, id, equal, removed).key);
+  if (!arrives_last(&row.state->num_arrived[0], slices)) return;
+  if (to_select) {
+    const SampleEdge edge = find_edge(s_scratch, row);
+    if (threadIdx.x == 0) row.state->edge = edge;
+  } else {
+    const uint64_t random = random_bits(p.seed[row_index], p.offset[row_index]);
+    const int64_t token = draw(s_scratch, row, Kept{}, random);
+    if (threadIdx.x == 0) p.out[row_index] = token;
+  }
+  if (threadIdx.x == 0) {
+    row.state->best = row.best;
+    row.state->finished = !to_select;
+  }
+}
+
+// Leaves the weight of the tokens that are kept for sure in slice_weights and lists those at the
+// edge. s_list has room for a slice.
+template <typename T>
+__device__ void list_candidates(SelectScratch& s_scratch, uint32_t* s_list, const Row<T>& row,
+                                const SampleEdge& edge, int slice) {
+  __shared__ int s_size;
+  __shared__ int s_start;
+  float logits[kPerThread];
+  row.load(first_of_thread(slice), logits);
+  if (threadIdx.x == 0) s_size = 0;
+  __syncthreads();
+  Weight weight = 0;
+#pragma unroll
+  for (int i = 0; i < kPerThread; ++i) {
+    const float score = row.score(logits[i]);
+    const int bin = row.bin(score);
+    if (bin == kNumBins) continue;
+    if (bin < edge.p_first) weight += row.weight_after_min_p(score);
+    if ((edge.p_first <= bin && bin <= edge.p_last) || bin == edge.k_first) {
+      s_list[atomicAdd(&s_size, 1)] = first_of_thread(slice) + i;
     }
   }
-  const Weight target =
-      random_below(total_weight(weight), random_bits(p.seed[row_index], p.offset[row_index]));
-  const uint32_t token = select<3, kNumThreads>(s_scratch, vocab_size, id, weight, target).key;
+  weight = block_combine(s_scratch, weight, Add{});
+  if (threadIdx.x == 0) {
+    row.slice_weights[slice] = weight;
+    if (s_size > 0) s_start = atomicAdd(&row.state->num_candidates, s_size);
+  }
+  __syncthreads();
+  for (int i = threadIdx.x; i < s_size; i += kNumThreads) {
+    if (s_start + i < max_candidates(row.vocab_size)) row.candidates[s_start + i] = s_list[i];
+  }
+}
+
+// By the last block: which of the candidates are kept; their weight joins their slices'.
+template <typename T>
+__device__ Kept keep_candidates(SelectScratch& s_scratch, uint32_t* s_ranks, const Row<T>& row,
+                                const SampleEdge& edge) {
+  // More than there is room for: every token of the row stands for itself.
+  int size = __ldcg(&row.state->num_candidates);
+  const bool listed = size <= max_candidates(row.vocab_size);
+  if (!listed) size = row.vocab_size;
+  const auto id_at = [&](int i) {
+    return static_cast<uint32_t>(listed ? __ldcg(row.candidates + i) : i);
+  };
+  const auto rank_of_id = [&](uint32_t id) { return rank_of(row.score(to_float(row.logits[id]))); };
+  for (int i = threadIdx.x; i < min(size, kSlice); i += kNumThreads) {
+    s_ranks[i] = rank_of_id(id_at(i));
+  }
+  __syncthreads();
+  const auto rank_at = [&](int i) { return i < kSlice ? s_ranks[i] : rank_of_id(id_at(i)); };
+  const Kept kept = select_kept(s_scratch, row, edge, size, rank_at, id_at);
+  for (int i = threadIdx.x; i < size; i += kNumThreads) {
+    const uint32_t rank = rank_at(i);
+    const float score = score_of_rank(rank);
+    const int bin = row.bin(score);
+    if (bin < edge.p_first || !kept.holds(rank, id_at(i))) continue;
+    if (const Weight weight = row.weight_after_min_p(score)) {
+      atomicAdd(row.slice_weights + id_at(i) / kSlice, weight);
+    }
+  }
+  __threadfence();  // draw reads it past L1
+  __syncthreads();
+  return kept;
+}
+
+template <typename T>
+__global__ void __launch_bounds__(kNumThreads)
+    sample_tokens_kernel(const __grid_constant__ SampleParams p) {
+  __shared__ SelectScratch s_scratch;
+  __shared__ uint32_t s_list[kSlice];
+  let_successors_start();
+  wait_for_predecessors();
+  const int slices = static_cast<int>(num_slices(p.vocab_size));
+  const int slice = blockIdx.x % slices;
+  const int64_t row_index = blockIdx.x / slices;
+  Row<T> row(p, row_index);
+  if (row.state->finished) return;
+  row.best = row.state->best;
+  const SampleEdge edge = row.state->edge;
+  const int best_bin = row.bin(row.score(logit_of_packed(row.slice_largest[slice])));
+  if (best_bin < edge.p_first || best_bin <= max(edge.p_last, edge.k_last)) {
+    list_candidates(s_scratch, s_list, row, edge, slice);
+  } else if (threadIdx.x == 0) {
+    row.slice_weights[slice] = 0;
+  }
+  if (!arrives_last(&row.state->num_arrived[1], slices)) return;
+  const Kept kept = keep_candidates(s_scratch, s_list, row, edge);
+  const uint64_t random = random_bits(p.seed[row_index], p.offset[row_index]);
+  const int64_t token = draw(s_scratch, row, kept, random);
   if (threadIdx.x == 0) p.out[row_index] = token;
 }
 
