@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <cuda/atomic>
 
 #include "tile/reduce.cuh"
 
@@ -36,113 +37,129 @@ struct Selected {
   Weight at;      // of this key
 };
 
-struct SelectScratch {
-  uint32_t low[kNumThreads];
-  uint32_t high[kNumThreads];
-  Weight warp_sums[kNumWarps];
-  Found found;
+struct Scanned {
+  Weight before;  // sum of the values of all threads before this one
+  Weight total;
 };
 
-// Combined over the block, the result in every thread.
-template <typename Combine>
-__device__ Weight block_combine(SelectScratch& s_scratch, Weight value, Combine combine) {
+// Every thread must call these. Not inline: a block that works alone runs its code once, so what
+// costs is to fetch it.
+__device__ __noinline__ Scanned block_scan(Weight value) {
+  __shared__ Weight s_warp_sums[kNumWarps];
+  const int lane = threadIdx.x % kWarpSize;
+  const int warp = threadIdx.x / kWarpSize;
+  Weight through = value;  // of all lanes up to this one
 #pragma unroll
-  for (int offset = kWarpSize / 2; offset > 0; offset /= 2) {
-    value = combine(value, __shfl_xor_sync(0xffffffff, value, offset));
+  for (int offset = 1; offset < kWarpSize; offset *= 2) {
+    const Weight other = __shfl_up_sync(0xffffffff, through, offset);
+    if (lane >= offset) through += other;
   }
   __syncthreads();  // the last call's readers are done
-  if (threadIdx.x % kWarpSize == 0) s_scratch.warp_sums[threadIdx.x / kWarpSize] = value;
+  if (lane == kWarpSize - 1) s_warp_sums[warp] = through;
   __syncthreads();
-  Weight result = s_scratch.warp_sums[0];
+  Scanned scanned{through - value, 0};
 #pragma unroll
-  for (int warp = 1; warp < kNumWarps; ++warp) {
-    result = combine(result, s_scratch.warp_sums[warp]);
+  for (int i = 0; i < kNumWarps; ++i) {
+    const Weight other = s_warp_sums[i];
+    if (i < warp) scanned.before += other;
+    scanned.total += other;
   }
-  return result;
+  return scanned;
+}
+__device__ inline Weight block_sum(Weight value) { return block_scan(value).total; }
+
+__device__ __noinline__ Weight block_largest(Weight value) {
+  __shared__ Weight s_largest[kNumWarps];
+#pragma unroll
+  for (int offset = kWarpSize / 2; offset > 0; offset /= 2) {
+    const Weight other = __shfl_xor_sync(0xffffffff, value, offset);
+    value = other > value ? other : value;
+  }
+  __syncthreads();  // the last call's readers are done
+  if (threadIdx.x % kWarpSize == 0) s_largest[threadIdx.x / kWarpSize] = value;
+  __syncthreads();
+#pragma unroll
+  for (const Weight other : s_largest) value = other > value ? other : value;
+  return value;
 }
 
 // Values in order, kSize consecutive ones a thread, with the sum before each thread and of all.
 template <int kSize>
-struct Sums {
+struct Sums : Scanned {
   Weight values[kSize];
-  Weight before;
-  Weight total;
 
   // Every thread must call it, after it has set values.
-  __device__ void scan(SelectScratch& s_scratch) {
+  __device__ void scan() {
     Weight sum = 0;
 #pragma unroll
     for (const Weight value : values) sum += value;
-    Weight through = sum;  // of all lanes up to this one
-    const int lane = threadIdx.x % kWarpSize;
-    const int warp = threadIdx.x / kWarpSize;
-#pragma unroll
-    for (int offset = 1; offset < kWarpSize; offset *= 2) {
-      const Weight other = __shfl_up_sync(0xffffffff, through, offset);
-      if (lane >= offset) through += other;
-    }
-    __syncthreads();  // the last call's readers are done
-    if (lane == kWarpSize - 1) s_scratch.warp_sums[warp] = through;
-    __syncthreads();
-    before = through - sum;
-    total = 0;
-#pragma unroll
-    for (int i = 0; i < kNumWarps; ++i) {
-      const Weight other = s_scratch.warp_sums[i];
-      if (i < warp) before += other;
-      total += other;
-    }
+    static_cast<Scanned&>(*this) = block_scan(sum);
   }
 
   // The first index at which the sum through it exceeds budget, which is less than total. Every
   // thread must call it.
-  __device__ Found find(SelectScratch& s_scratch, Weight budget) const {
+  __device__ Found find(Weight budget) const {
+    __shared__ Found s_found;
     __syncthreads();  // the last call's readers are done
     Weight sum = before;
+    if (sum <= budget) {
 #pragma unroll
-    for (int i = 0; i < kSize; ++i) {
-      if (sum <= budget && budget < sum + values[i]) {  // true once in the block
-        s_scratch.found = {static_cast<int>(threadIdx.x) * kSize + i, sum, values[i]};
+      for (int i = 0; i < kSize; ++i) {
+        if (sum <= budget && budget < sum + values[i]) {  // true once in the block
+          s_found = {static_cast<int>(threadIdx.x) * kSize + i, sum, values[i]};
+        }
+        sum += values[i];
       }
-      sum += values[i];
     }
     __syncthreads();
-    return s_scratch.found;
+    return s_found;
   }
 };
 
 // The smallest key at which the weight of it and of all smaller keys exceeds budget, which is less
-// than the weight of all. Keys have kNumDigits digits of 8 bits, a bin a thread. Every thread must
-// call it.
-template <int kNumDigits, typename KeyOf, typename WeightOf>
-__device__ Selected select(SelectScratch& s_scratch, int size, KeyOf key_of, WeightOf weight_of,
-                           Weight budget) {
+// than the weight of all; a digit of 8 bits a pass, a bin a thread. Every thread must call it.
+template <typename KeyOf, typename WeightOf>
+__device__ Selected select(int size, KeyOf key_of, WeightOf weight_of, Weight budget) {
+  __shared__ uint32_t s_low[kNumThreads];
+  __shared__ uint32_t s_high[kNumThreads];
   Selected selected{0, 0, 0};
-  uint32_t& s_low = s_scratch.low[threadIdx.x];
-  uint32_t& s_high = s_scratch.high[threadIdx.x];
-  for (int shift = 8 * (kNumDigits - 1); shift >= 0; shift -= 8) {
+#pragma unroll 1
+  for (int shift = 24; shift >= 0; shift -= 8) {
     Sums<1> bins{};
+#pragma unroll 1
     for (int start = 0; start < size; start += kBlockValues) {
-      s_low = 0;
-      s_high = 0;
+      s_low[threadIdx.x] = 0;
+      s_high[threadIdx.x] = 0;
       __syncthreads();
       const int end = min(start + kBlockValues, size);
+#pragma unroll 1
       for (int i = start + threadIdx.x; i < end; i += kNumThreads) {
         const uint64_t key = key_of(i);
         if (key >> (shift + 8) != selected.key) continue;
         const int bin = key >> shift & (kNumThreads - 1);
-        if (const Weight weight = weight_of(i)) {
-          add_weight(&s_scratch.low[bin], &s_scratch.high[bin], weight);
-        }
+        if (const Weight weight = weight_of(i)) add_weight(s_low + bin, s_high + bin, weight);
       }
       __syncthreads();
-      bins.values[0] += s_low + (Weight{s_high} << kLowBits);
+      bins.values[0] += s_low[threadIdx.x] + (Weight{s_high[threadIdx.x]} << kLowBits);
     }
-    bins.scan(s_scratch);
-    const Found found = bins.find(s_scratch, budget - selected.before);
+    bins.scan();
+    const Found found = bins.find(budget - selected.before);
     selected = {selected.key << 8 | found.index, selected.before + found.before, found.at};
   }
   return selected;
+}
+
+// True in the block that is the last of num_blocks to call it, which then sees what the others
+// wrote, if it reads past L1 (__ldcg).
+__device__ inline bool arrives_last(uint32_t& counter, uint32_t num_blocks) {
+  __shared__ bool s_last;
+  __syncthreads();  // this block has written
+  if (threadIdx.x == 0) {
+    const cuda::atomic_ref<uint32_t, cuda::thread_scope_device> arrived(counter);
+    s_last = arrived.fetch_add(1, cuda::memory_order_acq_rel) == num_blocks - 1;
+  }
+  __syncthreads();
+  return s_last;
 }
 
 }  // namespace llamatelemetry

@@ -30,13 +30,6 @@ constexpr float kBinsPerUnit = 32.0f;
 static_assert(kNumBins == -kSmallestScore * kBinsPerUnit);
 constexpr int kBinsPerThread = (kNumBins + kNumThreads - 1) / kNumThreads;
 
-struct Add {
-  __device__ Weight operator()(Weight a, Weight b) const { return a + b; }
-};
-struct Larger {
-  __device__ Weight operator()(Weight a, Weight b) const { return a > b ? a : b; }
-};
-
 __device__ inline uint32_t rank_of(float score) {
   return rank_of_bits(__float_as_uint(score + 0.0f));
 }
@@ -71,6 +64,8 @@ struct Row : SampleRow {
   const T* logits;
   int vocab_size;
   float best = 0.0f;  // score
+  int64_t seed;       // read with the other parameters, although only the draw needs them
+  int64_t offset;
   SampleRowState* state;
   Weight* bin_weights;
   Weight* slice_largest;  // packed
@@ -78,7 +73,8 @@ struct Row : SampleRow {
   uint32_t* bin_counts;
   int32_t* candidates;
 
-  __device__ Row(const SampleParams& p, int64_t row) : SampleRow(sample_row(p, row)) {
+  __device__ Row(const SampleParams& p, int64_t row)
+      : SampleRow(sample_row(p, row)), seed(p.seed[row]), offset(p.offset[row]) {
     logits = static_cast<const T*>(p.logits) + row * p.logits_row_stride;
     vocab_size = static_cast<int>(p.vocab_size);
     char* workspace = static_cast<char*>(p.workspace);
@@ -141,28 +137,14 @@ __device__ inline int first_of_thread(int slice) {
   return slice * kSlice + static_cast<int>(threadIdx.x) * kPerThread;
 }
 
-__device__ inline Weight largest_of(SelectScratch& s_scratch, const float (&logits)[kPerThread],
-                                    int first) {
+__device__ inline Weight largest_of(const float (&logits)[kPerThread], int first) {
   Weight largest = 0;
 #pragma unroll
   for (int i = 0; i < kPerThread; ++i) {
-    largest = Larger{}(largest, packed_logit(logits[i], first + i));
+    const Weight packed = packed_logit(logits[i], first + i);
+    largest = packed > largest ? packed : largest;
   }
-  return block_combine(s_scratch, largest, Larger{});
-}
-
-// True in the block that is the last of num_blocks to call it, which then sees what the others
-// wrote, if it reads with __ldcg.
-__device__ inline bool arrives_last(uint32_t* counter, uint32_t num_blocks) {
-  __shared__ bool s_last;
-  __syncthreads();  // this block has written
-  if (threadIdx.x == 0) {
-    __threadfence();
-    s_last = atomicAdd(counter, 1) == num_blocks - 1;
-    __threadfence();
-  }
-  __syncthreads();
-  return s_last;
+  return block_largest(largest);
 }
 
 // The token of one slice at which the weight of what is kept exceeds target.
@@ -170,8 +152,8 @@ template <typename T>
 struct SliceWeights : Sums<kPerThread> {
   int start;
 
-  __device__ SliceWeights(SelectScratch& s_scratch, const Row<T>& row, int slice,
-                          const float (&logits)[kPerThread], Kept kept)
+  __device__ SliceWeights(const Row<T>& row, int slice, const float (&logits)[kPerThread],
+                          Kept kept)
       : start(slice * kSlice) {
 #pragma unroll
     for (int i = 0; i < kPerThread; ++i) {
@@ -180,73 +162,78 @@ struct SliceWeights : Sums<kPerThread> {
                       ? row.weight_after_min_p(score)
                       : 0;
     }
-    scan(s_scratch);
+    scan();
   }
-  __device__ int64_t token(SelectScratch& s_scratch, Weight target) const {
-    return start + find(s_scratch, target).index;
-  }
+  __device__ int64_t token(Weight target) const { return start + find(target).index; }
 };
 
 // By the last block, when slice_weights holds the weight of what is kept of each slice.
 template <typename T>
-__device__ int64_t draw(SelectScratch& s_scratch, const Row<T>& row, Kept kept, uint64_t random) {
+__device__ int64_t draw(const Row<T>& row, Kept kept) {
   Sums<kPerThread> slices;
 #pragma unroll
   for (int i = 0; i < kPerThread; ++i) {
     const int slice = first_of_thread(0) + i;
     slices.values[i] = slice < row.slices() ? __ldcg(row.slice_weights + slice) : 0;
   }
-  slices.scan(s_scratch);
-  const Weight target = random_below(slices.total, random);
-  const Found slice = slices.find(s_scratch, target);
+  slices.scan();
+  const Weight target = random_below(slices.total, random_bits(row.seed, row.offset));
+  const Found slice = slices.find(target);
   float logits[kPerThread];
   row.load(first_of_thread(slice.index), logits);
-  return SliceWeights(s_scratch, row, slice.index, logits, kept)
-      .token(s_scratch, target - slice.before);
+  return SliceWeights(row, slice.index, logits, kept).token(target - slice.before);
 }
 
 // Exact selection among size candidates, of rank rank_at(i) and id id_at(i).
 template <typename T, typename RankAt, typename IdAt>
-__device__ Kept select_kept(SelectScratch& s_scratch, const Row<T>& row, const SampleEdge& edge,
-                            int size, RankAt rank_at, IdAt id_at) {
+__device__ Kept select_kept(const Row<T>& row, const SampleEdge& edge, int size, RankAt rank_at,
+                            IdAt id_at) {
+  enum Step { kTopK, kTopP, kEquals };  // a loop has one select: see block_scan
   Kept kept;
-  const auto is_between = [&](uint32_t rank, int first, int last) {
-    const int bin = row.bin(score_of_rank(rank));
-    return first <= bin && bin <= last;
-  };
-  if (edge.k_left >= 0) {
-    const auto one = [&](int i) {
-      return Weight{is_between(rank_at(i), edge.k_first, edge.k_last)};
+  Weight budget = edge.k_left;
+#pragma unroll 1
+  for (int step = edge.k_left >= 0 ? kTopK : kTopP;; ++step) {
+    const auto weight_between = [&](uint32_t rank, int first, int last) -> Weight {
+      const float score = score_of_rank(rank);
+      const int bin = row.bin(score);
+      if (rank > kept.last_rank || bin < first || bin > last) return 0;
+      return step == kTopK ? 1 : row.weight(score);
     };
-    kept.last_rank = select<4>(s_scratch, size, rank_at, one, static_cast<Weight>(edge.k_left)).key;
+    if (step == kTopP) {
+      if (!row.top_p_on) return kept;
+      Weight sum = 0;
+#pragma unroll 1
+      for (int i = threadIdx.x; i < size; i += kNumThreads) {
+        sum += weight_between(rank_at(i), edge.k_first, edge.k_last);
+      }
+      const Weight total = edge.weight_before_k + block_sum(sum);
+      budget = top_p_weight(row.top_p, total) - 1 - edge.weight_before_p;
+    }
+    const int first = step == kTopK ? edge.k_first : edge.p_first;
+    const int last = step == kTopK ? edge.k_last : edge.p_last;
+    const auto key_of = [&](int i) { return step == kEquals ? id_at(i) : rank_at(i); };
+    const auto weight_of = [&](int i) {
+      const uint32_t rank = rank_at(i);
+      return step == kEquals ? Weight{rank == kept.last_rank} : weight_between(rank, first, last);
+    };
+    const Selected selected = select(size, key_of, weight_of, budget);
+    if (step == kEquals) {
+      kept.first_equal = static_cast<int>(selected.key);
+      return kept;
+    }
+    kept.last_rank = selected.key;
+    if (step == kTopP) {
+      const Weight each = row.weight(score_of_rank(selected.key));
+      const Weight removed = selected.at / each - ((budget - selected.before) / each + 1);
+      if (removed == 0) return kept;
+      budget = removed;
+    }
   }
-  if (!row.top_p_on) return kept;
-  const auto weight_between = [&](uint32_t rank, int first, int last) {
-    return rank <= kept.last_rank && is_between(rank, first, last) ? row.weight(score_of_rank(rank))
-                                                                   : 0;
-  };
-  Weight sum = 0;
-  for (int i = threadIdx.x; i < size; i += kNumThreads) {
-    sum += weight_between(rank_at(i), edge.k_first, edge.k_last);
-  }
-  const Weight total = edge.weight_before_k + block_combine(s_scratch, sum, Add{});
-  const Weight budget = top_p_weight(row.top_p, total) - 1 - edge.weight_before_p;
-  const auto weight = [&](int i) { return weight_between(rank_at(i), edge.p_first, edge.p_last); };
-  const Selected last = select<4>(s_scratch, size, rank_at, weight, budget);
-  kept.last_rank = last.key;
-  const Weight each = row.weight(score_of_rank(last.key));
-  const Weight removed = last.at / each - ((budget - last.before) / each + 1);
-  if (removed > 0) {
-    const auto equal = [&](int i) { return Weight{rank_at(i) == last.key}; };
-    kept.first_equal = static_cast<int>(select<3>(s_scratch, size, id_at, equal, removed).key);
-  }
-  return kept;
 }
 
 template <typename T>
 __global__ void __launch_bounds__(kNumThreads)
     sample_one_slice_kernel(const __grid_constant__ SampleParams p) {
-  __shared__ SelectScratch s_scratch;
   __shared__ uint32_t s_ranks[kSlice];
   let_successors_start();
   wait_for_predecessors();
@@ -255,7 +242,7 @@ __global__ void __launch_bounds__(kNumThreads)
   float logits[kPerThread];
   const int first = first_of_thread(0);
   row.load(first, logits);
-  const Weight largest = largest_of(s_scratch, logits, first);
+  const Weight largest = largest_of(logits, first);
   if (row.is_settled_by(largest)) {
     if (threadIdx.x == 0) p.out[row_index] = token_of_packed(largest);
     return;
@@ -268,7 +255,7 @@ __global__ void __launch_bounds__(kNumThreads)
       s_ranks[first + i] = rank_of(score);
       count += row.bin(score) < kNumBins;
     }
-    count = block_combine(s_scratch, count, Add{});
+    count = block_sum(count);
     const bool cuts = row.top_k_on() && static_cast<Weight>(row.top_k) <= count;
     const SampleEdge edge{
         .k_first = 0,
@@ -281,18 +268,17 @@ __global__ void __launch_bounds__(kNumThreads)
     };
     const auto rank_at = [&](int i) { return s_ranks[i]; };
     const auto id_at = [](int i) { return static_cast<uint32_t>(i); };
-    kept = select_kept(s_scratch, row, edge, row.vocab_size, rank_at, id_at);
+    kept = select_kept(row, edge, row.vocab_size, rank_at, id_at);
   }
-  const SliceWeights weights(s_scratch, row, 0, logits, kept);
-  const uint64_t random = random_bits(p.seed[row_index], p.offset[row_index]);
-  const int64_t token = weights.token(s_scratch, random_below(weights.total, random));
+  const SliceWeights weights(row, 0, logits, kept);
+  const Weight target = random_below(weights.total, random_bits(row.seed, row.offset));
+  const int64_t token = weights.token(target);
   if (threadIdx.x == 0) p.out[row_index] = token;
 }
 
 template <typename T>
 __global__ void __launch_bounds__(kNumThreads)
     sample_maxima_kernel(const __grid_constant__ SampleParams p) {
-  __shared__ SelectScratch s_scratch;
   let_successors_start();
   wait_for_predecessors();
   const int slices = static_cast<int>(num_slices(p.vocab_size));
@@ -309,7 +295,7 @@ __global__ void __launch_bounds__(kNumThreads)
     row.state->num_arrived[1] = 0;
     row.state->num_candidates = 0;
   }
-  const Weight largest = largest_of(s_scratch, logits, first_of_thread(slice));
+  const Weight largest = largest_of(logits, first_of_thread(slice));
   if (threadIdx.x == 0) row.slice_largest[slice] = largest;
 }
 
@@ -348,7 +334,7 @@ __device__ void add_to_bins(BinScratch& s_bins, const Row<T>& row,
 // By the last block: the bins where top-k and top-p end. How much top-k keeps is known up to the
 // tokens of one bin, so top-p may end in one of several.
 template <typename T>
-__device__ SampleEdge find_edge(SelectScratch& s_scratch, const Row<T>& row) {
+__device__ SampleEdge find_edge(const Row<T>& row) {
   Sums<kBinsPerThread> counts;
   Sums<kBinsPerThread> weights;
 #pragma unroll
@@ -357,7 +343,7 @@ __device__ SampleEdge find_edge(SelectScratch& s_scratch, const Row<T>& row) {
     counts.values[i] = bin < kNumBins ? __ldcg(row.bin_counts + bin) : 0;
     weights.values[i] = bin < kNumBins ? __ldcg(row.bin_weights + bin) : 0;
   }
-  weights.scan(s_scratch);
+  weights.scan();
   SampleEdge edge{
       .k_first = kNumBins,
       .k_last = -1,
@@ -369,9 +355,9 @@ __device__ SampleEdge find_edge(SelectScratch& s_scratch, const Row<T>& row) {
   };
   Weight weight_through_k = weights.total;
   if (row.top_k_on()) {
-    counts.scan(s_scratch);
+    counts.scan();
     if (static_cast<Weight>(row.top_k) <= counts.total) {
-      const Found kth = counts.find(s_scratch, row.top_k - 1);
+      const Found kth = counts.find(row.top_k - 1);
       edge.k_first = edge.k_last = kth.index;
       edge.k_left = static_cast<int>(row.top_k - 1 - kth.before);
       edge.p_first = kth.index;
@@ -384,13 +370,13 @@ __device__ SampleEdge find_edge(SelectScratch& s_scratch, const Row<T>& row) {
         if (bin < kth.index) before += weights.values[i];
         if (bin == kth.index) at = weights.values[i];
       }
-      edge.weight_before_k = block_combine(s_scratch, before, Add{});
-      weight_through_k = edge.weight_before_k + block_combine(s_scratch, at, Add{});
+      edge.weight_before_k = block_sum(before);
+      weight_through_k = edge.weight_before_k + block_sum(at);
     }
   }
   if (row.top_p_on) {
-    const Found least = weights.find(s_scratch, top_p_weight(row.top_p, edge.weight_before_k) - 1);
-    const Found most = weights.find(s_scratch, top_p_weight(row.top_p, weight_through_k) - 1);
+    const Found least = weights.find(top_p_weight(row.top_p, edge.weight_before_k) - 1);
+    const Found most = weights.find(top_p_weight(row.top_p, weight_through_k) - 1);
     edge.p_first = least.index;
     edge.p_last = most.index;
     edge.weight_before_p = least.before;
@@ -401,7 +387,6 @@ __device__ SampleEdge find_edge(SelectScratch& s_scratch, const Row<T>& row) {
 template <typename T>
 __global__ void __launch_bounds__(kNumThreads)
     sample_bins_kernel(const __grid_constant__ SampleParams p) {
-  __shared__ SelectScratch s_scratch;
   __shared__ BinScratch s_bins;
   let_successors_start();
   wait_for_predecessors();
@@ -410,11 +395,15 @@ __global__ void __launch_bounds__(kNumThreads)
   const int64_t row_index = blockIdx.x / slices;
   Row<T> row(p, row_index);
   if (row.greedy && slice > 0) return;
+  float logits[kPerThread];  // on their way while the best score is found
+  row.load(first_of_thread(slice), logits);
   Weight largest = 0;
+#pragma unroll 1
   for (int i = threadIdx.x; i < slices; i += kNumThreads) {
-    largest = Larger{}(largest, row.slice_largest[i]);
+    const Weight other = row.slice_largest[i];
+    largest = other > largest ? other : largest;
   }
-  largest = block_combine(s_scratch, largest, Larger{});
+  largest = block_largest(largest);
   if (row.is_settled_by(largest)) {
     if (slice == 0 && threadIdx.x == 0) {
       p.out[row_index] = token_of_packed(largest);
@@ -423,21 +412,18 @@ __global__ void __launch_bounds__(kNumThreads)
     return;
   }
   const bool to_select = row.top_k_on() || row.top_p_on;
-  float logits[kPerThread];
-  row.load(first_of_thread(slice), logits);
   if (to_select) {
     add_to_bins(s_bins, row, logits);
   } else {
-    const Weight weight = SliceWeights(s_scratch, row, slice, logits, Kept{}).total;
+    const Weight weight = SliceWeights(row, slice, logits, Kept{}).total;
     if (threadIdx.x == 0) row.slice_weights[slice] = weight;
   }
-  if (!arrives_last(&row.state->num_arrived[0], slices)) return;
+  if (!arrives_last(row.state->num_arrived[0], slices)) return;
   if (to_select) {
-    const SampleEdge edge = find_edge(s_scratch, row);
+    const SampleEdge edge = find_edge(row);
     if (threadIdx.x == 0) row.state->edge = edge;
   } else {
-    const uint64_t random = random_bits(p.seed[row_index], p.offset[row_index]);
-    const int64_t token = draw(s_scratch, row, Kept{}, random);
+    const int64_t token = draw(row, Kept{});
     if (threadIdx.x == 0) p.out[row_index] = token;
   }
   if (threadIdx.x == 0) {
@@ -449,8 +435,8 @@ __global__ void __launch_bounds__(kNumThreads)
 // Leaves the weight of the tokens that are kept for sure in slice_weights and lists those at the
 // edge. s_list has room for a slice.
 template <typename T>
-__device__ void list_candidates(SelectScratch& s_scratch, uint32_t* s_list, const Row<T>& row,
-                                const SampleEdge& edge, int slice) {
+__device__ void list_candidates(uint32_t* s_list, const Row<T>& row, const SampleEdge& edge,
+                                int slice) {
   __shared__ int s_size;
   __shared__ int s_start;
   float logits[kPerThread];
@@ -468,12 +454,13 @@ __device__ void list_candidates(SelectScratch& s_scratch, uint32_t* s_list, cons
       s_list[atomicAdd(&s_size, 1)] = first_of_thread(slice) + i;
     }
   }
-  weight = block_combine(s_scratch, weight, Add{});
+  weight = block_sum(weight);
   if (threadIdx.x == 0) {
     row.slice_weights[slice] = weight;
     if (s_size > 0) s_start = atomicAdd(&row.state->num_candidates, s_size);
   }
   __syncthreads();
+#pragma unroll 1
   for (int i = threadIdx.x; i < s_size; i += kNumThreads) {
     if (s_start + i < max_candidates(row.vocab_size)) row.candidates[s_start + i] = s_list[i];
   }
@@ -481,8 +468,7 @@ __device__ void list_candidates(SelectScratch& s_scratch, uint32_t* s_list, cons
 
 // By the last block: which of the candidates are kept; their weight joins their slices'.
 template <typename T>
-__device__ Kept keep_candidates(SelectScratch& s_scratch, uint32_t* s_ranks, const Row<T>& row,
-                                const SampleEdge& edge) {
+__device__ Kept keep_candidates(uint32_t* s_ranks, const Row<T>& row, const SampleEdge& edge) {
   // More than there is room for: every token of the row stands for itself.
   int size = __ldcg(&row.state->num_candidates);
   const bool listed = size <= max_candidates(row.vocab_size);
@@ -491,12 +477,14 @@ __device__ Kept keep_candidates(SelectScratch& s_scratch, uint32_t* s_ranks, con
     return static_cast<uint32_t>(listed ? __ldcg(row.candidates + i) : i);
   };
   const auto rank_of_id = [&](uint32_t id) { return rank_of(row.score(to_float(row.logits[id]))); };
+#pragma unroll 1
   for (int i = threadIdx.x; i < min(size, kSlice); i += kNumThreads) {
     s_ranks[i] = rank_of_id(id_at(i));
   }
   __syncthreads();
   const auto rank_at = [&](int i) { return i < kSlice ? s_ranks[i] : rank_of_id(id_at(i)); };
-  const Kept kept = select_kept(s_scratch, row, edge, size, rank_at, id_at);
+  const Kept kept = select_kept(row, edge, size, rank_at, id_at);
+#pragma unroll 1
   for (int i = threadIdx.x; i < size; i += kNumThreads) {
     const uint32_t rank = rank_at(i);
     const float score = score_of_rank(rank);
@@ -514,7 +502,6 @@ __device__ Kept keep_candidates(SelectScratch& s_scratch, uint32_t* s_ranks, con
 template <typename T>
 __global__ void __launch_bounds__(kNumThreads)
     sample_tokens_kernel(const __grid_constant__ SampleParams p) {
-  __shared__ SelectScratch s_scratch;
   __shared__ uint32_t s_list[kSlice];
   let_successors_start();
   wait_for_predecessors();
@@ -522,19 +509,19 @@ __global__ void __launch_bounds__(kNumThreads)
   const int slice = blockIdx.x % slices;
   const int64_t row_index = blockIdx.x / slices;
   Row<T> row(p, row_index);
-  if (row.state->finished) return;
-  row.best = row.state->best;
+  const Weight largest = row.slice_largest[slice];
   const SampleEdge edge = row.state->edge;
-  const int best_bin = row.bin(row.score(logit_of_packed(row.slice_largest[slice])));
+  row.best = row.state->best;
+  if (row.state->finished) return;
+  const int best_bin = row.bin(row.score(logit_of_packed(largest)));
   if (best_bin < edge.p_first || best_bin <= max(edge.p_last, edge.k_last)) {
-    list_candidates(s_scratch, s_list, row, edge, slice);
+    list_candidates(s_list, row, edge, slice);
   } else if (threadIdx.x == 0) {
     row.slice_weights[slice] = 0;
   }
-  if (!arrives_last(&row.state->num_arrived[1], slices)) return;
-  const Kept kept = keep_candidates(s_scratch, s_list, row, edge);
-  const uint64_t random = random_bits(p.seed[row_index], p.offset[row_index]);
-  const int64_t token = draw(s_scratch, row, kept, random);
+  if (!arrives_last(row.state->num_arrived[1], slices)) return;
+  const Kept kept = keep_candidates(s_list, row, edge);
+  const int64_t token = draw(row, kept);
   if (threadIdx.x == 0) p.out[row_index] = token;
 }
 
