@@ -37,13 +37,14 @@ constexpr int kSlice = 2048;
 constexpr int kNumBins = 912;
 constexpr int kMaxCandidates = 8192;
 
-// Bins of tokens that only exact selection among them can keep or drop.
+// Bins of tokens that only exact selection among them, the candidates, can keep or drop.
 struct SampleEdge {
   int32_t k_first, k_last;  // bins that may hold the k-th token; none: all weight is before them
   int32_t k_left;           // tokens of these bins that are better than the k-th; -1: top-k is off
   int32_t p_first, p_last;  // the same for top-p; what is in bins before p_first is kept
   uint64_t weight_before_k;
   uint64_t weight_before_p;
+  int32_t few;  // the candidates are all that may be kept, and no more than a block has threads
 };
 
 struct SampleRowState {

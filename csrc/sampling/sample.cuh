@@ -7,8 +7,8 @@
 //   sample_bins     tokens and weight of every bin of scores below the best; the last block finds
 //                   the bins in which top-k and top-p end. Without both: weight of every slice, and
 //                   the last block draws.
-//   sample_tokens   weight of every slice in the bins before these, and the few tokens in them; the
-//                   last block selects among them exactly and draws
+//   sample_tokens   weight of every slice in the bins before these, and the tokens in them, the
+//                   candidates; the last block selects among them exactly and draws
 // A row of one slice takes one launch: all its tokens are candidates. Which block arrives last and
 // in what order candidates are listed changes nothing, for integer sums and keys decide.
 // Grid [batch * num_slices], block kNumThreads.
@@ -16,126 +16,10 @@
 
 #include <cstdint>
 
-#include "sampling/block_select.cuh"
-#include "sampling/row.h"
-#include "tile/four.cuh"
+#include "sampling/sample_row.cuh"
 #include "tile/overlap.cuh"
 
 namespace llamatelemetry {
-
-static_assert(kSlice == kBlockValues);
-static_assert(kMaxVocabSize <= int64_t{kSlice} * kBlockValues, "draw scans the slices once");
-
-constexpr float kBinsPerUnit = 32.0f;
-static_assert(kNumBins == -kSmallestScore * kBinsPerUnit);
-constexpr int kBinsPerThread = (kNumBins + kNumThreads - 1) / kNumThreads;
-
-__device__ inline uint32_t rank_of(float score) {
-  return rank_of_bits(__float_as_uint(score + 0.0f));
-}
-// The float that has this rank.
-__device__ inline float score_of_rank(uint32_t rank) {
-  return __uint_as_float(rank & 0x80000000 ? rank : ~rank & 0x7fffffff);
-}
-
-// A token and its logit in one number, larger for a larger logit, then for a lower id; 0 for NaN.
-__device__ inline Weight packed_logit(float logit, int id) {
-  return logit == logit ? Weight{~rank_of(logit)} << 32 | ~static_cast<uint32_t>(id) : 0;
-}
-__device__ inline float logit_of_packed(Weight packed) {
-  return score_of_rank(~static_cast<uint32_t>(packed >> 32));
-}
-__device__ inline int64_t token_of_packed(Weight packed) {
-  return packed == 0 ? 0 : ~static_cast<uint32_t>(packed);
-}
-
-// What top-k and top-p keep: ranks below last_rank, and of those equal to it ids from first_equal.
-struct Kept {
-  uint32_t last_rank = 0xffffffff;
-  int first_equal = 0;
-
-  __device__ bool holds(uint32_t rank, int id) const {
-    return rank < last_rank || (rank == last_rank && id >= first_equal);
-  }
-};
-
-template <typename T>
-struct Row : SampleRow {
-  const T* logits;
-  int vocab_size;
-  float best = 0.0f;  // score
-  int64_t seed;       // read with the other parameters, although only the draw needs them
-  int64_t offset;
-  SampleRowState* state;
-  Weight* bin_weights;
-  Weight* slice_largest;  // packed
-  Weight* slice_weights;
-  uint32_t* bin_counts;
-  int32_t* candidates;
-
-  __device__ Row(const SampleParams& p, int64_t row)
-      : SampleRow(sample_row(p, row)), seed(p.seed[row]), offset(p.offset[row]) {
-    logits = static_cast<const T*>(p.logits) + row * p.logits_row_stride;
-    vocab_size = static_cast<int>(p.vocab_size);
-    char* workspace = static_cast<char*>(p.workspace);
-    state = reinterpret_cast<SampleRowState*>(workspace + row * sample_workspace_bytes(vocab_size));
-    bin_weights = reinterpret_cast<Weight*>(state + 1);
-    slice_largest = bin_weights + kNumBins;
-    slice_weights = slice_largest + slices();
-    bin_counts = reinterpret_cast<uint32_t*>(slice_weights + slices());
-    candidates = reinterpret_cast<int32_t*>(bin_counts + kNumBins);
-  }
-
-  __device__ int slices() const { return (vocab_size + kSlice - 1) / kSlice; }
-  __device__ bool top_k_on() const { return top_k < vocab_size; }
-
-  // True where the largest logit is all that matters.
-  __device__ bool is_settled_by(Weight largest) {
-    best = logit_of_packed(largest) / temperature;
-    return greedy || largest == 0 || !(fabsf(best) < INFINITY);
-  }
-
-  __device__ float score(float logit) const {
-    const float quotient = logit / temperature;
-    return quotient == quotient ? quotient : -INFINITY;
-  }
-  __device__ Weight weight(float score) const {
-    return __float2ull_rn(expf(score - best) * kWeightScale);
-  }
-  // 0 for what min-p drops.
-  __device__ Weight weight_after_min_p(float score) const {
-    const float relative = expf(score - best);
-    return min_p_on && relative < min_p ? 0 : __float2ull_rn(relative * kWeightScale);
-  }
-  // Not smaller for a smaller score; kNumBins for those that weigh nothing for sure.
-  __device__ int bin(float score) const {
-    const float depth = best - score;
-    return depth < -kSmallestScore ? static_cast<int>(depth * kBinsPerUnit) : kNumBins;
-  }
-
-  // The logits of kPerThread consecutive ids from first on, NaN past the end.
-  __device__ void load(int first, float (&values)[kPerThread]) const {
-    const bool aligned = reinterpret_cast<uint64_t>(logits) % (4 * sizeof(T)) == 0;
-#pragma unroll
-    for (int start = 0; start < kPerThread; start += 4) {
-      float four[4] = {NAN, NAN, NAN, NAN};
-      if (first + start + 4 <= vocab_size) {
-        load_four(logits + first + start, aligned, four);
-      } else {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          if (first + start + i < vocab_size) four[i] = to_float(logits[first + start + i]);
-        }
-      }
-#pragma unroll
-      for (int i = 0; i < 4; ++i) values[start + i] = four[i];
-    }
-  }
-};
-
-__device__ inline int first_of_thread(int slice) {
-  return slice * kSlice + static_cast<int>(threadIdx.x) * kPerThread;
-}
 
 __device__ inline Weight largest_of(const float (&logits)[kPerThread], int first) {
   Weight largest = 0;
@@ -265,6 +149,7 @@ __global__ void __launch_bounds__(kNumThreads)
         .p_last = kNumBins - 1,
         .weight_before_k = 0,
         .weight_before_p = 0,
+        .few = false,
     };
     const auto rank_at = [&](int i) { return s_ranks[i]; };
     const auto id_at = [](int i) { return static_cast<uint32_t>(i); };
@@ -320,8 +205,8 @@ __device__ void add_to_bins(BinScratch& s_bins, const Row<T>& row,
     const float score = row.score(logits[i]);
     const int bin = row.bin(score);
     if (bin == kNumBins) continue;
-    if (row.top_k_on()) atomicAdd(&s_bins.count[bin], 1);
-    if (row.top_p_on) add_weight(&s_bins.low[bin], &s_bins.high[bin], row.weight(score));
+    atomicAdd(&s_bins.count[bin], 1);
+    if (row.bins_weigh()) add_weight(&s_bins.low[bin], &s_bins.high[bin], row.weight(score));
   }
   __syncthreads();
   for (int bin = threadIdx.x; bin < kNumBins; bin += kNumThreads) {
@@ -331,8 +216,7 @@ __device__ void add_to_bins(BinScratch& s_bins, const Row<T>& row,
   }
 }
 
-// By the last block: the bins where top-k and top-p end. How much top-k keeps is known up to the
-// tokens of one bin, so top-p may end in one of several.
+// By the last block: the bins where top-k and top-p end.
 template <typename T>
 __device__ SampleEdge find_edge(const Row<T>& row) {
   Sums<kBinsPerThread> counts;
@@ -343,43 +227,60 @@ __device__ SampleEdge find_edge(const Row<T>& row) {
     counts.values[i] = bin < kNumBins ? __ldcg(row.bin_counts + bin) : 0;
     weights.values[i] = bin < kNumBins ? __ldcg(row.bin_weights + bin) : 0;
   }
+  counts.scan();
+  Found kth{kNumBins - 1, 0, 0};
+  const bool cuts = row.top_k_on() && static_cast<Weight>(row.top_k) <= counts.total;
+  if (cuts) kth = counts.find(row.top_k - 1);
+  if (row.top_k <= kMaxListedTopK) {
+    const Weight size = cuts ? kth.before + kth.at : counts.total;
+    return {
+        .k_first = 0,
+        .k_last = kth.index,
+        .k_left = cuts ? static_cast<int>(row.top_k) - 1 : -1,
+        .p_first = 0,
+        .p_last = row.top_p_on ? kth.index : -1,
+        .weight_before_k = 0,
+        .weight_before_p = 0,
+        .few = size <= kNumThreads,
+    };
+  }
   weights.scan();
   SampleEdge edge{
-      .k_first = kNumBins,
-      .k_last = -1,
-      .k_left = -1,
-      .p_first = kNumBins,
+      .k_first = cuts ? kth.index : kNumBins,
+      .k_last = cuts ? kth.index : -1,
+      .k_left = cuts ? static_cast<int>(row.top_k - 1 - kth.before) : -1,
+      .p_first = cuts ? kth.index : kNumBins,
       .p_last = -1,
       .weight_before_k = weights.total,
       .weight_before_p = 0,
+      .few = false,
+  };
+  if (!row.top_p_on) return edge;
+  // Sums over the bins from first to last.
+  const auto sum_of = [](const Sums<kBinsPerThread>& bins, int first, int last) {
+    Weight sum = 0;
+#pragma unroll
+    for (int i = 0; i < kBinsPerThread; ++i) {
+      const int bin = threadIdx.x * kBinsPerThread + i;
+      if (first <= bin && bin <= last) sum += bins.values[i];
+    }
+    return block_sum(sum);
   };
   Weight weight_through_k = weights.total;
-  if (row.top_k_on()) {
-    counts.scan();
-    if (static_cast<Weight>(row.top_k) <= counts.total) {
-      const Found kth = counts.find(row.top_k - 1);
-      edge.k_first = edge.k_last = kth.index;
-      edge.k_left = static_cast<int>(row.top_k - 1 - kth.before);
-      edge.p_first = kth.index;
-      // The weight of the bins before the k-th's: what the sums of all threads that hold any add.
-      Weight before = 0;
-      Weight at = 0;
-#pragma unroll
-      for (int i = 0; i < kBinsPerThread; ++i) {
-        const int bin = threadIdx.x * kBinsPerThread + i;
-        if (bin < kth.index) before += weights.values[i];
-        if (bin == kth.index) at = weights.values[i];
-      }
-      edge.weight_before_k = block_sum(before);
-      weight_through_k = edge.weight_before_k + block_sum(at);
-    }
+  if (cuts) {
+    edge.weight_before_k = sum_of(weights, 0, kth.index - 1);
+    weight_through_k = edge.weight_before_k + sum_of(weights, kth.index, kth.index);
   }
-  if (row.top_p_on) {
-    const Found least = weights.find(top_p_weight(row.top_p, edge.weight_before_k) - 1);
-    const Found most = weights.find(top_p_weight(row.top_p, weight_through_k) - 1);
-    edge.p_first = least.index;
-    edge.p_last = most.index;
-    edge.weight_before_p = least.before;
+  // How much top-k keeps is known up to the tokens of one bin, so top-p ends in one of several.
+  const Found least = weights.find(top_p_weight(row.top_p, edge.weight_before_k) - 1);
+  const Found most = cuts ? weights.find(top_p_weight(row.top_p, weight_through_k) - 1) : least;
+  edge.p_first = least.index;
+  edge.p_last = most.index;
+  edge.weight_before_p = least.before;
+  if (!cuts && sum_of(counts, 0, edge.p_last) <= kNumThreads) {
+    edge.p_first = 0;
+    edge.weight_before_p = 0;
+    edge.few = true;
   }
   return edge;
 }
@@ -450,11 +351,13 @@ __device__ void list_candidates(uint32_t* s_list, const Row<T>& row, const Sampl
     const int bin = row.bin(score);
     if (bin == kNumBins) continue;
     if (bin < edge.p_first) weight += row.weight_after_min_p(score);
-    if ((edge.p_first <= bin && bin <= edge.p_last) || bin == edge.k_first) {
+    if ((edge.p_first <= bin && bin <= edge.p_last) ||
+        (edge.k_first <= bin && bin <= edge.k_last)) {
       s_list[atomicAdd(&s_size, 1)] = first_of_thread(slice) + i;
     }
   }
-  weight = block_sum(weight);
+  weight = edge.p_first > 0 ? block_sum(weight) : 0;
+  __syncthreads();
   if (threadIdx.x == 0) {
     row.slice_weights[slice] = weight;
     if (s_size > 0) s_start = atomicAdd(&row.state->num_candidates, s_size);
@@ -464,6 +367,66 @@ __device__ void list_candidates(uint32_t* s_list, const Row<T>& row, const Sampl
   for (int i = threadIdx.x; i < s_size; i += kNumThreads) {
     if (s_start + i < max_candidates(row.vocab_size)) row.candidates[s_start + i] = s_list[i];
   }
+}
+
+struct FewScratch {
+  uint32_t rank[kNumThreads];
+  int32_t id[kNumThreads];
+  Weight weight[kNumThreads];
+};
+
+// By the last block: the token drawn from a few candidates, one a thread, which looks at all the
+// others instead of sorting them.
+template <typename T>
+__device__ int64_t draw_from_few(FewScratch& s_few, const Row<T>& row, const SampleEdge& edge) {
+  __shared__ int s_token;
+  const int size = __ldcg(&row.state->num_candidates);
+  const int i = threadIdx.x;
+  int id = 0;
+  float score = -INFINITY;
+  if (i < size) {
+    id = __ldcg(row.candidates + i);
+    score = row.score(to_float(row.logits[id]));
+    s_few.rank[i] = rank_of(score);
+    s_few.id[i] = id;
+    s_few.weight[i] = row.weight(score);
+  }
+  __syncthreads();
+  const uint32_t rank = rank_of(score);
+  int num_better = 0;
+  Weight before = 0;  // of better ones, and of equal ones that top-p keeps rather: higher ids
+  if (i < size) {
+#pragma unroll 4
+    for (int j = 0; j < size; ++j) {
+      const uint32_t other = s_few.rank[j];
+      num_better += other < rank;
+      if (other < rank || (other == rank && s_few.id[j] > id)) before += s_few.weight[j];
+    }
+  }
+  bool kept = i < size && (edge.k_left < 0 || num_better <= edge.k_left);
+  if (row.top_p_on) {
+    const Weight at_edge = kept && edge.k_last >= 0 ? row.weight(score) : 0;
+    const Weight total = edge.weight_before_k + block_sum(at_edge);
+    kept = kept && before < top_p_weight(row.top_p, total);
+  }
+  __syncthreads();
+  const Weight weight = kept ? row.weight_after_min_p(score) : 0;
+  if (i < size) s_few.weight[i] = weight;
+  __syncthreads();
+  if (i < size) {
+    Weight total = 0;
+    before = 0;  // of lower ids
+#pragma unroll 4
+    for (int j = 0; j < size; ++j) {
+      const Weight other = s_few.weight[j];
+      total += other;
+      if (s_few.id[j] < id) before += other;
+    }
+    const Weight target = random_below(total, random_bits(row.seed, row.offset));
+    if (before <= target && target < before + weight) s_token = id;  // true in one thread
+  }
+  __syncthreads();
+  return s_token;
 }
 
 // By the last block: which of the candidates are kept; their weight joins their slices'.
@@ -502,7 +465,10 @@ __device__ Kept keep_candidates(uint32_t* s_ranks, const Row<T>& row, const Samp
 template <typename T>
 __global__ void __launch_bounds__(kNumThreads)
     sample_tokens_kernel(const __grid_constant__ SampleParams p) {
-  __shared__ uint32_t s_list[kSlice];
+  __shared__ union {
+    uint32_t list[kSlice];
+    FewScratch few;
+  } s_scratch;
   let_successors_start();
   wait_for_predecessors();
   const int slices = static_cast<int>(num_slices(p.vocab_size));
@@ -515,13 +481,18 @@ __global__ void __launch_bounds__(kNumThreads)
   if (row.state->finished) return;
   const int best_bin = row.bin(row.score(logit_of_packed(largest)));
   if (best_bin < edge.p_first || best_bin <= max(edge.p_last, edge.k_last)) {
-    list_candidates(s_list, row, edge, slice);
+    list_candidates(s_scratch.list, row, edge, slice);
   } else if (threadIdx.x == 0) {
     row.slice_weights[slice] = 0;
   }
   if (!arrives_last(row.state->num_arrived[1], slices)) return;
-  const Kept kept = keep_candidates(s_list, row, edge);
-  const int64_t token = draw(row, kept);
+  int64_t token;
+  if (edge.few) {
+    token = draw_from_few(s_scratch.few, row, edge);
+  } else {
+    const Kept kept = keep_candidates(s_scratch.list, row, edge);
+    token = draw(row, kept);
+  }
   if (threadIdx.x == 0) p.out[row_index] = token;
 }
 
