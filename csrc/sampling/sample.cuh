@@ -370,37 +370,33 @@ __device__ void list_candidates(uint32_t* s_list, const Row<T>& row, const Sampl
 }
 
 struct FewScratch {
-  uint32_t rank[kNumThreads];
-  int32_t id[kNumThreads];
+  Weight key[kNumThreads];  // smaller for a better rank, then for a higher id
   Weight weight[kNumThreads];
 };
 
 // By the last block: the token drawn from a few candidates, one a thread, which looks at all the
-// others instead of sorting them.
+// others instead of sorting them. No branch in the loops, so that their loads overlap.
 template <typename T>
 __device__ int64_t draw_from_few(FewScratch& s_few, const Row<T>& row, const SampleEdge& edge) {
   __shared__ int s_token;
   const int size = __ldcg(&row.state->num_candidates);
   const int i = threadIdx.x;
-  int id = 0;
-  float score = -INFINITY;
-  if (i < size) {
-    id = __ldcg(row.candidates + i);
-    score = row.score(to_float(row.logits[id]));
-    s_few.rank[i] = rank_of(score);
-    s_few.id[i] = id;
-    s_few.weight[i] = row.weight(score);
-  }
-  __syncthreads();
+  const int id = i < size ? __ldcg(row.candidates + i) : 0;
+  const float score = i < size ? row.score(to_float(row.logits[id])) : -INFINITY;
   const uint32_t rank = rank_of(score);
+  const Weight key = Weight{rank} << 32 | ~static_cast<uint32_t>(id);
+  s_few.key[i] = key;
+  s_few.weight[i] = row.weight(score);
+  __syncthreads();
   int num_better = 0;
-  Weight before = 0;  // of better ones, and of equal ones that top-p keeps rather: higher ids
+  Weight before = 0;  // of better ones, and of equal ones that top-p keeps rather
   if (i < size) {
 #pragma unroll 4
     for (int j = 0; j < size; ++j) {
-      const uint32_t other = s_few.rank[j];
-      num_better += other < rank;
-      if (other < rank || (other == rank && s_few.id[j] > id)) before += s_few.weight[j];
+      const Weight other = s_few.key[j];
+      const Weight weight = s_few.weight[j];
+      num_better += static_cast<uint32_t>(other >> 32) < rank;
+      before += other < key ? weight : 0;
     }
   }
   bool kept = i < size && (edge.k_left < 0 || num_better <= edge.k_left);
@@ -411,7 +407,7 @@ __device__ int64_t draw_from_few(FewScratch& s_few, const Row<T>& row, const Sam
   }
   __syncthreads();
   const Weight weight = kept ? row.weight_after_min_p(score) : 0;
-  if (i < size) s_few.weight[i] = weight;
+  s_few.weight[i] = weight;
   __syncthreads();
   if (i < size) {
     Weight total = 0;
@@ -419,8 +415,9 @@ __device__ int64_t draw_from_few(FewScratch& s_few, const Row<T>& row, const Sam
 #pragma unroll 4
     for (int j = 0; j < size; ++j) {
       const Weight other = s_few.weight[j];
+      const auto inverted_id = static_cast<uint32_t>(s_few.key[j]);
       total += other;
-      if (s_few.id[j] < id) before += other;
+      before += inverted_id > static_cast<uint32_t>(key) ? other : 0;
     }
     const Weight target = random_below(total, random_bits(row.seed, row.offset));
     if (before <= target && target < before + weight) s_token = id;  // true in one thread
