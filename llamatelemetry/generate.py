@@ -8,7 +8,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Iterator
-from typing import Any, TextIO
+from typing import Any
 
 
 def add_command(commands: Any) -> None:
@@ -92,39 +92,25 @@ def _generate(args: argparse.Namespace) -> int:
     for piece in engine.stream(args.prompt, params, args.max_tokens, args.stop):
         print(piece, end="", flush=True)
     print()
-    ours = _Figures.of_engine(engine)
-    if not args.compare:
-        print(ours.line(), file=sys.stderr)
-        return 0
-    _print_comparison(ours, _plain_transformers(args, engine, device), sys.stderr)
+    rows = [*_rows(engine.stats), _peak_memory()]
+    print(" · ".join(f"{name} {value}" for name, value in rows), file=sys.stderr)
+    if args.compare:
+        plain = _plain_transformers(args, engine, device)
+        print(f"{'':18}{'llamatelemetry':>18}{'transformers':>18}", file=sys.stderr)
+        for (name, ours), (_, theirs) in zip(_rows(engine.stats), _rows(plain), strict=True):
+            print(f"{name:18}{ours:>18}{theirs:>18}", file=sys.stderr)
     return 0
 
 
-class _Figures:
-    """One run's counts and speeds."""
-
-    def __init__(self, prompt: int, generated: int, first_s: float, decode_s: float) -> None:
-        self.prompt_tokens, self.generated_tokens = prompt, generated
-        self.first_token_s = first_s
-        self.prompt_tokens_per_s = prompt / first_s
-        self.decode_tokens_per_s = (generated - 1) / decode_s if decode_s else 0.0
-
-    @classmethod
-    def of_engine(cls, engine: Any) -> _Figures:
-        stats = engine.stats
-        return cls(stats.prompt_tokens, stats.generated_tokens, stats.first_token_s, stats.decode_s)
-
-    def rows(self) -> list[tuple[str, str]]:
-        return [
-            ("prompt", f"{self.prompt_tokens} tokens"),
-            ("generated", f"{self.generated_tokens} tokens"),
-            ("first token", f"{self.first_token_s:.3f} s"),
-            ("prompt speed", f"{self.prompt_tokens_per_s:.0f} tok/s"),
-            ("generation speed", f"{self.decode_tokens_per_s:.1f} tok/s"),
-        ]
-
-    def line(self) -> str:
-        return " · ".join(f"{name} {value}" for name, value in [*self.rows(), _peak_memory()])
+def _rows(stats: Any) -> list[tuple[str, str]]:
+    """What a GenerationStats says, as label and value."""
+    return [
+        ("prompt", f"{stats.prompt_tokens} tokens"),
+        ("generated", f"{stats.generated_tokens} tokens"),
+        ("first token", f"{stats.first_token_s:.3f} s"),
+        ("prompt speed", f"{stats.prompt_tokens_per_s:.0f} tok/s"),
+        ("generation speed", f"{stats.decode_tokens_per_s:.1f} tok/s"),
+    ]
 
 
 def _peak_memory() -> tuple[str, str]:
@@ -136,10 +122,11 @@ def _peak_memory() -> tuple[str, str]:
     return "peak memory", f"{peak_kib / 2**10:.0f} MiB"
 
 
-def _plain_transformers(args: argparse.Namespace, engine: Any, device: str) -> _Figures:
-    """model.generate of transformers on the same weights, dense in bfloat16, same prompt."""
+def _plain_transformers(args: argparse.Namespace, engine: Any, device: str) -> Any:
+    """GenerationStats of transformers' generate: same weights, dense in bfloat16, same prompt."""
     import torch
 
+    from llamatelemetry.inference.engine import GenerationStats
     from llamatelemetry.models.dense import load_dense
 
     model = load_dense(args.model, device=device, dtype=torch.bfloat16)
@@ -160,13 +147,9 @@ def _plain_transformers(args: argparse.Namespace, engine: Any, device: str) -> _
             ids, attention_mask=torch.ones_like(ids), streamer=_Clock(), pad_token_id=0, **options
         )
     arrivals = times[1:]  # the streamer is handed the prompt first
-    return _Figures(ids.shape[1], len(arrivals), arrivals[0] - start, arrivals[-1] - arrivals[0])
-
-
-def _print_comparison(ours: _Figures, plain: _Figures, to: TextIO) -> None:
-    print(f"{'':18}{'llamatelemetry':>18}{'transformers':>18}", file=to)
-    for (name, mine), (_, theirs) in zip(ours.rows(), plain.rows(), strict=True):
-        print(f"{name:18}{mine:>18}{theirs:>18}", file=to)
+    return GenerationStats(
+        ids.shape[1], len(arrivals), arrivals[0] - start, arrivals[-1] - arrivals[0]
+    )
 
 
 @contextlib.contextmanager

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from models.gguf_models import write_model
 
 from llamatelemetry.cli import main
+from llamatelemetry.inference import generation
 
 
 def refused(capsys, *arguments):
@@ -51,3 +53,29 @@ def test_bad_sampling_parameters_are_named(capsys, option, value, named):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_a_gpu_that_is_not_there_is_refused(capsys):
     assert "--device cuda needs a CUDA GPU" in refused(capsys, "--device", "cuda")
+
+
+def test_a_prompt_longer_than_the_context_is_refused(capsys, tmp_path):
+    write_model(tmp_path / "tiny.gguf", "llama")
+    err = refused(capsys, "--model", tmp_path / "tiny.gguf", "--max-tokens", 1000)
+    assert "must fit the model's context of 64 tokens" in err
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3.00 GiB."),
+        RuntimeError(
+            "[enforce fail at alloc_cpu.cpp:127] . DefaultCPUAllocator: can't allocate memory"
+        ),
+    ],
+    ids=["python", "cuda", "cpu"],
+)
+def test_running_out_of_memory_is_said(capsys, tmp_path, monkeypatch, error):
+    def allocate(*_):
+        raise error
+
+    write_model(tmp_path / "tiny.gguf", "llama")
+    monkeypatch.setattr(generation, "DecodeStep", allocate)
+    assert "memory" in refused(capsys, "--model", tmp_path / "tiny.gguf", "--max-tokens", 4)

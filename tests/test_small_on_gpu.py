@@ -117,7 +117,8 @@ CASES = {
         torch.tensor([0, 5, 6], dtype=torch.int32),
     ),
     "quantised": lambda: (quantised, randn(9, 96), q8_0_rows(20, 96)),
-    "sample": lambda: (sample, randn(3, 1003)),
+    "sample in one slice": lambda: (sample, randn(3, 1003)),
+    "sample in slices": lambda: (sample, randn(3, 5003)),
 }
 
 

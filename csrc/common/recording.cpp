@@ -3,6 +3,7 @@
 #include <sched.h>
 
 #include <algorithm>
+#include <chrono>
 #include <cstring>
 #include <stdexcept>
 #include <string>
@@ -19,6 +20,11 @@ constexpr int kSpinsBeforeYield = 20000;
 
 thread_local Recording* t_recording = nullptr;
 thread_local std::string t_error;
+
+int64_t now_ns() {
+  const auto now = std::chrono::steady_clock::now().time_since_epoch();
+  return std::chrono::duration_cast<std::chrono::nanoseconds>(now).count();
+}
 
 inline void spin_pause() {
 #if defined(__x86_64__)
@@ -59,12 +65,19 @@ void Recording::append(const char* name, Body body, const void* params, size_t p
   }
 }
 
-void Recording::run(const Ticket& ticket) const {
+void Recording::run(const Ticket& ticket) {
   for (int32_t i = 0; i < ticket.num_launches; ++i) {
     const Launch& launch = launches_[ticket.first_launch + i];
     const int64_t begin = launch.num_items * ticket.chunk / ticket.num_chunks;
     const int64_t end = launch.num_items * (ticket.chunk + 1) / ticket.num_chunks;
     launch.body(launch.params.data(), begin, end);
+    if (completed_ns_) {
+      std::atomic<int64_t>& completed = completed_ns_[ticket.first_launch + i];
+      const int64_t now = now_ns();
+      int64_t latest = completed.load();
+      while (latest < now && !completed.compare_exchange_weak(latest, now)) {
+      }
+    }
   }
 }
 
@@ -93,6 +106,18 @@ void Recording::replay() {
   STABLE_TORCH_ERROR_CODE_CHECK(torch_parallel_for(0, num_threads_, 1, run, this));
 }
 
+void Recording::profile(int64_t* launch_ns) {
+  completed_ns_ = std::make_unique<std::atomic<int64_t>[]>(launches_.size());
+  int64_t before = now_ns();
+  replay();
+  for (size_t i = 0; i < launches_.size(); ++i) {
+    const int64_t completed = std::max(before, completed_ns_[i].load());
+    launch_ns[i] = completed - before;
+    before = completed;
+  }
+  completed_ns_.reset();
+}
+
 }  // namespace llamatelemetry
 
 // The C interface that llamatelemetry/inference/recording.py calls.
@@ -112,10 +137,11 @@ LT_EXPORT int64_t lt_recording_end() {
   return recording == nullptr ? -1 : static_cast<int64_t>(recording->num_launches());
 }
 
-// 0, or -1 when a launch raised: lt_recording_error then says what.
-LT_EXPORT int lt_recording_replay(Recording* recording) {
+// 0, or -1 when a launch raised: lt_recording_error then says what. launch_ns is nullptr, or where
+// Recording::profile writes.
+LT_EXPORT int lt_recording_replay(Recording* recording, int64_t* launch_ns) {
   try {
-    recording->replay();
+    launch_ns == nullptr ? recording->replay() : recording->profile(launch_ns);
     return 0;
   } catch (const std::exception& error) {
     llamatelemetry::t_error = error.what();
@@ -124,5 +150,9 @@ LT_EXPORT int lt_recording_replay(Recording* recording) {
 }
 
 LT_EXPORT const char* lt_recording_error() { return llamatelemetry::t_error.c_str(); }
+
+LT_EXPORT const char* lt_recording_launch_name(const Recording* recording, int64_t index) {
+  return recording->launch_name(static_cast<size_t>(index));
+}
 
 LT_EXPORT void lt_recording_free(Recording* recording) { delete recording; }

@@ -5,6 +5,7 @@
 #include <atomic>
 #include <cstddef>
 #include <cstdint>
+#include <memory>
 #include <vector>
 
 #include "common/parallel.h"
@@ -21,7 +22,11 @@ class Recording {
   void append(const char* name, Body body, const void* params, size_t params_bytes, Work work);
   void keep(void* object, void (*destroy)(void*)) { kept_.push_back({object, destroy}); }
   void replay();
+  // A replay that writes to launch_ns [num_launches()] how much later than all launches before it
+  // each one was completed; they add up to the whole replay.
+  void profile(int64_t* launch_ns);
   size_t num_launches() const { return launches_.size(); }
+  const char* launch_name(size_t index) const { return launches_[index].name; }
 
  private:
   struct Launch {
@@ -47,12 +52,13 @@ class Recording {
   // Takes tickets until none is left. Any number of threads may call it, at any time: none waits
   // for a thread that holds no ticket.
   void take_tickets();
-  void run(const Ticket& ticket) const;
+  void run(const Ticket& ticket);
 
   int num_threads_;
   std::vector<Launch> launches_;
   std::vector<Kept> kept_;
   std::vector<Ticket> tickets_;
+  std::unique_ptr<std::atomic<int64_t>[]> completed_ns_;  // [num_launches()] while profiling
   alignas(64) std::atomic<int64_t> next_ticket_{0};
   alignas(64) std::atomic<int64_t> num_completed_{0};
 };

@@ -3,10 +3,17 @@
 namespace llamatelemetry {
 
 Error launch_sample(const SampleParams& p, Stream stream) {
-  constexpr int kNumThreads = 1024;  // few rows: each needs all the latency hiding it can get
+  const int64_t slices = num_slices(p.vocab_size);
+  const dim3 grid(static_cast<unsigned>(p.batch * slices));
   dispatch_dtype(p.dtype, [&](auto type) {
     using T = typename decltype(type)::type;
-    sample_kernel<T, kNumThreads><<<p.batch, kNumThreads, 0, stream>>>(p);
+    if (slices == 1) {
+      launch_overlapped(sample_one_slice_kernel<T>, grid, kNumThreads, stream, p);
+    } else {
+      launch_overlapped(sample_maxima_kernel<T>, grid, kNumThreads, stream, p);
+      launch_overlapped(sample_bins_kernel<T>, grid, kNumThreads, stream, p);
+      launch_overlapped(sample_tokens_kernel<T>, grid, kNumThreads, stream, p);
+    }
   });
   return last_launch_error();
 }

@@ -13,7 +13,9 @@ from llamatelemetry import _library
 _lib = _library.cpu_library
 _lib.lt_recording_begin.restype = ctypes.c_void_p
 _lib.lt_recording_end.restype = ctypes.c_int64
-_lib.lt_recording_replay.argtypes = [ctypes.c_void_p]
+_lib.lt_recording_replay.argtypes = [ctypes.c_void_p, ctypes.POINTER(ctypes.c_int64)]
+_lib.lt_recording_launch_name.argtypes = [ctypes.c_void_p, ctypes.c_int64]
+_lib.lt_recording_launch_name.restype = ctypes.c_char_p
 _lib.lt_recording_error.restype = ctypes.c_char_p
 _lib.lt_recording_free.argtypes = [ctypes.c_void_p]
 
@@ -74,9 +76,20 @@ class Recording:
 
     def replay(self) -> None:
         """Runs every recorded launch again, in order, on torch's threads."""
+        self._replay(None)
+
+    def profile(self) -> list[tuple[str, float]]:
+        """Replays once; returns name and microseconds of every launch, in order: how much later
+        than all before it each was completed, so that they add up to the replay."""
+        launch_ns = (ctypes.c_int64 * self.num_launches)()
+        self._replay(launch_ns)
+        names = (_lib.lt_recording_launch_name(self._handle, i) for i in range(self.num_launches))
+        return [(name.decode(), ns / 1e3) for name, ns in zip(names, launch_ns, strict=True)]
+
+    def _replay(self, launch_ns: Any) -> None:
         if self._handle is None:
             raise RuntimeError("Recording: nothing is recorded yet, or it was closed")
-        if _lib.lt_recording_replay(self._handle) != 0:
+        if _lib.lt_recording_replay(self._handle, launch_ns) != 0:
             raise RuntimeError(f"Recording: replay failed: {_lib.lt_recording_error().decode()}")
 
     def close(self) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -67,6 +67,11 @@ class SamplingTensors:
         return sample(
             logits, self.temperature, self.top_k, self.top_p, self.min_p, self.seed, offsets
         )
+
+    def copy_(self, other: SamplingTensors) -> None:
+        """Takes over the values of another batch of as many rows, in place."""
+        for column in fields(self):
+            getattr(self, column.name).copy_(getattr(other, column.name))
 
 
 def sampling_tensors(

@@ -46,8 +46,10 @@ class QuantLinear(nn.Module):
         """nn.Linear with the same weights, expanded to dtype."""
         linear = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
         linear.weight = _expanded(self, self.out_features, self.in_features, dtype)
-        linear.register_parameter("bias", self.bias)
-        return linear.to(dtype)
+        if self.bias is not None:  # a copy: its dtype may differ from ours
+            bias = self.bias.detach().to(dtype, copy=True)
+            linear.register_parameter("bias", nn.Parameter(bias, requires_grad=False))
+        return linear
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, {self.format.name}, exact={self.exact}"

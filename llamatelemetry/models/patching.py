@@ -14,7 +14,15 @@ from llamatelemetry.models.decoder import Block, Decoder, rope_tables
 from llamatelemetry.models.layers import Attention, DecoderLayer, Family, GatedMlp, Piece, RmsNorm
 from llamatelemetry.models.probe import disagreement, likeness
 
-__all__ = ["FAMILIES", "PatchReport", "forward_tokens", "patch", "rope_tables", "unpatch"]
+__all__ = [
+    "FAMILIES",
+    "PatchReport",
+    "forward_tokens",
+    "patch",
+    "patch_of",
+    "rope_tables",
+    "unpatch",
+]
 
 # A row a family: the attributes where it goes beyond Llama.
 FAMILIES = {
@@ -126,6 +134,12 @@ def unpatch(model: Any) -> None:
 
 
 @torch.no_grad()
+def patch_of(model: Any) -> object | None:
+    """Stands for the patch that model carries: another object after each patch, None without."""
+    patched: _Patched | None = model.__dict__.get("_llamatelemetry")
+    return patched
+
+
 def forward_tokens(model: Any, input_ids: Tensor, step: StepState) -> Tensor:
     """Logits [batch, vocab_size] of the last token of each sequence; appends to the paged cache."""
     patched: _Patched | None = model.__dict__.get("_llamatelemetry")

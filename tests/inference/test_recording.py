@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 import torch
 from op_checks import assert_refuses
@@ -35,6 +37,20 @@ def test_replay_of_a_dependent_chain_equals_eager(num_tokens):
         out.fill_(torch.nan)
         recording.replay()
         assert torch.equal(out, chain(x, weight, 50))
+
+
+def test_a_profile_names_every_launch_and_adds_up_to_the_replay():
+    x, weight = torch.randn(4096, 96), torch.ones(96)
+    with Recording() as recording:
+        out = chain(x, weight, 30)
+    x.copy_(torch.randn_like(x))
+    start = time.perf_counter()
+    launches = recording.profile()
+    wall_us = (time.perf_counter() - start) * 1e6
+    assert [name for name, _ in launches] == ["rms_norm"] * 30
+    assert all(us >= 0 for _, us in launches)
+    assert 0 < sum(us for _, us in launches) <= wall_us
+    assert torch.equal(out, chain(x, weight, 30))
 
 
 def test_replay_keeps_what_the_ops_allocated():

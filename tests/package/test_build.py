@@ -144,3 +144,20 @@ def test_sdist_to_wheel_to_fresh_environment(tmp_path):
     where, _, version = python("-c", code, executable=fresh, cwd=tmp_path).split()
     assert where.startswith(str(site))
     assert version in wheel.name
+
+
+def test_make_never_rebuilds_the_venv_from_itself(tmp_path):
+    """`make` with the project's own .venv active makes it anew from the Python below."""
+    shutil.copy(ROOT / "Makefile", tmp_path)
+    venv.create(tmp_path / ".venv", with_pip=False)
+
+    def base_python(python):
+        done = subprocess.run(
+            ["make", "-np", f"PYTHON={python}"], cwd=tmp_path, capture_output=True, text=True
+        )
+        return next(x for x in done.stdout.splitlines() if x.startswith("BASE_PYTHON :="))
+
+    assert base_python(sys.executable).endswith(sys.executable)
+    inner = base_python(tmp_path / ".venv/bin/python")
+    assert str(tmp_path) not in inner
+    assert Path(inner.split()[-1]).exists()
