@@ -9,8 +9,8 @@
 namespace llamatelemetry {
 
 // The numbers stand in the schema's `backend` and in llamatelemetry/ops/attention.py.
-enum class FlashImpl : int { kAuto, kCpu, kSm90, kSimt };
-constexpr int kNumFlashImpls = 4;
+enum class FlashImpl : int { kAuto, kCpu, kSm75, kSm80, kSm90, kSimt };
+constexpr int kNumFlashImpls = 6;
 
 struct FlashDescriptor {
   bool on_cuda;
@@ -26,6 +26,8 @@ static inline constexpr const char* flash_impl_name(FlashImpl impl) {
   switch (impl) {
     case FlashImpl::kAuto: return "auto";
     case FlashImpl::kCpu: return "cpu";
+    case FlashImpl::kSm75: return "sm75";
+    case FlashImpl::kSm80: return "sm80";
     case FlashImpl::kSm90: return "sm90";
     case FlashImpl::kSimt: return "simt";
   }
@@ -36,13 +38,18 @@ static inline constexpr const char* flash_impl_name(FlashImpl impl) {
 static inline constexpr const char* why_not(FlashImpl impl, const FlashDescriptor& d) {
   if (impl == FlashImpl::kCpu) return d.on_cuda ? "the tensors are on a GPU" : nullptr;
   if (!d.on_cuda) return "the tensors are on the CPU";
-  const bool is_16_bit = d.dtype == DType::kFloat16 || d.dtype == DType::kBFloat16;
+  const bool is_half = d.dtype == DType::kFloat16;
+  const bool is_16_bit = is_half || d.dtype == DType::kBFloat16;
   switch (impl) {
     case FlashImpl::kSm90:
       if (d.capability / 10 != 9) return "it needs a GPU of compute capability 9.x";
       if (!d.has_sm90_code) return "this build holds no code for 9.0";
       if (!is_16_bit) return "it serves float16 and bfloat16";
       return d.aligned ? nullptr : "rows of q, k and v must start at multiples of 16 bytes";
+    case FlashImpl::kSm80:
+      if (d.code_capability < 80) return "it needs a GPU of compute capability 8.0 and code for it";
+      return is_16_bit ? nullptr : "it serves float16 and bfloat16";
+    case FlashImpl::kSm75: return is_half ? nullptr : "it serves float16";
     case FlashImpl::kSimt: return nullptr;
     default: return "no such implementation";
   }
@@ -50,7 +57,8 @@ static inline constexpr const char* why_not(FlashImpl impl, const FlashDescripto
 
 // The first that serves the call; kAuto where none does.
 static inline constexpr FlashImpl choose_flash(const FlashDescriptor& d) {
-  for (const FlashImpl impl : {FlashImpl::kCpu, FlashImpl::kSm90, FlashImpl::kSimt}) {
+  for (const FlashImpl impl :
+       {FlashImpl::kCpu, FlashImpl::kSm90, FlashImpl::kSm80, FlashImpl::kSm75, FlashImpl::kSimt}) {
     if (why_not(impl, d) == nullptr) return impl;
   }
   return FlashImpl::kAuto;

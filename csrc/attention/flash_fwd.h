@@ -5,7 +5,9 @@
 
 namespace llamatelemetry {
 
-Error launch_flash_fwd_simt(const FlashAttnParams& params, Stream stream);
+Error launch_flash_fwd_sm75(const FlashAttnParams& params, Stream stream);
+Error launch_flash_fwd_sm80(const FlashAttnParams& params, Stream stream);
 Error launch_flash_fwd_sm90(const FlashAttnParams& params, Stream stream);
+Error launch_flash_fwd_simt(const FlashAttnParams& params, Stream stream);
 
 }  // namespace llamatelemetry

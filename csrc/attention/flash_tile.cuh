@@ -1,0 +1,376 @@
+// What the tensor-core kernels of flash_attn share: which rows a block works on, how its tiles come
+// into shared memory, scores, masks, the online softmax and the way out.
+//
+// Fragments: of a 16 x 8 tile of accumulators lane l holds rows l / 4 (elements 0, 1) and l / 4 + 8
+// (elements 2, 3), columns l % 4 * 2 and the next. kRowTiles such tiles stand one under the other.
+#pragma once
+
+#include <cfloat>
+#include <cstdint>
+
+#include "attention/params.h"
+#include "ptx/mma.cuh"
+#include "tile/kernel_entry.cuh"
+#include "tile/reduce.cuh"
+#include "tile/swizzled_tile.cuh"
+
+namespace llamatelemetry {
+
+constexpr float kLog2E = 1.4426950408889634f;
+constexpr float kLn2 = 0.6931471805599453f;
+
+struct FlashGrid {
+  FlashAttnParams attn;
+  int row_blocks;     // of every head
+  int group_size;     // query heads that share a key head
+  int section_heads;  // heads of the batch whose keys and values stay in L2 together
+  uint32_t k_step;    // bytes between the rows of a tile that one thread loads
+  uint32_t v_step;
+  float factor;  // from what stands for a score to units of log2
+  // Whether scores are more than dot products scaled: then that is done first, and factor is 1.
+  bool changes_scores;
+  bool aligned;  // whether rows of q, k and v can be moved by 16 bytes
+};
+
+// Grid [batch * num_heads_q * row_blocks]. A section of heads after the other; in a section the
+// last rows first, as they see the most keys under a causal mask and the longest should not start
+// last.
+struct FlashWork {
+  int index;  // of the sequence
+  int head;
+  int kv_head;
+  int first_row;
+  int num_queries;
+  int num_keys;
+
+  __device__ FlashWork(const FlashGrid& grid, int block_rows) {
+    const FlashAttnParams& p = grid.attn;
+    const auto heads = static_cast<unsigned>(p.batch * p.num_heads_q);
+    const unsigned per_section = static_cast<unsigned>(grid.section_heads) * grid.row_blocks;
+    const unsigned section = blockIdx.x / per_section;
+    const unsigned within = blockIdx.x % per_section;
+    const unsigned first_head = section * grid.section_heads;
+    const unsigned num_heads = min(heads - first_head, static_cast<unsigned>(grid.section_heads));
+    const unsigned head_of_batch = first_head + within % num_heads;
+    index = static_cast<int>(head_of_batch / static_cast<unsigned>(p.num_heads_q));
+    head = static_cast<int>(head_of_batch % static_cast<unsigned>(p.num_heads_q));
+    kv_head = head / grid.group_size;
+    first_row = static_cast<int>(grid.row_blocks - 1 - within / num_heads) * block_rows;
+    const FlashSequence sequence = flash_sequence(p, index);
+    num_queries = static_cast<int>(sequence.num_queries);
+    num_keys = static_cast<int>(sequence.num_keys);
+  }
+
+  // The keys that a row of the sequence sees.
+  __device__ KeyRange keys_of_row(const FlashAttnParams& p, int row) const {
+    return window_keys(p.window_left, p.window_right, num_keys, num_queries, row);
+  }
+};
+
+// Rows of one head of one sequence.
+template <typename T>
+struct HeadRows {
+  const T* first;
+  int64_t stride;
+
+  __device__ HeadRows(const Heads& x, int64_t index, int64_t first_token, int64_t head)
+      : first(static_cast<const T*>(x.data) + index * x.batch_stride +
+              first_token * x.token_stride + head * x.head_stride),
+        stride(x.token_stride) {}
+};
+
+// A thread's share of tiles of kRows rows: chunks in the same column of every kRowStep-th row.
+template <typename Tile, int kRows, int kNumThreads>
+struct TileShare {
+  static constexpr int kRowStep = kNumThreads / Tile::kSpan;
+  static constexpr int kSteps = kRows / kRowStep;
+  static_assert(kRows % kRowStep == 0 && kRowStep % 8 == 0);
+  int row;
+  int chunk;
+
+  __device__ TileShare() : row(threadIdx.x / Tile::kSpan), chunk(threadIdx.x % Tile::kSpan) {}
+
+  static constexpr int kCount = kSteps * Tile::kChunks / Tile::kSpan;
+
+  // Calls each(number of the chunk in this share, its offset in the tile, its row, its column).
+  template <int kUnroll = kCount, typename Each>
+  __device__ void for_each(Each each) const {
+    const uint32_t offset = Tile::offset(row, chunk);
+#pragma unroll kUnroll
+    for (int step = 0; step < kSteps; ++step) {
+#pragma unroll kUnroll
+      for (int span = 0; span < Tile::kChunks; span += Tile::kSpan) {
+        each((step * Tile::kChunks + span) / Tile::kSpan,
+             offset + step * kRowStep * Tile::kRowBytes + span * Tile::kChunkBytes,
+             row + step * kRowStep, chunk + span);
+      }
+    }
+  }
+};
+
+// Eight elements of a row, wherever it starts.
+template <typename T>
+__device__ inline uint4 load_chunk(const T* p, bool aligned) {
+  if (aligned) return __ldg(reinterpret_cast<const uint4*>(p));
+  const auto* halves = reinterpret_cast<const uint16_t*>(p);
+  const auto two = [&](int i) {
+    return halves[2 * i] | static_cast<uint32_t>(halves[2 * i + 1]) << 16;
+  };
+  return {two(0), two(1), two(2), two(3)};
+}
+
+template <int kRowTiles, int kKeyTiles, typename Each>
+__device__ inline void for_each_score(float (&s)[kRowTiles][kKeyTiles][4], Each each) {
+#pragma unroll
+  for (int r = 0; r < kRowTiles; ++r) {
+#pragma unroll
+    for (int t = 0; t < kKeyTiles; ++t) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) each(s[r][t][e], r, t, e);
+    }
+  }
+}
+
+// From dot products to scores in units of log2, where that is more than a factor.
+template <int kRowTiles, int kKeyTiles>
+__device__ inline void change_scores(float (&s)[kRowTiles][kKeyTiles][4], const FlashAttnParams& p,
+                                     const FlashWork& work, int first_row, int first_key) {
+  const int lane = threadIdx.x % kWarpSize;
+  const float slope = p.alibi_slopes == nullptr
+                          ? 0.0f
+                          : kLog2E * p.alibi_slopes[work.index * p.alibi_batch_stride + work.head];
+  const int key = first_key + lane % 4 * 2;
+  if (p.softcap > 0) {
+    // tanh(x) = 1 - 2 / (e^2x + 1), right at both ends too
+    const float into_cap = 2 * kLog2E * p.softmax_scale / p.softcap;
+    for_each_score(s, [&](float& score, int, int, int) {
+      const float power = ptx::exp2_approx(score * into_cap);
+      score = kLog2E * p.softcap - kLog2E * p.softcap * __fdividef(2.0f, power + 1.0f);
+    });
+  } else {
+    const float scale = kLog2E * p.softmax_scale;
+    for_each_score(s, [&](float& score, int, int, int) { score *= scale; });
+  }
+  if (slope == 0) return;
+  const int distance = work.num_keys - work.num_queries + first_row + lane / 4 - key;
+  for_each_score(s, [&](float& score, int r, int t, int e) {
+    score -= slope * fabsf(static_cast<float>(distance + 16 * r + e / 2 * 8 - 8 * t - e % 2));
+  });
+}
+
+// -infinity where the row does not see the key.
+template <int kRowTiles, int kKeyTiles>
+__device__ inline void mask_scores(float (&s)[kRowTiles][kKeyTiles][4], const FlashAttnParams& p,
+                                   const FlashWork& work, int first_row, int first_key) {
+  const int lane = threadIdx.x % kWarpSize;
+  const int column = first_key + lane % 4 * 2;
+#pragma unroll
+  for (int r = 0; r < kRowTiles; ++r) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const KeyRange keys = work.keys_of_row(p, first_row + 16 * r + lane / 4 + 8 * half);
+      const auto begin = static_cast<int>(keys.begin);
+      const auto count = static_cast<unsigned>(keys.end - keys.begin);
+#pragma unroll
+      for (int t = 0; t < kKeyTiles; ++t) {
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          const bool seen = static_cast<unsigned>(column + 8 * t + e - begin) < count;
+          if (!seen) s[r][t][2 * half + e] = -INFINITY;
+        }
+      }
+    }
+  }
+}
+
+// Combines over the four lanes that share a row.
+template <typename Combine>
+__device__ inline float quad_reduce(float value) {
+  value = Combine{}(value, __shfl_xor_sync(0xffffffff, value, 1));
+  return Combine{}(value, __shfl_xor_sync(0xffffffff, value, 2));
+}
+
+// Scores s in units of log2 / factor become weights 2^(s * factor - largest).
+template <int kRowTiles>
+struct OnlineSoftmax {
+  // Weights may reach 2^kSlack before a row's output is scaled down; exact, as every weight of the
+  // row and its sum use the same largest.                      (conditional rescale:
+  // FlashAttention-4)
+  static constexpr float kSlack = 8.0f;
+  static constexpr unsigned kAllLanes = 0xffffffff;
+
+  float largest[kRowTiles][2];  // below every score until the row sees a key
+  float sum[kRowTiles][2];      // of this lane's columns
+
+  __device__ OnlineSoftmax() {
+#pragma unroll
+    for (int r = 0; r < kRowTiles; ++r) {
+      largest[r][0] = largest[r][1] = -FLT_MAX;
+      sum[r][0] = sum[r][1] = 0;
+    }
+  }
+
+  // Raises largest where a score is well above it. Which other rows the warp holds decides whether
+  // it looks, not what a row gets.
+  template <int kKeyTiles, int kDimTiles>
+  __device__ void raise(const float (&s)[kRowTiles][kKeyTiles][4], float factor,
+                        float (&o)[kRowTiles][kDimTiles][4]) {
+    float top[kRowTiles][2];  // of this lane's columns
+    bool rises = false;
+#pragma unroll
+    for (int r = 0; r < kRowTiles; ++r) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        float value = fmaxf(s[r][0][2 * half], s[r][0][2 * half + 1]);
+#pragma unroll
+        for (int t = 1; t < kKeyTiles; ++t) {
+          value = fmaxf(value, fmaxf(s[r][t][2 * half], s[r][t][2 * half + 1]));
+        }
+        top[r][half] = value * factor;
+        rises |= top[r][half] - kSlack > largest[r][half];
+      }
+    }
+    if (!__any_sync(kAllLanes, rises)) return;
+#pragma unroll
+    for (int r = 0; r < kRowTiles; ++r) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const float row_top = quad_reduce<Max>(top[r][half]);
+        const float now = row_top - kSlack > largest[r][half] ? row_top : largest[r][half];
+        const float scale = ptx::exp2_approx(largest[r][half] - now);  // 1 where nothing changes
+        largest[r][half] = now;
+        sum[r][half] *= scale;
+#pragma unroll
+        for (int t = 0; t < kDimTiles; ++t) {
+          o[r][t][2 * half] *= scale;
+          o[r][t][2 * half + 1] *= scale;
+        }
+      }
+    }
+  }
+
+  // The 16 columns of tiles `tile` and the next as a fragment a of the product with the values.
+  template <typename T, int kKeyTiles>
+  __device__ void weigh(const float (&s)[kRowTiles][kKeyTiles][4], float factor, int tile,
+                        uint32_t (&weights)[kRowTiles][4]) {
+#pragma unroll
+    for (int r = 0; r < kRowTiles; ++r) {
+#pragma unroll
+      for (int t = 0; t < 2; ++t) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          const float* two = s[r][tile + t] + 2 * half;
+          const float a = ptx::exp2_approx(fmaf(two[0], factor, -largest[r][half]));
+          const float b = ptx::exp2_approx(fmaf(two[1], factor, -largest[r][half]));
+          sum[r][half] += a + b;
+          weights[r][2 * t + half] = pack_two(a, b, T{});
+        }
+      }
+    }
+  }
+};
+
+// Divides by the sums and writes out and lse of the warp's rows from first_row. stage: where the
+// warp may keep its 16 * kRowTiles rows in shared memory.
+template <typename T, typename Tile, int kRowTiles, int kDimTiles>
+__device__ inline void write_rows(const FlashAttnParams& p, const FlashWork& work,
+                                  const float (&o)[kRowTiles][kDimTiles][4],
+                                  const OnlineSoftmax<kRowTiles>& softmax, int first_row,
+                                  char* stage) {
+  const int lane = threadIdx.x % kWarpSize;
+  const float sink = p.sinks == nullptr ? -INFINITY : p.sinks[work.head] * kLog2E;
+#pragma unroll
+  for (int r = 0; r < kRowTiles; ++r) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      // A sink is a score without a value. Without a key the sum is the sink's, or 0.
+      float sum = quad_reduce<Sum>(softmax.sum[r][half]);
+      const float largest = fmaxf(softmax.largest[r][half], sink);
+      float scale = ptx::exp2_approx(softmax.largest[r][half] - largest);
+      sum *= scale;
+      if (sink != -INFINITY) sum += ptx::exp2_approx(sink - largest);
+      scale = sum == 0.0f ? 0.0f : __fdividef(scale, sum);
+
+      const int row = 16 * r + lane / 4 + 8 * half;
+#pragma unroll
+      for (int t = 0; t < kDimTiles; ++t) {
+        *reinterpret_cast<uint32_t*>(stage + Tile::offset(row, t) + lane % 4 * 4) =
+            pack_two(o[r][t][2 * half] * scale, o[r][t][2 * half + 1] * scale, T{});
+      }
+      const int query = first_row + row;
+      if (lane % 4 == 0 && query < work.num_queries) {
+        float* lse = p.cu_seqlens_q == nullptr
+                         ? p.lse + (work.index * p.num_heads_q + work.head) * p.seqlen_q
+                         : p.lse + work.head * p.total_q + p.cu_seqlens_q[work.index];
+        lse[query] = sum == 0.0f ? -INFINITY : largest * kLn2 + logf(sum);
+      }
+    }
+  }
+  __syncwarp();
+
+  const int64_t first_token =
+      p.cu_seqlens_q == nullptr ? work.index * p.seqlen_q : p.cu_seqlens_q[work.index];
+  T* out = static_cast<T*>(p.out) + (first_token * p.num_heads_q + work.head) * p.head_dim;
+  constexpr int kRowStep = kWarpSize / Tile::kSpan;
+#pragma unroll
+  for (int step = 0; step < 16 * kRowTiles; step += kRowStep) {
+    const int row = step + lane / Tile::kSpan;
+    if (first_row + row >= work.num_queries) continue;
+    T* to = out + (first_row + row) * p.num_heads_q * p.head_dim;
+#pragma unroll
+    for (int chunk = lane % Tile::kSpan; chunk < Tile::kChunks; chunk += Tile::kSpan) {
+      if (chunk * Tile::kChunkElements >= p.head_dim) continue;
+      reinterpret_cast<uint4*>(to)[chunk] =
+          *reinterpret_cast<const uint4*>(stage + Tile::offset(row, chunk));
+    }
+  }
+}
+
+// ---- On the host ----
+
+constexpr int64_t kMaxTokenStride = 1 << 22;
+
+inline bool rows_are_aligned(const Heads& x, int64_t batch, int64_t heads, int64_t tokens) {
+  auto bits = reinterpret_cast<uintptr_t>(x.data);
+  if (batch > 1) bits |= static_cast<uintptr_t>(2 * x.batch_stride);
+  if (heads > 1) bits |= static_cast<uintptr_t>(2 * x.head_stride);
+  if (tokens > 1) bits |= static_cast<uintptr_t>(2 * x.token_stride);
+  // Within a tile offsets are 32 bits.
+  return bits % 16 == 0 && x.token_stride < kMaxTokenStride;
+}
+
+inline FlashGrid flash_grid(const FlashAttnParams& p, int block_rows, int row_step,
+                            int64_t l2_bytes) {
+  const bool changes = p.softcap > 0 || p.alibi_slopes != nullptr || !(p.softmax_scale > 0);
+  const int64_t heads = p.batch * p.num_heads_q;
+  const int64_t key_bytes = 4 * p.head_dim * p.seqlen_k * p.num_heads_kv / p.num_heads_q;
+  int64_t section = key_bytes > 0 ? l2_bytes / key_bytes : heads;
+  if (section < 1) section = 1;
+  if (section > heads) section = heads;
+  return {.attn = p,
+          .row_blocks = static_cast<int>((p.seqlen_q + block_rows - 1) / block_rows),
+          .group_size = static_cast<int>(p.num_heads_q / p.num_heads_kv),
+          .section_heads = static_cast<int>(section),
+          .k_step = static_cast<uint32_t>(p.k.token_stride * row_step * 2),
+          .v_step = static_cast<uint32_t>(p.v.token_stride * row_step * 2),
+          .factor = changes ? 1.0f : p.softmax_scale * kLog2E,
+          .changes_scores = changes,
+          .aligned = rows_are_aligned(p.q, p.batch, p.num_heads_q, p.total_q) &&
+                     rows_are_aligned(p.k, p.batch, p.num_heads_kv, p.total_k) &&
+                     rows_are_aligned(p.v, p.batch, p.num_heads_kv, p.total_k)};
+}
+
+template <typename Kernel>
+Error launch_flash_kernel(const FlashAttnParams& p, int64_t l2_bytes, Stream stream) {
+  const FlashGrid grid = flash_grid(p, Kernel::kRows, Kernel::kRowStep, l2_bytes);
+  const int64_t num_blocks = p.batch * p.num_heads_q * grid.row_blocks;
+  if (num_blocks > INT32_MAX) return "batch * num_heads_q * seqlen_q must be less, got too many";
+  cudaFuncSetAttribute(kernel_entry<Kernel>, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                       Kernel::kSharedBytes);
+  kernel_entry<Kernel>
+      <<<static_cast<unsigned>(num_blocks), Kernel::kNumThreads, Kernel::kSharedBytes, stream>>>(
+          grid);
+  return last_launch_error();
+}
+
+}  // namespace llamatelemetry
