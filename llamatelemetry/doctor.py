@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from llamatelemetry import _build_info, _kernels, _library, machine
+from llamatelemetry.ops._flash_backends import flash_choice
 
 
 def cuda_code(capability: str, archs: list[str]) -> str | None:
@@ -40,6 +41,9 @@ def cuda_kernel(op: str) -> str:
     """What serves op on the current GPU, or "none: " and the reason."""
     if reason := why_no_cuda() or _kernels.without_cuda.get(op):
         return f"none: {reason.partition(';')[0]}"
+    if op.startswith("flash_attn"):
+        dtypes = (torch.float16, torch.bfloat16, torch.float32)
+        return ", ".join(f"{str(dtype)[6:]} {flash_choice(dtype)}" for dtype in dtypes)
     capability = machine.gpus()[torch.cuda.current_device()]["capability"]
     return str(cuda_code(capability, _build_info.CUDA_ARCHS))
 

@@ -166,7 +166,10 @@ bool has_aligned_rows(const Tensor& x) {
 
 // Aligned tensors of a dtype on the device that this library is for.
 FlashDescriptor flash_on_this_device(DType dtype) {
-  FlashDescriptor call{.on_cuda = kOnCuda, .dtype = dtype, .aligned = true};
+  FlashDescriptor call{};
+  call.on_cuda = kOnCuda;
+  call.dtype = dtype;
+  call.aligned = true;
 #ifdef LT_CUDA
   call.capability = current_device().capability;
   call.code_capability = current_device().code_capability;
@@ -368,4 +371,10 @@ extern "C" __attribute__((visibility("default"))) const char* lt_flash_why_not(i
                                                                                int dtype) {
   using namespace llamatelemetry;
   return why_not(static_cast<FlashImpl>(impl), flash_on_this_device(static_cast<DType>(dtype)));
+}
+
+// The implementation that is chosen for such tensors, "auto" where none serves them.
+extern "C" __attribute__((visibility("default"))) const char* lt_flash_choice(int dtype) {
+  using namespace llamatelemetry;
+  return flash_impl_name(choose_flash(flash_on_this_device(static_cast<DType>(dtype))));
 }

@@ -48,6 +48,7 @@ class DecodeStep:
             cache_seqlens=torch.zeros(batch, dtype=torch.int32, device=device),
             cu_seqlens_q=torch.arange(batch + 1, dtype=torch.int32, device=device),
             max_seqlen_q=1,
+            is_whole=False,
             caches=[
                 (like.new_empty(shape), like.new_empty(shape))
                 for _ in range(config.num_hidden_layers)

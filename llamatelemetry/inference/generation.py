@@ -117,6 +117,7 @@ class TokenGenerator:
                 ),
                 cu_seqlens_q=ends.to(device, torch.int32),
                 max_seqlen_q=int(lengths.max()),
+                is_whole=all(begin == 0 for _, begin, _ in pieces),
                 caches=step.state.caches,
                 cos=step.state.cos,
                 sin=step.state.sin,

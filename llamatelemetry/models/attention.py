@@ -20,6 +20,9 @@ from llamatelemetry.ops import _contract  # noqa: F401  (loads the library)
 
 NAME = "llamatelemetry"
 _paged_attention = torch.ops.llamatelemetry.paged_attention.default
+_flash_attn = torch.ops.llamatelemetry.flash_attn.default
+# Up to so many queries paged_attention's split over the keys serves the CPU better.
+_FEW_QUERIES = 16
 
 
 @dataclass
@@ -32,6 +35,7 @@ class StepState:
     cache_seqlens: [batch] int32, keys of each sequence, those of this step included
     cu_seqlens_q:  [batch + 1] int32, where each sequence's tokens begin; every one has some
     max_seqlen_q:  most tokens that one sequence has in this step; 1 is a decode step
+    is_whole:      whether every sequence begins with this step: its keys are this step's own
     caches:        (k_cache, v_cache) of each layer, [num_blocks, page_size, num_heads_kv, head_dim]
     cos, sin:      [positions, rotary_dim] in the model's dtype, from rope_tables
     """
@@ -42,6 +46,7 @@ class StepState:
     cache_seqlens: Tensor
     cu_seqlens_q: Tensor
     max_seqlen_q: int
+    is_whole: bool
     caches: list[tuple[Tensor, Tensor]]
     cos: Tensor
     sin: Tensor
@@ -66,7 +71,8 @@ def attention_forward(
     is_causal: bool | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """transformers' attention function: ``softmax(q kᵀ * scaling) v`` by ops.paged_attention.
+    """transformers' attention function: ``softmax(q kᵀ * scaling) v`` by flash_attn where every row
+    is a whole sequence, else by paged_attention.
 
     query:     [batch, num_heads_q, seqlen_q, head_dim]
     key, value: [batch, num_heads_kv, seqlen_k, head_dim], any strides
@@ -120,6 +126,12 @@ def attention_forward(
         -1,
         softcap or 0.0,
     )
+    if attention_mask is None and (query.is_cuda or query.shape[2] > _FEW_QUERIES):
+        q, k, v = (
+            x.transpose(1, 2) for x in (query, _last_contiguous(key), _last_contiguous(value))
+        )
+        out, _ = _flash_attn(q, k, v, None, None, *options, 0)
+        return out, None
     if layout is None:
         return _rows_from_first_slot(query, key, value, attention_mask, options), None
     return _rows_with_padding(query, key, value, layout, options), None

@@ -25,6 +25,7 @@ _fused_add_rms_norm = _ops.fused_add_rms_norm_.default
 _rotary_embedding = _ops.rotary_embedding_.default
 _append_kv = _ops.append_kv_.default
 _paged_attention = _ops.paged_attention.default
+_flash_attn_varlen = _ops.flash_attn_varlen.default
 
 ACTIVATIONS = {
     "silu": _ops.silu_and_mul.default,
@@ -201,20 +202,15 @@ class Attention(Piece):
         q, k, v = self.project(x)
         _rotary_embedding(q, k, state.cos, state.sin, state.positions, False)
         _append_kv(k, v, k_cache, v_cache, state.slot_mapping)
-        out, _ = _paged_attention(
-            q,
-            k_cache,
-            v_cache,
-            state.block_table,
-            state.cache_seqlens,
-            state.cu_seqlens_q,
-            state.max_seqlen_q,
-            self.scale,
-            True,
-            self.window_left,
-            -1,
-            0.0,
-        )
+        scores = (self.scale, True, self.window_left, -1, 0.0)
+        starts, longest = state.cu_seqlens_q, state.max_seqlen_q
+        if state.is_whole:
+            out, _ = _flash_attn_varlen(
+                q, k, v, starts, starts, longest, longest, None, None, *scores, 0
+            )
+        else:
+            cache = (k_cache, v_cache, state.block_table, state.cache_seqlens)
+            out, _ = _paged_attention(q, *cache, starts, longest, *scores)
         return self.o(out.view(x.shape[0], -1))
 
     def forward(

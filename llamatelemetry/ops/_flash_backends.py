@@ -23,16 +23,27 @@ def _implementations() -> dict[str, int]:
 FLASH_BACKENDS = _implementations()
 
 
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # in the order of csrc/common/dtype.h
+
+
 def flash_why_not(backend: str, dtype: torch.dtype) -> str | None:
-    """Why a backend cannot serve aligned tensors of dtype on its device, the CPU or the
-    current GPU, or None where it can."""
+    """Why a backend cannot serve aligned tensors of dtype on its device, the CPU or the current
+    GPU, or None where it can."""
     library = _library.cpu_library if backend == "cpu" else _library.cuda_library
     if library is None:
         return _library.why_no_cuda_library()
     library.lt_flash_why_not.restype = ctypes.c_char_p
-    number = (torch.float32, torch.float16, torch.bfloat16).index(dtype)
-    reason = library.lt_flash_why_not(FLASH_BACKENDS[backend], number)
+    reason = library.lt_flash_why_not(FLASH_BACKENDS[backend], _DTYPES.index(dtype))
     return reason.decode() if reason else None
+
+
+def flash_choice(dtype: torch.dtype) -> str:
+    """The implementation that serves aligned tensors of dtype on the current GPU, or "none"."""
+    if _library.cuda_library is None:
+        return "none"
+    _library.cuda_library.lt_flash_choice.restype = ctypes.c_char_p
+    name = _library.cuda_library.lt_flash_choice(_DTYPES.index(dtype)).decode()
+    return "none" if name == "auto" else name
 
 
 def flash_backend_number(op: str, backend: str | None) -> int:

@@ -116,6 +116,7 @@ class PackedRun:
             [torch.arange(n, n + count) for n, count in zip(self.lengths, counts, strict=True)]
         )
         blocks = self.table[rows, positions // self.page_size].long()
+        is_whole = not any(self.lengths)
         self.lengths = [n + count for n, count in zip(self.lengths, counts, strict=True)]
         return StepState(
             positions=positions.to(device),
@@ -124,6 +125,7 @@ class PackedRun:
             cache_seqlens=torch.tensor(self.lengths, dtype=torch.int32, device=device),
             cu_seqlens_q=torch.tensor([0, *counts]).cumsum(0).to(device, torch.int32),
             max_seqlen_q=max(counts),
+            is_whole=is_whole,
             caches=self.caches,
             cos=self.rope[0],
             sin=self.rope[1],
