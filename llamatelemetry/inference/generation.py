@@ -13,7 +13,8 @@ from llamatelemetry.inference.sampling import SamplingParams
 from llamatelemetry.models.attention import StepState
 from llamatelemetry.models.patching import forward_tokens
 
-PREFILL_TOKENS = 1024  # prompt tokens in one forward: bounds the activations
+# Prompt tokens in one forward, by device: bounds the activations.
+PREFILL_TOKENS = {"cpu": 1024, "cuda": 16384}
 
 
 class TokenGenerator:
@@ -101,7 +102,8 @@ class TokenGenerator:
         """Runs the prompts through the model in chunks; returns logits [batch, vocab_size]."""
         whole_table, device = step.state.block_table, step.state.block_table.device
         logits: list[Tensor | None] = [None] * len(prompts)
-        for pieces in _chunks([len(prompt) for prompt in prompts], PREFILL_TOKENS):
+        budget = PREFILL_TOKENS[device.type]
+        for pieces in _chunks([len(prompt) for prompt in prompts], budget):
             ids = [token for row, begin, end in pieces for token in prompts[row][begin:end]]
             rows = torch.tensor([row for row, _, _ in pieces])
             lengths = torch.tensor([end - begin for _, begin, end in pieces])

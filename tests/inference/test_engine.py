@@ -84,7 +84,7 @@ def test_a_generation_whose_cache_was_taken_says_so(tmp_path, device):
 def test_a_prompt_in_chunks_is_the_prompt(tmp_path, device, monkeypatch):
     engine, _ = make_engine(tmp_path, device)
     whole = rows_of(engine, PROMPTS)
-    monkeypatch.setattr(generation, "PREFILL_TOKENS", 4)
+    monkeypatch.setitem(generation.PREFILL_TOKENS, device.type, 4)
     assert rows_of(engine, PROMPTS) == whole
 
 
