@@ -30,6 +30,7 @@ SHAPE = {
 }
 
 
+@torch.inference_mode()
 def first_token(model: LlamaForCausalLM, ids: Tensor) -> int:
     return int(model(input_ids=ids[None], logits_to_keep=1, use_cache=True).logits.argmax())
 
@@ -38,7 +39,7 @@ def measure(seqlen: int, layers: int, rounds: int) -> list[harness.Row]:
     torch.set_default_dtype(torch.bfloat16)
     with torch.device("cuda"):
         config = LlamaConfig(**SHAPE | {"num_hidden_layers": layers}, attn_implementation="sdpa")
-        plain = LlamaForCausalLM(config).eval()
+        plain = LlamaForCausalLM(config).eval().requires_grad_(False)
     patched = copy.deepcopy(plain)
     report = patch(patched)
     assert not report.refused, report.refused
@@ -73,7 +74,6 @@ def measure(seqlen: int, layers: int, rounds: int) -> list[harness.Row]:
     return rows
 
 
-@torch.inference_mode()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--device", choices=["cuda"], default="cuda")

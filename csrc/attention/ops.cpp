@@ -281,7 +281,7 @@ FlashAttnParams flash_params(const char* op, const Tensor& q, const Tensor& k, c
 std::tuple<Tensor, Tensor> run_flash(const char* op, FlashAttnParams& params, const Tensor& q,
                                      Tensor lse) {
   Tensor out = allocate(q, q.sizes());
-  if (q.numel() == 0 || params.batch == 0) return {out, lse};
+  if (q.numel() == 0 || params.batch == 0 || params.seqlen_q == 0) return {out, lse};
   params.out = out.mutable_data_ptr();
   params.lse = lse.mutable_data_ptr<float>();
   launch(op, launch_flash_attn, params, q);
