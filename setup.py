@@ -25,18 +25,17 @@ if os.environ.get("CI"):  # else not fatal: a user's newer compiler may have new
     CXX_FLAGS, NVCC_FLAGS = f"{CXX_FLAGS} -Werror", f"{NVCC_FLAGS} -Werror=all-warnings"
 LINK_FLAGS = "-shared -Wl,--no-as-needed -Wl,--exclude-libs,ALL"
 STUBS = ("stub/libtorch_cpu.so", "stub/libtorch_cuda.so")
-# The levels of csrc/vec/isa.h. gcc 12 warns inside its own AVX-512 headers.
 AVX2 = "-march=x86-64-v2 -mavx2 -mfma -mf16c"
 WIDE = "-Wno-uninitialized -mavx512bw -mavx512vl -mavx512dq -mavx512vnni -mprefer-vector-width=512"
-ISA_FLAGS = {
+ISA_FLAGS = {  # the levels of csrc/vec/isa.h; gcc 12 warns inside its own AVX-512 headers
     "scalar": "-march=x86-64-v2",
-    "avx2": f"-DLT_ISA=avx2 -DLT_ISA_AVX2 {AVX2}",
-    "avx512": f"-DLT_ISA=avx512 -DLT_ISA_AVX512 {AVX2} {WIDE} -Wno-maybe-uninitialized",
+    "avx2": f"-DLT_ISA=avx2 {AVX2}",
+    "avx512": f"-DLT_ISA=avx512 {AVX2} {WIDE} -Wno-maybe-uninitialized",
+    "avx512bf16": f"-DLT_ISA=avx512bf16 {AVX2} {WIDE} -mavx512bf16 -Wno-maybe-uninitialized",
 }
 if platform.machine() not in ("x86_64", "AMD64"):
     ISA_FLAGS = {"scalar": ""}
-# For the portable kernels; a *_sm90.cu gets 9.0a alone. +PTX serves newer GPUs.
-DEFAULT_ARCHS = "7.5;8.0;9.0+PTX"
+DEFAULT_ARCHS = "7.5;8.0;9.0+PTX"  # a *_sm90.cu gets 9.0a alone; +PTX serves newer GPUs
 
 
 def parse_archs(text: str) -> list[str]:
@@ -107,7 +106,8 @@ def ninja_file(nvcc: str | None, archs: list[str]) -> str:
     for pattern in ("schema.cpp", "common/*.cpp", "vec/*.cpp", "*/ops.cpp"):
         add("cxx", "cpu", pattern, "host", f"{CXX_FLAGS} {torch_flags()}")
     for level, flags in ISA_FLAGS.items():
-        add("cxx", "cpu", "*/*_cpu.cpp", level, f"{CXX_FLAGS} {flags}")
+        room = "attention" if level == "avx512bf16" else "*"
+        add("cxx", "cpu", f"{room}/*_cpu.cpp", level, f"{CXX_FLAGS} {flags}")
     if nvcc:
         sm90 = "-DLT_SM90" if any(arch.startswith("9.0") for arch in archs) else ""
         add("nvcc", "cuda", "*/ops.cpp", "host", f"{NVCC_FLAGS} {sm90} {torch_flags()}")

@@ -50,8 +50,8 @@ def load_libraries() -> ctypes.CDLL:
     forced = os.environ.get("LLAMATELEMETRY_CPU_ISA")
     if forced and forced != cpu.lt_cpu_isa().decode():
         raise ImportError(
-            "llamatelemetry: LLAMATELEMETRY_CPU_ISA must be scalar, avx2 or avx512, and no "
-            f"more than this CPU has ({cpu.lt_cpu_isa().decode()}), got {forced!r}"
+            "llamatelemetry: LLAMATELEMETRY_CPU_ISA must be scalar, avx2, avx512 or avx512bf16, "
+            f"and no more than this CPU has ({cpu.lt_cpu_isa().decode()}), got {forced!r}"
         )
     return cpu
 
@@ -61,7 +61,7 @@ cuda_library = None if why_no_cuda_library() else ctypes.CDLL(str(library_path("
 
 
 def cpu_isa() -> str:
-    """The instruction set level that the CPU kernels use: scalar, avx2 or avx512."""
+    """The instruction set level that the CPU kernels use: scalar, avx2, avx512 or avx512bf16."""
     return cpu_library.lt_cpu_isa().decode()
 
 

@@ -1,11 +1,8 @@
-// out[i] = sum_j softmax_j(score(q[i] . k[j])) v[j] over the keys j that query i sees.
-//                                                  (online softmax: Milakov & Gimelshein 2018)
-// One item per (sequence, query head, query); accumulates in float.
-#include <cmath>
-
+// out[i] = sum_j softmax_j(score(q[i] . k[j])) v[j] over the keys j that query i sees, where q, k
+// and v lie in strides. Few rows (decode): rows_cpu.h; many: tile_cpu.h.
+// One item per (key head, sequence or tile of rows).
 #include "attention/params.h"
-#include "common/parallel.h"
-#include "vec/rows.h"
+#include "attention/tile_cpu.h"
 
 namespace llamatelemetry {
 namespace LT_ISA {
@@ -13,85 +10,122 @@ namespace {
 
 using Params = FlashAttnParams;
 
-constexpr float kNoScore =
-    -3.4028234664e38f;  // below every finite score, and no NaN when subtracted
+int64_t group_size(const Params& p) { return p.num_heads_q / p.num_heads_kv; }
 
-template <typename T>
-const T* row_of(const Heads& x, int64_t sequence, int64_t token, int64_t head) {
-  return static_cast<const T*>(x.data) + sequence * x.batch_stride + token * x.token_stride +
-         head * x.head_stride;
-}
+template <typename Element>
+struct FlashSource {
+  using T = Element;
+  static constexpr bool kHasAlibi = true;
 
-template <typename T>
-void attend_row(const Params& p, int64_t sequence, const FlashSequence& s, int64_t head,
-                int64_t query) {
-  const int64_t kv_head = head / (p.num_heads_q / p.num_heads_kv);
-  const T* q = row_of<T>(p.q, sequence, s.first_query + query, head);
-  const KeyRange keys =
-      window_keys(p.window_left, p.window_right, s.num_keys, s.num_queries, query);
-  const int64_t position = s.num_keys - s.num_queries + query;
-  const float slope =
-      p.alibi_slopes == nullptr ? 0.0f : p.alibi_slopes[sequence * p.alibi_batch_stride + head];
-  const float sink = p.sinks == nullptr ? -INFINITY : p.sinks[head];
+  const Params& p;
+  FlashSequence s;
+  int64_t sequence;
+  int64_t kv_head;
+  int64_t head_dim;
+  ScoreRule rule;
 
-  alignas(64) float o[kMaxHeadDim] = {};
-  float largest = sink > kNoScore ? sink : kNoScore;
-  float sum = sink == -INFINITY ? 0.0f : expf(sink - largest);
-  for (int64_t j = keys.begin; j < keys.end; ++j) {
-    const T* key = row_of<T>(p.k, sequence, s.first_key + j, kv_head);
-    const T* value = row_of<T>(p.v, sequence, s.first_key + j, kv_head);
-    float score = p.softmax_scale * sum_row(p.head_dim, [&](Vec total, int64_t c, auto lanes) {
-                    return vec_fma(vec_load(q + c, lanes), vec_load(key + c, lanes), total);
-                  });
-    if (p.softcap > 0) score = p.softcap * tanhf(score / p.softcap);
-    if (slope != 0) score -= slope * fabsf(static_cast<float>(position - j));
-    const float before = largest;
-    largest = score > largest ? score : largest;
-    const float scale = expf(before - largest);
-    const float weight = expf(score - largest);
-    sum = sum * scale + weight;
-    for_each_vec(p.head_dim, [&](int64_t c, auto lanes) {
-      const Vec old = vec_load(o + c, lanes) * vec_set(scale);
-      vec_store(o + c, lanes, vec_fma(vec_load(value + c, lanes), vec_set(weight), old));
-    });
+  FlashSource(const Params& params, int64_t index, int64_t head)
+      : p(params),
+        s(flash_sequence(params, index)),
+        sequence(index),
+        kv_head(head),
+        head_dim(params.head_dim),
+        rule{params.softmax_scale, params.softcap, params.alibi_slopes != nullptr} {}
+
+  int64_t num_rows() const { return s.num_queries * group_size(p); }
+  int64_t token(int64_t row) const { return s.first_query + row / group_size(p); }
+  int64_t head(int64_t row) const { return kv_head * group_size(p) + row % group_size(p); }
+  const T* row_of(const Heads& x, int64_t t, int64_t h) const {
+    return static_cast<const T*>(x.data) + sequence * x.batch_stride + t * x.token_stride +
+           h * x.head_stride;
   }
-  const int64_t token = s.first_query + query;
-  const int64_t out_token = p.cu_seqlens_q == nullptr ? sequence * p.seqlen_q + token : token;
-  T* out = static_cast<T*>(p.out) + (out_token * p.num_heads_q + head) * p.head_dim;
-  const float factor = sum == 0 ? 0.0f : 1.0f / sum;
-  for_each_vec(p.head_dim, [&](int64_t c, auto lanes) {
-    vec_store(out + c, lanes, vec_load(o + c, lanes) * vec_set(factor));
-  });
-  const int64_t lse_row = p.cu_seqlens_q == nullptr ? sequence * p.num_heads_q + head : head;
-  const int64_t lse_length = p.cu_seqlens_q == nullptr ? p.seqlen_q : p.total_q;
-  p.lse[lse_row * lse_length + token] = sum == 0 ? -INFINITY : largest + logf(sum);
-}
+  void find(const Heads& x, KeyRange keys, const T** rows) const {
+    const T* row = row_of(x, s.first_key + keys.begin, kv_head);
+    for (int64_t i = 0; i < keys.end - keys.begin; ++i) rows[i] = row + i * x.token_stride;
+  }
+
+  const T* query(int64_t row) const { return row_of(p.q, token(row), head(row)); }
+  KeyRange keys(int64_t row) const {
+    return window_keys(p.window_left, p.window_right, s.num_keys, s.num_queries,
+                       row / group_size(p));
+  }
+  KeyRange keys(int64_t begin, int64_t end) const { return {keys(begin).begin, keys(end - 1).end}; }
+  void find_keys(KeyRange keys, const T** rows) const { find(p.k, keys, rows); }
+  void find_values(KeyRange keys, const T** rows) const { find(p.v, keys, rows); }
+  float slope(int64_t row) const {
+    return p.alibi_slopes[sequence * p.alibi_batch_stride + head(row)];
+  }
+  float position(int64_t row) const {
+    return static_cast<float>(s.num_keys - s.num_queries + row / group_size(p));
+  }
+  float sink(int64_t row) const { return p.sinks == nullptr ? -INFINITY : p.sinks[head(row)]; }
+  void finish(int64_t row, const float* o, float largest, float sum) const {
+    const bool is_packed = p.cu_seqlens_q != nullptr;
+    const int64_t out_token = is_packed ? token(row) : sequence * p.seqlen_q + token(row);
+    const int64_t lse_row = is_packed ? head(row) : sequence * p.num_heads_q + head(row);
+    write_row(o, largest, sum, head_dim,
+              static_cast<T*>(p.out) + (out_token * p.num_heads_q + head(row)) * head_dim,
+              p.lse + lse_row * (is_packed ? p.total_q : p.seqlen_q) + token(row));
+  }
+};
+
+bool has_few_rows(const Params& p) { return p.seqlen_q * group_size(p) <= kFewRows; }
 
 template <typename T>
-void attend_rows(const Params& p, int64_t begin, int64_t end) {
+void few_rows_items(const Params& p, int64_t begin, int64_t end) {
   for (int64_t item = begin; item < end; ++item) {
-    const int64_t query = item % p.seqlen_q;
-    const int64_t head = item / p.seqlen_q % p.num_heads_q;
-    const int64_t sequence = item / p.seqlen_q / p.num_heads_q;
-    const FlashSequence s = flash_sequence(p, sequence);
-    if (query < s.num_queries) attend_row<T>(p, sequence, s, head, query);
+    const FlashSource<T> source(p, item / p.num_heads_kv, item % p.num_heads_kv);
+    const int64_t num_rows = source.num_rows();
+    for (int64_t row = 0; row < num_rows; row += kFewRows) {
+      const int64_t last = smaller(row + kFewRows, num_rows);
+      attend_few(source, row, last, source.keys(row, last));
+    }
   }
 }
 
-void rows_body(const Params& p, int64_t begin, int64_t end) {
-  dispatch_dtype(p.dtype,
-                 [&](auto type) { attend_rows<typename decltype(type)::type>(p, begin, end); });
+template <typename T>
+void many_rows_items(const Tiled<Params>& tiles, int64_t begin, int64_t end) {
+  const Params& p = tiles.p;
+  for (int64_t item = begin; item < end; ++item) {
+    const TileIndex index = find_tile(item % tiles.num_tiles, p.batch, [&](int64_t i) {
+      return ceil_div(flash_sequence(p, i).num_queries * group_size(p), tiles.tile_rows);
+    });
+    if (index.sequence == p.batch) continue;
+    const FlashSource<T> source(p, index.sequence, item / tiles.num_tiles);
+    const int64_t row = index.tile * tiles.tile_rows;
+    const int64_t last = smaller(row + tiles.tile_rows, source.num_rows());
+    attend_tile(source, row, last, source.keys(row, last));
+  }
+}
+
+void few_rows_body(const Params& p, int64_t begin, int64_t end) {
+  dispatch_level_dtype(
+      p.dtype, [&](auto type) { few_rows_items<typename decltype(type)::type>(p, begin, end); });
+}
+
+void many_rows_body(const Tiled<Params>& tiles, int64_t begin, int64_t end) {
+  dispatch_level_dtype(tiles.p.dtype, [&](auto type) {
+    many_rows_items<typename decltype(type)::type>(tiles, begin, end);
+  });
 }
 
 }  // namespace
 
 Error launch_flash_attn(const Params& p, Stream) {
-  const double item_ns = 0.1 * static_cast<double>(p.seqlen_k * p.head_dim);
-  parallel_over<rows_body>("flash_attn", {p.batch * p.num_heads_q * p.seqlen_q, item_ns}, p);
+  if (has_few_rows(p)) {
+    const double row_ns = 0.07 * static_cast<double>(p.head_dim * p.seqlen_k);
+    const auto num_rows = static_cast<double>(p.seqlen_q * group_size(p));
+    parallel_over<few_rows_body>("flash_attn",
+                                 {p.batch * p.num_heads_kv, 100.0 + row_ns * num_rows}, p);
+  } else {
+    const Tiled<Params> tiles = tiled(p, p.total_q * group_size(p), p.num_heads_kv);
+    const Work work{p.num_heads_kv * tiles.num_tiles, 10000.0};
+    parallel_over<many_rows_body>("flash_attn", work, tiles);
+  }
   return nullptr;
 }
 
 }  // namespace LT_ISA
 }  // namespace llamatelemetry
 
-LT_CPU_LAUNCHER(launch_flash_attn, FlashAttnParams)
+LT_CPU_LAUNCHER_BF16(launch_flash_attn, FlashAttnParams)

@@ -218,6 +218,33 @@ LT_INLINE float vec_sum(Vec a) { return _mm512_reduce_add_ps(a.v); }
 LT_INLINE float vec_reduce_max(Vec a) { return _mm512_reduce_max_ps(a.v); }
 LT_INLINE uint32_t vec_at_least(Vec a, Vec b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_GE_OQ); }
 
+#if defined(__AVX512BF16__)
+// A Vec of words: kLanes pairs of bfloat16, the first of each in the low half.
+// sum + the dot products of the pairs of a and b; subnormals count as 0.
+LT_INLINE Vec vec_dot_pairs(Vec a, Vec b, Vec sum) {
+  return {_mm512_dpbf16_ps(sum.v, (__m512bh)a.v, (__m512bh)b.v)};
+}
+// Pair i is (first[i], second[i]), rounded to nearest even.
+LT_INLINE Vec vec_round_pairs(Vec first, Vec second) {
+  const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24,
+                                         8, 23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+  const __m512i rounded = (__m512i)_mm512_cvtne2ps_pbh(second.v, first.v);
+  return {_mm512_castsi512_ps(_mm512_permutexvar_epi16(order, rounded))};
+}
+// pairs[i] = (first[i], second[i]) for i < size, a multiple of 8.
+LT_INLINE void vec_interleave(const BFloat16* first, const BFloat16* second, int64_t size,
+                              float* pairs) {
+  for (int64_t i = 0; i < size; i += 8) {
+    const __m256i low =
+        _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(first + i)));
+    const __m256i high =
+        _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(second + i)));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(pairs + i),
+                        _mm256_or_si256(low, _mm256_slli_epi32(high, 16)));
+  }
+}
+#endif
+
 #else  // AVX2
 
 LT_INLINE Vec vec_load(const BFloat16* p) {
@@ -371,10 +398,14 @@ LT_INLINE Vec vec_erf(Vec x) {
   return vec_flip_sign(vec_fma(vec_set(0.0f) - tail, p, one), x);
 }
 
-// 2^x for x <= 127; 0 below -127, NaN stays NaN. The polynomial of degree 6 with the least relative
-// error, 2e-9, on [-1/2, 1/2].
+// 2^x for x <= 127; 0 below -127 (-126 with AVX-512), NaN stays NaN. The polynomial of degree 6
+// with the least relative error, 2e-9, on [-1/2, 1/2].
 LT_INLINE Vec vec_exp2(Vec x) {
+#if defined(LT_ISA_AVX512)
+  const __mmask16 is_kept = _mm512_cmp_ps_mask(x.v, _mm512_set1_ps(-126.0f), _CMP_NLT_UQ);
+#else
   x = vec_max(vec_set(-127.0f), x);
+#endif
   const Vec n = vec_round(x);
   const Vec r = x - n;
   Vec p = vec_set(1.53458119e-4f);
@@ -384,7 +415,11 @@ LT_INLINE Vec vec_exp2(Vec x) {
   p = vec_fma(p, r, vec_set(2.40226469e-1f));
   p = vec_fma(p, r, vec_set(6.93147206e-1f));
   p = vec_fma(p, r, vec_set(1.0f));
+#if defined(LT_ISA_AVX512)
+  return {_mm512_maskz_scalef_ps(is_kept, p.v, n.v)};
+#else
   return p * vec_exp2_integral(n);
+#endif
 }
 
 // sums[0..3] = the sums of a, b, c and d.

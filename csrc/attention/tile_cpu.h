@@ -1,0 +1,349 @@
+// Many rows (prefill) of a Source (rows_cpu.h) at once. Bound by arithmetic: lanes are rows, so
+// that scores need no horizontal sums and keys no transposing, and each step of a product takes
+// kPanel broadcast words times kPanelVecs registers of rows.
+//                  (online softmax: Milakov & Gimelshein 2018; tiles: Dao 2022)
+// Products run on words of 32 bits: one float; or, where the level has it, two neighbouring
+// bfloat16 of the dimension that is summed over, and then weights are rounded to bfloat16 as torch
+// rounds them. Accumulates in float.
+#pragma once
+
+#include "attention/rows_cpu.h"
+#include "common/parallel.h"
+
+namespace llamatelemetry {
+namespace LT_ISA {
+namespace {
+
+#if defined(LT_ISA_AVX512)
+constexpr int kPanel = 8;  // keys, then elements of head_dim, that share each load of rows
+#else
+constexpr int kPanel = 4;
+#endif
+// Unrolled, so that sums stay in registers.
+#define LT_PANEL _Pragma("GCC unroll 8") for (int i = 0; i < kPanel; ++i)
+constexpr int kPanelVecs = 3;  // registers of rows; with kPanel, what the register file holds
+constexpr int kGroupRows = kPanelVecs * Vec::kLanes;
+constexpr int kTileRows = 288;  // at most: packing a block of keys is then 2 % of the work on it
+constexpr int kLeastTileRows = 96;
+constexpr int kTileFloats = kTileRows * 128;
+constexpr int kRowWords = kMaxHeadDim + 16;  // between packed rows: no power of two
+
+// Elements in a word.
+template <typename T>
+constexpr int kPerWord = 1;
+#if defined(__AVX512BF16__)
+template <>
+constexpr int kPerWord<BFloat16> = 2;
+#endif
+
+// sum + a * b, summed over the elements of each word.
+template <int kPer>
+LT_INLINE Vec multiply_add(Vec a, Vec b, Vec sum) {
+#if defined(__AVX512BF16__)
+  if constexpr (kPer == 2) return vec_dot_pairs(a, b, sum);
+#endif
+  return vec_fma(a, b, sum);
+}
+
+// sum[i][v] += a[i * a_row + k * a_step] * b[k * kVecs * kLanes + v * kLanes ...] for k < depth.
+template <int kPer, int kVecs>
+LT_INLINE void multiply_panel(const float* a, int64_t a_row, int64_t a_step, const float* b,
+                              int64_t b_step, int64_t depth, Vec (&sum)[kPanel][kVecs]) {
+  for (int64_t k = 0; k < depth; ++k) {
+    Vec rows[kVecs];
+    for (int v = 0; v < kVecs; ++v) rows[v] = vec_load(b + k * b_step + v * Vec::kLanes);
+    LT_PANEL {
+      const Vec x = vec_set(a[i * a_row + k * a_step]);
+      for (int v = 0; v < kVecs; ++v) sum[i][v] = multiply_add<kPer>(x, rows[v], sum[i][v]);
+    }
+  }
+}
+
+// A tile's state. Row r of the tile is column r % kGroupRows of group r / kGroupRows; columns past
+// the last row compute on zeros.
+struct Tile {
+  alignas(64) float q[kTileFloats];  // words [groups, head_dim / kPerWord, kGroupRows]
+  alignas(64) float o[kTileFloats];  // [groups, head_dim, kGroupRows]
+  alignas(64) float largest[kTileRows];
+  alignas(64) float sum[kTileRows];
+  alignas(64) float slope[kTileRows];  // in bits
+  alignas(64) float position[kTileRows];
+  KeyRange seen[kTileRows];
+  // Of the block of keys at hand: the bounds of what each row sees of it, its keys as words
+  // [kBlockKeys, kRowWords] and its values as words [kBlockKeys / kPerWord, kRowWords].
+  alignas(64) float lowest[kTileRows];
+  alignas(64) float highest[kTileRows];
+  alignas(64) float keys[kBlockKeys * kRowWords];
+  alignas(64) float values[kBlockKeys * kRowWords];
+};
+
+// Keys [begin, end) of a block, multiples of kPanel, as one group of rows takes them.
+struct Span {
+  int begin;
+  int end;
+  bool is_masked;
+};
+
+// What a block's scores still need: softcap, ALiBi and the mask; then their largest again.
+template <typename Source, int kVecs>
+void adjust_scores(const Source& source, const Tile& tile, int row, int64_t first, Span span,
+                   float* scores, Vec (&largest)[kVecs]) {
+  constexpr int kColumns = kVecs * Vec::kLanes;
+  apply_softcap(source.rule, scores + span.begin * kColumns, (span.end - span.begin) * kColumns);
+  for (int v = 0; v < kVecs; ++v) {
+    const int lane = row + v * Vec::kLanes;
+    // Infinity on the visible side of a bound, -infinity on the other.
+    const Vec infinity = vec_set(INFINITY);
+    const Vec low = vec_load(tile.lowest + lane) - vec_set(0.5f);
+    const Vec high = vec_load(tile.highest + lane) - vec_set(0.5f);
+    largest[v] = vec_load(tile.largest + lane);
+    for (int j = span.begin; j < span.end; ++j) {
+      float* score = scores + j * kColumns + v * Vec::kLanes;
+      Vec x = vec_load(score);
+      if constexpr (Source::kHasAlibi) {
+        if (source.rule.has_alibi) {
+          const Vec away = vec_load(tile.position + lane) - vec_set(static_cast<float>(first + j));
+          x = x - vec_load(tile.slope + lane) * vec_flip_sign(away, away);
+        }
+      }
+      if (span.is_masked) {
+        const Vec key = vec_set(static_cast<float>(j));
+        x = vec_min(x, vec_min((key - low) * infinity, (high - key) * infinity));
+      }
+      vec_store(score, x);
+      largest[v] = vec_max(x, largest[v]);
+    }
+  }
+}
+
+// scores[j] = dot product of key j of the block and the rows at row; largest takes them in.
+template <int kPer, int kVecs>
+LT_INLINE void score_block(const Tile& tile, int row, Span span, int64_t depth, float factor,
+                           float* scores, Vec (&largest)[kVecs]) {
+  constexpr int kColumns = kVecs * Vec::kLanes;
+  constexpr int64_t kDepth = 32 * kPer;  // summed by itself: long sums round less that way
+  const float* q = tile.q + row * depth;
+  for (int j = span.begin; j < span.end; j += kPanel) {
+    for (int64_t c = 0; c < depth; c += kDepth) {
+      Vec sum[kPanel][kVecs];
+      for (auto& line : sum) {
+        for (Vec& x : line) x = vec_set(0);
+      }
+      multiply_panel<kPer>(tile.keys + j * kRowWords + c, kRowWords, 1, q + c * kGroupRows,
+                           kGroupRows, smaller(kDepth, depth - c), sum);
+      LT_PANEL for (int v = 0; v < kVecs; ++v) {
+        float* score = scores + (j + i) * kColumns + v * Vec::kLanes;
+        Vec x = sum[i][v];
+        if (kPer > 1) x = x * vec_set(factor);
+        if (c > 0) x = vec_load(score) + x;
+        vec_store(score, x);
+        if (c + kDepth >= depth) largest[v] = vec_max(x, largest[v]);
+      }
+    }
+  }
+}
+
+// Rows [row, row + kVecs * kLanes) of the tile against span of the block of keys at first.
+template <typename Source, int kVecs>
+void add_block(const Source& source, Tile& tile, int row, int64_t first, Span span) {
+  constexpr int kPer = kPerWord<typename Source::T>;
+  constexpr int kColumns = kVecs * Vec::kLanes;
+  alignas(64) float scores[kBlockKeys * kColumns];
+  Vec largest[kVecs];
+  for (int v = 0; v < kVecs; ++v) largest[v] = vec_load(tile.largest + row + v * Vec::kLanes);
+  score_block<kPer, kVecs>(tile, row, span, source.head_dim / kPer, dot_factor(source.rule), scores,
+                           largest);
+  if (span.is_masked || source.rule.softcap > 0 || source.rule.has_alibi) {
+    adjust_scores<Source, kVecs>(source, tile, row, first, span, scores, largest);
+  }
+
+  Vec scale[kVecs];
+  for (int v = 0; v < kVecs; ++v) {
+    float* column = scores + v * Vec::kLanes;
+    Vec total = vec_set(0);
+    for (int j = span.begin; j < span.end; j += kPer) {
+      Vec weight[kPer];
+      for (int u = 0; u < kPer; ++u) {
+        weight[u] = vec_exp2(vec_load(column + (j + u) * kColumns) - largest[v]);
+        total = total + weight[u];
+      }
+      // Words of weights overtake the scores that are read: they are packed in place.
+#if defined(__AVX512BF16__)
+      if constexpr (kPer == 2) weight[0] = vec_round_pairs(weight[0], weight[1]);
+#endif
+      vec_store(column + j / kPer * kColumns, weight[0]);
+    }
+    const int lane = row + v * Vec::kLanes;
+    scale[v] = vec_exp2(vec_load(tile.largest + lane) - largest[v]);
+    vec_store(tile.largest + lane, largest[v]);
+    vec_store(tile.sum + lane, vec_fma(vec_load(tile.sum + lane), scale[v], total));
+  }
+
+  float* o = tile.o + row * source.head_dim;
+  for (int64_t c = 0; c < source.head_dim; c += kPanel) {
+    Vec sum[kPanel][kVecs];
+    for (auto& line : sum) {
+      for (Vec& x : line) x = vec_set(0);
+    }
+    multiply_panel<kPer>(tile.values + span.begin / kPer * kRowWords + c, 1, kRowWords,
+                         scores + span.begin / kPer * kColumns, kColumns,
+                         (span.end - span.begin) / kPer, sum);
+    LT_PANEL for (int v = 0; v < kVecs; ++v) {
+      float* to = o + (c + i) * kGroupRows + v * Vec::kLanes;
+      vec_store(to, vec_fma(vec_load(to), scale[v], sum[i][v]));
+    }
+  }
+}
+
+// Elements or pairs of a row as words; no row is zeros.
+template <int kPer, typename T>
+void pack_words(const T* src, int64_t head_dim, float factor, float* words) {
+  if (src == nullptr) {
+    for (int64_t c = 0; c < head_dim / kPer; ++c) words[c] = 0;
+  } else if constexpr (kPer == 1) {
+    load_row(src, head_dim, factor, words, 0);
+  } else {
+    std::memcpy(words, src, static_cast<size_t>(head_dim) * sizeof(T));
+  }
+}
+
+// Keys and values of the block of keys at first; the rows beside them, to whole panels, are zeros.
+template <typename Source>
+void pack_block(const Source& source, KeyRange block, int64_t first, Tile& tile) {
+  using T = typename Source::T;
+  constexpr int kPer = kPerWord<T>;
+  const int begin = static_cast<int>(block.begin - first);
+  const int end = static_cast<int>(block.end - first);
+  const int padded = static_cast<int>(round_up(end, kPanel));
+  const T* rows[kBlockKeys] = {};  // nullptr: zeros
+  source.find_keys(block, rows + begin);
+  for (int j = begin - begin % kPanel; j < padded; ++j) {
+    pack_words<kPer>(rows[j], source.head_dim, 1.0f, tile.keys + j * kRowWords);
+  }
+  source.find_values(block, rows + begin);
+  for (int j = begin - begin % kPanel; j < padded; j += kPer) {
+    float* words = tile.values + j / kPer * kRowWords;
+#if defined(__AVX512BF16__)
+    if constexpr (kPer == 2) {
+      static constexpr BFloat16 kZeros[kMaxHeadDim] = {};
+      vec_interleave(rows[j] ? rows[j] : kZeros, rows[j + 1] ? rows[j + 1] : kZeros,
+                     source.head_dim, words);
+      continue;
+    }
+#endif
+    pack_words<1>(rows[j], source.head_dim, 1.0f, words);
+  }
+}
+
+template <typename Source>
+void start_tile(const Source& source, int64_t begin, int num_rows, KeyRange keys, Tile& tile) {
+  constexpr int kPer = kPerWord<typename Source::T>;
+  const int64_t depth = source.head_dim / kPer;
+  const auto column_of = [](float* x, int r, int64_t height) {
+    return x + (r - r % kGroupRows) * height + r % kGroupRows;
+  };
+  for (int r = 0; r < round_up(num_rows, Vec::kLanes); ++r) {
+    alignas(64) float words[kMaxHeadDim];
+    const bool is_row = r < num_rows;
+    pack_words<kPer>(is_row ? source.query(begin + r) : nullptr, source.head_dim,
+                     dot_factor(source.rule), words);
+    float* q = column_of(tile.q, r, depth);
+    for (int64_t c = 0; c < depth; ++c) q[c * kGroupRows] = words[c];
+    float* o = column_of(tile.o, r, source.head_dim);
+    for (int64_t c = 0; c < source.head_dim; ++c) o[c * kGroupRows] = 0;
+    const float sink = is_row ? source.sink(begin + r) : -INFINITY;
+    tile.largest[r] = first_largest(sink);
+    tile.sum[r] = first_sum(sink);
+    tile.seen[r] = source.keys(smaller(begin + r, begin + num_rows - 1));
+    tile.seen[r] = {larger(tile.seen[r].begin, keys.begin), smaller(tile.seen[r].end, keys.end)};
+    if constexpr (Source::kHasAlibi) {
+      if (!source.rule.has_alibi) continue;
+      const int64_t row = smaller(begin + r, begin + num_rows - 1);
+      tile.slope[r] = source.slope(row) * kLog2E;
+      tile.position[r] = source.position(row);
+    }
+  }
+}
+
+// Rows [begin, end) of a source, at most kTileRows, over keys. Blocks of keys start at multiples
+// of kBlockKeys, so that a row's result does not depend on the rows beside it.
+template <typename Source>
+void attend_tile(const Source& source, int64_t begin, int64_t end, KeyRange keys) {
+  Tile tile;
+  const int num_rows = static_cast<int>(end - begin);
+  const int num_columns = static_cast<int>(round_up(num_rows, Vec::kLanes));
+  start_tile(source, begin, num_rows, keys, tile);
+  for (int64_t first = keys.begin - keys.begin % kBlockKeys; first < keys.end;
+       first += kBlockKeys) {
+    const KeyRange block{larger(first, keys.begin), smaller(first + kBlockKeys, keys.end)};
+    pack_block(source, block, first, tile);
+    for (int row = 0; row < num_columns; row += kGroupRows) {
+      const int last = static_cast<int>(smaller(row + kGroupRows, num_columns)) - 1;
+      // Both bounds grow with the row.
+      const int low = clamp_to(tile.seen[row].begin - first, kBlockKeys);
+      const int high = clamp_to(tile.seen[last].end - first, kBlockKeys);
+      if (low >= high) continue;
+      Span span{low - low % kPanel, static_cast<int>(round_up(high, kPanel)), false};
+      span.is_masked =
+          tile.seen[last].begin - first > span.begin || tile.seen[row].end - first < span.end;
+      for (int r = row; span.is_masked && r <= last; ++r) {
+        tile.lowest[r] = static_cast<float>(clamp_to(tile.seen[r].begin - first, kBlockKeys));
+        tile.highest[r] = static_cast<float>(clamp_to(tile.seen[r].end - first, kBlockKeys));
+      }
+      with_constant<kPanelVecs>((last + 1 - row) / Vec::kLanes, [&](auto vecs) {
+        add_block<Source, decltype(vecs)::value>(source, tile, row, first, span);
+      });
+    }
+  }
+  for (int r = 0; r < num_rows; ++r) {
+    alignas(64) float o[kMaxHeadDim];
+    const float* column = tile.o + (r - r % kGroupRows) * source.head_dim + r % kGroupRows;
+    for (int64_t c = 0; c < source.head_dim; ++c) o[c] = column[c * kGroupRows];
+    source.finish(begin + r, o, tile.largest[r], tile.sum[r]);
+  }
+}
+
+// ---- Items ----
+
+// A launch over tiles of tile_rows rows.
+template <typename Params>
+struct Tiled {
+  Params p;
+  int64_t tile_rows;
+  int64_t num_tiles;  // per key head, at most: each sequence's last tile may be partly empty
+};
+
+// Tiles as large as keep every thread busy; multiples of every level's kGroupRows.
+template <typename Params>
+Tiled<Params> tiled(const Params& p, int64_t total_rows, int64_t num_heads) {
+  int64_t tile_rows = p.head_dim * kTileRows <= kTileFloats ? kTileRows : kTileRows / 2;
+  while (tile_rows > kLeastTileRows && total_rows * num_heads < 4 * num_threads() * tile_rows) {
+    tile_rows -= 48;
+  }
+  return {p, tile_rows, total_rows / tile_rows + p.batch};
+}
+
+struct TileIndex {
+  int64_t sequence;  // batch where there are fewer tiles
+  int64_t tile;
+};
+
+// Tile number turn of a batch, in the order first, last, second, last but one: causal tiles grow,
+// and chunks of items should cost alike. tiles_of(i) is how many tiles sequence i has.
+template <typename TilesOf>
+TileIndex find_tile(int64_t turn, int64_t batch, TilesOf tiles_of) {
+  int64_t num_tiles = 0;
+  for (int64_t i = 0; i < batch; ++i) num_tiles += tiles_of(i);
+  if (turn >= num_tiles) return {batch, 0};
+  TileIndex index{0, turn % 2 == 0 ? turn / 2 : num_tiles - 1 - turn / 2};
+  for (; index.tile >= tiles_of(index.sequence); ++index.sequence) {
+    index.tile -= tiles_of(index.sequence);
+  }
+  return index;
+}
+
+#undef LT_PANEL
+
+}  // namespace
+}  // namespace LT_ISA
+}  // namespace llamatelemetry
