@@ -14,7 +14,7 @@ Error launch_flash_fwd_sm75(const FlashAttnParams& p, Stream stream) {
   if (p.head_dim <= 64) return with(Type<FlashFwdSm75<64, 2, 64, true, 2>>{});
   if (p.head_dim <= 96) return with(Type<FlashFwdSm75<96, 1, 64, true, 2>>{});
   if (p.head_dim <= 128) return with(Type<FlashFwdSm75<128, 1, 64, true, 2>>{});
-  return with(Type<FlashFwdSm75<256, 1, 32, false, 1>>{});
+  return with(Type<FlashFwdSm75<256, 1, 16, false, 1>>{});
 }
 
 }  // namespace llamatelemetry

@@ -54,39 +54,62 @@ struct FlashFwdSm75 {
   static constexpr int kTuringSharedBytes = 64 << 10;
   static_assert(kSharedBytes * kBlocksPerSm <= kTuringSharedBytes);
 
-  // This thread's share of every tile of keys, or of values: fetch starts a load, store ends it.
+  // Tiles of keys, or of values, one after the other: fetch starts a load, store ends it. kAligned:
+  // by 16 bytes through registers, else by elements when store is called.
+  template <bool kAligned>
   struct Loader {
     using Share = TileShare<Tile, kKeys, kNumThreads>;
-    const T* next;
-    int64_t stride;
+    const Warp& warp;
+    const Heads& x;
+    const T* next;  // this thread's first chunk of the next tile
+    uint32_t step;  // bytes between its rows
     char* s_tile;
     uint4 chunks[Share::kCount];
 
-    __device__ Loader(const Heads& x, const Warp& warp, int64_t first_key, char* s_tile)
-        : stride(x.token_stride), s_tile(s_tile) {
-      next = HeadRows<T>(x, warp.work.index, first_key + int64_t{warp.first_tile} * kKeys,
-                         warp.work.kv_head)
-                 .first;
+    __device__ Loader(const Heads& x, uint32_t step, const Warp& warp, int64_t first_key,
+                      char* s_tile)
+        : warp(warp), x(x), step(step), s_tile(s_tile) {
+      first_key += warp.first_tile * int64_t{kKeys} + Share().row;
+      next = HeadRows<T>(x, warp.work.index, first_key, warp.work.kv_head).first +
+             Share().chunk * Tile::kChunkElements;
     }
-    __device__ void fetch(const Warp& warp, int tile, bool aligned) {
-      if (!aligned || tile >= warp.end_tile) return;
-      const int rows = warp.work.num_keys - tile * kKeys;
+    __device__ void fetch(int tile) {
+      if (!kAligned) return;
+      // Past the last tile chunks are zeros, not what they were: that would hold registers.
+      const int rows = tile < warp.end_tile ? warp.work.num_keys - tile * kKeys : 0;
       const auto columns = static_cast<int>(warp.p.head_dim);
-      Share().for_each([&](int i, uint32_t, int row, int chunk) {
-        chunks[i] = chunk_or_zeros(next, stride, row, chunk, rows, columns, true);
-      });
+      const Share share;
+      const char* from = reinterpret_cast<const char*>(next);
+#pragma unroll
+      for (int i = 0; i < Share::kSteps; ++i) {
+#pragma unroll
+        for (int span = 0; span < Tile::kChunks / Tile::kSpan; ++span) {
+          const int chunk = share.chunk + span * Tile::kSpan;
+          const bool exists =
+              share.row + i * kRowStep < rows && chunk * Tile::kChunkElements < columns;
+          uint4& to = chunks[i * (Tile::kChunks / Tile::kSpan) + span];
+          to = uint4{};
+          if (exists) {
+            to = __ldg(reinterpret_cast<const uint4*>(from) + span * Tile::kSpan);
+          }
+        }
+        from += step;
+      }
+      next = reinterpret_cast<const T*>(from);
     }
-    __device__ void store(const Warp& warp, int tile, bool aligned) {
+    __device__ void store(int tile) {
       if (tile >= warp.end_tile) return;
-      if (aligned) {
-        Share().for_each([&](int i, uint32_t to, int, int) {
+      const Share share;
+      if constexpr (kAligned) {
+        share.for_each([&](int i, uint32_t to, int, int) {
           *reinterpret_cast<uint4*>(s_tile + to) = chunks[i];
         });
       } else {
-        load_tile<kKeys>(next, stride, warp.work.num_keys - tile * kKeys,
+        load_tile<kKeys>(next - share.chunk * Tile::kChunkElements - share.row * x.token_stride,
+                         x.token_stride, warp.work.num_keys - tile * kKeys,
                          static_cast<int>(warp.p.head_dim), false, s_tile);
+        next += kKeys * x.token_stride;
       }
-      next += kKeys * stride;
     }
   };
 
@@ -113,30 +136,37 @@ struct FlashFwdSm75 {
     Warp warp(grid, kRows);
     if (!warp.has_work(kRows)) return;
     char* s_rows = shared.rows + Warp::warp() * Tile::bytes(Warp::kWarpRows);
-    if (warp.first_tile < warp.end_tile) attend(grid, warp, shared, s_rows);
+    if (warp.first_tile < warp.end_tile) {
+      if (grid.aligned) {
+        attend<true>(grid, warp, shared, s_rows);
+      } else {
+        attend<false>(grid, warp, shared, s_rows);
+      }
+    }
     __syncthreads();  // nobody reads the tiles any more
     warp.write(s_rows);
   }
 
+  template <bool kAligned>
   static __device__ void attend(const Params& grid, Warp& warp, Shared& shared,
                                 const char* s_rows) {
     const FlashAttnParams& p = grid.attn;
     const FlashSequence sequence = flash_sequence(p, warp.work.index);
-    Loader keys(p.k, warp, sequence.first_key, shared.tiles.k);
-    Loader values(p.v, warp, sequence.first_key, shared.tiles.v);
-    keys.fetch(warp, warp.first_tile, grid.aligned);
+    Loader<kAligned> keys(p.k, grid.k_step, warp, sequence.first_key, shared.tiles.k);
+    Loader<kAligned> values(p.v, grid.v_step, warp, sequence.first_key, shared.tiles.v);
+    keys.fetch(warp.first_tile);
     const HeadRows<T> q(p.q, warp.work.index, sequence.first_query + warp.work.first_row,
                         warp.work.head);
     load_tile<kRows>(q.first, q.stride, warp.work.num_queries - warp.work.first_row,
-                     static_cast<int>(p.head_dim), grid.aligned, shared.rows);
+                     static_cast<int>(p.head_dim), kAligned, shared.rows);
     __syncthreads();
 
     const auto address = [](const void* s) {
       return static_cast<uint32_t>(__cvta_generic_to_shared(s));
     };
     const uint32_t s_q = address(s_rows) + Tile::a_offset(Warp::lane());
-    const uint32_t s_k = address(shared.tiles.k) + Tile::b_offset(Warp::lane());
-    const uint32_t s_v = address(shared.tiles.v) + Tile::b_trans_offset(Warp::lane());
+    uint32_t s_k = address(shared.tiles.k) + Tile::b_offset(Warp::lane());
+    uint32_t s_v = address(shared.tiles.v) + Tile::b_trans_offset(Warp::lane());
     typename Warp::Queries queries[kQueriesInRegisters ? Warp::kDimSteps : 1];
     if constexpr (kQueriesInRegisters) {
 #pragma unroll
@@ -145,15 +175,18 @@ struct FlashFwdSm75 {
       }
       __syncthreads();
     }
-    keys.store(warp, warp.first_tile, grid.aligned);
+    keys.store(warp.first_tile);
     __syncthreads();
 #pragma unroll 1
     for (int tile = warp.first_tile; tile < warp.end_tile; ++tile) {
+      // What follows from these is computed again for each tile: there is no register to hold it.
+      ptx::keep(s_k);
+      ptx::keep(s_v);
       const bool plain = warp.is_plain(tile);
       const bool sees = plain || warp.sees(tile);
-      values.fetch(warp, tile, grid.aligned);
+      values.fetch(tile);
+      Warp::clear(warp.s);  // seen or not, as old scores would hold registers
       if (sees) {
-        Warp::clear(warp.s);
 #pragma unroll
         for (int step = 0; step < Warp::kDimSteps; ++step) {
           auto& q_step = queries[kQueriesInRegisters ? step : 0];
@@ -161,14 +194,12 @@ struct FlashFwdSm75 {
           warp.multiply_keys(q_step, s_k, step);
         }
       }
-      values.store(warp, tile, grid.aligned);
+      values.store(tile);
       __syncthreads();  // these values are here, and nobody reads these keys any more
-      keys.fetch(warp, tile + 1, grid.aligned);
-      if (sees) {
-        warp.finish_scores(tile, plain);
-        warp.multiply_values(s_v);
-      }
-      keys.store(warp, tile + 1, grid.aligned);
+      if (sees) warp.finish_scores(tile, plain);
+      keys.fetch(tile + 1);
+      if (sees) warp.multiply_values(s_v);
+      keys.store(tile + 1);
       __syncthreads();  // the next keys are here, and nobody reads these values any more
     }
   }

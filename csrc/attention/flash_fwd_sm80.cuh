@@ -1,11 +1,12 @@
-// flash_attn on the tensor cores of Ampere and later: mma.sync m16n8k16.    (FlashAttention-2, Dao
-// 2023) A block of kWarps warps takes kRows queries of one head. Keys and values come by cp.async,
-// one tile ahead of the products, in two stages: one barrier a tile.
+// flash_attn on the tensor cores of Ampere and later: mma.sync m16n8k16.         (Dao 2023)
+// A block of kWarps warps takes kRows queries of one head. Keys and values come by cp.async, one
+// tile ahead of the products, in two stages: one barrier a tile.
 //
 // What bounds it, in clocks per score and multiprocessor of an H200, 32 rows a warp: at head_dim
-// 128 tensor cores 0.2-0.25, shared memory 0.16 for fragments and 0.03 for cp.async, exp2 0.06; at
-// 64 tensor cores 0.1-0.13, shared memory 0.08 + 0.02, exp2 0.06. With 16 rows a warp shared memory
-// would bound.
+// 128 tensor cores 0.20 (653 TFLOP/s is all that mma.sync does there), shared memory 0.16 for
+// fragments and 0.03 for cp.async, exp2 0.06; at 64 half of each but exp2. 16 rows a warp would
+// read twice as much shared memory. Two warps share a scheduler, so every instruction beside the
+// products costs: addresses stand in registers and branches are few.
 #pragma once
 
 #include "attention/flash_warp.cuh"
@@ -89,8 +90,8 @@ struct FlashFwdSm80 {
         };
         load_tile<kAligned, kKeys>(first_of(k, p.k), p.k.token_stride, rows, columns, to.k);
         load_tile<kAligned, kKeys>(first_of(v, p.v), p.v.token_stride, rows, columns, to.v);
-        k += Share::kSteps * static_cast<int64_t>(warp.grid.k_step);
-        v += Share::kSteps * static_cast<int64_t>(warp.grid.v_step);
+        k += kKeys * p.k.token_stride * int64_t{sizeof(T)};
+        v += kKeys * p.v.token_stride * int64_t{sizeof(T)};
         ptx::cp_async_commit();
       }
     }
@@ -114,12 +115,12 @@ struct FlashFwdSm80 {
   };
 
   // rows: how many there are from `first` on; those past them become zeros, as 0 * NaN is NaN.
-  template <bool kAligned, int kTileRows>
+  template <bool kAligned, int kTileRows, int kUnroll = 1>
   static __device__ void load_tile(const T* first, int64_t stride, int rows, int columns,
                                    char* s_tile) {
     const uint32_t address = shared_address(s_tile);
     const TileShare<Tile, kTileRows, kNumThreads> share;
-    share.template for_each<1>([&](int, uint32_t to, int row, int chunk) {
+    share.template for_each<kUnroll>([&](int, uint32_t to, int row, int chunk) {
       const int column = chunk * Tile::kChunkElements;
       const bool exists = row < rows && column < columns;
       const T* from = first + row * stride + column;
@@ -158,8 +159,9 @@ struct FlashFwdSm80 {
     Loader<kAligned> loader(warp, sequence.first_key, shared);
     const HeadRows<T> q(p.q, warp.work.index, sequence.first_query + warp.work.first_row,
                         warp.work.head);
-    load_tile<kAligned, kRows>(q.first, q.stride, warp.work.num_queries - warp.work.first_row,
-                               static_cast<int>(p.head_dim), shared.q);
+    load_tile<kAligned, kRows, kAligned ? 8 : 1>(q.first, q.stride,
+                                                 warp.work.num_queries - warp.work.first_row,
+                                                 static_cast<int>(p.head_dim), shared.q);
     loader.load(warp.first_tile, shared, 0);
 
     uint32_t s_q = shared_address(s_rows) + Tile::a_offset(Warp::lane());

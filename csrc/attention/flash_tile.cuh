@@ -21,10 +21,10 @@ constexpr float kLn2 = 0.6931471805599453f;
 
 struct FlashGrid {
   FlashAttnParams attn;
-  int row_blocks;     // of every head
-  int group_size;     // query heads that share a key head
-  int section_heads;  // heads of the batch whose keys and values stay in L2 together
-  uint32_t k_step;    // bytes between the rows of a tile that one thread loads
+  int row_blocks;       // of every head
+  unsigned group_size;  // query heads that share a key head
+  int section_heads;    // heads of the batch whose keys and values stay in L2 together
+  uint32_t k_step;      // bytes between the rows of a tile that one thread loads
   uint32_t v_step;
   float factor;  // from what stands for a score to units of log2
   // Whether scores are more than dot products scaled: then that is done first, and factor is 1.
@@ -54,7 +54,7 @@ struct FlashWork {
     const unsigned head_of_batch = first_head + within % num_heads;
     index = static_cast<int>(head_of_batch / static_cast<unsigned>(p.num_heads_q));
     head = static_cast<int>(head_of_batch % static_cast<unsigned>(p.num_heads_q));
-    kv_head = head / grid.group_size;
+    kv_head = static_cast<int>(static_cast<unsigned>(head) / grid.group_size);
     first_row = static_cast<int>(grid.row_blocks - 1 - within / num_heads) * block_rows;
     const FlashSequence sequence = flash_sequence(p, index);
     num_queries = static_cast<int>(sequence.num_queries);
@@ -142,7 +142,7 @@ __device__ inline void change_scores(float (&s)[kRowTiles][kKeyTiles][4], const 
   const int key = first_key + lane % 4 * 2;
   if (p.softcap > 0) {
     // tanh(x) = 1 - 2 / (e^2x + 1), right at both ends too
-    const float into_cap = 2 * kLog2E * p.softmax_scale / p.softcap;
+    const float into_cap = __fdividef(2 * kLog2E * p.softmax_scale, p.softcap);
     for_each_score(s, [&](float& score, int, int, int) {
       const float power = ptx::exp2_approx(score * into_cap);
       score = kLog2E * p.softcap - kLog2E * p.softcap * __fdividef(2.0f, power + 1.0f);
@@ -164,11 +164,13 @@ __device__ inline void mask_scores(float (&s)[kRowTiles][kKeyTiles][4], const Fl
                                    const FlashWork& work, int first_row, int first_key) {
   const int lane = threadIdx.x % kWarpSize;
   const int column = first_key + lane % 4 * 2;
+  auto row = static_cast<uint32_t>(first_row + lane / 4);
+  ptx::keep(row);  // few tiles are masked: the bounds should not wait in registers for them
 #pragma unroll
   for (int r = 0; r < kRowTiles; ++r) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const KeyRange keys = work.keys_of_row(p, first_row + 16 * r + lane / 4 + 8 * half);
+      const KeyRange keys = work.keys_of_row(p, static_cast<int>(row) + 16 * r + 8 * half);
       const auto begin = static_cast<int>(keys.begin);
       const auto count = static_cast<unsigned>(keys.end - keys.begin);
 #pragma unroll
@@ -279,6 +281,9 @@ __device__ inline void write_rows(const FlashAttnParams& p, const FlashWork& wor
                                   char* stage) {
   const int lane = threadIdx.x % kWarpSize;
   const float sink = p.sinks == nullptr ? -INFINITY : p.sinks[work.head] * kLog2E;
+  // Of the four lanes that share 2 * kRowTiles rows, each writes the lse of one.
+  float own_sum = 0;
+  float own_largest = 0;
 #pragma unroll
   for (int r = 0; r < kRowTiles; ++r) {
 #pragma unroll
@@ -287,42 +292,52 @@ __device__ inline void write_rows(const FlashAttnParams& p, const FlashWork& wor
       float sum = quad_reduce<Sum>(softmax.sum[r][half]);
       const float largest = fmaxf(softmax.largest[r][half], sink);
       float scale = ptx::exp2_approx(softmax.largest[r][half] - largest);
-      sum *= scale;
-      if (sink != -INFINITY) sum += ptx::exp2_approx(sink - largest);
+      sum = sum * scale + (sink == -INFINITY ? 0.0f : ptx::exp2_approx(sink - largest));
       scale = sum == 0.0f ? 0.0f : __fdividef(scale, sum);
-
-      const int row = 16 * r + lane / 4 + 8 * half;
+      if (lane % 4 == 2 * r + half) {
+        own_sum = sum;
+        own_largest = largest;
+      }
+      const uint32_t row = Tile::offset(16 * r + lane / 4 + 8 * half, 0) + lane % 4 * 4;
 #pragma unroll
       for (int t = 0; t < kDimTiles; ++t) {
-        *reinterpret_cast<uint32_t*>(stage + Tile::offset(row, t) + lane % 4 * 4) =
+        // Chunk t from chunk 0: within a span by exchange, from span to span by distance.
+        const uint32_t to = (row ^ (t % Tile::kSpan * Tile::kChunkBytes)) +
+                            t / Tile::kSpan * Tile::kSpan * Tile::kChunkBytes;
+        *reinterpret_cast<uint32_t*>(stage + to) =
             pack_two(o[r][t][2 * half] * scale, o[r][t][2 * half + 1] * scale, T{});
-      }
-      const int query = first_row + row;
-      if (lane % 4 == 0 && query < work.num_queries) {
-        float* lse = p.cu_seqlens_q == nullptr
-                         ? p.lse + (work.index * p.num_heads_q + work.head) * p.seqlen_q
-                         : p.lse + work.head * p.total_q + p.cu_seqlens_q[work.index];
-        lse[query] = sum == 0.0f ? -INFINITY : largest * kLn2 + logf(sum);
       }
     }
   }
+  const bool packed = p.cu_seqlens_q != nullptr;
+  const int64_t first_token = packed ? p.cu_seqlens_q[work.index] : work.index * p.seqlen_q;
+  const int own_row = first_row + lane / 4 + lane % 4 * 8;
+  if (lane % 4 < 2 * kRowTiles && own_row < work.num_queries) {
+    float* lse = packed ? p.lse + work.head * p.total_q + first_token
+                        : p.lse + (work.index * p.num_heads_q + work.head) * p.seqlen_q;
+    lse[own_row] = own_sum == 0.0f ? -INFINITY : (own_largest + __log2f(own_sum)) * kLn2;
+  }
   __syncwarp();
 
-  const int64_t first_token =
-      p.cu_seqlens_q == nullptr ? work.index * p.seqlen_q : p.cu_seqlens_q[work.index];
-  T* out = static_cast<T*>(p.out) + (first_token * p.num_heads_q + work.head) * p.head_dim;
   constexpr int kRowStep = kWarpSize / Tile::kSpan;
+  int row = lane / Tile::kSpan;
+  const int chunk = lane % Tile::kSpan;
+  const int64_t row_elements = p.num_heads_q * p.head_dim;
+  T* out = static_cast<T*>(p.out) + (first_token + first_row + row) * row_elements +
+           work.head * p.head_dim + chunk * Tile::kChunkElements;
 #pragma unroll
   for (int step = 0; step < 16 * kRowTiles; step += kRowStep) {
-    const int row = step + lane / Tile::kSpan;
-    if (first_row + row >= work.num_queries) continue;
-    T* to = out + (first_row + row) * p.num_heads_q * p.head_dim;
+    if (first_row + row < work.num_queries) {
 #pragma unroll
-    for (int chunk = lane % Tile::kSpan; chunk < Tile::kChunks; chunk += Tile::kSpan) {
-      if (chunk * Tile::kChunkElements >= p.head_dim) continue;
-      reinterpret_cast<uint4*>(to)[chunk] =
-          *reinterpret_cast<const uint4*>(stage + Tile::offset(row, chunk));
+      for (int span = 0; span < Tile::kChunks; span += Tile::kSpan) {
+        if ((chunk + span) * Tile::kChunkElements < p.head_dim) {
+          *reinterpret_cast<uint4*>(out + span * Tile::kChunkElements) =
+              *reinterpret_cast<const uint4*>(stage + Tile::offset(row, chunk + span));
+        }
+      }
     }
+    row += kRowStep;
+    out += kRowStep * row_elements;
   }
 }
 
@@ -349,7 +364,7 @@ inline FlashGrid flash_grid(const FlashAttnParams& p, int block_rows, int row_st
   if (section > heads) section = heads;
   return {.attn = p,
           .row_blocks = static_cast<int>((p.seqlen_q + block_rows - 1) / block_rows),
-          .group_size = static_cast<int>(p.num_heads_q / p.num_heads_kv),
+          .group_size = static_cast<unsigned>(p.num_heads_q / p.num_heads_kv),
           .section_heads = static_cast<int>(section),
           .k_step = static_cast<uint32_t>(p.k.token_stride * row_step * 2),
           .v_step = static_cast<uint32_t>(p.v.token_stride * row_step * 2),

@@ -57,8 +57,12 @@ struct FlashWarp {
   __device__ bool is_plain(int tile) const { return plain_begin <= tile && tile < plain_end; }
   // Whether any row of the warp sees a key of the tile.
   __device__ bool sees(int tile) const {
-    return first_row < work.num_queries && tile * kKeys < keys_of_row(last_row()).end &&
-           (tile + 1) * kKeys > keys_of_row(first_row).begin;
+    auto row = static_cast<uint32_t>(first_row);
+    ptx::keep(row);  // few tiles are not plain: the bounds should not wait in registers for them
+    const int first = static_cast<int>(row);
+    const int last = min(first + kWarpRows, work.num_queries) - 1;
+    return first <= last && tile * kKeys < keys_of_row(last).end &&
+           (tile + 1) * kKeys > keys_of_row(first).begin;
   }
 
   template <int kTiles>
