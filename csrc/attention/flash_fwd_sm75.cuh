@@ -1,22 +1,18 @@
 // flash_attn on Turing's tensor cores: mma.sync m16n8k8 in float16, no cp.async.
 // A block of 4 warps takes kRows queries of one head. One tile of keys and one of values stand in
 // shared memory; the next comes through registers, loaded before a product and stored after it, so
-// that both loads hide under products. A multiprocessor overlaps one block's softmax with the
-// other's products.
+// that both loads hide under products. Two blocks share a multiprocessor, so that one's softmax
+// hides under the other's products; at head_dim 256 there is room for one.
 //
-// Budget of a tile, 4 warps and 128 threads (clocks of one multiprocessor: tensor cores 512 FMA,
-// shared memory 128 bytes, exp2 16, global memory 4.5 bytes of DRAM at 320 GB/s, 1.59 GHz, 40 of
-// them):
-//   head_dim  rows x keys  mma m16n8k8  tensor  shared read + written  clocks  exp2   registers of
-//   o, s, q
-//         64     128 x 64    4 x 256     2048    64 KB + 16 KB           640    512      64 + 64 +
-//         32 96      64 x 64    4 x 192     1536    96 KB + 24 KB           960    256      48 + 32
-//         + 24
-//        128      64 x 64    4 x 256     2048   128 KB + 32 KB          1280    256      64 + 32 +
-//        32 256      64 x 32    4 x 256     2048   160 KB + 32 KB          1536    128     128 +
-//        16, q in shared
-// A tile's keys and values are as many bytes as it writes to shared memory: from L2 if other blocks
-// of the head read them too. Nothing here has been timed on Turing.
+// Budget of a tile in clocks of one of a T4's 40 multiprocessors, from its data sheet and the bytes
+// counted here: tensor cores 512 FMA a clock, shared memory 64 bytes, exp2 16.
+//   head_dim  rows x keys  mma of a warp  tensor  shared read, written  shared  exp2  shared memory
+//         64     128 x 64            256    2048          64, 16 KB      1280   512          16 KB
+//         96      64 x 64            192    1536          96, 24 KB      1920   256          24 KB
+//        128      64 x 64            256    2048         128, 32 KB      2560   256          32 KB
+//        256      64 x 16            128    1024          96, 16 KB      1792    64          48 KB
+// Registers of sm_75: 255, 210, 246 and 255, nothing spilled. Keys and values of a tile come from
+// L2 where other blocks of the head read them too: the bytes written. Never timed on Turing.
 #pragma once
 
 #include "attention/flash_warp.cuh"
@@ -134,7 +130,7 @@ struct FlashFwdSm75 {
     extern __shared__ __align__(128) char s_bytes[];
     auto& shared = *reinterpret_cast<Shared*>(s_bytes);
     Warp warp(grid, kRows);
-    if (!warp.has_work(kRows)) return;
+    if (!warp.has_work(kRows, kKeys)) return;
     char* s_rows = shared.rows + Warp::warp() * Tile::bytes(Warp::kWarpRows);
     if (warp.first_tile < warp.end_tile) {
       if (grid.aligned) {

@@ -13,16 +13,19 @@
 
 namespace llamatelemetry {
 
-template <typename T, int kHeadDim, int kWarps, int kRowTiles, int kKeys, bool kQueriesInRegisters,
-          int kBlocksPerSm>
+// kKeys: of a tile; kScoredKeys: whose scores stand in registers at a time; kHeldSteps: 16
+// dimensions each of the queries that stay in registers.
+template <typename T, int kHeadDim, int kWarps, int kRowTiles, int kKeys, int kScoredKeys,
+          int kHeldSteps, int kBlocksPerSm>
 struct FlashFwdSm80 {
   using Params = FlashGrid;
-  using Warp = FlashWarp<T, MmaSm80, kHeadDim, kRowTiles, kKeys>;
+  using Warp = FlashWarp<T, MmaSm80, kHeadDim, kRowTiles, kScoredKeys>;
   using Tile = typename Warp::Tile;
   static constexpr int kCapability = 80;
   static constexpr int kNumThreads = kWarps * kWarpSize;
   static constexpr int kMinBlocks = kBlocksPerSm;
   static constexpr int kRows = kWarps * Warp::kWarpRows;
+  static constexpr int kParts = kKeys / kScoredKeys;
   static constexpr int kRowStep = TileShare<Tile, kKeys, kNumThreads>::kRowStep;
 
   struct Stage {
@@ -139,7 +142,7 @@ struct FlashFwdSm80 {
     extern __shared__ __align__(128) char s_bytes[];
     auto& shared = *reinterpret_cast<Shared*>(s_bytes);
     Warp warp(grid, kRows);
-    if (!warp.has_work(kRows)) return;
+    if (!warp.has_work(kRows, kKeys)) return;
     char* s_rows = shared.q + Warp::warp() * Tile::bytes(Warp::kWarpRows);
     if (warp.first_tile < warp.end_tile) {
       if (grid.aligned) {
@@ -170,14 +173,12 @@ struct FlashFwdSm80 {
     ptx::keep(s_q);
     ptx::keep(s_k);
     ptx::keep(s_v);
-    typename Warp::Queries queries[kQueriesInRegisters ? Warp::kDimSteps : 1];
-    if constexpr (kQueriesInRegisters) {
+    typename Warp::Queries held[kHeldSteps > 0 ? kHeldSteps : 1];
+    if constexpr (kHeldSteps > 0) {
       ptx::cp_async_wait<0>();
       __syncthreads();
 #pragma unroll
-      for (int step = 0; step < Warp::kDimSteps; ++step) {
-        Warp::load_queries(queries[step], s_q, step);
-      }
+      for (int step = 0; step < kHeldSteps; ++step) Warp::load_queries(held[step], s_q, step);
     }
     uint32_t stage = 0;  // of this tile
 #pragma unroll 1
@@ -186,17 +187,25 @@ struct FlashFwdSm80 {
       __syncthreads();  // this tile is here, and nobody reads the last one any more
       const uint32_t next_stage = sizeof(Stage) - stage;
       loader.load(tile + 1, shared, next_stage);
-      const bool plain = warp.is_plain(tile);
-      if (plain || warp.sees(tile)) {
+#pragma unroll 1
+      for (int part = 0; part < kParts; ++part) {
+        const int scored = tile * kParts + part;
+        const bool plain = warp.is_plain(scored);
+        if (!plain && !warp.sees(scored)) continue;
+        const uint32_t first_key = stage + part * Tile::bytes(kScoredKeys);
         Warp::clear(warp.s);
 #pragma unroll
         for (int step = 0; step < Warp::kDimSteps; ++step) {
-          auto& q_step = queries[kQueriesInRegisters ? step : 0];
-          if constexpr (!kQueriesInRegisters) Warp::load_queries(q_step, s_q, step);
-          warp.multiply_keys(q_step, s_k + stage, step);
+          if (step < kHeldSteps) {
+            warp.multiply_keys(held[step < kHeldSteps ? step : 0], s_k + first_key, step);
+          } else {
+            typename Warp::Queries queries;
+            Warp::load_queries(queries, s_q, step);
+            warp.multiply_keys(queries, s_k + first_key, step);
+          }
         }
-        warp.finish_scores(tile, plain);
-        warp.multiply_values(s_v + stage);
+        warp.finish_scores(scored, plain);
+        warp.multiply_values(s_v + first_key);
       }
       stage = next_stage;
     }

@@ -40,13 +40,13 @@ struct FlashWarp {
   }
 
   // Whether the block has queries; finds their keys.
-  __device__ bool has_work(int block_rows) {
+  __device__ bool has_work(int block_rows, int tile_keys) {
     if (work.first_row >= work.num_queries) return false;
     const int end_row = min(work.first_row + block_rows, work.num_queries);
     const int begin = static_cast<int>(keys_of_row(work.first_row).begin);
     const int end = static_cast<int>(keys_of_row(end_row - 1).end);
-    first_tile = begin / kKeys;
-    end_tile = begin < end ? (end + kKeys - 1) / kKeys : 0;
+    first_tile = begin / tile_keys;
+    end_tile = begin < end ? (end + tile_keys - 1) / tile_keys : 0;
     plain_begin = plain_end = 0;
     if (first_row < work.num_queries && !grid.changes_scores) {
       plain_begin = static_cast<int>((keys_of_row(last_row()).begin + kKeys - 1) / kKeys);
