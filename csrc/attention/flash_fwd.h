@@ -5,6 +5,8 @@
 
 namespace llamatelemetry {
 
+// Keys and values in pages: what long chunks of queries of paged_attention run on.
+Error launch_flash_fwd_paged_sm80(const FlashAttnParams& params, Stream stream);
 Error launch_flash_fwd_sm75(const FlashAttnParams& params, Stream stream);
 Error launch_flash_fwd_sm80(const FlashAttnParams& params, Stream stream);
 Error launch_flash_fwd_sm90(const FlashAttnParams& params, Stream stream);

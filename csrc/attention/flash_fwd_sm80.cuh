@@ -16,7 +16,7 @@ namespace llamatelemetry {
 // kKeys: of a tile; kScoredKeys: whose scores stand in registers at a time; kHeldSteps: 16
 // dimensions each of the queries that stay in registers.
 template <typename T, int kHeadDim, int kWarps, int kRowTiles, int kKeys, int kScoredKeys,
-          int kHeldSteps, int kBlocksPerSm>
+          int kHeldSteps, int kBlocksPerSm, bool kPaged = false>
 struct FlashFwdSm80 {
   using Params = FlashGrid;
   using Warp = FlashWarp<T, MmaSm80, kHeadDim, kRowTiles, kScoredKeys>;
@@ -37,6 +37,42 @@ struct FlashFwdSm80 {
     Stage stages[2];
   };
   static constexpr int kSharedBytes = sizeof(Shared);
+
+  // Loads tiles of keys and values that lie in pages: a look into the table a row.
+  struct PagedLoader {
+    const Warp& warp;
+    PagedRows<T> k;
+    PagedRows<T> v;
+
+    __device__ PagedLoader(const Warp& warp, int64_t, Shared&)
+        : warp(warp),
+          k(warp.p, warp.p.k, warp.work.index, warp.work.kv_head),
+          v(warp.p, warp.p.v, warp.work.index, warp.work.kv_head) {}
+
+    __device__ void load(int tile, Shared& shared, uint32_t stage) {
+      if (tile >= warp.end_tile) return;
+      Stage& to = shared.stages[stage / sizeof(Stage)];
+      load_rows(k, tile * kKeys, to.k);
+      load_rows(v, tile * kKeys, to.v);
+      ptx::cp_async_commit();
+    }
+
+   private:
+    __device__ void load_rows(const PagedRows<T>& x, int first_key, char* s_tile) const {
+      const uint32_t address = shared_address(s_tile);
+      const TileShare<Tile, kKeys, kNumThreads> share;
+      share.template for_each<2>([&](int, uint32_t to, int row, int chunk) {
+        const int column = chunk * Tile::kChunkElements;
+        const bool exists = first_key + row < warp.work.num_keys && column < warp.p.head_dim;
+        const T* from = exists ? x.row(first_key + row) + column : x.head;
+        if (warp.grid.aligned) {
+          ptx::cp_async_16_or_zeros(address + to, from, exists);
+        } else {
+          *reinterpret_cast<uint4*>(s_tile + to) = exists ? load_chunk(from, false) : uint4{};
+        }
+      });
+    }
+  };
 
   // Loads tiles of keys and values, one after the other. kAligned: by cp.async, else by elements.
   // The products wait for nothing here: all that a whole tile needs is in registers.
@@ -145,21 +181,23 @@ struct FlashFwdSm80 {
     if (!warp.has_work(kRows, kKeys)) return;
     char* s_rows = shared.q + Warp::warp() * Tile::bytes(Warp::kWarpRows);
     if (warp.first_tile < warp.end_tile) {
-      if (grid.aligned) {
-        attend<true>(warp, shared, s_rows);
+      if constexpr (kPaged) {
+        attend<PagedLoader, false>(warp, shared, s_rows);
+      } else if (grid.aligned) {
+        attend<Loader<true>, true>(warp, shared, s_rows);
       } else {
-        attend<false>(warp, shared, s_rows);
+        attend<Loader<false>, false>(warp, shared, s_rows);
       }
     }
     __syncwarp();
     warp.write(s_rows);
   }
 
-  template <bool kAligned>
+  template <typename KeyLoader, bool kAligned>
   static __device__ void attend(Warp& warp, Shared& shared, const char* s_rows) {
     const FlashAttnParams& p = warp.p;
     const FlashSequence sequence = flash_sequence(p, warp.work.index);
-    Loader<kAligned> loader(warp, sequence.first_key, shared);
+    KeyLoader loader(warp, sequence.first_key, shared);
     const HeadRows<T> q(p.q, warp.work.index, sequence.first_query + warp.work.first_row,
                         warp.work.head);
     load_tile<kAligned, kRows, kAligned ? 8 : 1>(q.first, q.stride,

@@ -79,6 +79,27 @@ struct HeadRows {
         stride(x.token_stride) {}
 };
 
+// The same where keys lie in pages.
+template <typename T>
+struct PagedRows {
+  const T* head;  // of block 0
+  const int32_t* table;
+  int64_t block_stride;
+  int64_t slot_stride;
+  int page_size;
+
+  __device__ PagedRows(const FlashAttnParams& p, const Heads& x, int64_t index, int64_t kv_head)
+      : head(static_cast<const T*>(x.data) + kv_head * x.head_stride),
+        table(p.block_table + index * p.block_table_stride),
+        block_stride(x.batch_stride),
+        slot_stride(x.token_stride),
+        page_size(static_cast<int>(p.page_size)) {}
+
+  __device__ const T* row(int key) const {
+    return head + table[key / page_size] * block_stride + key % page_size * slot_stride;
+  }
+};
+
 // A thread's share of tiles of kRows rows: chunks in the same column of every kRowStep-th row.
 template <typename Tile, int kRows, int kNumThreads>
 struct TileShare {
@@ -358,6 +379,7 @@ inline FlashGrid flash_grid(const FlashAttnParams& p, int block_rows, int row_st
                             int64_t l2_bytes) {
   const bool changes = p.softcap > 0 || p.alibi_slopes != nullptr || !(p.softmax_scale > 0);
   const int64_t heads = p.batch * p.num_heads_q;
+  const int64_t num_parts = p.block_table != nullptr ? INT64_MAX : p.batch;  // of k and v
   const int64_t key_bytes = 4 * p.head_dim * p.seqlen_k * p.num_heads_kv / p.num_heads_q;
   int64_t section = key_bytes > 0 ? l2_bytes / key_bytes : heads;
   if (section < 1) section = 1;
@@ -371,8 +393,8 @@ inline FlashGrid flash_grid(const FlashAttnParams& p, int block_rows, int row_st
           .factor = changes ? 1.0f : p.softmax_scale * kLog2E,
           .changes_scores = changes,
           .aligned = rows_are_aligned(p.q, p.batch, p.num_heads_q, p.total_q) &&
-                     rows_are_aligned(p.k, p.batch, p.num_heads_kv, p.total_k) &&
-                     rows_are_aligned(p.v, p.batch, p.num_heads_kv, p.total_k)};
+                     rows_are_aligned(p.k, num_parts, p.num_heads_kv, p.total_k) &&
+                     rows_are_aligned(p.v, num_parts, p.num_heads_kv, p.total_k)};
 }
 
 template <typename Kernel>

@@ -71,15 +71,22 @@ struct FlashAttnParams {
   Heads v;
   const int32_t* cu_seqlens_q;  // [batch + 1], where lengths are packed; else nullptr
   const int32_t* cu_seqlens_k;  // [batch + 1], likewise
-  const float* sinks;           // [num_heads_q] or nullptr: a score without a value
-  const float* alibi_slopes;    // [num_heads_q], rows alibi_batch_stride apart, or nullptr
-  void* out;                    // like q, contiguous
-  float* lse;                   // [batch, num_heads_q, seqlen_q] or [num_heads_q, total_q]
+  // Where keys lie in pages: token t of sequence b is slot t % page_size of block
+  // block_table[b * block_table_stride + t / page_size], and batch_stride of k and v is a block's.
+  // nullptr where they do not.
+  const int32_t* block_table;
+  const int32_t* cache_seqlens;  // [batch], keys of each sequence
+  const float* sinks;            // [num_heads_q] or nullptr: a score without a value
+  const float* alibi_slopes;     // [num_heads_q], rows alibi_batch_stride apart, or nullptr
+  void* out;                     // like q, contiguous
+  float* lse;                    // [batch, num_heads_q, seqlen_q] or [num_heads_q, total_q]
+  int64_t block_table_stride;
+  int64_t page_size;
   int64_t alibi_batch_stride;
   int64_t batch;
   int64_t seqlen_q;  // of every sequence, or the most of any where lengths are packed
-  int64_t seqlen_k;
-  int64_t total_q;  // tokens of q and out in all: batch * seqlen_q, or the packed ones
+  int64_t seqlen_k;  // where keys lie in pages, what the pages of a sequence can hold
+  int64_t total_q;   // tokens of q and out in all: batch * seqlen_q, or the packed ones
   int64_t total_k;
   int64_t num_heads_q;
   int64_t num_heads_kv;
@@ -103,6 +110,12 @@ struct FlashSequence {
 static inline constexpr FlashSequence flash_sequence(const FlashAttnParams& p, int64_t index) {
   if (p.cu_seqlens_q == nullptr) return {0, p.seqlen_q, 0, p.seqlen_k};
   const int64_t query = p.cu_seqlens_q[index];
+  if (p.block_table != nullptr) {
+    // A table that is too short ends the keys, never a read past it.
+    const int64_t num_keys =
+        p.cache_seqlens[index] < p.seqlen_k ? p.cache_seqlens[index] : p.seqlen_k;
+    return {query, p.cu_seqlens_q[index + 1] - query, 0, num_keys};
+  }
   const int64_t key = p.cu_seqlens_k[index];
   return {query, p.cu_seqlens_q[index + 1] - query, key, p.cu_seqlens_k[index + 1] - key};
 }

@@ -102,5 +102,5 @@ def test_system_ceilings(library):
 def test_exports_nothing_of_cpp(library):
     """A C++ symbol of ours or of torch's headers could be taken for another library's."""
     exported = run("nm", "-D", "-C", "--defined-only", library).splitlines()
-    assert any(" lt_" in line for line in exported) == ("cpu" in library.stem)
+    assert any(" lt_" in line for line in exported)
     assert not [line for line in exported if re.search("llamatelemetry::|torch::|c10::", line)]
