@@ -59,8 +59,9 @@ inline Error encode_heads(const Heads& x, DType dtype, int64_t head_dim, int64_t
 }
 
 inline FlashSchedule flash_schedule(const FlashAttnParams& p, int block_m, bool even) {
-  // Tiles of one length: the heads at work fill half of L2. Of many: balance counts for more.
-  const int64_t l2_bytes = int64_t{even ? 32 : 128} << 20;
+  // Of keys and values. Tiles of one length: as few heads as are at work at once. Of many: more,
+  // so that the longest still come first.
+  const int64_t l2_bytes = int64_t{even ? 8 : 32} << 20;
   const int64_t head_bytes = std::max<int64_t>(p.seqlen_k * p.head_dim * 2 * 2, 1);
   const int64_t num_heads = p.batch * p.num_heads_q;
   const auto fitting = static_cast<uint64_t>(std::max<int64_t>(l2_bytes / head_bytes, 1));
@@ -102,12 +103,17 @@ Error launch_tiles_of(const FlashSm90Params& params, Stream stream) {
   if (error != nullptr) return error;
   const auto kernel = flash_fwd_sm90_kernel<T, Tile, kMask>;
   constexpr int kSharedBytes = sizeof(FlashShared<Tile>);
-  static_assert(kSharedBytes * Tile::kBlocks <= 227 * 1024);
+  static_assert(kSharedBytes <= 227 * 1024);
   if (cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes) !=
       cudaSuccess) {
     return last_launch_error();
   }
-  const int grid = std::min(args.schedule.num_tiles, current_device().num_sms * Tile::kBlocks);
+  const int grid = std::min(args.schedule.num_tiles, current_device().num_sms);
+  const bool in_turn = kMask == FlashMask::kFull && !packed;
+  if (!in_turn && args.schedule.num_tiles > grid) {
+    const cudaError_t status = cudaMemsetAsync(p.tile_counter, 0, sizeof(int32_t), stream);
+    if (status != cudaSuccess) return cudaGetErrorString(status);
+  }
   kernel<<<grid, Tile::kThreads, kSharedBytes, stream>>>(args);
   return last_launch_error();
 }

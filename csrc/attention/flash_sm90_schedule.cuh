@@ -33,12 +33,6 @@ __device__ inline FlashTilePlace place_of_tile(const FlashSchedule& s, int tile,
   return {s.num_row_blocks - 1 - row, head % num_heads_q, head / num_heads_q};
 }
 
-// Tile of block `block` in round `round`, of num_blocks at a time. Every second round runs
-// backwards: who had the longest tile of one round gets the shortest of the next.
-__device__ inline int tile_of_round(int round, int block, int num_blocks) {
-  return round * num_blocks + (round % 2 == 0 ? block : num_blocks - 1 - block);
-}
-
 // The blocks of kBlockN keys that rows [first, last] of a sequence need: [lo, hi). Those in
 // [left_full, right_full) are seen in full by each of them.
 struct KeyBlocks {

@@ -57,19 +57,27 @@ struct FlashScoreRule {
 template <int kBlockN>
 __device__ inline void shape_scores(float (&s)[kBlockN / 2], const FlashScoreRule& rule,
                                     int position, int first_key) {
-  const float inverse_cap = rule.softcap > 0 ? 1.0f / rule.softcap : 0.0f;
+  if (rule.softcap > 0) {
+    // tanh(x) = 1 - 2 / (e^2x + 1): off by 1e-7 of the cap, where tanh.approx is off by 5e-4.
+    const float to_exponent = rule.softmax_scale / rule.softcap * (2.0f * kLog2E);
+    const float cap = rule.softcap * kLog2E;
 #pragma unroll
-  for (int i = 0; i < kBlockN / 2; ++i) {
-    float score = s[i] * rule.softmax_scale;
-    if (rule.softcap > 0) {
-      // tanh(x) = 1 - 2 / (e^2x + 1): off by 1e-7 of the cap, where tanh.approx is off by 5e-4.
-      const float e = ptx::ex2(score * inverse_cap * (2.0f * kLog2E));
-      score = rule.softcap * (1.0f - __fdividef(2.0f, e + 1.0f));
+    for (int i = 0; i < kBlockN / 2; ++i) {
+      s[i] = cap - __fdividef(2.0f * cap, ptx::ex2(s[i] * to_exponent) + 1.0f);
     }
-    const int key = first_key + i / 4 * 8 + i % 2;
-    const int row = position + i % 4 / 2 * 8;
-    score -= rule.slope * fabsf(static_cast<float>(row - key));
-    s[i] = score * kLog2E;
+  } else {
+    const float scale = rule.softmax_scale * kLog2E;
+#pragma unroll
+    for (int i = 0; i < kBlockN / 2; ++i) s[i] *= scale;
+  }
+  if (rule.slope != 0.0f) {
+    const float slope = rule.slope * kLog2E;
+    const auto first = static_cast<float>(position - first_key);  // exact up to 2^24
+#pragma unroll
+    for (int i = 0; i < kBlockN / 2; ++i) {
+      const auto offset = static_cast<float>(i % 4 / 2 * 8 - i / 4 * 8 - i % 2);
+      s[i] = fmaf(-slope, fabsf(first + offset), s[i]);
+    }
   }
 }
 
@@ -88,21 +96,9 @@ __device__ inline void mask_scores(float (&s)[kBlockN / 2], const int (&begins)[
   }
 }
 
-// 2^x on the units of sums and products, for where the unit of ex2 is what bounds: x = n + f with n
-// whole and f in [-1/2, 1/2], 2^f by a polynomial (relative error below 1e-4, a twentieth of what
-// rounding to bfloat16 costs), n added to the exponent. Below 2^-126 it is 2^-126; NaN stays.
-__device__ inline float ex2_polynomial(float x) {
-  constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: the sum's low bits are n
-  x = ptx::max_nan(x, -126.0f);
-  const float shifted = x + kRound;
-  const float f = x - (shifted - kRound);
-  const float y = fmaf(fmaf(fmaf(0.05517155f, f, 0.24261136f), f, 0.69326102f), f, 0.99992806f);
-  return __int_as_float(__float_as_int(y) + (__float_as_int(shifted) << 23));
-}
-
-// Scores to weights in place, kPolynomials of every eight by ex2_polynomial. keep: by how much what
+// Scores to weights in place. keep: by how much what
 // was accumulated so far is to be scaled.
-template <int kBlockN, int kPolynomials>
+template <int kBlockN>
 __device__ inline void weigh(float (&s)[kBlockN / 2], TwoRows& rows, float scale_log2,
                              float (&keep)[2]) {
   float base[2];
@@ -124,8 +120,7 @@ __device__ inline void weigh(float (&s)[kBlockN / 2], TwoRows& rows, float scale
   }
 #pragma unroll
   for (int i = 0; i < kBlockN / 2; ++i) {
-    const float x = fmaf(s[i], scale_log2, -base[i % 4 / 2]);
-    s[i] = i / 4 % 8 < kPolynomials ? ex2_polynomial(x) : ptx::ex2(x);
+    s[i] = ptx::ex2(fmaf(s[i], scale_log2, -base[i % 4 / 2]));
   }
 #pragma unroll
   for (int h = 0; h < 2; ++h) {

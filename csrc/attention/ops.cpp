@@ -262,6 +262,7 @@ FlashAttnParams flash_params(const char* op, const Tensor& q, const Tensor& k, c
           options.alibi_slopes ? options.alibi_slopes->const_data_ptr<float>() : nullptr,
       .out = nullptr,
       .lse = nullptr,
+      .tile_counter = nullptr,
       .block_table_stride = 0,
       .page_size = 0,
       .alibi_batch_stride = slopes_per_sequence ? num_heads_q : 0,
@@ -288,6 +289,8 @@ std::tuple<Tensor, Tensor> run_flash(const char* op, FlashAttnParams& params, co
   if (q.numel() == 0 || params.batch == 0 || params.seqlen_q == 0) return {out, lse};
   params.out = out.mutable_data_ptr();
   params.lse = lse.mutable_data_ptr<float>();
+  Tensor counter = allocate(q, {params.impl == FlashImpl::kSm90 ? 1 : 0}, ScalarType::Int);
+  params.tile_counter = counter.mutable_data_ptr<int32_t>();
   launch(op, launch_flash_attn, params, q);
   return {out, lse};
 }

@@ -80,6 +80,7 @@ struct FlashAttnParams {
   const float* alibi_slopes;     // [num_heads_q], rows alibi_batch_stride apart, or nullptr
   void* out;                     // like q, contiguous
   float* lse;                    // [batch, num_heads_q, seqlen_q] or [num_heads_q, total_q]
+  int32_t* tile_counter;         // [1], what kSm90 deals its work out with; else nullptr
   int64_t block_table_stride;
   int64_t page_size;
   int64_t alibi_batch_stride;

@@ -63,6 +63,13 @@ __device__ inline void tma_load_4d(uint32_t to, const CUtensorMap* map, uint32_t
       "l"(map), "r"(barrier), "r"(c0), "r"(c1), "r"(c2), "r"(c3), "l"(cache_hint)
       : "memory");
 }
+// #data-movement-and-conversion-instructions-cp-async-bulk-prefetch-tensor
+// The same box into L2.
+__device__ inline void tma_prefetch_4d(const CUtensorMap* map, int c0, int c1, int c2, int c3) {
+  asm volatile("cp.async.bulk.prefetch.tensor.4d.L2.global [%0, {%1, %2, %3, %4}];" ::"l"(map),
+               "r"(c0), "r"(c1), "r"(c2), "r"(c3)
+               : "memory");
+}
 // #data-movement-and-conversion-instructions-prefetch-prefetchu
 __device__ inline void prefetch_tensor_map(const CUtensorMap* map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
@@ -101,13 +108,6 @@ __device__ inline void named_barrier_arrive(int id, int num_threads) {
 __device__ inline float ex2(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
-// #floating-point-instructions-max
-// NaN where either is.
-__device__ inline float max_nan(float a, float b) {
-  float y;
-  asm("max.NaN.f32 %0, %1, %2;" : "=f"(y) : "f"(a), "f"(b));
   return y;
 }
 

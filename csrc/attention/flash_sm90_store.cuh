@@ -1,0 +1,83 @@
+// What leaves the Hopper kernel: the rows of out and their lse.
+#pragma once
+
+#include <cstdint>
+
+#include "attention/flash_sm90_softmax.cuh"
+#include "attention/flash_sm90_tile.cuh"
+
+namespace llamatelemetry {
+
+// Where a thread's two rows of results go, and how many of the sequence's rows are left from the
+// first on.
+template <typename T>
+struct FlashRowsOut {
+  T* out;
+  float* lse;
+  int rows_left;
+  float sink;  // in log2 units
+};
+template <typename T>
+__device__ inline FlashRowsOut<T> rows_out_of(const FlashAttnParams& p, const FlashTileWork& work,
+                                              int row) {
+  const bool packed = p.cu_seqlens_q != nullptr;
+  const int64_t token = (packed ? work.sequence.first_query : work.place.index * p.seqlen_q) + row;
+  const int64_t sequence_head = work.place.index * p.num_heads_q + work.place.head;
+  return {.out = static_cast<T*>(p.out) + (token * p.num_heads_q + work.place.head) * p.head_dim,
+          .lse = p.lse +
+                 (packed ? work.place.head * p.total_q + token : sequence_head * p.seqlen_q + row),
+          .rows_left = work.num_queries - row,
+          .sink = p.sinks == nullptr ? -INFINITY : p.sinks[work.place.head] * kLog2E};
+}
+
+// Two rows of results to device memory. The four lanes of a quad trade words so that each holds
+// eight consecutive columns: whole sectors leave at once.
+template <typename T, typename Tile>
+__device__ inline void store_rows(const FlashRowsOut<T>& to, int64_t row_stride, int head_dim,
+                                  float scale_log2, const float (&r_o)[Tile::kHeadDim / 2],
+                                  const TwoRows& rows) {
+  const int lane = threadIdx.x % 4;
+#pragma unroll
+  for (int h = 0; h < 2; ++h) {
+    float sum = quad_sum(rows.sum[h]);
+    float reference = rows.largest[h] * scale_log2;
+    float weight = 1.0f;
+    if (to.sink > -INFINITY) {
+      const float largest = fmaxf(reference, to.sink);
+      weight = ptx::ex2(reference - largest);
+      sum = sum * weight + ptx::ex2(to.sink - largest);
+      reference = largest;
+    }
+    const float scale = sum == 0.0f ? 0.0f : __fdividef(weight, sum);
+    const bool exists = 8 * h < to.rows_left;
+    if (exists && lane == 0) {
+      to.lse[8 * h] = sum == 0.0f ? -INFINITY : (reference + __log2f(sum)) * kLn2;
+    }
+    T* out = to.out + 8 * h * row_stride;
+#pragma unroll
+    for (int j = 0; j < Tile::kHeadDim / 8; j += 4) {
+      uint32_t word[4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int at = 4 * (j + i) + 2 * h;
+        word[i] = pack_two<T>(r_o[at] * scale, r_o[at + 1] * scale);
+      }
+#pragma unroll
+      for (int i = 0; i < 4; i += 2) {
+        const uint32_t got = __shfl_xor_sync(0xffffffff, lane & 1 ? word[i] : word[i + 1], 1);
+        (lane & 1 ? word[i] : word[i + 1]) = got;
+      }
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const uint32_t got = __shfl_xor_sync(0xffffffff, lane & 2 ? word[i] : word[i + 2], 2);
+        (lane & 2 ? word[i] : word[i + 2]) = got;
+      }
+      const int column = 8 * (j + lane);
+      if (exists && column < head_dim) {
+        *reinterpret_cast<uint4*>(out + column) = make_uint4(word[0], word[1], word[2], word[3]);
+      }
+    }
+  }
+}
+
+}  // namespace llamatelemetry
