@@ -62,7 +62,7 @@ __device__ void compute_tiles(const FlashSm90Args& a, FlashShared<Tile>& s) {
   const int row_in_group = threadIdx.x % kGroupThreads / 32 * 16 + lane / 4;
   const int column = 2 * (lane % 4);
   const float scale_log2 = a.p.shapes_scores ? 1.0f : a.p.scale_log2;
-  Ring<kWorkSlots> work_ring;
+  Ring<1> work_ring;
   Ring<Tile::kQueryStages> q_ring;
   Ring<Tile::kStages> k_ring;
   Ring<Tile::kStages> v_ring;
@@ -71,10 +71,10 @@ __device__ void compute_tiles(const FlashSm90Args& a, FlashShared<Tile>& s) {
     if (lane == 0) ptx::mbarrier_arrive(ptx::shared_address(&barrier));
   };
   const auto next_work = [&] {
-    ptx::mbarrier_wait(ptx::shared_address(&s.work_full[work_ring.slot]), work_ring.parity);
-    const FlashTileWork work = s.work[work_ring.slot];
+    ptx::mbarrier_wait(ptx::shared_address(&s.work_full), work_ring.parity);
+    const FlashTileWork work = s.work;
     __syncwarp();
-    release(s.work_empty[work_ring.slot]);
+    release(s.work_empty);
     work_ring.advance();
     return work;
   };
@@ -114,6 +114,7 @@ __device__ void compute_tiles(const FlashSm90Args& a, FlashShared<Tile>& s) {
     release_v();
   };
   const auto pass_blocks = [&](int count) {
+#pragma unroll 1
     for (int i = 0; i < count; ++i) {
       pass_k();
       pass_v();
@@ -134,7 +135,12 @@ __device__ void compute_tiles(const FlashSm90Args& a, FlashShared<Tile>& s) {
   TwoRows rows;
   // The tile whose last product is still to come, and where it goes.
   bool pending = false;
-  FlashRowsOut<T> to;
+  FlashWarpRows& to = s.rows[threadIdx.x / 32 - 4];
+  const auto set_to = [&](const FlashTileWork& work, int warp_row) {
+    __syncwarp();
+    if (lane == 0) to = warp_rows_of<T>(p, work, warp_row);
+    __syncwarp();
+  };
   const auto store = [&] {
     store_rows<T, Tile>(to, p.num_heads_q * p.head_dim, static_cast<int>(p.head_dim), scale_log2,
                         r_o, rows);
@@ -193,7 +199,7 @@ __device__ void compute_tiles(const FlashSm90Args& a, FlashShared<Tile>& s) {
 #pragma unroll
       for (int i = 0; i < Tile::kHeadDim / 2; ++i) r_o[i] = 0.0f;
       rows = {{kNoScore, kNoScore}, {0.0f, 0.0f}};
-      to = rows_out_of<T>(p, work, row);
+      set_to(work, row - lane / 4);
       store();
       continue;
     }
@@ -221,20 +227,7 @@ __device__ void compute_tiles(const FlashSm90Args& a, FlashShared<Tile>& s) {
         mask_scores<kMask, kBlockN>(r_s, block_begins, block_ends);
       }
       weigh<kBlockN>(r_s, of, scale_log2, keep);
-      ptx::wgmma_hold(r_s);
-    };
-
-    // Until the values are in. The sums are never negative: they make the branch need every weight.
-    // Else the compiler waits for the values first and only then weighs.
-    const auto await_values = [&](bool scales, const TwoRows& of, const float (&keep)[2]) {
-      if (__any_sync(0xffffffff, scales || of.sum[0] + of.sum[1] < 0.0f)) {
-        ptx::wgmma_wait<0>();
-        ptx::wgmma_hold(r_o);
-        scale_rows(r_o, keep);
-      } else {
-        ptx::wgmma_wait<0>();
-        ptx::wgmma_hold(r_o);
-      }
+      ptx::wgmma_hold(r_s);  // packed after the weighing, not within: that took more registers
     };
 
     int n = blocks.hi - 1;
@@ -258,7 +251,8 @@ __device__ void compute_tiles(const FlashSm90Args& a, FlashShared<Tile>& s) {
       ptx::wgmma_hold(r_s);
       release_k();
       weigh_block(n, std::true_type{}, first_rows, keep);
-      await_values(false, first_rows, keep);
+      ptx::wgmma_wait<0>();
+      ptx::wgmma_hold(r_o);
       release_v();
       if (num_before > 0) pass_v();
       store();
@@ -273,7 +267,7 @@ __device__ void compute_tiles(const FlashSm90Args& a, FlashShared<Tile>& s) {
 #pragma unroll
     for (int i = 0; i < Tile::kHeadDim / 2; ++i) r_o[i] = 0.0f;
     rows = first_rows;
-    to = rows_out_of<T>(p, work, row);
+    set_to(work, row - lane / 4);
 
     // The scores of block n, beside the values of block n + 1.
     const auto step = [&](auto masked) {
@@ -289,9 +283,11 @@ __device__ void compute_tiles(const FlashSm90Args& a, FlashShared<Tile>& s) {
       ptx::wgmma_hold(r_s);
       release_k();
       weigh_block(n, masked, rows, keep);
-      await_values(keep[0] * keep[1] != 1.0f, rows, keep);
+      ptx::wgmma_wait<0>();
+      ptx::wgmma_hold(r_o);
       release_v();
       pack_weights<T, kBlockN>(r_s, r_p);
+      if (__any_sync(0xffffffff, keep[0] * keep[1] != 1.0f)) scale_rows(r_o, keep);
     };
     --n;
     if constexpr (kMask != FlashMask::kFull) {
@@ -333,7 +329,9 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
       ptx::mbarrier_init(ptx::shared_address(&full), 1);
       ptx::mbarrier_init(ptx::shared_address(&empty), kConsumerWarps);
     };
-    for (int i = 0; i < kWorkSlots; ++i) init(s.work_full[i], s.work_empty[i]);
+    ptx::mbarrier_init(ptx::shared_address(&s.work_full), 1);
+    ptx::mbarrier_init(ptx::shared_address(&s.work_empty), kConsumerWarps + 1);
+    ptx::mbarrier_init(ptx::shared_address(&s.work_wanted), 1);
     for (int i = 0; i < Tile::kQueryStages; ++i) init(s.q_full[i], s.q_empty[i]);
     for (int i = 0; i < Tile::kStages; ++i) init(s.k_full[i], s.k_empty[i]);
     for (int i = 0; i < Tile::kStages; ++i) init(s.v_full[i], s.v_empty[i]);
@@ -343,6 +341,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
   if (threadIdx.x < kGroupThreads) {
     ptx::setmaxnreg_dec<Tile::kCopyRegisters>();
     if (threadIdx.x == 0) copy_tiles<Tile, kMask>(a, s);
+    if (threadIdx.x / 32 == 1) announce_tiles<Tile, kMask>(a, s);
   } else {
     ptx::setmaxnreg_inc<Tile::kComputeRegisters>();
     compute_tiles<T, Tile, kMask>(a, s);

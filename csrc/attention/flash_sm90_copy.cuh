@@ -1,7 +1,6 @@
-// The copying warp of the Hopper kernel.
+// The two warps of the Hopper kernel that compute nothing: one deals out tiles, one copies.
 #pragma once
 
-#include <climits>
 #include <cstdint>
 
 #include "attention/flash_sm90_tile.cuh"
@@ -9,11 +8,42 @@
 
 namespace llamatelemetry {
 
+// One warp: deals out the tiles. A tile is claimed as late as its first copies allow: then the
+// tiles at work are neighbours in the schedule, which is what keeps keys and values in L2, and
+// nobody sits on a tile that another block could have begun.
+template <typename Tile, FlashMask kMask>
+__device__ void announce_tiles(const FlashSm90Args& a, FlashShared<Tile>& s) {
+  const int lane = threadIdx.x % 32;
+  const int num_blocks = gridDim.x;
+  Ring<1> ring;
+  const auto claim = [&] {
+    int tile = num_blocks;
+    if (lane == 0 && num_blocks < a.schedule.num_tiles) tile += atomicAdd(a.p.call.tile_counter, 1);
+    return __shfl_sync(0xffffffff, tile, 0);
+  };
+  const auto announce = [&](const FlashTileWork& work) {
+    ptx::mbarrier_wait(ptx::shared_address(&s.work_empty), ring.parity ^ 1);
+    if (lane == 0) {
+      s.work = work;
+      ptx::mbarrier_arrive(ptx::shared_address(&s.work_full));
+    }
+  };
+
+  for (int tile = blockIdx.x; tile < a.schedule.num_tiles; tile = claim()) {
+    const FlashTileWork work = work_of_tile<Tile>(a, tile);
+    if (work.first_row >= work.num_queries) continue;
+    announce(work);
+    ptx::mbarrier_wait(ptx::shared_address(&s.work_wanted), ring.parity);
+    ring.advance();
+  }
+  announce({.first_row = -1});
+}
+
 // One thread: copies what the tiles need, as far ahead as the rings allow.
 template <typename Tile, FlashMask kMask>
 __device__ void copy_tiles(const FlashSm90Args& a, FlashShared<Tile>& s) {
   const FlashAttnParams& p = a.p.call;
-  Ring<kWorkSlots> work_ring;
+  Ring<1> work_ring;
   Ring<Tile::kQueryStages> q_ring;
   Ring<Tile::kStages> k_ring;
   Ring<Tile::kStages> v_ring;
@@ -21,61 +51,17 @@ __device__ void copy_tiles(const FlashSm90Args& a, FlashShared<Tile>& s) {
   const uint64_t often = ptx::policy_evict_last();
   const int group = static_cast<int>(p.num_heads_q / p.num_heads_kv);
 
-  const auto announce = [&](const FlashTileWork& work) {
-    const int slot = work_ring.slot;
-    ptx::mbarrier_wait(ptx::shared_address(&s.work_empty[slot]), work_ring.parity ^ 1);
-    s.work[slot] = work;
-    ptx::mbarrier_arrive(ptx::shared_address(&s.work_full[slot]));
+#pragma unroll 1
+  while (true) {
+    ptx::mbarrier_wait(ptx::shared_address(&s.work_full), work_ring.parity);
+    const FlashTileWork work = s.work;
+    ptx::mbarrier_arrive(ptx::shared_address(&s.work_empty));
     work_ring.advance();
-  };
-  // Where every tile takes the same time they go round; else who is done first takes the next.
-  const bool in_turn = kMask == FlashMask::kFull && p.cu_seqlens_q == nullptr;
-  int last_tile = blockIdx.x;
-  const auto next_work = [&](bool is_first) {
-    FlashTileWork work{};
-    do {
-      if (!is_first)
-        last_tile = in_turn ? last_tile + gridDim.x
-                    : static_cast<int>(gridDim.x) < a.schedule.num_tiles
-                        ? gridDim.x + atomicAdd(p.tile_counter, 1)
-                        : INT_MAX;
-      is_first = false;
-      work.first_row = -1;
-      if (last_tile >= a.schedule.num_tiles) break;
-      work = work_of_tile<Tile>(a, last_tile);
-    } while (work.first_row >= work.num_queries);
-    return work;
-  };
-  // The next tile's first loads come at once and from afar: into L2 with them beforehand.
-  const auto warm_l2 = [&](const FlashTileWork& work) {
     if (work.first_row < 0) return;
     const KeyBlocks blocks = blocks_of_rows<Tile, kMask>(work, work.first_row, Tile::kBlockM);
-    const int batch = p.cu_seqlens_q == nullptr ? work.place.index : 0;
-    const int kv_head = work.place.head / group;
-    const int first_key = static_cast<int>(work.sequence.first_key);
-#pragma unroll
-    for (int c = 0; c < Tile::kColumnBlocks; ++c) {
-      ptx::tma_prefetch_4d(&a.q_map, c * kColumnBlock,
-                           static_cast<int>(work.sequence.first_query) + work.first_row,
-                           work.place.head * a.q_head_step, batch * a.q_batch_step);
-#pragma unroll 1
-      for (int n = blocks.hi - 1; n >= max(blocks.lo, blocks.hi - 2); --n) {
-        ptx::tma_prefetch_4d(&a.k_map, c * kColumnBlock, first_key + n * Tile::kBlockN,
-                             kv_head * a.k_head_step, batch * a.k_batch_step);
-        ptx::tma_prefetch_4d(&a.v_map, c * kColumnBlock, first_key + n * Tile::kBlockN,
-                             kv_head * a.v_head_step, batch * a.v_batch_step);
-      }
-    }
-  };
-
-  FlashTileWork ahead = next_work(true);
-#pragma unroll 1
-  while (ahead.first_row >= 0) {
-    const FlashTileWork work = ahead;
-    announce(work);
-    const KeyBlocks blocks = blocks_of_rows<Tile, kMask>(work, work.first_row, Tile::kBlockM);
+    const auto want_next = [&] { ptx::mbarrier_arrive(ptx::shared_address(&s.work_wanted)); };
     if (blocks.hi <= blocks.lo) {
-      ahead = next_work(false);
+      want_next();
       continue;
     }
     const int kv_head = work.place.head / group;
@@ -123,23 +109,18 @@ __device__ void copy_tiles(const FlashSm90Args& a, FlashShared<Tile>& s) {
       q_ring.advance();
     };
 
-    const int look_ahead = min(blocks.hi - 2, blocks.lo + 4);
     // K runs one block ahead of V, as the products do.
     load_k(blocks.hi - 1);
     load_q();
+    if (blocks.hi - blocks.lo <= 2) want_next();
 #pragma unroll 1
     for (int n = blocks.hi - 2; n >= blocks.lo; --n) {
+      if (n == blocks.lo + 1) want_next();
       load_k(n);
       load_v(n + 1);
-      if (n == look_ahead) {
-        ahead = next_work(false);
-        warm_l2(ahead);
-      }
     }
-    if (blocks.hi - 2 < blocks.lo) ahead = next_work(false);
     load_v(blocks.lo);
   }
-  announce(ahead);
 }
 
 }  // namespace llamatelemetry

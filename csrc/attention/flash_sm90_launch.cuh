@@ -109,8 +109,7 @@ Error launch_tiles_of(const FlashSm90Params& params, Stream stream) {
     return last_launch_error();
   }
   const int grid = std::min(args.schedule.num_tiles, current_device().num_sms);
-  const bool in_turn = kMask == FlashMask::kFull && !packed;
-  if (!in_turn && args.schedule.num_tiles > grid) {
+  if (args.schedule.num_tiles > grid) {
     const cudaError_t status = cudaMemsetAsync(p.tile_counter, 0, sizeof(int32_t), stream);
     if (status != cudaSuccess) return cudaGetErrorString(status);
   }

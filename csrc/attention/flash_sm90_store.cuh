@@ -8,18 +8,9 @@
 
 namespace llamatelemetry {
 
-// Where a thread's two rows of results go, and how many of the sequence's rows are left from the
-// first on.
 template <typename T>
-struct FlashRowsOut {
-  T* out;
-  float* lse;
-  int rows_left;
-  float sink;  // in log2 units
-};
-template <typename T>
-__device__ inline FlashRowsOut<T> rows_out_of(const FlashAttnParams& p, const FlashTileWork& work,
-                                              int row) {
+__device__ inline FlashWarpRows warp_rows_of(const FlashAttnParams& p, const FlashTileWork& work,
+                                             int row) {
   const bool packed = p.cu_seqlens_q != nullptr;
   const int64_t token = (packed ? work.sequence.first_query : work.place.index * p.seqlen_q) + row;
   const int64_t sequence_head = work.place.index * p.num_heads_q + work.place.head;
@@ -33,10 +24,11 @@ __device__ inline FlashRowsOut<T> rows_out_of(const FlashAttnParams& p, const Fl
 // Two rows of results to device memory. The four lanes of a quad trade words so that each holds
 // eight consecutive columns: whole sectors leave at once.
 template <typename T, typename Tile>
-__device__ inline void store_rows(const FlashRowsOut<T>& to, int64_t row_stride, int head_dim,
+__device__ inline void store_rows(const FlashWarpRows& to, int64_t row_stride, int head_dim,
                                   float scale_log2, const float (&r_o)[Tile::kHeadDim / 2],
                                   const TwoRows& rows) {
   const int lane = threadIdx.x % 4;
+  const int first = threadIdx.x % 32 / 4;
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
     float sum = quad_sum(rows.sum[h]);
@@ -49,11 +41,12 @@ __device__ inline void store_rows(const FlashRowsOut<T>& to, int64_t row_stride,
       reference = largest;
     }
     const float scale = sum == 0.0f ? 0.0f : __fdividef(weight, sum);
-    const bool exists = 8 * h < to.rows_left;
+    const int row = first + 8 * h;
+    const bool exists = row < to.rows_left;
     if (exists && lane == 0) {
-      to.lse[8 * h] = sum == 0.0f ? -INFINITY : (reference + __log2f(sum)) * kLn2;
+      to.lse[row] = sum == 0.0f ? -INFINITY : (reference + __log2f(sum)) * kLn2;
     }
-    T* out = to.out + 8 * h * row_stride;
+    T* out = static_cast<T*>(to.out) + row * row_stride;
 #pragma unroll
     for (int j = 0; j < Tile::kHeadDim / 8; j += 4) {
       uint32_t word[4];
@@ -74,7 +67,9 @@ __device__ inline void store_rows(const FlashRowsOut<T>& to, int64_t row_stride,
       }
       const int column = 8 * (j + lane);
       if (exists && column < head_dim) {
-        *reinterpret_cast<uint4*>(out + column) = make_uint4(word[0], word[1], word[2], word[3]);
+        // Not to push keys and values out of L2.
+        __stcs(reinterpret_cast<uint4*>(out + column),
+               make_uint4(word[0], word[1], word[2], word[3]));
       }
     }
   }

@@ -13,8 +13,7 @@ constexpr int kGroupThreads = 128;  // of a warpgroup
 constexpr int kGroupRows = 64;      // query rows of a warpgroup
 constexpr int kColumnBlock = 64;    // columns of a swizzled row of 128 bytes
 constexpr int kColumnBlockBytes = 128;
-constexpr int kDepth = 16;     // of one wgmma
-constexpr int kWorkSlots = 2;  // tiles announced ahead
+constexpr int kDepth = 16;  // of one wgmma
 
 template <int kWidth, int kNumConsumers, int kKeys, int kNumStages, int kNumQueryStages,
           bool kTakesTurns, bool kTilesOverlap>
@@ -47,15 +46,26 @@ struct FlashTileWork {
   int first_row;  // negative: there is no more work
   int num_queries;
 };
+// Where a warp's 16 rows of results go: of the first one, and how many of the sequence's rows are
+// left from there. In shared memory, as it waits there for a whole tile.
+struct FlashWarpRows {
+  void* out;
+  float* lse;
+  int rows_left;
+  float sink;  // in log2 units
+};
+
 template <typename Tile>
 struct alignas(1024) FlashShared {
   // Each: kColumnBlocks parts of [rows][64], swizzled.
   uint8_t q[Tile::kQueryStages][Tile::kQueryBytes];
   uint8_t k[Tile::kStages][Tile::kKeyBytes];
   uint8_t v[Tile::kStages][Tile::kKeyBytes];
-  FlashTileWork work[kWorkSlots];
-  uint64_t work_full[kWorkSlots];
-  uint64_t work_empty[kWorkSlots];
+  FlashTileWork work;  // the tile announced last
+  FlashWarpRows rows[Tile::kConsumers * 4];
+  uint64_t work_full;
+  uint64_t work_empty;
+  uint64_t work_wanted;
   uint64_t q_full[Tile::kQueryStages];
   uint64_t q_empty[Tile::kQueryStages];
   uint64_t k_full[Tile::kStages];

@@ -63,13 +63,6 @@ __device__ inline void tma_load_4d(uint32_t to, const CUtensorMap* map, uint32_t
       "l"(map), "r"(barrier), "r"(c0), "r"(c1), "r"(c2), "r"(c3), "l"(cache_hint)
       : "memory");
 }
-// #data-movement-and-conversion-instructions-cp-async-bulk-prefetch-tensor
-// The same box into L2.
-__device__ inline void tma_prefetch_4d(const CUtensorMap* map, int c0, int c1, int c2, int c3) {
-  asm volatile("cp.async.bulk.prefetch.tensor.4d.L2.global [%0, {%1, %2, %3, %4}];" ::"l"(map),
-               "r"(c0), "r"(c1), "r"(c2), "r"(c3)
-               : "memory");
-}
 // #data-movement-and-conversion-instructions-prefetch-prefetchu
 __device__ inline void prefetch_tensor_map(const CUtensorMap* map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
