@@ -1,8 +1,8 @@
 """Writes the measured tables into the documents: python benchmarks/tables.py [--check]
 
-A table stands between  <!-- table: NAME -->  and  <!-- end -->, NAME being a file of results/; with
-<!-- table: NAME (PATTERN) -->  it has only the rows whose names the regular expression finds. On the
-CPU it quotes ratios only: absolute times there are the machine's, and its neighbours'.
+A table stands between  <!-- table: NAME -->  and  <!-- end -->, NAME being a file of results/;
+<!-- table: NAME (PATTERN) -->  shows the rows alone whose names the regular expression finds. On
+the CPU it quotes ratios only: absolute times there are the machine's, and its neighbours'.
 """
 
 from __future__ import annotations
