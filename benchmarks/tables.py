@@ -1,6 +1,7 @@
 """Writes the measured tables into the documents: python benchmarks/tables.py [--check]
 
-A table stands between  <!-- table: NAME -->  and  <!-- end -->, NAME being a file of results/. On
+A table stands between  <!-- table: NAME -->  and  <!-- end -->, NAME being a file of results/;
+<!-- table: NAME (PATTERN) -->  shows the rows alone whose names the regular expression finds. On
 the CPU it quotes ratios only: absolute times there are the machine's, and its neighbours'.
 """
 
@@ -15,7 +16,7 @@ import harness
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "benchmarks").glob("*.md"))]
-MARKED = re.compile(r"(<!-- table: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+MARKED = re.compile(r"(<!-- table: ([\w-]+)(?: \((.*?)\))? -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 def table(name: str, rows: list[harness.Row]) -> str:
@@ -52,18 +53,19 @@ def caption(environment: dict) -> str:
     return f"*{where}; {versions}; {environment['date'][:10]}, commit {environment['commit']}.*\n"
 
 
-def block(name: str) -> str:
-    """What stands between the markers of a table."""
+def block(name: str, pattern: str | None) -> str:
+    """What stands between the markers of a table; pattern None takes every row."""
     path = harness.RESULTS / f"{name}.json"
     if not path.exists():
         return "Not measured yet.\n"
     environment, rows = harness.load(path)
+    rows = [row for row in rows if re.search(pattern or "", row.name)]
     return f"\n{table(name, rows)}\n{caption(environment)}"
 
 
 def updated(text: str) -> str:
     """The document with its tables made anew."""
-    return MARKED.sub(lambda match: f"{match[1]}{block(match[2])}{match[3]}", text)
+    return MARKED.sub(lambda match: f"{match[1]}{block(match[2], match[3])}{match[4]}", text)
 
 
 def main() -> int:

@@ -173,7 +173,7 @@ Error launch_paged_attention(const Params& p, Stream) {
   if (has_few_rows(p)) {
     // Lengths are not known here: half of what the table can hold.
     const auto keys = static_cast<double>(p.max_blocks * p.page_size) / 2.0;
-    const double key_ns = 0.07 * head_dim * static_cast<double>(p.max_seqlen_q);
+    const double key_ns = 0.25 * head_dim * static_cast<double>(p.max_seqlen_q);
     const Work work{p.num_splits * p.batch * p.num_heads_kv,
                     100.0 + keys * key_ns / static_cast<double>(p.num_splits)};
     parallel_over<few_rows_body>("paged_attention", work, p);

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -76,6 +77,15 @@ def test_save_and_load(monkeypatch, tmp_path):
     cpu, cuda = (tables.table(f"example-{device}", rows) for device in ("cpu", "cuda"))
     assert cpu.splitlines()[2] == "| 8x8 | 50 | 3.00 | 1.50 |"
     assert cuda.splitlines()[2] == "| 8x8 | 10.0 (10.0 – 20.0) | 1 GB/s | 50 | 3.00 | 1.50 |"
+
+
+def test_a_table_of_some_rows(monkeypatch, tmp_path):
+    monkeypatch.setattr(harness, "RESULTS", tmp_path)
+    harness.save("example", CPU, [row(), replace(row(), name="full 4")])
+    text = "<!-- table: example-cpu (^full) -->\nold\n<!-- end -->\n"
+    assert "| full 4 | 50 | 3.00 | 1.50 |" in tables.updated(text)
+    assert "8x8" not in tables.updated(text)
+    assert tables.updated(tables.updated(text)) == tables.updated(text)
 
 
 def test_documents_are_up_to_date():
