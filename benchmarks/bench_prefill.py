@@ -31,6 +31,21 @@ SHAPE = {
 
 
 @torch.inference_mode()
+def assert_alike(
+    plain: LlamaForCausalLM, patched: LlamaForCausalLM, ids: Tensor, token: int
+) -> None:
+    """Logits within a tenth of the largest after all layers in bfloat16, and our token among the
+    best of theirs."""
+    ours, theirs = (
+        model(input_ids=ids[None], logits_to_keep=1).logits[0, -1].float()
+        for model in (patched, plain)
+    )
+    largest = theirs.abs().max()
+    assert (ours - theirs).abs().max() <= 0.1 * largest
+    assert theirs[token] >= theirs.max() - 0.1 * largest
+
+
+@torch.inference_mode()
 def first_token(model: LlamaForCausalLM, ids: Tensor) -> int:
     return int(model(input_ids=ids[None], logits_to_keep=1, use_cache=True).logits.argmax())
 
@@ -59,6 +74,7 @@ def measure(seqlen: int, layers: int, rounds: int) -> list[harness.Row]:
             "patched": lambda ids=ids: first_token(patched, ids),
             "transformers sdpa": lambda ids=ids: first_token(plain, ids),
         }
+        assert_alike(plain, patched, ids, engine())
         samples: dict[str, list[float]] = {name: [] for name in contestants}
         for number in range(rounds + 1):
             for name, contestant in contestants.items():

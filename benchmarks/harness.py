@@ -228,7 +228,7 @@ def environment() -> dict[str, Any]:
         return done.stdout.strip()
 
     # Where there is no history, GIT_COMMIT says it.
-    commit = os.environ.get("GIT_COMMIT") or git("rev-parse", "--short", "HEAD") or "unknown"
+    commit = git("rev-parse", "--short", "HEAD") or os.environ.get("GIT_COMMIT") or "unknown"
     changed = git("status", "--porcelain", "--", "..", ":!results")
     return machine.describe() | {
         "commit": f"{commit}+changes" if changed else commit,

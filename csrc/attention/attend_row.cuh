@@ -1,5 +1,5 @@
-// One query row over its keys, for every case and every GPU: what paged_attention runs today and
-// flash_attn runs in float32.                      (online softmax: Milakov & Gimelshein 2018)
+// One query row over its keys, for every case and every GPU: what flash_attn runs in float32, and
+// paged_attention there and for few queries.       (online softmax: Milakov & Gimelshein 2018)
 // A block of kNumWarps warps works on the row. Warps take turns at steps of kStepKeys keys, each
 // with its own online softmax; a warp's lanes share head_dim. Accumulates in float.
 #pragma once

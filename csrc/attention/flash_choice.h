@@ -8,7 +8,7 @@
 
 namespace llamatelemetry {
 
-// The numbers stand in the schema's `backend` and in llamatelemetry/ops/attention.py.
+// The schema's `backend` is one of these numbers; Python asks for their names.
 enum class FlashImpl : int { kAuto, kCpu, kSm75, kSm80, kSm90, kSimt };
 constexpr int kNumFlashImpls = 6;
 
@@ -18,7 +18,7 @@ struct FlashDescriptor {
   int code_capability;  // of the code that runs on it: 80 where it was built for 8.0 and its PTX
   bool has_sm90_code;   // whether this build holds code for 9.0a
   DType dtype;
-  // Whether every row of q, k and v starts at a multiple of 16 bytes.
+  // Whether the rows of q, k and v lie apart, each at a multiple of 16 bytes.
   bool aligned;
 };
 
@@ -45,17 +45,17 @@ static inline constexpr const char* why_not(FlashImpl impl, const FlashDescripto
       if (d.capability / 10 != 9) return "it needs a GPU of compute capability 9.x";
       if (!d.has_sm90_code) return "this build holds no code for 9.0";
       if (!is_16_bit) return "it serves float16 and bfloat16";
-      return d.aligned ? nullptr : "rows of q, k and v must start at multiples of 16 bytes";
+      return d.aligned ? nullptr : "rows of q, k and v must lie apart, at multiples of 16 bytes";
     case FlashImpl::kSm80:
       if (d.code_capability < 80) return "it needs a GPU of compute capability 8.0 and code for it";
       return is_16_bit ? nullptr : "it serves float16 and bfloat16";
     case FlashImpl::kSm75: return is_half ? nullptr : "it serves float16";
-    case FlashImpl::kSimt: return nullptr;
+    case FlashImpl::kSimt: return d.dtype == DType::kFloat32 ? nullptr : "it serves float32";
     default: return "no such implementation";
   }
 }
 
-// The first that serves the call; kAuto where none does.
+// The first that serves the call; kAuto where none does: bfloat16 below compute capability 8.0.
 static inline constexpr FlashImpl choose_flash(const FlashDescriptor& d) {
   for (const FlashImpl impl :
        {FlashImpl::kCpu, FlashImpl::kSm90, FlashImpl::kSm80, FlashImpl::kSm75, FlashImpl::kSimt}) {

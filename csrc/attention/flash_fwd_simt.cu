@@ -45,7 +45,6 @@ __global__ void __launch_bounds__(kNumWarps* kWarpSize)
 
 Error launch_flash_fwd_simt(const FlashAttnParams& p, Stream stream) {
   constexpr int kNumWarps = 8;
-  if (p.num_heads_q > 65535) return "num_heads_q must be at most 65535";
   const dim3 grid(p.total_q, p.num_heads_q);
   dispatch_dtype(p.dtype, [&](auto type) {
     using T = typename decltype(type)::type;

@@ -63,7 +63,7 @@ struct FlashFwdSm80 {
       const TileShare<Tile, kKeys, kNumThreads> share;
       share.template for_each<2>([&](int, uint32_t to, int row, int chunk) {
         const int column = chunk * Tile::kChunkElements;
-        const bool exists = first_key + row < warp.work.num_keys && column < warp.p.head_dim;
+        const bool exists = first_key + row < warp.work.end_key && column < warp.p.head_dim;
         const T* from = exists ? x.row(first_key + row) + column : x.head;
         if (warp.grid.aligned) {
           ptx::cp_async_16_or_zeros(address + to, from, exists);

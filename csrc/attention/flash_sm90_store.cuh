@@ -34,7 +34,7 @@ __device__ inline void store_rows(const FlashWarpRows& to, int64_t row_stride, i
     float sum = quad_sum(rows.sum[h]);
     float reference = rows.largest[h] * scale_log2;
     float weight = 1.0f;
-    if (to.sink > -INFINITY) {
+    if (to.sink != -INFINITY) {
       const float largest = fmaxf(reference, to.sink);
       weight = ptx::ex2(reference - largest);
       sum = sum * weight + ptx::ex2(to.sink - largest);

@@ -42,6 +42,7 @@ struct FlashWork {
   int first_row;
   int num_queries;
   int num_keys;
+  int end_key;  // keys from here on are in no page
 
   __device__ FlashWork(const FlashGrid& grid, int block_rows) {
     const FlashAttnParams& p = grid.attn;
@@ -58,12 +59,16 @@ struct FlashWork {
     first_row = static_cast<int>(grid.row_blocks - 1 - within / num_heads) * block_rows;
     const FlashSequence sequence = flash_sequence(p, index);
     num_queries = static_cast<int>(sequence.num_queries);
-    num_keys = static_cast<int>(sequence.num_keys);
+    num_keys = end_key = static_cast<int>(sequence.num_keys);
+    if (p.page_size > 0) end_key = min(num_keys, static_cast<int>(p.seqlen_k));
   }
 
   // The keys that a row of the sequence sees.
   __device__ KeyRange keys_of_row(const FlashAttnParams& p, int row) const {
-    return window_keys(p.window_left, p.window_right, num_keys, num_queries, row);
+    KeyRange keys = window_keys(p.window_left, p.window_right, num_keys, num_queries, row);
+    keys.end = min(keys.end, static_cast<int64_t>(end_key));
+    keys.begin = min(keys.begin, keys.end);
+    return keys;
   }
 };
 
@@ -379,7 +384,7 @@ inline FlashGrid flash_grid(const FlashAttnParams& p, int block_rows, int row_st
                             int64_t l2_bytes) {
   const bool changes = p.softcap > 0 || p.alibi_slopes != nullptr || !(p.softmax_scale > 0);
   const int64_t heads = p.batch * p.num_heads_q;
-  const int64_t num_parts = p.block_table != nullptr ? INT64_MAX : p.batch;  // of k and v
+  const int64_t num_parts = p.page_size > 0 ? INT64_MAX : p.batch;  // of k and v
   const int64_t key_bytes = 4 * p.head_dim * p.seqlen_k * p.num_heads_kv / p.num_heads_q;
   int64_t section = key_bytes > 0 ? l2_bytes / key_bytes : heads;
   if (section < 1) section = 1;
@@ -399,9 +404,12 @@ inline FlashGrid flash_grid(const FlashAttnParams& p, int block_rows, int row_st
 
 template <typename Kernel>
 Error launch_flash_kernel(const FlashAttnParams& p, int64_t l2_bytes, Stream stream) {
+  const int64_t row_blocks = (p.seqlen_q + Kernel::kRows - 1) / Kernel::kRows;
+  if (row_blocks > INT32_MAX / (p.batch * p.num_heads_q)) {
+    return "batch * num_heads_q * seqlen_q / 128 must be below 2^31, got more";
+  }
   const FlashGrid grid = flash_grid(p, Kernel::kRows, Kernel::kRowStep, l2_bytes);
-  const int64_t num_blocks = p.batch * p.num_heads_q * grid.row_blocks;
-  if (num_blocks > INT32_MAX) return "batch * num_heads_q * seqlen_q must be less, got too many";
+  const int64_t num_blocks = p.batch * p.num_heads_q * row_blocks;
   cudaFuncSetAttribute(kernel_entry<Kernel>, cudaFuncAttributeMaxDynamicSharedMemorySize,
                        Kernel::kSharedBytes);
   kernel_entry<Kernel>

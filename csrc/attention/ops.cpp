@@ -41,6 +41,9 @@ void check_heads(const char* op, int64_t num_heads_q, int64_t num_heads_kv) {
   check(num_heads_kv > 0 && num_heads_q % num_heads_kv == 0, op, "num_heads_q",
         "be a multiple of num_heads_kv = " + std::to_string(num_heads_kv),
         std::to_string(num_heads_q));
+  constexpr int64_t kMaxHeads = 65535;  // what a grid can hold
+  check(num_heads_q <= kMaxHeads, op, "num_heads_q", "be at most 65535",
+        std::to_string(num_heads_q));
 }
 
 void check_scores(const char* op, double softmax_scale, int64_t window_left, int64_t window_right,
@@ -49,8 +52,10 @@ void check_scores(const char* op, double softmax_scale, int64_t window_left, int
   check_at_least(op, "window_right", window_right, -1);
   check(std::isfinite(softmax_scale), op, "softmax_scale", "be finite",
         std::to_string(softmax_scale));
-  check(softcap >= 0 && std::isfinite(softcap), op, "softcap",
-        "be finite and not negative (0: off)", std::to_string(softcap));
+  // Past it the rounding of softcap * tanh(score / softcap) shows in the scores.
+  constexpr double kMaxSoftcap = 10000;
+  check(softcap >= 0 && softcap <= kMaxSoftcap, op, "softcap", "lie in [0, 10000] (0: off)",
+        std::to_string(softcap));
 }
 
 // Into how many parts the keys of a sequence are cut, so that few queries over many keys use every
@@ -153,7 +158,7 @@ Heads heads_of(const Tensor& x) {
           .head_stride = x.stride(packed ? 1 : 2)};
 }
 
-// Whether every row of x starts at a multiple of 16 bytes.
+// Whether the rows of x lie apart, each at a multiple of 16 bytes.
 bool has_aligned_rows(const Tensor& x) {
   constexpr int64_t kBytes = 16;
   const int64_t element_bytes = x.scalar_type() == ScalarType::Float ? 4 : 2;
@@ -161,7 +166,9 @@ bool has_aligned_rows(const Tensor& x) {
   for (int64_t d = 0; d < x.dim() - 1; ++d) {
     if (x.size(d) > 1) bits |= static_cast<uintptr_t>(x.stride(d) * element_bytes);
   }
-  return bits % kBytes == 0;
+  const int64_t tokens = x.dim() - 3;
+  const bool apart = x.size(tokens) <= 1 || x.stride(tokens) != 0;
+  return apart && bits % kBytes == 0;
 }
 
 // Aligned tensors of a dtype on the device that this library is for.
@@ -289,8 +296,11 @@ std::tuple<Tensor, Tensor> run_flash(const char* op, FlashAttnParams& params, co
   if (q.numel() == 0 || params.batch == 0 || params.seqlen_q == 0) return {out, lse};
   params.out = out.mutable_data_ptr();
   params.lse = lse.mutable_data_ptr<float>();
-  Tensor counter = allocate(q, {params.impl == FlashImpl::kSm90 ? 1 : 0}, ScalarType::Int);
-  params.tile_counter = counter.mutable_data_ptr<int32_t>();
+  std::optional<Tensor> counter;
+  if (params.impl == FlashImpl::kSm90) {
+    counter = allocate(q, {1}, ScalarType::Int);
+    params.tile_counter = counter->mutable_data_ptr<int32_t>();
+  }
   launch(op, launch_flash_attn, params, q);
   return {out, lse};
 }
@@ -366,7 +376,7 @@ LT_IMPL(m) {
 
 }  // namespace llamatelemetry
 
-// The C interface that llamatelemetry/ops/attention.py and doctor.py call. nullptr past the last.
+// The C interface that llamatelemetry/ops/_flash_backends.py calls. nullptr past the last.
 extern "C" __attribute__((visibility("default"))) const char* lt_flash_impl_name(int impl) {
   using namespace llamatelemetry;
   return impl < kNumFlashImpls ? flash_impl_name(static_cast<FlashImpl>(impl)) : nullptr;

@@ -73,7 +73,7 @@ struct FlashAttnParams {
   const int32_t* cu_seqlens_k;  // [batch + 1], likewise
   // Where keys lie in pages: token t of sequence b is slot t % page_size of block
   // block_table[b * block_table_stride + t / page_size], and batch_stride of k and v is a block's.
-  // nullptr where they do not.
+  // page_size 0 where they do not.
   const int32_t* block_table;
   const int32_t* cache_seqlens;  // [batch], keys of each sequence
   const float* sinks;            // [num_heads_q] or nullptr: a score without a value
@@ -111,11 +111,8 @@ struct FlashSequence {
 static inline constexpr FlashSequence flash_sequence(const FlashAttnParams& p, int64_t index) {
   if (p.cu_seqlens_q == nullptr) return {0, p.seqlen_q, 0, p.seqlen_k};
   const int64_t query = p.cu_seqlens_q[index];
-  if (p.block_table != nullptr) {
-    // A table that is too short ends the keys, never a read past it.
-    const int64_t num_keys =
-        p.cache_seqlens[index] < p.seqlen_k ? p.cache_seqlens[index] : p.seqlen_k;
-    return {query, p.cu_seqlens_q[index + 1] - query, 0, num_keys};
+  if (p.page_size > 0) {
+    return {query, p.cu_seqlens_q[index + 1] - query, 0, p.cache_seqlens[index]};
   }
   const int64_t key = p.cu_seqlens_k[index];
   return {query, p.cu_seqlens_q[index + 1] - query, key, p.cu_seqlens_k[index + 1] - key};
@@ -148,6 +145,7 @@ static inline constexpr KeyRange visible_keys(const PagedAttentionParams& p, int
   KeyRange keys =
       window_keys(p.window_left, p.causal ? 0 : p.window_right, num_keys, num_queries, query);
   if (keys.end > capacity) keys.end = capacity;
+  if (keys.begin > capacity) keys.begin = capacity;
   if (keys.end < keys.begin) keys.end = keys.begin;
   return keys;
 }

@@ -107,6 +107,10 @@ void Recording::replay() {
 }
 
 void Recording::profile(int64_t* launch_ns) {
+  struct Off {
+    std::unique_ptr<std::atomic<int64_t>[]>& completed_ns;
+    ~Off() { completed_ns.reset(); }  // after a replay that throws too
+  } const off{completed_ns_};
   completed_ns_ = std::make_unique<std::atomic<int64_t>[]>(launches_.size());
   int64_t before = now_ns();
   replay();
@@ -115,7 +119,6 @@ void Recording::profile(int64_t* launch_ns) {
     launch_ns[i] = completed - before;
     before = completed;
   }
-  completed_ns_.reset();
 }
 
 }  // namespace llamatelemetry

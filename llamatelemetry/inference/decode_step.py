@@ -12,7 +12,7 @@ from torch import Tensor
 from llamatelemetry.inference.recording import Recording, RecordingError
 from llamatelemetry.inference.sampling import GREEDY, SamplingParams, sampling_tensors
 from llamatelemetry.models.attention import StepState
-from llamatelemetry.models.patching import forward_tokens, patch_of, rope_tables
+from llamatelemetry.models.patching import forward_tokens, rope_tables
 
 _log = logging.getLogger("llamatelemetry")
 
@@ -26,7 +26,8 @@ class DecodeStep:
     serves all later runs, of other batches too.
 
     state:     StepState of one token a row; its cache and block table serve the prefill as well
-    mode:      "recorded", "graph", or "eager" where neither can be
+    mode:      "recorded" (CPU), "graph" (CUDA), or "eager": before the first run, and on the CPU
+               where an op of the model cannot be recorded
     recording: the CPU's recording once there is one, to be profiled
     """
 
@@ -58,7 +59,7 @@ class DecodeStep:
         )
         self.mode = "eager"
         self.recording: Recording | None = None
-        self._model, self._patch = model, patch_of(model)
+        self._model, self._pointers = model, _pointers(model)
         self._sampler = sampling_tensors([GREEDY] * batch, device)
         self._tokens = torch.zeros(batch, dtype=torch.int64, device=device)
         self._offsets = torch.zeros(batch, dtype=torch.int64, device=device)
@@ -67,9 +68,9 @@ class DecodeStep:
         self._replay: Callable[[], None] | None = None
 
     def fits(self, model: Any, batch: int, num_tokens: int) -> bool:
-        """Whether it can serve batch rows of num_tokens tokens, and model is patched as it was."""
+        """Whether it serves batch rows of num_tokens tokens, and model's weights stay put."""
         rows, blocks_per_row = self.state.block_table.shape
-        is_same_model = model is self._model and patch_of(model) is self._patch
+        is_same_model = model is self._model and _pointers(model) == self._pointers
         return is_same_model and rows == batch and blocks_per_row * PAGE_SIZE >= num_tokens
 
     def start(
@@ -156,3 +157,8 @@ class DecodeStep:
         self._advance()
         self.mode = "graph"
         self._replay = graph.replay
+
+
+def _pointers(model: Any) -> list[int]:
+    """Where the weights of a model lie: what a recording or a graph has frozen."""
+    return [tensor.data_ptr() for tensor in (*model.parameters(), *model.buffers())]

@@ -71,8 +71,8 @@ def attention_forward(
     is_causal: bool | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """transformers' attention function: ``softmax(q kᵀ * scaling) v`` by flash_attn where every row
-    is a whole sequence, else by paged_attention.
+    """transformers' attention function: ``softmax(q kᵀ * scaling) v`` by flash_attn where no mask
+    hides a key (and on the CPU the queries are many), else by paged_attention.
 
     query:     [batch, num_heads_q, seqlen_q, head_dim]
     key, value: [batch, num_heads_kv, seqlen_k, head_dim], any strides

@@ -19,7 +19,6 @@ __all__ = [
     "PatchReport",
     "forward_tokens",
     "patch",
-    "patch_of",
     "rope_tables",
     "unpatch",
 ]
@@ -134,12 +133,6 @@ def unpatch(model: Any) -> None:
 
 
 @torch.no_grad()
-def patch_of(model: Any) -> object | None:
-    """Stands for the patch that model carries: another object after each patch, None without."""
-    patched: _Patched | None = model.__dict__.get("_llamatelemetry")
-    return patched
-
-
 def forward_tokens(model: Any, input_ids: Tensor, step: StepState) -> Tensor:
     """Logits [batch, vocab_size] of the last token of each sequence; appends to the paged cache."""
     patched: _Patched | None = model.__dict__.get("_llamatelemetry")

@@ -35,7 +35,7 @@ def flash_attn(
                    contiguous last dimension
     softmax_scale: default 1 / sqrt(head_dim)
     window_size:   -1: unlimited
-    softcap:       0: off
+    softcap:       at most 10000; 0: off
     sinks:         [num_heads_q] float32 or None: one more score a head, without a value
     alibi_slopes:  [num_heads_q] or [batch, num_heads_q] float32 or None
     backend:       None chooses the best that serves the call; one of "cpu", "simt", "sm75", "sm80",
@@ -48,7 +48,7 @@ def flash_attn(
     Source:        Dao 2023, arXiv:2307.08691; Shah et al. 2024, arXiv:2407.08608; ALiBi: Press et
                    al. 2021, arXiv:2108.12409; sinks: Xiao et al. 2023, arXiv:2309.17453
     """
-    inference_only("flash_attn", q=q, k=k, v=v)
+    inference_only("flash_attn", q=q, k=k, v=v, sinks=sinks, alibi_slopes=alibi_slopes)
     return torch.ops.llamatelemetry.flash_attn.default(
         q,
         k,
@@ -97,7 +97,7 @@ def flash_attn_varlen(
     Raises:        RuntimeError naming the argument, the rule and the value
     Source:        as flash_attn
     """
-    inference_only("flash_attn_varlen", q=q, k=k, v=v)
+    inference_only("flash_attn_varlen", q=q, k=k, v=v, sinks=sinks, alibi_slopes=alibi_slopes)
     return torch.ops.llamatelemetry.flash_attn_varlen.default(
         q,
         k,

@@ -94,14 +94,14 @@ def assert_right(q, k, v, backend=None, **options):
 
 
 def assert_lse(lse, lse32, lse64, dtype):
-    """lse is float32, but exp2 and the sums of a 16-bit path need not be exact to its last bits."""
-    room = 0.0 if dtype == torch.float32 else 2e-3
+    """lse is float32, but tensor cores cut off low bits of sums and exp2 is approximate."""
+    room, relative = (1e-6, 1e-6) if dtype == torch.float32 else (1e-3, 1e-5)
     assert torch.equal(lse.isinf(), lse64.isinf())
     finite = lse64.isfinite()
     error = (lse.double() - lse64)[finite].abs().max() if finite.any() else torch.zeros(())
     own = (lse32.double() - lse64)[finite].abs().max() if finite.any() else torch.zeros(())
     largest = lse64[finite].abs().max() if finite.any() else torch.zeros(())
-    assert error <= 2 * own + max(room, 1e-6) * torch.clamp(largest, min=1.0)
+    assert error <= 2 * own + room + relative * largest
 
 
 def random_varlen(device, dtype, lengths, heads=(6, 2), head_dim=64, tail=3):

@@ -20,7 +20,6 @@ from op_checks import assert_compiles, assert_refuses, assert_replays, run_opche
 from tolerance import assert_within_2x
 
 from llamatelemetry.ops import flash_attn, reference
-from llamatelemetry.ops._flash_backends import FLASH_BACKENDS
 
 
 @pytest.mark.parametrize("lengths", [(1, 1), (3, 113), (113, 3), (239, 239), (200, 799)], ids=str)
@@ -45,7 +44,14 @@ def test_groups(backend, dtype, heads):
     assert_right(*random_qkv(device, dtype, 2, (65, 130), heads, 64), backend, causal=True)
 
 
-@pytest.mark.parametrize("pair", list(itertools.combinations(OPTIONS, 2)), ids=" and ".join)
+PAIRS = [
+    pair
+    for pair in itertools.combinations(list(OPTIONS)[1:], 2)
+    if not OPTIONS[pair[0]].keys() & OPTIONS[pair[1]].keys()
+]
+
+
+@pytest.mark.parametrize("pair", PAIRS, ids=" and ".join)
 def test_pairs_of_features(backend, pair):
     device = device_of(backend, torch.float16)
     options = with_tensors(OPTIONS[pair[0]] | OPTIONS[pair[1]], 4, device)
@@ -90,6 +96,9 @@ def test_any_strides_and_offsets(device, dtype):
     views = odd[..., 1:].unflatten(-1, (3, 64)).unbind(-2)  # no row at a multiple of 16 bytes
     for view, x in zip(views, (q, k, v), strict=True):
         view.copy_(x)
+    one_key = [x[:, :1].expand(-1, 90, -1, -1) for x in (k, v)]  # token stride 0
+    copies = [x.contiguous() for x in one_key]
+    torch.testing.assert_close(flash_attn(q, *one_key)[0], flash_attn(q, *copies)[0])
     for others in (heads_first, qkv.unbind(2), views):
         other_out, other_lse = flash_attn(*others, causal=True)
         if others is not views or device.type == "cpu":
@@ -171,7 +180,8 @@ def test_refusals(device):
     refuses("q must have a contiguous last", tensors=(q.repeat(1, 1, 1, 2)[..., ::2], k, v))
     refuses("window_left must be at least -1, got -2", window_size=(-2, 0))
     refuses("window_right must be at least -1, got -3", window_size=(0, -3))
-    refuses("softcap must be finite and not negative", softcap=-1.0)
+    refuses("softcap must lie in [0, 10000] (0: off), got -1", softcap=-1.0)
+    refuses("softcap must lie in [0, 10000]", softcap=1e5)
     refuses("softmax_scale must be finite", softmax_scale=torch.nan)
     refuses("sinks must be [num_heads_q] = [6], got", sinks=torch.zeros(5, device=device))
     refuses("sinks must be float32, got float64", sinks=torch.zeros(6, device=device).double())
@@ -185,6 +195,7 @@ def test_refusals(device):
     with torch.inference_mode(False), torch.enable_grad():
         grad = torch.ones(2, 5, 6, 64, device=device, requires_grad=True)
         refuses("q must not require grad", tensors=(grad, k, v))
+        refuses("sinks must not require grad", sinks=torch.zeros(6, requires_grad=True))
 
 
 @pytest.mark.parametrize("seqlen", [0, 1, 70])
@@ -218,12 +229,15 @@ def test_compile(device):
     assert_compiles(lambda q, k, v: flash_attn(q, k, v, causal=True), inputs)
 
 
-@pytest.mark.gpu
-def test_more_than_2_to_the_31_elements():
+@pytest.mark.parametrize("dtype", [torch.float16])
+def test_more_than_2_to_the_31_elements(backend, dtype):
     """Offsets past 2^31 elements, in the batch and in the token."""
-    k = torch.randn(1, 64, 1, 128, device="cuda", dtype=torch.float16)
-    q = torch.zeros(1, 2**31 // 128 // 2 + 100, 2, 128, device="cuda", dtype=torch.float16)
-    q[:, -64:] = torch.randn(1, 64, 2, 128)
-    out, _ = flash_attn(q, k, k, backend="sm80" if "sm80" in FLASH_BACKENDS else None)
-    last, _ = flash_attn(q[:, -64:], k, k, backend="sm80" if "sm80" in FLASH_BACKENDS else None)
-    assert torch.equal(out[:, -64:], last)
+    if backend == "cpu":
+        pytest.skip("takes 20 GB and minutes on a CPU")
+    device = device_of(backend, dtype)
+    k = torch.randn(2, 64, 1, 128, device=device, dtype=dtype)
+    q = torch.zeros(2, 2**31 // 256 + 100, 2, 128, device=device, dtype=dtype)
+    q[:, -64:] = torch.randn(2, 64, 2, 128)
+    out, _ = flash_attn(q, k, k, backend=backend)
+    last, _ = flash_attn(q[:, -64:], k, k, backend=backend)
+    torch.testing.assert_close(out[:, -64:], last)

@@ -52,19 +52,21 @@ def test_equal_lengths_are_dense(device, dtype):
     out, lse = flash_attn(q, k, v, causal=True)
     starts = [torch.arange(4, device=device, dtype=torch.int32) * n for n in (70, 130)]
     packed, packed_lse = run_varlen(*(x.flatten(0, 1) for x in (q, k, v)), *starts, causal=True)
-    assert torch.equal(packed.view_as(out), out)
-    assert torch.equal(packed_lse.unflatten(1, (3, 70)).transpose(0, 1), lse)
+    torch.testing.assert_close(packed.view_as(out), out)  # another tile may serve packed ones
+    packed_lse = packed_lse.unflatten(1, (3, 70)).transpose(0, 1)
+    torch.testing.assert_close(packed_lse, lse, rtol=1e-5, atol=1e-3)
 
 
 def test_poison_past_the_last_key_stays_out(backend, dtype):
     """Keys and values of the next sequence are NaN or infinite."""
     device = device_of(backend, dtype)
     q, k, v, *starts = random_varlen(device, dtype, [(50, 70), (9, 9)])
+    clean_out, clean_lse = run_varlen(q, k, v, *starts, causal=True, backend=backend)
     for poison in (torch.nan, torch.inf, -torch.inf):
         k[70:79], v[70:79] = poison, poison
         out, lse = run_varlen(q, k, v, *starts, causal=True, backend=backend)
-        assert out[:50].isfinite().all()
-        assert lse[:, :50].isfinite().all()
+        assert torch.equal(out[:50], clean_out[:50])
+        assert torch.equal(lse[:, :50], clean_lse[:, :50])
 
 
 def test_refusals(device):

@@ -154,10 +154,34 @@ def test_any_strides_and_offsets(device, dtype):
     assert torch.equal(moved_lse, lse)
 
 
-def test_a_table_too_short_for_its_length_is_not_read_past_its_end(device):
+def test_a_table_too_short_for_its_length_is_not_read_past_its_end(device, dtype):
     case = random_case(device, torch.float32, [(1, 64)], page_size=16, max_blocks=4)
     longer = replace(case, cache_seqlens=case.cache_seqlens + 1000)
     assert torch.equal(longer.run()[0], case.run()[0])
+    for queries in (1, 15, 40):  # the last stands at key 99 of 100, of which 64 have a page
+        case = random_case(device, dtype, [(queries, 64)], page_size=16, max_blocks=4)
+        longer = replace(case, cache_seqlens=case.cache_seqlens + 36)
+        alone = replace(longer, q=longer.q[:1], max_seqlen_q=1)
+        window = (70 + queries, -1)
+        for options in ({}, {"window_size": window, "causal": False}):
+            out, _ = longer.run(**options)
+            assert out.isfinite().all()
+        first_key = 99 - queries + 1
+        seen = min(first_key + 1, 64)
+        alone = replace(
+            alone,
+            cache_seqlens=torch.tensor([seen], dtype=torch.int32, device=device),
+            cu_seqlens_q=torch.tensor([0, 1], dtype=torch.int32, device=device),
+        )
+        torch.testing.assert_close(longer.run()[0][:1], alone.run()[0], rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("queries", [1, 40])
+def test_no_pages(device, dtype, queries):
+    case = random_case(device, dtype, [(queries, 0)])
+    out, lse = replace(case, block_table=case.block_table[:, :0]).run()
+    assert (out == 0).all()
+    assert (lse == -torch.inf).all()
 
 
 def test_refusals(device):
@@ -192,7 +216,7 @@ def test_refusals(device):
     refuses("max_seqlen_q must be at least 0, got -1", max_seqlen_q=-1)
     refuses("window_left must be at least -1, got -2", options={"window_size": (-2, 0)})
     refuses("window_right must be at least -1, got -3", options={"window_size": (0, -3)})
-    refuses("softcap must be finite and not negative", options={"softcap": -1.0})
+    refuses("softcap must lie in [0, 10000] (0: off)", options={"softcap": -1.0})
     refuses("softmax_scale must be finite", "inf", options={"softmax_scale": torch.inf})
     with torch.inference_mode(False), torch.enable_grad():
         grad = torch.ones(4, 6, 64, device=device, requires_grad=True)

@@ -61,13 +61,22 @@ def test_one_step_serves_later_batches_of_its_size(tmp_path, device):
     assert engine.generator.step is not step
 
 
-def test_a_model_patched_anew_gets_a_step_of_its_own(tmp_path, device):
+def test_a_model_patched_anew_generates_as_before(tmp_path, device):
     engine, _ = make_engine(tmp_path, device)
-    before, step = rows_of(engine, PROMPTS[:1]), engine.generator.step
+    before = rows_of(engine, PROMPTS[:1])
     unpatch(engine.loaded.model)
     with pytest.raises(ValueError, match="must be patched"):
         rows_of(engine, PROMPTS[:1])
     patch(engine.loaded.model)
+    assert rows_of(engine, PROMPTS[:1]) == before
+
+
+def test_other_weights_get_a_step_of_their_own(tmp_path, device):
+    engine, _ = make_engine(tmp_path, device)
+    before, step = rows_of(engine, PROMPTS[:1]), engine.generator.step
+    model = engine.loaded.model
+    other = {name: x.clone() for name, x in model.state_dict().items()}
+    model.load_state_dict(other, assign=True)
     assert rows_of(engine, PROMPTS[:1]) == before
     assert engine.generator.step is not step
 
