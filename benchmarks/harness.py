@@ -227,8 +227,8 @@ def environment() -> dict[str, Any]:
         done = subprocess.run(["git", *command], cwd=RESULTS.parent, capture_output=True, text=True)
         return done.stdout.strip()
 
-    # Where there is no history, GIT_COMMIT says it.
-    commit = git("rev-parse", "--short", "HEAD") or os.environ.get("GIT_COMMIT") or "unknown"
+    # GIT_COMMIT says it of a copy of the tree without its history.
+    commit = os.environ.get("GIT_COMMIT") or git("rev-parse", "--short", "HEAD") or "unknown"
     changed = git("status", "--porcelain", "--", "..", ":!results")
     return machine.describe() | {
         "commit": f"{commit}+changes" if changed else commit,
