@@ -7,8 +7,6 @@
 namespace llamatelemetry {
 namespace {
 
-constexpr int64_t kSectionBytes = 16 << 20;  // as in flash_fwd_sm80.cu
-
 template <typename T>
 Error launch(const FlashAttnParams& p, Stream stream) {
   const auto with = [&](auto kernel) {

@@ -6,9 +6,6 @@
 namespace llamatelemetry {
 namespace {
 
-// Keys and values of the heads that are worked on together, at most: a part of an A100's L2.
-constexpr int64_t kSectionBytes = 16 << 20;
-
 // 4 warps of 32 rows and 2 blocks on a multiprocessor where accumulators fit: a block's copies and
 // softmax hide under the other's products. The large tiles have fewer barriers and copies a key;
 // they run where two blocks of them, or one where blocks says 1, fit a multiprocessor.

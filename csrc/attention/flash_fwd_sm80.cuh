@@ -13,6 +13,9 @@
 
 namespace llamatelemetry {
 
+// Keys and values of the heads that are worked on together, at most: a part of an A100's L2.
+constexpr int64_t kSectionBytes = 16 << 20;
+
 // kKeys: of a tile; kScoredKeys: whose scores stand in registers at a time; kHeldSteps: 16
 // dimensions each of the queries that stay in registers.
 template <typename T, int kHeadDim, int kWarps, int kRowTiles, int kKeys, int kScoredKeys,

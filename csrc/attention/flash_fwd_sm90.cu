@@ -6,7 +6,6 @@
 namespace llamatelemetry {
 
 Error launch_flash_fwd_sm90(const FlashAttnParams& p, Stream stream) {
-  constexpr float kLog2E = 1.4426950408889634f;
   FlashSm90Params params{
       .call = p,
       .mask = FlashMask::kFull,

@@ -7,12 +7,11 @@
 #include "attention/flash_sm90_schedule.cuh"
 #include "attention/params.h"
 #include "common/dtype.h"
-#include "ptx/tma.cuh"
+#include "ptx.cuh"
+#include "tile/convert.cuh"
 
 namespace llamatelemetry {
 
-constexpr float kLog2E = 1.4426950408889634f;
-constexpr float kLn2 = 0.6931471805599453f;
 // Below every score and finite, so that a row without a score needs no branch.
 constexpr float kNoScore = -1e30f;
 // A row keeps its reference while the largest score is less than 2^kSlack above it: the weights
@@ -26,19 +25,6 @@ __device__ inline float quad_max(float x) {
 __device__ inline float quad_sum(float x) {
   x += __shfl_xor_sync(0xffffffff, x, 1);
   return x + __shfl_xor_sync(0xffffffff, x, 2);
-}
-
-template <typename T>
-__device__ inline uint32_t pack_two(float low, float high);
-template <>
-__device__ inline uint32_t pack_two<Half>(float low, float high) {
-  const __half2 two = __floats2half2_rn(low, high);
-  return reinterpret_cast<const uint32_t&>(two);
-}
-template <>
-__device__ inline uint32_t pack_two<BFloat16>(float low, float high) {
-  const __nv_bfloat162 two = __floats2bfloat162_rn(low, high);
-  return reinterpret_cast<const uint32_t&>(two);
 }
 
 // The two rows of a thread: their references, in the unit of the scores before the scale, and the
@@ -63,7 +49,7 @@ __device__ inline void shape_scores(float (&s)[kBlockN / 2], const FlashScoreRul
     const float cap = rule.softcap * kLog2E;
 #pragma unroll
     for (int i = 0; i < kBlockN / 2; ++i) {
-      s[i] = cap - __fdividef(2.0f * cap, ptx::ex2(s[i] * to_exponent) + 1.0f);
+      s[i] = cap - __fdividef(2.0f * cap, ptx::exp2_approx(s[i] * to_exponent) + 1.0f);
     }
   } else {
     const float scale = rule.softmax_scale * kLog2E;
@@ -114,13 +100,13 @@ __device__ inline void weigh(float (&s)[kBlockN / 2], TwoRows& rows, float scale
     const float largest = quad_max(fmaxf(even, odd));
     const float growth = (largest - rows.largest[h]) * scale_log2;
     const bool moves = growth > kSlack;
-    keep[h] = moves ? ptx::ex2(-growth) : 1.0f;
+    keep[h] = moves ? ptx::exp2_approx(-growth) : 1.0f;
     rows.largest[h] = moves ? largest : rows.largest[h];
     base[h] = rows.largest[h] * scale_log2;
   }
 #pragma unroll
   for (int i = 0; i < kBlockN / 2; ++i) {
-    s[i] = ptx::ex2(fmaf(s[i], scale_log2, -base[i % 4 / 2]));
+    s[i] = ptx::exp2_approx(fmaf(s[i], scale_log2, -base[i % 4 / 2]));
   }
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
@@ -142,7 +128,7 @@ __device__ inline void pack_weights(const float (&s)[kBlockN / 2], uint32_t (&p)
   for (int step = 0; step < kBlockN / 16; ++step) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      p[step][i] = pack_two<T>(s[8 * step + 2 * i], s[8 * step + 2 * i + 1]);
+      p[step][i] = pack_two(s[8 * step + 2 * i], s[8 * step + 2 * i + 1], T{});
     }
   }
 }

@@ -36,8 +36,8 @@ __device__ inline void store_rows(const FlashWarpRows& to, int64_t row_stride, i
     float weight = 1.0f;
     if (to.sink != -INFINITY) {
       const float largest = fmaxf(reference, to.sink);
-      weight = ptx::ex2(reference - largest);
-      sum = sum * weight + ptx::ex2(to.sink - largest);
+      weight = ptx::exp2_approx(reference - largest);
+      sum = sum * weight + ptx::exp2_approx(to.sink - largest);
       reference = largest;
     }
     const float scale = sum == 0.0f ? 0.0f : __fdividef(weight, sum);
@@ -53,7 +53,7 @@ __device__ inline void store_rows(const FlashWarpRows& to, int64_t row_stride, i
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const int at = 4 * (j + i) + 2 * h;
-        word[i] = pack_two<T>(r_o[at] * scale, r_o[at + 1] * scale);
+        word[i] = pack_two(r_o[at] * scale, r_o[at + 1] * scale, T{});
       }
 #pragma unroll
       for (int i = 0; i < 4; i += 2) {

@@ -9,15 +9,14 @@
 #include <cstdint>
 
 #include "attention/params.h"
+#include "ptx.cuh"
 #include "ptx/mma.cuh"
+#include "tile/convert.cuh"
 #include "tile/kernel_entry.cuh"
 #include "tile/reduce.cuh"
 #include "tile/swizzled_tile.cuh"
 
 namespace llamatelemetry {
-
-constexpr float kLog2E = 1.4426950408889634f;
-constexpr float kLn2 = 0.6931471805599453f;
 
 struct FlashGrid {
   FlashAttnParams attn;

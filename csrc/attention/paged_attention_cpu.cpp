@@ -82,8 +82,6 @@ struct PagedSource {
   }
   void find_keys(KeyRange keys, const T** rows) const { find(p.k, keys, rows); }
   void find_values(KeyRange keys, const T** rows) const { find(p.v, keys, rows); }
-  float slope(int64_t) const { return 0; }
-  float position(int64_t) const { return 0; }
   float sink(int64_t) const { return -INFINITY; }
   // A split's result, or the whole one where there is one split.
   void finish(int64_t row, const float* o, float largest, float sum) const {

@@ -10,6 +10,10 @@
 
 namespace llamatelemetry {
 
+// Scores are kept in units of log2 where exp2 is what the machine has.
+constexpr float kLog2E = 1.4426950408889634f;
+constexpr float kLn2 = 0.6931471805599453f;
+
 constexpr int kMaxHeadDim = 256;
 constexpr int kHeadDimMultiple = 8;
 

@@ -24,8 +24,6 @@ namespace llamatelemetry {
 namespace LT_ISA {
 namespace {
 
-constexpr float kLog2E = 1.44269504f;
-constexpr float kLn2 = 0.693147181f;
 constexpr float kNoScore =
     -3.4028234664e38f;          // below every finite score, and no NaN when subtracted
 constexpr int kBlockKeys = 64;  // keys that are scored before their values are added
@@ -79,7 +77,10 @@ LT_INLINE void apply_softcap(const ScoreRule& rule, float* scores, int64_t count
 }
 
 // The state of a row before its first key: a sink is a score without a value.
-LT_INLINE float first_largest(float sink) { return std::fmax(sink * kLog2E, kNoScore); }
+LT_INLINE float first_largest(float sink) {
+  const float score = sink * kLog2E;
+  return score < kNoScore ? kNoScore : score;  // a NaN stays
+}
 LT_INLINE float first_sum(float sink) { return sink == -INFINITY ? 0.0f : 1.0f; }
 
 // ---- Rows ----

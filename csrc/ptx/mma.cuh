@@ -96,14 +96,6 @@ __device__ inline void cp_async_wait() {
 #endif
 }
 
-// #floating-point-instructions-ex2
-// 2^x to about 2^-22; 0 for -infinity.
-__device__ inline float exp2_approx(float x) {
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
-
 // No instruction: x counts as computed here, so that it stays in a register instead of being
 // computed again at each use.
 __device__ inline void keep(uint32_t& x) { asm volatile("" : "+r"(x)); }

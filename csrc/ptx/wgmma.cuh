@@ -77,9 +77,6 @@ __device__ inline void wgmma_registers(float (&d)[kN / 2], const uint32_t (&a)[4
 #define LT_OUTS_80 LT_OUT(0), LT_OUT(1), LT_OUT(2), LT_OUT(3), LT_OUT(4)
 #define LT_LISTS_96 LT_LIST0 ", " LT_LIST1 ", " LT_LIST2 ", " LT_LIST3 ", " LT_LIST4 ", " LT_LIST5
 #define LT_OUTS_96 LT_OUT(0), LT_OUT(1), LT_OUT(2), LT_OUT(3), LT_OUT(4), LT_OUT(5)
-#define LT_LISTS_112 \
-  LT_LIST0 ", " LT_LIST1 ", " LT_LIST2 ", " LT_LIST3 ", " LT_LIST4 ", " LT_LIST5 ", " LT_LIST6
-#define LT_OUTS_112 LT_OUT(0), LT_OUT(1), LT_OUT(2), LT_OUT(3), LT_OUT(4), LT_OUT(5), LT_OUT(6)
 #define LT_LISTS_128                                                                           \
   LT_LIST0 ", " LT_LIST1 ", " LT_LIST2 ", " LT_LIST3 ", " LT_LIST4 ", " LT_LIST5 ", " LT_LIST6 \
            ", " LT_LIST7
@@ -88,20 +85,12 @@ __device__ inline void wgmma_registers(float (&d)[kN / 2], const uint32_t (&a)[4
 #define LT_LISTS_144                                                                           \
   LT_LIST0 ", " LT_LIST1 ", " LT_LIST2 ", " LT_LIST3 ", " LT_LIST4 ", " LT_LIST5 ", " LT_LIST6 \
            ", " LT_LIST7 ", " LT_LIST8
-#define LT_OUTS_144 \
-  LT_OUT(0), LT_OUT(1), LT_OUT(2), LT_OUT(3), LT_OUT(4), LT_OUT(5), LT_OUT(6), LT_OUT(7), LT_OUT(8)
 #define LT_LISTS_160                                                                           \
   LT_LIST0 ", " LT_LIST1 ", " LT_LIST2 ", " LT_LIST3 ", " LT_LIST4 ", " LT_LIST5 ", " LT_LIST6 \
            ", " LT_LIST7 ", " LT_LIST8 ", " LT_LIST9
-#define LT_OUTS_160                                                                       \
-  LT_OUT(0), LT_OUT(1), LT_OUT(2), LT_OUT(3), LT_OUT(4), LT_OUT(5), LT_OUT(6), LT_OUT(7), \
-      LT_OUT(8), LT_OUT(9)
 #define LT_LISTS_176                                                                           \
   LT_LIST0 ", " LT_LIST1 ", " LT_LIST2 ", " LT_LIST3 ", " LT_LIST4 ", " LT_LIST5 ", " LT_LIST6 \
            ", " LT_LIST7 ", " LT_LIST8 ", " LT_LIST9 ", " LT_LIST10
-#define LT_OUTS_176                                                                       \
-  LT_OUT(0), LT_OUT(1), LT_OUT(2), LT_OUT(3), LT_OUT(4), LT_OUT(5), LT_OUT(6), LT_OUT(7), \
-      LT_OUT(8), LT_OUT(9), LT_OUT(10)
 #define LT_LISTS_192                                                                           \
   LT_LIST0 ", " LT_LIST1 ", " LT_LIST2 ", " LT_LIST3 ", " LT_LIST4 ", " LT_LIST5 ", " LT_LIST6 \
            ", " LT_LIST7 ", " LT_LIST8 ", " LT_LIST9 ", " LT_LIST10 ", " LT_LIST11
@@ -146,11 +135,7 @@ __device__ inline void wgmma_registers(float (&d)[kN / 2], const uint32_t (&a)[4
 LT_WGMMA_TYPES(64, "32", "33", "34", "35", "36", "37")
 LT_WGMMA_TYPES(80, "40", "41", "42", "43", "44", "45")
 LT_WGMMA_TYPES(96, "48", "49", "50", "51", "52", "53")
-LT_WGMMA_TYPES(112, "56", "57", "58", "59", "60", "61")
 LT_WGMMA_TYPES(128, "64", "65", "66", "67", "68", "69")
-LT_WGMMA_TYPES(144, "72", "73", "74", "75", "76", "77")
-LT_WGMMA_TYPES(160, "80", "81", "82", "83", "84", "85")
-LT_WGMMA_TYPES(176, "88", "89", "90", "91", "92", "93")
 LT_WGMMA_TYPES(192, "96", "97", "98", "99", "100", "101")
 LT_WGMMA_TYPES(256, "128", "129", "130", "131", "132", "133")
 
@@ -179,16 +164,8 @@ LT_WGMMA_TYPES(256, "128", "129", "130", "131", "132", "133")
 #undef LT_OUTS_80
 #undef LT_LISTS_96
 #undef LT_OUTS_96
-#undef LT_LISTS_112
-#undef LT_OUTS_112
 #undef LT_LISTS_128
 #undef LT_OUTS_128
-#undef LT_LISTS_144
-#undef LT_OUTS_144
-#undef LT_LISTS_160
-#undef LT_OUTS_160
-#undef LT_LISTS_176
-#undef LT_OUTS_176
 #undef LT_LISTS_192
 #undef LT_OUTS_192
 #undef LT_LISTS_256

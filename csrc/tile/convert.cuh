@@ -27,4 +27,14 @@ __device__ inline BFloat16 from_float<BFloat16>(float x) {
   return __float2bfloat16_rn(x);
 }
 
+// Two floats as a register of a fragment, the first in its low half.
+__device__ inline uint32_t pack_two(float low, float high, Half) {
+  const __half2 two = __floats2half2_rn(low, high);
+  return reinterpret_cast<const uint32_t&>(two);
+}
+__device__ inline uint32_t pack_two(float low, float high, BFloat16) {
+  const __nv_bfloat162 two = __floats2bfloat162_rn(low, high);
+  return reinterpret_cast<const uint32_t&>(two);
+}
+
 }  // namespace llamatelemetry

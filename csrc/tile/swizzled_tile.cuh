@@ -54,14 +54,4 @@ struct MmaSm75 {
   }
 };
 
-// Two floats as a register of a fragment, the first in its low half.
-__device__ inline uint32_t pack_two(float low, float high, Half) {
-  const __half2 two = __floats2half2_rn(low, high);
-  return reinterpret_cast<const uint32_t&>(two);
-}
-__device__ inline uint32_t pack_two(float low, float high, BFloat16) {
-  const __nv_bfloat162 two = __floats2bfloat162_rn(low, high);
-  return reinterpret_cast<const uint32_t&>(two);
-}
-
 }  // namespace llamatelemetry

@@ -109,6 +109,20 @@ def test_any_strides_and_offsets(device, dtype):
             assert_within_2x(other_out, torch_attention(q, k, v, causal=True), out64)
 
 
+def test_a_sink_that_is_no_number_shows_in_its_head_alone(backend, dtype):
+    device = device_of(backend, dtype)
+    q, k, v = random_qkv(device, dtype, 2, (40, 60), (4, 2))
+    sinks = torch.randn(4, device=device)
+    clean = flash_attn(q, k, v, sinks=sinks, backend=backend)
+    sinks[2] = torch.nan
+    out, lse = flash_attn(q, k, v, sinks=sinks, backend=backend)
+    assert out[:, :, 2].isnan().all()
+    assert lse[:, 2].isnan().all()
+    others = torch.tensor([0, 1, 3], device=device)
+    assert torch.equal(out[:, :, others], clean[0][:, :, others])
+    assert torch.equal(lse[:, others], clean[1][:, others])
+
+
 def test_alibi_slopes_of_each_sequence(device):
     q, k, v = random_qkv(device, torch.float32, 3, (40, 60))
     assert_right(q, k, v, alibi_slopes=torch.rand(3, 6, device=device))
