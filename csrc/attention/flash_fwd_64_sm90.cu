@@ -5,8 +5,8 @@ namespace llamatelemetry {
 
 Error launch_flash_fwd_sm90_64(const FlashSm90Params& params, Stream stream) {
   using Tile = FlashTile<64, 3, 128, 4, 2, true, false>;
-  // Up to 2048 keys more warpgroups with shorter blocks of keys hide the ends of a tile better
-  // (H200, causal, 512: 258 to 231 TFLOP/s), past them longer blocks do (8192: 500 to 508).
+  // Up to 2048 keys more warpgroups with shorter blocks of keys hide the ends of a tile better,
+  // past them longer blocks do better: benchmarks/NOTES.md.
   using ShortTile = FlashTile<64, 4, 64, 4, 2, false, false>;
   constexpr int64_t kFewKeys = 2048;
   const bool is_short = params.call.seqlen_k <= kFewKeys && params.call.cu_seqlens_q == nullptr &&

@@ -9,8 +9,7 @@ namespace {
 // 4 warps of 32 rows and 2 blocks on a multiprocessor where accumulators fit: a block's copies and
 // softmax hide under the other's products. The large tiles have fewer barriers and copies a key;
 // they run where two blocks of them, or one where blocks says 1, fit a multiprocessor.
-// TFLOP/s on an H200, bfloat16, 16384 tokens of 4096, full, large and small: head_dim 64 351, 348;
-// 128 376, 374; 256 318, 283.
+// benchmarks/NOTES.md has what each was measured to give.
 template <typename T>
 Error launch(const FlashAttnParams& p, Stream stream) {
   // head_dim, warps, 16-row tiles a warp, keys, scored keys, held steps, blocks
