@@ -11,6 +11,10 @@
 
 namespace llamatelemetry {
 
+// A row of which a thread holds fewer vectors than this is held whole, by at most kFewWarps warps.
+constexpr int kMostHeld = 4;
+constexpr int kFewWarps = 8;
+
 template <typename V, int kHeld>
 struct BlockRow {
   const V* row;  // where vectors that are not held are read
@@ -36,9 +40,11 @@ struct BlockRow {
       const int i = h * blockDim.x + threadIdx.x;
       if (i < num_vectors) body(i, h, held[h]);
     }
-    for (int i = kHeld * blockDim.x + threadIdx.x; i < num_vectors; i += blockDim.x) {
-      V vector = row[i];
-      body(i, kHeld, vector);
+    if constexpr (kHeld == kMostHeld) {
+      for (int i = kHeld * blockDim.x + threadIdx.x; i < num_vectors; i += blockDim.x) {
+        V vector = row[i];
+        body(i, kHeld, vector);
+      }
     }
   }
 
@@ -58,16 +64,19 @@ __device__ inline void prefetch_row(const void* row, int row_size) {
 template <typename T, typename Start>
 void with_block_row(int64_t row_size, bool wide, Start start) {
   const int64_t num_vectors = wide ? row_size / WideVector<T>::kElements : row_size;
-  // Few vectors a thread shorten a single row; past 256 threads more of them keep blocks small, so
+  // Few vectors a thread shorten a single row; past kFewWarps more of them keep blocks small, so
   // that several share a multiprocessor and one's loads hide another's reduction.
-  const int held = !wide || num_vectors > 512 ? 4 : num_vectors > 256 ? 2 : 1;
+  constexpr int kFewThreads = kFewWarps * kWarpSize;
+  const int held = !wide || num_vectors > 2 * kFewThreads ? kMostHeld
+                   : num_vectors > kFewThreads            ? 2
+                                                          : 1;
   const int64_t warps = (num_vectors + held * kWarpSize - 1) / (held * kWarpSize);
   const auto num_threads =
       static_cast<unsigned>(kWarpSize * (warps < kMaxWarps ? warps : kMaxWarps));
   if (!wide) {
-    start(Type<Vector<T, 1>>{}, std::integral_constant<int, 4>{}, num_threads);
+    start(Type<Vector<T, 1>>{}, std::integral_constant<int, kMostHeld>{}, num_threads);
   } else {
-    IntMenu<1, 2, 4>::dispatch(
+    IntMenu<1, 2, kMostHeld>::dispatch(
         held, [&](auto kHeld) { start(Type<WideVector<T>>{}, kHeld, num_threads); });
   }
 }
