@@ -34,4 +34,12 @@ __device__ inline float exp2_approx(float x) {
   return y;
 }
 
+// #floating-point-instructions-rcp
+// 1 / x to about 2^-23.
+__device__ inline float reciprocal_approx(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
 }  // namespace llamatelemetry::ptx

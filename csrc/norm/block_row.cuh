@@ -17,6 +17,8 @@ constexpr int kFewWarps = 8;
 
 template <typename V, int kHeld>
 struct BlockRow {
+  static constexpr int kWarps = kHeld < kMostHeld ? kFewWarps : kMaxWarps;  // or fewer
+
   const V* row;  // where vectors that are not held are read
   int num_vectors;
   V held[kHeld > 0 ? kHeld : 1];
@@ -51,6 +53,17 @@ struct BlockRow {
   // The vector that another row's for_each calls (i, h).
   __device__ V at(int i, int h) const { return h < kHeld ? held[h] : row[i]; }
 };
+
+// How many of a row's elements the threads of this warp have together: no warp has none.
+template <typename V>
+__device__ inline int warp_row_size(int row_size) {
+  const int num_vectors = row_size / V::kElements;
+  int count = 0;
+  for (int i = threadIdx.x / kWarpSize * kWarpSize; i < num_vectors; i += blockDim.x) {
+    count += min(num_vectors - i, kWarpSize);
+  }
+  return count * V::kElements;
+}
 
 template <typename V>
 __device__ inline void prefetch_row(const void* row, int row_size) {

@@ -14,10 +14,11 @@ struct Max {
   __device__ float operator()(float a, float b) const { return fmaxf(a, b); }
 };
 
-template <typename Combine>
+// Of each kLanes neighbours.
+template <typename Combine, int kLanes = kWarpSize>
 __device__ inline float warp_reduce(float value) {
 #pragma unroll
-  for (int offset = kWarpSize / 2; offset > 0; offset /= 2) {
+  for (int offset = kLanes / 2; offset > 0; offset /= 2) {
     value = Combine{}(value, __shfl_xor_sync(0xffffffff, value, offset));
   }
   return value;

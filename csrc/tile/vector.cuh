@@ -48,4 +48,18 @@ __device__ inline V map_vector(const V& a, const V& b, Function function) {
   return out;
 }
 
+// The sum of function(element), in pairs: a chain of log2(kElements) additions.
+template <typename V, typename Function>
+__device__ inline float sum_vector(const V& a, Function function) {
+  float sum[V::kElements];
+#pragma unroll
+  for (int i = 0; i < V::kElements; ++i) sum[i] = function(to_float(a.value[i]));
+#pragma unroll
+  for (int width = V::kElements / 2; width > 0; width /= 2) {
+#pragma unroll
+    for (int i = 0; i < width; ++i) sum[i] += sum[i + width];
+  }
+  return sum[0];
+}
+
 }  // namespace llamatelemetry

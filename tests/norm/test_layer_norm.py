@@ -51,6 +51,34 @@ def test_a_large_mean_costs_no_variance(device):
     assert (ours.double() - reference.layer_norm(x.double(), None, None, 1e-5)).abs().max() < 1e-4
 
 
+def hard_rows(hidden_size):
+    """One row each of what a sum of squares, or distances from x[0], would lose the variance of."""
+    random = torch.randn(7, hidden_size)
+    random[0] += 1e4
+    random[1, 0] = 1e4
+    random[2, -1] = 1e4
+    random[3, hidden_size // 2] -= 1e6
+    random[4, : hidden_size // 8] += 1e4
+    random[5, ::2] -= 1e4
+    random[6] = 1e4 / 3
+    return random
+
+
+# In 16-byte vectors of float32: one a thread, two, four with more to read again; and single values.
+@pytest.mark.parametrize("hidden_size", [1, 33, 777, 1000, 2040, 4096, 5120, 8191, 70000])
+def test_hard_rows(device, hidden_size):
+    x = hard_rows(hidden_size).to(device)
+    ours, ref64 = layer_norm(x), reference.layer_norm(x.double(), None, None, 1e-5)
+    mean = x.double().mean(-1, keepdim=True)
+    rstd = torch.rsqrt((x.double() - mean).square().mean(-1, keepdim=True) + 1e-5)
+    # What a rounded mean moves every value by, and what rounding a value does: a few of each, and
+    # more of them the longer the sums.
+    ulp = torch.finfo(torch.float32).eps * (mean.abs() * rstd + ref64.abs().amax(-1, keepdim=True))
+    ulps = ((ours - ref64).abs() / ulp).amax(-1)
+    assert (ulps <= 4 + hidden_size / 256).all(), ulps
+    assert torch.equal(ours, layer_norm(x))
+
+
 @given(st.integers(1, 5), st.integers(1, 700), st.integers(0, 9), st.integers(0, 3))
 def test_strided_rows_and_offsets(num_tokens, hidden_size, gap, offset):
     flat = torch.full((offset + num_tokens * (hidden_size + gap),), torch.nan)
