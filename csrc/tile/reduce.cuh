@@ -7,10 +7,12 @@ constexpr int kWarpSize = 32;
 constexpr int kMaxWarps = 32;
 
 struct Sum {
+  static constexpr float kOfNone = 0.0f;
   __device__ float operator()(float a, float b) const { return a + b; }
 };
 // Of numbers: a NaN is passed over.
 struct Max {
+  static constexpr float kOfNone = -INFINITY;
   __device__ float operator()(float a, float b) const { return fmaxf(a, b); }
 };
 
@@ -33,11 +35,9 @@ __device__ inline float block_reduce(float value) {
   __syncthreads();  // the last call's readers are done
   if (threadIdx.x % kWarpSize == 0) s_partial[threadIdx.x / kWarpSize] = value;
   __syncthreads();
-  float result = s_partial[0];
-  const int num_warps = blockDim.x / kWarpSize;
-#pragma unroll 8
-  for (int warp = 1; warp < num_warps; ++warp) result = Combine{}(result, s_partial[warp]);
-  return result;
+  // Every warp combines them all, a lane each: a loop would wait for shared memory at each step.
+  const int lane = threadIdx.x % kWarpSize;
+  return warp_reduce<Combine>(lane < blockDim.x / kWarpSize ? s_partial[lane] : Combine::kOfNone);
 }
 
 __device__ inline float block_sum(float value) { return block_reduce<Sum>(value); }
