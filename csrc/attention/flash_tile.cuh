@@ -370,13 +370,9 @@ __device__ inline void write_rows(const FlashAttnParams& p, const FlashWork& wor
 
 constexpr int64_t kMaxTokenStride = 1 << 22;
 
-inline bool rows_are_aligned(const Heads& x, int64_t batch, int64_t heads, int64_t tokens) {
-  auto bits = reinterpret_cast<uintptr_t>(x.data);
-  if (batch > 1) bits |= static_cast<uintptr_t>(2 * x.batch_stride);
-  if (heads > 1) bits |= static_cast<uintptr_t>(2 * x.head_stride);
-  if (tokens > 1) bits |= static_cast<uintptr_t>(2 * x.token_stride);
-  // Within a tile offsets are 32 bits.
-  return bits % 16 == 0 && x.token_stride < kMaxTokenStride;
+// Whether load_tile can take whole chunks: within a tile offsets are 32 bits.
+inline bool has_whole_chunks(const Heads& x, int64_t batch, int64_t tokens, int64_t heads) {
+  return rows_are_aligned(x, batch, tokens, heads, 2) && x.token_stride < kMaxTokenStride;
 }
 
 inline FlashGrid flash_grid(const FlashAttnParams& p, int block_rows, int row_step,
@@ -396,9 +392,9 @@ inline FlashGrid flash_grid(const FlashAttnParams& p, int block_rows, int row_st
           .v_step = static_cast<uint32_t>(p.v.token_stride * row_step * 2),
           .factor = changes ? 1.0f : p.softmax_scale * kLog2E,
           .changes_scores = changes,
-          .aligned = rows_are_aligned(p.q, p.batch, p.num_heads_q, p.total_q) &&
-                     rows_are_aligned(p.k, num_parts, p.num_heads_kv, p.total_k) &&
-                     rows_are_aligned(p.v, num_parts, p.num_heads_kv, p.total_k)};
+          .aligned = has_whole_chunks(p.q, p.batch, p.total_q, p.num_heads_q) &&
+                     has_whole_chunks(p.k, num_parts, p.total_k, p.num_heads_kv) &&
+                     has_whole_chunks(p.v, num_parts, p.total_k, p.num_heads_kv)};
 }
 
 template <typename Kernel>

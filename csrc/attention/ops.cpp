@@ -160,15 +160,11 @@ Heads heads_of(const Tensor& x) {
 
 // Whether the rows of x lie apart, each at a multiple of 16 bytes.
 bool has_aligned_rows(const Tensor& x) {
-  constexpr int64_t kBytes = 16;
-  const int64_t element_bytes = x.scalar_type() == ScalarType::Float ? 4 : 2;
-  auto bits = reinterpret_cast<uintptr_t>(x.const_data_ptr());
-  for (int64_t d = 0; d < x.dim() - 1; ++d) {
-    if (x.size(d) > 1) bits |= static_cast<uintptr_t>(x.stride(d) * element_bytes);
-  }
   const int64_t tokens = x.dim() - 3;
   const bool apart = x.size(tokens) <= 1 || x.stride(tokens) != 0;
-  return apart && bits % kBytes == 0;
+  const int64_t element_bytes = x.scalar_type() == ScalarType::Float ? 4 : 2;
+  return apart && rows_are_aligned(heads_of(x), x.size(0), x.size(tokens), x.size(tokens + 1),
+                                   element_bytes);
 }
 
 // Aligned tensors of a dtype on the device that this library is for.

@@ -68,6 +68,16 @@ struct Heads {
   int64_t token_stride;
   int64_t head_stride;
 };
+// Whether each row of x lies at a multiple of 16 bytes; a dimension of one has any stride.
+static inline bool rows_are_aligned(const Heads& x, int64_t batch, int64_t num_tokens,
+                                    int64_t num_heads, int64_t element_bytes) {
+  int64_t strides = 0;
+  if (batch > 1) strides |= x.batch_stride;
+  if (num_tokens > 1) strides |= x.token_stride;
+  if (num_heads > 1) strides |= x.head_stride;
+  const auto bytes = static_cast<uintptr_t>(strides * element_bytes);
+  return (reinterpret_cast<uintptr_t>(x.data) | bytes) % 16 == 0;
+}
 
 struct FlashAttnParams {
   Heads q;  // [batch, seqlen_q, num_heads_q, head_dim] or [total_q, num_heads_q, head_dim]
