@@ -74,28 +74,17 @@ bool has_few_rows(const Params& p) { return p.seqlen_q * group_size(p) <= kFewRo
 template <typename T>
 void few_rows_items(const Params& p, int64_t begin, int64_t end) {
   for (int64_t item = begin; item < end; ++item) {
-    const FlashSource<T> source(p, item / p.num_heads_kv, item % p.num_heads_kv);
-    const int64_t num_rows = source.num_rows();
-    for (int64_t row = 0; row < num_rows; row += kFewRows) {
-      const int64_t last = smaller(row + kFewRows, num_rows);
-      attend_few(source, row, last, source.keys(row, last));
-    }
+    attend_rows(FlashSource<T>(p, item / p.num_heads_kv, item % p.num_heads_kv));
   }
 }
 
 template <typename T>
 void many_rows_items(const Tiled<Params>& tiles, int64_t begin, int64_t end) {
   const Params& p = tiles.p;
-  for (int64_t item = begin; item < end; ++item) {
-    const TileIndex index = find_tile(item % tiles.num_tiles, p.batch, [&](int64_t i) {
-      return ceil_div(flash_sequence(p, i).num_queries * group_size(p), tiles.tile_rows);
-    });
-    if (index.sequence == p.batch) continue;
-    const FlashSource<T> source(p, index.sequence, item / tiles.num_tiles);
-    const int64_t row = index.tile * tiles.tile_rows;
-    const int64_t last = smaller(row + tiles.tile_rows, source.num_rows());
-    attend_tile(source, row, last, source.keys(row, last));
-  }
+  attend_tiles(
+      tiles, begin, end,
+      [&](int64_t i) { return flash_sequence(p, i).num_queries * group_size(p); },
+      [&](int64_t i, int64_t kv_head) { return FlashSource<T>(p, i, kv_head); });
 }
 
 void few_rows_body(const Params& p, int64_t begin, int64_t end) {

@@ -31,7 +31,6 @@ struct PagedSource {
   int64_t first_query;
   int64_t num_queries;
   int64_t num_keys;
-  int64_t num_rows;
   int64_t head_dim;
   ScoreRule rule;
 
@@ -43,10 +42,10 @@ struct PagedSource {
         first_query(params.cu_seqlens_q[index]),
         num_queries(params.cu_seqlens_q[index + 1] - first_query),
         num_keys(params.cache_seqlens[index]),
-        num_rows(num_queries * params.group_size),
         head_dim(params.head_dim),
         rule{params.softmax_scale, params.softcap, false} {}
 
+  int64_t num_rows() const { return num_queries * p.group_size; }
   // Token and query head of a row, folded: where its results lie.
   int64_t index_of(int64_t row) const {
     const int64_t token = first_query + row / p.group_size;
@@ -123,29 +122,19 @@ template <typename T>
 void few_rows_items(const Params& p, int64_t begin, int64_t end) {
   for (int64_t item = begin; item < end; ++item) {
     const int64_t split = item / (p.batch * p.num_heads_kv);
-    const PagedSource<T> source(p, item / p.num_heads_kv % p.batch, item % p.num_heads_kv, split);
-    for (int64_t row = 0; row < source.num_rows; row += kFewRows) {
-      const int64_t last = smaller(row + kFewRows, source.num_rows);
-      attend_few(source, row, last, source.keys(row, last));
-    }
+    attend_rows(PagedSource<T>(p, item / p.num_heads_kv % p.batch, item % p.num_heads_kv, split));
   }
 }
 
 template <typename T>
 void many_rows_items(const Tiled<Params>& tiles, int64_t begin, int64_t end) {
   const Params& p = tiles.p;
-  for (int64_t item = begin; item < end; ++item) {
-    const TileIndex index = find_tile(item % tiles.num_tiles, p.batch, [&](int64_t i) {
-      return ceil_div((p.cu_seqlens_q[i + 1] - p.cu_seqlens_q[i]) * p.group_size, tiles.tile_rows);
-    });
-    if (index.sequence == p.batch) continue;
-    const int64_t kv_head = item / tiles.num_tiles % p.num_heads_kv;
-    const int64_t split = item / tiles.num_tiles / p.num_heads_kv;
-    const PagedSource<T> source(p, index.sequence, kv_head, split);
-    const int64_t row = index.tile * tiles.tile_rows;
-    const int64_t last = smaller(row + tiles.tile_rows, source.num_rows);
-    attend_tile(source, row, last, source.keys(row, last));
-  }
+  attend_tiles(
+      tiles, begin, end,
+      [&](int64_t i) { return (p.cu_seqlens_q[i + 1] - p.cu_seqlens_q[i]) * p.group_size; },
+      [&](int64_t i, int64_t head) {  // the key heads of each split in turn
+        return PagedSource<T>(p, i, head % p.num_heads_kv, head / p.num_heads_kv);
+      });
 }
 
 void few_rows_body(const Params& p, int64_t begin, int64_t end) {

@@ -5,9 +5,10 @@
 // head r % group_size. Where they lie is told by a Source, one sequence and key head of an op:
 //   T                               element type
 //   kHasAlibi                       whether scores may lose slope(row) * |position(row) - key|
-//   int64_t head_dim; ScoreRule rule;
+//   int64_t head_dim, num_rows(); ScoreRule rule;
 //   const T* query(row)
 //   KeyRange keys(row)              that the row sees; both ends grow with the row
+//   KeyRange keys(begin, end)       that any of these rows sees, as far as the source goes
 //   void find_keys(range, rows)     rows[i] = key row range.begin + i; find_values likewise
 //   float slope(row), position(row)
 //   float sink(row)                 a score without a value; -infinity: off
@@ -211,10 +212,11 @@ LT_INLINE float weigh(float* scores, int begin, int end, int num_keys, float* la
   return scale;
 }
 
-// Rows [begin, end) of a source, at most kFewRows, over keys.
+// Rows [begin, end) of a source, at most kFewRows.
 template <typename Source>
-void attend_few(const Source& source, int64_t begin, int64_t end, KeyRange keys) {
+void attend_few(const Source& source, int64_t begin, int64_t end) {
   using T = typename Source::T;
+  const KeyRange keys = source.keys(begin, end);
   const int64_t head_dim = source.head_dim;
   alignas(64) float q[kFewRows * kMaxHeadDim];
   alignas(64) float o[kFewRows * kMaxHeadDim];
@@ -269,6 +271,14 @@ void attend_few(const Source& source, int64_t begin, int64_t end, KeyRange keys)
   }
   for (int r = 0; r < num_rows; ++r) {
     source.finish(begin + r, o + r * stride, largest[r], sum[r]);
+  }
+}
+
+template <typename Source>
+void attend_rows(const Source& source) {
+  const int64_t num_rows = source.num_rows();
+  for (int64_t row = 0; row < num_rows; row += kFewRows) {
+    attend_few(source, row, smaller(row + kFewRows, num_rows));
   }
 }
 

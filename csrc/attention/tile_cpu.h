@@ -265,11 +265,12 @@ void start_tile(const Source& source, int64_t begin, int num_rows, KeyRange keys
   }
 }
 
-// Rows [begin, end) of a source, at most kTileRows, over keys. Blocks of keys start at multiples
-// of kBlockKeys, so that a row's result does not depend on the rows beside it.
+// Rows [begin, end) of a source, at most kTileRows. Blocks of keys start at multiples of
+// kBlockKeys, so that a row's result does not depend on the rows beside it.
 template <typename Source>
-void attend_tile(const Source& source, int64_t begin, int64_t end, KeyRange keys) {
+void attend_tile(const Source& source, int64_t begin, int64_t end) {
   Tile tile;
+  const KeyRange keys = source.keys(begin, end);
   const int num_rows = static_cast<int>(end - begin);
   const int num_columns = static_cast<int>(round_up(num_rows, Vec::kLanes));
   start_tile(source, begin, num_rows, keys, tile);
@@ -340,6 +341,22 @@ TileIndex find_tile(int64_t turn, int64_t batch, TilesOf tiles_of) {
     index.tile -= tiles_of(index.sequence);
   }
   return index;
+}
+
+// Items [begin, end): num_tiles of key head 0, then of key head 1, ... rows_of(i) is how many rows
+// each has of sequence i, source_of(i, head) their Source.
+template <typename Params, typename RowsOf, typename SourceOf>
+void attend_tiles(const Tiled<Params>& tiles, int64_t begin, int64_t end, RowsOf rows_of,
+                  SourceOf source_of) {
+  for (int64_t item = begin; item < end; ++item) {
+    const TileIndex index = find_tile(item % tiles.num_tiles, tiles.p.batch, [&](int64_t i) {
+      return ceil_div(rows_of(i), tiles.tile_rows);
+    });
+    if (index.sequence == tiles.p.batch) continue;
+    const auto source = source_of(index.sequence, item / tiles.num_tiles);
+    const int64_t row = index.tile * tiles.tile_rows;
+    attend_tile(source, row, smaller(row + tiles.tile_rows, source.num_rows()));
+  }
 }
 
 #undef LT_PANEL
