@@ -11,6 +11,9 @@
 namespace llamatelemetry {
 namespace {
 
+// Up to so many queries paged_attention on the CPU cuts the keys of a sequence into parts.
+constexpr int kFewQueries = 16;
+
 PagedCache paged_cache_of(const Tensor& cache) {
   return {.data = cache.const_data_ptr(),
           .block_stride = cache.stride(0),
@@ -64,7 +67,6 @@ int64_t num_splits_of([[maybe_unused]] int64_t max_seqlen_q, [[maybe_unused]] in
 #ifdef LT_CUDA
   return 1;
 #else
-  constexpr int64_t kFewQueries = 16;
   constexpr int64_t kMinKeys = 64;
   if (max_seqlen_q > kFewQueries) return 1;
   return std::clamp<int64_t>(capacity / kMinKeys, 1, num_threads());
@@ -390,4 +392,9 @@ extern "C" __attribute__((visibility("default"))) const char* lt_flash_why_not(i
 extern "C" __attribute__((visibility("default"))) const char* lt_flash_choice(int dtype) {
   using namespace llamatelemetry;
   return flash_impl_name(choose_flash(flash_on_this_device(static_cast<DType>(dtype))));
+}
+
+// Where llamatelemetry/models/attention.py prefers paged_attention on the CPU.
+extern "C" __attribute__((visibility("default"))) int lt_few_queries() {
+  return llamatelemetry::kFewQueries;
 }

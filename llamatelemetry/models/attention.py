@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from llamatelemetry import _library
 from llamatelemetry.models.masks import PaddedLayout, dense_mask, key_mask, padded_layout
 from llamatelemetry.ops import _contract  # noqa: F401  (loads the library)
 
@@ -22,7 +23,7 @@ NAME = "llamatelemetry"
 _paged_attention = torch.ops.llamatelemetry.paged_attention.default
 _flash_attn = torch.ops.llamatelemetry.flash_attn.default
 # Up to so many queries paged_attention's split over the keys serves the CPU better.
-_FEW_QUERIES = 16
+_FEW_QUERIES: int = _library.cpu_library.lt_few_queries()
 
 
 @dataclass
