@@ -4,7 +4,7 @@
 namespace llamatelemetry {
 
 Error launch_flash_fwd_sm90_192(const FlashSm90Params& params, Stream stream) {
-  using Tile = FlashTile<192, 2, 96, 2, 1, true, false>;
+  using Tile = FlashTile<192, 2, 96, 2, 1>;
   return launch_tiles<Tile, Tile, Tile>(params, stream);
 }
 

@@ -4,7 +4,7 @@
 namespace llamatelemetry {
 
 Error launch_flash_fwd_sm90_256(const FlashSm90Params& params, Stream stream) {
-  using Tile = FlashTile<256, 2, 80, 2, 1, true, false>;
+  using Tile = FlashTile<256, 2, 64, 2, 1>;
   return launch_tiles<Tile, Tile, Tile>(params, stream);
 }
 

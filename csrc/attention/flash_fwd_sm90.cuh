@@ -1,9 +1,10 @@
 // out = softmax(q k^T) v on Hopper, after FlashAttention-3 (Shah et al. 2024): persistent blocks of
-// one warp that copies and kConsumers warpgroups that compute, 64 query rows each.
+// a warp that deals out tiles, one that copies, and kConsumers warpgroups that compute, 64 query
+// rows each.
 //
 // What bounds it: the tensor cores (head_dim >= 128) or the exponentials (64). So a warpgroup gives
-// the tensor cores the scores of the next keys before it weighs these, and the warpgroups take
-// turns where that measures better. Scores, weights and results stay in registers.
+// the tensor cores the scores of the next keys before it weighs these, and the warpgroups drift
+// apart: while one weighs the others multiply. Scores, weights and results stay in registers.
 //
 // Keys run from the last block of a tile to the first, so that what the window cuts comes first.
 // Grid: at most one block per place on the GPU. Block (kConsumers + 1) * 128.
@@ -35,48 +36,40 @@ __device__ inline void multiply_keys(float (&r_s)[Tile::kBlockN / 2], uint64_t q
   }
   ptx::wgmma_commit();
 }
-// o += p v. Ends without waiting.
+// o = p v, or o += p v where adds. Ends without waiting.
 template <typename T, typename Tile>
 __device__ inline void multiply_values(float (&r_o)[Tile::kHeadDim / 2],
-                                       const uint32_t (&r_p)[Tile::kBlockN / kDepth][4],
-                                       uint64_t v) {
+                                       const uint32_t (&r_p)[Tile::kBlockN / kDepth][4], uint64_t v,
+                                       bool adds) {
 #pragma unroll
   for (int step = 0; step < Tile::kBlockN / kDepth; ++step) {
-    ptx::wgmma_registers<T, Tile::kHeadDim>(r_o, r_p[step],
-                                            v + ((step * kDepth * kColumnBlockBytes) >> 4), true);
+    ptx::wgmma_registers<T, Tile::kHeadDim>(
+        r_o, r_p[step], v + ((step * kDepth * kColumnBlockBytes) >> 4), step > 0 || adds);
   }
   ptx::wgmma_commit();
 }
 
-// One warpgroup: its 64 rows of each tile. The last product of a tile runs beside the first of the
-// next, as any two blocks of keys do.
+// One warpgroup: its 64 rows of each tile. Every branch here takes a whole warp, and the compiler
+// can see that: else it keeps the rings in ordinary registers and moves the descriptors of every
+// product, which costs a tenth.
 template <typename T, typename Tile, FlashMask kMask>
 __device__ void compute_tiles(const FlashSm90Args& a, FlashShared<Tile>& s) {
   constexpr int kBlockN = Tile::kBlockN;
-  constexpr int kTurnBarrier = 1;  // one for each warpgroup
-  constexpr int kTailBarrier = kTurnBarrier + Tile::kConsumers;
+  constexpr int kTailBarrier = 1;
   const FlashAttnParams& p = a.p.call;
-  // The same in every lane, and known to be so.
-  const int group = __shfl_sync(0xffffffff, threadIdx.x / kGroupThreads - 1, 0);
+  // The same in every lane, and known to be so by the shuffle.
+  const int warp = __shfl_sync(0xffffffff, (threadIdx.x - kGroupThreads) / 32, 0);
+  const int group = warp / 4;
   const int lane = threadIdx.x % 32;
-  const int row_in_group = threadIdx.x % kGroupThreads / 32 * 16 + lane / 4;
   const int column = 2 * (lane % 4);
   const float scale_log2 = a.p.shapes_scores ? 1.0f : a.p.scale_log2;
-  Ring<1> work_ring;
+  Ring<kWorkSlots> work_ring;
   Ring<Tile::kQueryStages> q_ring;
   Ring<Tile::kStages> k_ring;
   Ring<Tile::kStages> v_ring;
 
   const auto release = [&](uint64_t& barrier) {
     if (lane == 0) ptx::mbarrier_arrive(ptx::shared_address(&barrier));
-  };
-  const auto next_work = [&] {
-    ptx::mbarrier_wait(ptx::shared_address(&s.work_full), work_ring.parity);
-    const FlashTileWork work = s.work;
-    __syncwarp();
-    release(s.work_empty);
-    work_ring.advance();
-    return work;
   };
   const auto wait_k = [&] {
     ptx::mbarrier_wait(ptx::shared_address(&s.k_full[k_ring.slot]), k_ring.parity);
@@ -92,86 +85,82 @@ __device__ void compute_tiles(const FlashSm90Args& a, FlashShared<Tile>& s) {
     release(s.v_empty[v_ring.slot]);
     v_ring.advance();
   };
-  // A turn of the tensor cores: one for each block of keys of a tile and each warpgroup.
-  const auto begin_turn = [&] {
-    if constexpr (Tile::kTurns) ptx::named_barrier_sync(kTurnBarrier + group, 2 * kGroupThreads);
+  const auto release_q = [&] {
+    release(s.q_empty[q_ring.slot]);
+    q_ring.advance();
   };
-  const auto end_turn = [&] {
-    if constexpr (Tile::kTurns) {
-      const int next = group + 1 == Tile::kConsumers ? 0 : group + 1;
-      ptx::named_barrier_arrive(kTurnBarrier + next, 2 * kGroupThreads);
-    }
-  };
-  // A block of the tile that this warpgroup's rows do not need.
-  const auto pass_k = [&] {
-    begin_turn();
-    end_turn();
-    wait_k();
-    release_k();
-  };
-  const auto pass_v = [&] {
-    wait_v();
-    release_v();
-  };
+  // Blocks of the tile that this warpgroup's rows do not need.
   const auto pass_blocks = [&](int count) {
 #pragma unroll 1
     for (int i = 0; i < count; ++i) {
-      pass_k();
-      pass_v();
+      wait_k();
+      wait_v();
+      __syncwarp();  // or the first lane gives back what another has not seen come
+      release_k();
+      release_v();
     }
   };
-  const auto k_of = [&] { return ptx::k_major_descriptor(ptx::shared_address(s.k[k_ring.slot])); };
-  const auto v_of = [&] {
-    return ptx::mn_major_descriptor(ptx::shared_address(s.v[v_ring.slot]),
-                                    kBlockN * kColumnBlockBytes);
-  };
-  if constexpr (Tile::kTurns) {  // the first turn is group 0's
-    if (group == Tile::kConsumers - 1) end_turn();
-  }
 
   float r_s[kBlockN / 2];
   uint32_t r_p[kBlockN / kDepth][4];
   float r_o[Tile::kHeadDim / 2];
-  TwoRows rows;
-  // The tile whose last product is still to come, and where it goes.
-  bool pending = false;
-  FlashWarpRows& to = s.rows[threadIdx.x / 32 - 4];
-  const auto set_to = [&](const FlashTileWork& work, int warp_row) {
-    __syncwarp();
-    if (lane == 0) to = warp_rows_of<T>(p, work, warp_row);
-    __syncwarp();
+  const auto begin_scores = [&](uint64_t q) {
+    wait_k();
+    ptx::wgmma_fence();
+    multiply_keys<T, Tile>(r_s, q, ptx::k_major_descriptor(ptx::shared_address(s.k[k_ring.slot])));
   };
-  const auto store = [&] {
-    store_rows<T, Tile>(to, p.num_heads_q * p.head_dim, static_cast<int>(p.head_dim), scale_log2,
-                        r_o, rows);
-  };
-  const auto finish = [&] {
+  const auto begin_values = [&](bool adds) {
     wait_v();
     ptx::wgmma_fence();
-    multiply_values<T, Tile>(r_o, r_p, v_of());
-    ptx::wgmma_wait<0>();
-    ptx::wgmma_hold(r_o);
+    multiply_values<T, Tile>(r_o, r_p,
+                             ptx::mn_major_descriptor(ptx::shared_address(s.v[v_ring.slot]),
+                                                      kBlockN * kColumnBlockBytes),
+                             adds);
+  };
+  // Until the values are in, after the weighing. A branch that needs every weight keeps the
+  // compiler from waiting first and weighing only then; sums are never negative.
+  const auto await_values = [&](const TwoRows& rows, const float (&keep)[2]) {
+    const bool scales = keep[0] * keep[1] != 1.0f;
+    if (__any_sync(0xffffffff, scales || rows.sum[0] + rows.sum[1] < 0.0f)) {
+      ptx::wgmma_wait<0>();
+      ptx::wgmma_hold(r_o);
+      scale_rows(r_o, keep);
+    } else {
+      ptx::wgmma_wait<0>();
+      ptx::wgmma_hold(r_o);
+    }
     release_v();
-    store();
-    pending = false;
   };
 
-#pragma unroll 1
-  for (FlashTileWork work = next_work(); work.first_row >= 0; work = next_work()) {
-    const KeyBlocks tile_blocks = blocks_of_rows<Tile, kMask>(work, work.first_row, Tile::kBlockM);
-    const int first_row = work.first_row + group * kGroupRows;
-    const int row = first_row + row_in_group;
-    const KeyBlocks blocks = blocks_of_rows<Tile, kMask>(work, first_row, kGroupRows);
-    const bool has_keys = blocks.hi > blocks.lo;
-    const int num_before = tile_blocks.hi - blocks.hi;
-    const bool has_tail =
-        p.cu_seqlens_q != nullptr && tile_blocks.hi * kBlockN > work.window.num_keys;
-    // V comes in order: a warpgroup that has to look past the next block cannot leave one behind.
-    constexpr bool kOverlapsTiles = Tile::kOverlapsTiles;
-    static_assert(!kOverlapsTiles || Tile::kQueryStages > 1);
-    if (pending && (!kOverlapsTiles || !has_keys || has_tail || num_before > 1)) finish();
+  // Until a tile is announced. Returns where.
+  const auto await_tile = [&] {
+    const int slot = work_ring.slot;
+    ptx::mbarrier_wait(ptx::shared_address(&s.work_full[slot]), work_ring.parity);
+    work_ring.advance();
+    return slot;
+  };
 
-    if (has_tail && tile_blocks.hi > tile_blocks.lo) {
+  int next_slot = await_tile();
+#pragma unroll 1
+  while (s.work[next_slot].first_row >= 0) {
+    const int slot = next_slot;
+    const FlashTileWork<Tile>& work = s.work[slot];
+    const KeyBlocks tile_blocks = work.blocks;
+    const KeyBlocks blocks = work.group_blocks[group];
+    const int num_tile_blocks = tile_blocks.hi - tile_blocks.lo;
+    const bool has_keys = blocks.hi > blocks.lo;
+    const uint64_t q = ptx::k_major_descriptor(ptx::shared_address(s.q[q_ring.slot]) +
+                                               group * kGroupRows * kColumnBlockBytes);
+    if (num_tile_blocks > 0) {
+      ptx::mbarrier_wait(ptx::shared_address(&s.q_full[q_ring.slot]), q_ring.parity);
+      if (!has_keys) {
+        __syncwarp();
+        release_q();
+      }
+    }
+    const bool has_tail = p.cu_seqlens_q != nullptr && num_tile_blocks > 0 &&
+                          tile_blocks.hi * kBlockN > work.window.num_keys;
+    if (has_tail) {
       // The rows past the sequence's end hold another's values: 0 * NaN is NaN.
       wait_v();
       constexpr int kChunks = kColumnBlockBytes / 16;
@@ -187,132 +176,92 @@ __device__ void compute_tiles(const FlashSm90Args& a, FlashShared<Tile>& s) {
       ptx::fence_proxy_async_shared();
       ptx::named_barrier_sync(kTailBarrier, Tile::kConsumers * kGroupThreads);
     }
-    if (tile_blocks.hi > tile_blocks.lo) {
-      ptx::mbarrier_wait(ptx::shared_address(&s.q_full[q_ring.slot]), q_ring.parity);
-    }
-    if (!has_keys) {
-      if (tile_blocks.hi > tile_blocks.lo) {
-        pass_blocks(tile_blocks.hi - tile_blocks.lo);
-        release(s.q_empty[q_ring.slot]);
-        q_ring.advance();
+    TwoRows rows{{kNoScore, kNoScore}, {0.0f, 0.0f}};
+    float scale[2];
+    if (has_keys) {
+      pass_blocks(tile_blocks.hi - blocks.hi);
+      begin_scores(q);
+      const FlashScoreRule rule{p.softmax_scale, p.softcap, work.slope};
+      const int row = work.first_row + warp * kWarpRows + lane / 4;
+      const int position = work.window.offset + row;
+      int ends[2];
+      int begins[2];
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        ends[h] = window_end<kMask>(work.window, row + 8 * h) - column;
+        begins[h] = window_begin<kMask>(work.window, row + 8 * h) - column;
       }
+      float keep[2];
+      const auto weigh_block = [&](int n, auto masked) {
+        if (a.p.shapes_scores) shape_scores<kBlockN>(r_s, rule, position, n * kBlockN + column);
+        if constexpr (decltype(masked)::value) {
+          const int block_begins[2] = {begins[0] - n * kBlockN, begins[1] - n * kBlockN};
+          const int block_ends[2] = {ends[0] - n * kBlockN, ends[1] - n * kBlockN};
+          mask_scores<kMask, kBlockN>(r_s, block_begins, block_ends);
+        }
+        weigh<kBlockN>(r_s, rows, scale_log2, keep);
+        ptx::wgmma_hold(r_s);  // packed after the weighing, not within: that took more registers
+      };
+
+      int n = blocks.hi - 1;
+      ptx::wgmma_wait<0>();
+      ptx::wgmma_hold(r_s);
+      release_k();
+      if (kMask == FlashMask::kFull && n < blocks.right_full) {
+        weigh_block(n, std::false_type{});
+      } else {
+        weigh_block(n, std::true_type{});
+      }
+      pack_weights<T, kBlockN>(r_s, r_p);
+      bool adds = false;  // whether r_o holds something of this tile
+
+      // The scores of block n, beside the values of block n + 1.
+      const auto step = [&](auto masked) {
+        begin_scores(q);
+        begin_values(adds);
+        adds = true;
+        ptx::wgmma_wait<1>();
+        ptx::wgmma_hold(r_s);
+        release_k();
+        weigh_block(n, masked);
+        await_values(rows, keep);
+        pack_weights<T, kBlockN>(r_s, r_p);
+      };
+      --n;
+      if constexpr (kMask != FlashMask::kFull) {
+#pragma unroll 1
+        for (const int stop = max(blocks.right_full, blocks.lo); n >= stop; --n) {
+          step(std::true_type{});
+        }
+      }
+#pragma unroll 1
+      for (const int stop = max(blocks.left_full, blocks.lo); n >= stop; --n) {
+        step(std::false_type{});
+      }
+      if constexpr (kMask == FlashMask::kLocal) {
+#pragma unroll 1
+        for (; n >= blocks.lo; --n) step(std::true_type{});
+      }
+      release_q();  // before the values: they come after the next tile's queries
+      begin_values(adds);
+      store_lse(p, work, warp, scale_log2, rows, scale);
+      next_slot = await_tile();
+      ptx::wgmma_wait<0>();
+      ptx::wgmma_hold(r_o);
+      release_v();
+      pass_blocks(blocks.lo - tile_blocks.lo);
+    } else {
+      pass_blocks(num_tile_blocks);
 #pragma unroll
       for (int i = 0; i < Tile::kHeadDim / 2; ++i) r_o[i] = 0.0f;
-      rows = {{kNoScore, kNoScore}, {0.0f, 0.0f}};
-      set_to(work, row - lane / 4);
-      store();
-      continue;
+      store_lse(p, work, warp, scale_log2, rows, scale);
+      next_slot = await_tile();
     }
-
-    const uint64_t q = ptx::k_major_descriptor(ptx::shared_address(s.q[q_ring.slot]) +
-                                               group * kGroupRows * kColumnBlockBytes);
-    FlashScoreRule rule{p.softmax_scale, p.softcap, 0.0f};
-    if (p.alibi_slopes != nullptr) {
-      rule.slope = p.alibi_slopes[work.place.index * p.alibi_batch_stride + work.place.head];
-    }
-    int ends[2];
-    int begins[2];
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      ends[h] = window_end<kMask>(work.window, row + 8 * h) - column;
-      begins[h] = window_begin<kMask>(work.window, row + 8 * h) - column;
-    }
-    const auto weigh_block = [&](int n, auto masked, TwoRows& of, float (&keep)[2]) {
-      if (a.p.shapes_scores) {
-        shape_scores<kBlockN>(r_s, rule, work.window.offset + row, n * kBlockN + column);
-      }
-      if constexpr (decltype(masked)::value) {
-        const int block_begins[2] = {begins[0] - n * kBlockN, begins[1] - n * kBlockN};
-        const int block_ends[2] = {ends[0] - n * kBlockN, ends[1] - n * kBlockN};
-        mask_scores<kMask, kBlockN>(r_s, block_begins, block_ends);
-      }
-      weigh<kBlockN>(r_s, of, scale_log2, keep);
-      ptx::wgmma_hold(r_s);  // packed after the weighing, not within: that took more registers
-    };
-
-    int n = blocks.hi - 1;
-    TwoRows first_rows{{kNoScore, kNoScore}, {0.0f, 0.0f}};
-    float keep[2];
-    if (!kOverlapsTiles || !pending) {
-      pass_blocks(num_before);
-    } else if (num_before > 0) {
-      pass_k();
-    }
-    wait_k();
-    begin_turn();
-    ptx::wgmma_fence();
-    multiply_keys<T, Tile>(r_s, q, k_of());
-    if (kOverlapsTiles && pending) {
-      wait_v();
-      ptx::wgmma_fence();
-      multiply_values<T, Tile>(r_o, r_p, v_of());
-      end_turn();
-      ptx::wgmma_wait<1>();
-      ptx::wgmma_hold(r_s);
-      release_k();
-      weigh_block(n, std::true_type{}, first_rows, keep);
-      ptx::wgmma_wait<0>();
-      ptx::wgmma_hold(r_o);
-      release_v();
-      if (num_before > 0) pass_v();
-      store();
-    } else {
-      end_turn();
-      ptx::wgmma_wait<0>();
-      ptx::wgmma_hold(r_s);
-      release_k();
-      weigh_block(n, std::true_type{}, first_rows, keep);
-    }
-    pack_weights<T, kBlockN>(r_s, r_p);
-#pragma unroll
-    for (int i = 0; i < Tile::kHeadDim / 2; ++i) r_o[i] = 0.0f;
-    rows = first_rows;
-    set_to(work, row - lane / 4);
-
-    // The scores of block n, beside the values of block n + 1.
-    const auto step = [&](auto masked) {
-      wait_k();
-      begin_turn();
-      ptx::wgmma_fence();
-      multiply_keys<T, Tile>(r_s, q, k_of());
-      wait_v();
-      ptx::wgmma_fence();
-      multiply_values<T, Tile>(r_o, r_p, v_of());
-      end_turn();
-      ptx::wgmma_wait<1>();
-      ptx::wgmma_hold(r_s);
-      release_k();
-      weigh_block(n, masked, rows, keep);
-      ptx::wgmma_wait<0>();
-      ptx::wgmma_hold(r_o);
-      release_v();
-      pack_weights<T, kBlockN>(r_s, r_p);
-      if (__any_sync(0xffffffff, keep[0] * keep[1] != 1.0f)) scale_rows(r_o, keep);
-    };
-    --n;
-    if constexpr (kMask != FlashMask::kFull) {
-#pragma unroll 1
-      for (const int stop = max(blocks.right_full, blocks.lo); n >= stop; --n) {
-        step(std::true_type{});
-      }
-    }
-#pragma unroll 1
-    for (const int stop = max(blocks.left_full, blocks.lo); n >= stop; --n) {
-      step(std::false_type{});
-    }
-    if constexpr (kMask == FlashMask::kLocal) {
-#pragma unroll 1
-      for (; n >= blocks.lo; --n) step(std::true_type{});
-    }
-    release(s.q_empty[q_ring.slot]);
-    q_ring.advance();
-    pending = true;
-    if (const int num_after = blocks.lo - tile_blocks.lo; num_after > 0) {
-      finish();
-      pass_blocks(num_after);
-    }
+    store_rows<T, Tile>(a, work, warp, s, r_o, scale);
+    __syncwarp();
+    release(s.work_empty[slot]);
   }
-  if (pending) finish();
+  if (lane == 0) ptx::bulk_wait_read<0>();  // shared memory outlives what is read of it
 }
 
 template <typename T, typename Tile, FlashMask kMask>
@@ -325,12 +274,15 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
     ptx::prefetch_tensor_map(&a.q_map);
     ptx::prefetch_tensor_map(&a.k_map);
     ptx::prefetch_tensor_map(&a.v_map);
+    ptx::prefetch_tensor_map(&a.out_map);
     const auto init = [](uint64_t& full, uint64_t& empty) {
       ptx::mbarrier_init(ptx::shared_address(&full), 1);
       ptx::mbarrier_init(ptx::shared_address(&empty), kConsumerWarps);
     };
-    ptx::mbarrier_init(ptx::shared_address(&s.work_full), 1);
-    ptx::mbarrier_init(ptx::shared_address(&s.work_empty), kConsumerWarps + 1);
+    for (int i = 0; i < kWorkSlots; ++i) {
+      ptx::mbarrier_init(ptx::shared_address(&s.work_full[i]), 1);
+      ptx::mbarrier_init(ptx::shared_address(&s.work_empty[i]), kConsumerWarps + 1);
+    }
     ptx::mbarrier_init(ptx::shared_address(&s.work_wanted), 1);
     for (int i = 0; i < Tile::kQueryStages; ++i) init(s.q_full[i], s.q_empty[i]);
     for (int i = 0; i < Tile::kStages; ++i) init(s.k_full[i], s.k_empty[i]);
@@ -341,7 +293,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
   if (threadIdx.x < kGroupThreads) {
     ptx::setmaxnreg_dec<Tile::kCopyRegisters>();
     if (threadIdx.x == 0) copy_tiles<Tile, kMask>(a, s);
-    if (threadIdx.x / 32 == 1) announce_tiles<Tile, kMask>(a, s);
+    if (threadIdx.x == 32) announce_tiles<Tile, kMask>(a, s);
   } else {
     ptx::setmaxnreg_inc<Tile::kComputeRegisters>();
     compute_tiles<T, Tile, kMask>(a, s);

@@ -8,42 +8,89 @@
 
 namespace llamatelemetry {
 
-// One warp: deals out the tiles. A tile is claimed as late as its first copies allow: then the
-// tiles at work are neighbours in the schedule, which is what keeps keys and values in L2, and
-// nobody sits on a tile that another block could have begun.
+// One thread: deals out the tiles. A tile is claimed late: then the tiles at work are neighbours in
+// the schedule, which is what keeps keys and values in L2, and nobody sits on a tile that another
+// block could have begun.
 template <typename Tile, FlashMask kMask>
 __device__ void announce_tiles(const FlashSm90Args& a, FlashShared<Tile>& s) {
-  const int lane = threadIdx.x % 32;
+  const FlashAttnParams& p = a.p.call;
   const int num_blocks = gridDim.x;
-  Ring<1> ring;
-  const auto claim = [&] {
-    int tile = num_blocks;
-    if (lane == 0 && num_blocks < a.schedule.num_tiles) tile += atomicAdd(a.p.call.tile_counter, 1);
-    return __shfl_sync(0xffffffff, tile, 0);
+  const bool packed = p.cu_seqlens_q != nullptr;
+  Ring<kWorkSlots> ring;
+  Ring<1> wanted;
+  const auto await_slot = [&] {
+    ptx::mbarrier_wait(ptx::shared_address(&s.work_empty[ring.slot]), ring.parity ^ 1);
   };
-  const auto announce = [&](const FlashTileWork& work) {
-    ptx::mbarrier_wait(ptx::shared_address(&s.work_empty), ring.parity ^ 1);
-    if (lane == 0) {
-      s.work = work;
-      ptx::mbarrier_arrive(ptx::shared_address(&s.work_full));
-    }
+  const auto announce = [&] {
+    ptx::mbarrier_arrive(ptx::shared_address(&s.work_full[ring.slot]));
+    ring.advance();
+  };
+  const auto claim = [&] {
+    return num_blocks < a.schedule.num_tiles ? num_blocks + atomicAdd(p.tile_counter, 1)
+                                             : num_blocks;
   };
 
+#pragma unroll 1
   for (int tile = blockIdx.x; tile < a.schedule.num_tiles; tile = claim()) {
-    const FlashTileWork work = work_of_tile<Tile>(a, tile);
-    if (work.first_row >= work.num_queries) continue;
-    announce(work);
-    ptx::mbarrier_wait(ptx::shared_address(&s.work_wanted), ring.parity);
-    ring.advance();
+    const FlashTilePlace place = place_of_tile(a.schedule, tile, static_cast<int>(p.num_heads_q));
+    const FlashSequence sequence = flash_sequence(p, place.index);
+    const auto num_queries = static_cast<int>(sequence.num_queries);
+    const auto num_keys = static_cast<int>(sequence.num_keys);
+    const int first_row = place.row_block * Tile::kBlockM;
+    if (first_row >= num_queries) continue;
+    const FlashWindow window{static_cast<int>(p.window_left), static_cast<int>(p.window_right),
+                             num_keys, num_keys - num_queries};
+    const auto blocks_of_rows = [&](int first, int num_rows) {
+      return key_blocks<kMask, Tile::kBlockN>(window, first,
+                                              min(first + num_rows, num_queries) - 1);
+    };
+    await_slot();
+    FlashTileWork<Tile>& work = s.work[ring.slot];
+    work.blocks = blocks_of_rows(first_row, Tile::kBlockM);
+#pragma unroll
+    for (int group = 0; group < Tile::kConsumers; ++group) {
+      work.group_blocks[group] = blocks_of_rows(first_row + group * kGroupRows, kGroupRows);
+    }
+    work.window = window;
+    work.first_row = first_row;
+    work.num_queries = num_queries;
+    work.head = place.head;
+    work.sequence = place.index;
+    work.batch = packed ? 0 : place.index;
+    work.first_query = static_cast<int>(sequence.first_query);
+    work.first_key = static_cast<int>(sequence.first_key);
+    work.sink = p.sinks == nullptr ? -INFINITY : p.sinks[place.head] * kLog2E;
+    work.slope = p.alibi_slopes == nullptr
+                     ? 0.0f
+                     : p.alibi_slopes[place.index * p.alibi_batch_stride + place.head];
+    announce();
+    ptx::mbarrier_wait(ptx::shared_address(&s.work_wanted), wanted.parity);
+    wanted.advance();
   }
-  announce({.first_row = -1});
+  await_slot();
+  s.work[ring.slot].first_row = -1;
+  announce();
 }
 
-// One thread: copies what the tiles need, as far ahead as the rings allow.
+// The next tile is claimed this many blocks of keys before the last one of this tile is asked for.
+constexpr int kClaimBlocks = 2;
+
+// What of a tile is copied.
+struct FlashTileCopies {
+  KeyBlocks blocks;
+  int first_query;
+  int first_key;
+  int head;  // of q
+  int kv_head;
+  int batch;
+};
+
+// One thread: copies what the tiles need, as far ahead as the rings allow. K runs one block ahead
+// of V, as the products do, and on into the next tile.
 template <typename Tile, FlashMask kMask>
 __device__ void copy_tiles(const FlashSm90Args& a, FlashShared<Tile>& s) {
   const FlashAttnParams& p = a.p.call;
-  Ring<1> work_ring;
+  Ring<kWorkSlots> work_ring;
   Ring<Tile::kQueryStages> q_ring;
   Ring<Tile::kStages> k_ring;
   Ring<Tile::kStages> v_ring;
@@ -51,75 +98,92 @@ __device__ void copy_tiles(const FlashSm90Args& a, FlashShared<Tile>& s) {
   const uint64_t often = ptx::policy_evict_last();
   const int group = static_cast<int>(p.num_heads_q / p.num_heads_kv);
 
-#pragma unroll 1
-  while (true) {
-    ptx::mbarrier_wait(ptx::shared_address(&s.work_full), work_ring.parity);
-    const FlashTileWork work = s.work;
-    ptx::mbarrier_arrive(ptx::shared_address(&s.work_empty));
-    work_ring.advance();
-    if (work.first_row < 0) return;
-    const KeyBlocks blocks = blocks_of_rows<Tile, kMask>(work, work.first_row, Tile::kBlockM);
-    const auto want_next = [&] { ptx::mbarrier_arrive(ptx::shared_address(&s.work_wanted)); };
-    if (blocks.hi <= blocks.lo) {
-      want_next();
-      continue;
+  const auto load_k = [&](const FlashTileCopies& tile, int n) {
+    const uint32_t full = ptx::shared_address(&s.k_full[k_ring.slot]);
+    ptx::mbarrier_wait(ptx::shared_address(&s.k_empty[k_ring.slot]), k_ring.parity ^ 1);
+    ptx::mbarrier_arrive_expect(full, Tile::kKeyBytes);
+    const uint32_t to = ptx::shared_address(s.k[k_ring.slot]);
+#pragma unroll
+    for (int c = 0; c < Tile::kColumnBlocks; ++c) {
+      ptx::tma_load_4d(to + c * Tile::kBlockN * kColumnBlockBytes, &a.k_map, full, c * kColumnBlock,
+                       tile.first_key + n * Tile::kBlockN, tile.kv_head * a.k_head_step,
+                       tile.batch * a.k_batch_step, often);
     }
-    const int kv_head = work.place.head / group;
-    const int first_query = static_cast<int>(work.sequence.first_query) + work.first_row;
-    const int first_key = static_cast<int>(work.sequence.first_key);
-    const int batch = p.cu_seqlens_q == nullptr ? work.place.index : 0;
+    k_ring.advance();
+  };
+  const auto load_v = [&](const FlashTileCopies& tile, int n) {
+    const uint32_t full = ptx::shared_address(&s.v_full[v_ring.slot]);
+    ptx::mbarrier_wait(ptx::shared_address(&s.v_empty[v_ring.slot]), v_ring.parity ^ 1);
+    ptx::mbarrier_arrive_expect(full, Tile::kKeyBytes);
+    const uint32_t to = ptx::shared_address(s.v[v_ring.slot]);
+#pragma unroll
+    for (int c = 0; c < Tile::kColumnBlocks; ++c) {
+      ptx::tma_load_4d(to + c * Tile::kBlockN * kColumnBlockBytes, &a.v_map, full, c * kColumnBlock,
+                       tile.first_key + n * Tile::kBlockN, tile.kv_head * a.v_head_step,
+                       tile.batch * a.v_batch_step, often);
+    }
+    v_ring.advance();
+  };
+  const auto load_q = [&](const FlashTileCopies& tile) {
+    const uint32_t full = ptx::shared_address(&s.q_full[q_ring.slot]);
+    ptx::mbarrier_wait(ptx::shared_address(&s.q_empty[q_ring.slot]), q_ring.parity ^ 1);
+    ptx::mbarrier_arrive_expect(full, Tile::kQueryBytes);
+    const uint32_t to = ptx::shared_address(s.q[q_ring.slot]);
+#pragma unroll
+    for (int c = 0; c < Tile::kColumnBlocks; ++c) {
+      ptx::tma_load_4d(to + c * Tile::kBlockM * kColumnBlockBytes, &a.q_map, full, c * kColumnBlock,
+                       tile.first_query, tile.head * a.q_head_step, tile.batch * a.q_batch_step,
+                       once);
+    }
+    q_ring.advance();
+  };
+  const auto want_next = [&] { ptx::mbarrier_arrive(ptx::shared_address(&s.work_wanted)); };
+  const auto has_keys = [](const FlashTileCopies& tile) { return tile.blocks.hi > tile.blocks.lo; };
+  // Whether there is one more tile.
+  const auto next_tile = [&](FlashTileCopies& tile) {
+    const int slot = work_ring.slot;
+    ptx::mbarrier_wait(ptx::shared_address(&s.work_full[slot]), work_ring.parity);
+    const FlashTileWork<Tile>& work = s.work[slot];
+    const int first_row = work.first_row;
+    tile = {.blocks = work.blocks,
+            .first_query = work.first_query + first_row,
+            .first_key = work.first_key,
+            .head = work.head,
+            .kv_head = work.head / group,
+            .batch = work.batch};
+    ptx::mbarrier_arrive(ptx::shared_address(&s.work_empty[slot]));
+    work_ring.advance();
+    return first_row >= 0;
+  };
 
-    const auto load_k = [&](int n) {
-      const uint32_t full = ptx::shared_address(&s.k_full[k_ring.slot]);
-      ptx::mbarrier_wait(ptx::shared_address(&s.k_empty[k_ring.slot]), k_ring.parity ^ 1);
-      ptx::mbarrier_arrive_expect(full, Tile::kKeyBytes);
-      const uint32_t to = ptx::shared_address(s.k[k_ring.slot]);
-#pragma unroll
-      for (int c = 0; c < Tile::kColumnBlocks; ++c) {
-        ptx::tma_load_4d(to + c * Tile::kBlockN * kColumnBlockBytes, &a.k_map, full,
-                         c * kColumnBlock, first_key + n * Tile::kBlockN, kv_head * a.k_head_step,
-                         batch * a.k_batch_step, often);
-      }
-      k_ring.advance();
-    };
-    const auto load_v = [&](int n) {
-      const uint32_t full = ptx::shared_address(&s.v_full[v_ring.slot]);
-      ptx::mbarrier_wait(ptx::shared_address(&s.v_empty[v_ring.slot]), v_ring.parity ^ 1);
-      ptx::mbarrier_arrive_expect(full, Tile::kKeyBytes);
-      const uint32_t to = ptx::shared_address(s.v[v_ring.slot]);
-#pragma unroll
-      for (int c = 0; c < Tile::kColumnBlocks; ++c) {
-        ptx::tma_load_4d(to + c * Tile::kBlockN * kColumnBlockBytes, &a.v_map, full,
-                         c * kColumnBlock, first_key + n * Tile::kBlockN, kv_head * a.v_head_step,
-                         batch * a.v_batch_step, often);
-      }
-      v_ring.advance();
-    };
-    const auto load_q = [&] {
-      const uint32_t full = ptx::shared_address(&s.q_full[q_ring.slot]);
-      ptx::mbarrier_wait(ptx::shared_address(&s.q_empty[q_ring.slot]), q_ring.parity ^ 1);
-      ptx::mbarrier_arrive_expect(full, Tile::kQueryBytes);
-      const uint32_t to = ptx::shared_address(s.q[q_ring.slot]);
-#pragma unroll
-      for (int c = 0; c < Tile::kColumnBlocks; ++c) {
-        ptx::tma_load_4d(to + c * Tile::kBlockM * kColumnBlockBytes, &a.q_map, full,
-                         c * kColumnBlock, first_query, work.place.head * a.q_head_step,
-                         batch * a.q_batch_step, once);
-      }
-      q_ring.advance();
-    };
-
-    // K runs one block ahead of V, as the products do.
-    load_k(blocks.hi - 1);
-    load_q();
-    if (blocks.hi - blocks.lo <= 2) want_next();
+  FlashTileCopies tile;
+  bool has_tile = next_tile(tile);
+  if (has_tile && has_keys(tile)) {
+    load_k(tile, tile.blocks.hi - 1);
+    load_q(tile);
+  }
+#pragma unroll 1
+  while (has_tile) {
+    const KeyBlocks blocks = tile.blocks;
+    const int wanted_at = min(blocks.lo + kClaimBlocks, blocks.hi - 1);
+    if (wanted_at >= blocks.hi - 1) want_next();
 #pragma unroll 1
     for (int n = blocks.hi - 2; n >= blocks.lo; --n) {
-      if (n == blocks.lo + 1) want_next();
-      load_k(n);
-      load_v(n + 1);
+      if (n == wanted_at) want_next();
+      load_k(tile, n);
+      load_v(tile, n + 1);
     }
-    load_v(blocks.lo);
+    // The next tile's first keys before this one's last values, and its queries too if they have
+    // room: else they wait until these values are multiplied.
+    FlashTileCopies next;
+    has_tile = next_tile(next);
+    const bool begins = has_tile && has_keys(next);
+    constexpr bool kHasRoom = Tile::kQueryStages > 1;
+    if (begins) load_k(next, next.blocks.hi - 1);
+    if (kHasRoom && begins) load_q(next);
+    if (has_keys(tile)) load_v(tile, blocks.lo);
+    if (!kHasRoom && begins) load_q(next);
+    tile = next;
   }
 }
 

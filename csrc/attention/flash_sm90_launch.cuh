@@ -71,7 +71,8 @@ inline FlashSchedule flash_schedule(const FlashAttnParams& p, int block_m, bool 
   return {.num_tiles = static_cast<int>(std::min<int64_t>(num_heads * row_blocks, INT_MAX)),
           .num_row_blocks = static_cast<int>(row_blocks),
           .num_heads = static_cast<int>(num_heads),
-          .section_heads = static_cast<int>(std::min(section, num_heads))};
+          .section_heads = static_cast<int>(std::min(section, num_heads)),
+          .ascends = even};
 }
 
 template <typename T, typename Tile, FlashMask kMask>
@@ -100,6 +101,13 @@ Error launch_tiles_of(const FlashSm90Params& params, Stream stream) {
     error = encode_heads(v, p.dtype, p.head_dim, tokens_k, p.num_heads_kv, maps, Tile::kBlockN,
                          &args.v_map, &args.v_head_step, &args.v_batch_step);
   }
+  if (error == nullptr) {
+    const int64_t token_stride = p.num_heads_q * p.head_dim;
+    const Heads out{p.out, packed ? 0 : p.seqlen_q * token_stride, token_stride, p.head_dim};
+    int unused[2];
+    error = encode_heads(out, p.dtype, p.head_dim, tokens_q, p.num_heads_q, maps, kWarpRows,
+                         &args.out_map, &unused[0], &unused[1]);
+  }
   if (error != nullptr) return error;
   const auto kernel = flash_fwd_sm90_kernel<T, Tile, kMask>;
   constexpr int kSharedBytes = sizeof(FlashShared<Tile>);
@@ -115,6 +123,11 @@ Error launch_tiles_of(const FlashSm90Params& params, Stream stream) {
   }
   kernel<<<grid, Tile::kThreads, kSharedBytes, stream>>>(args);
   return last_launch_error();
+}
+
+// Up to this many keys other tiles do better: benchmarks/NOTES.md.
+inline bool has_few_keys(const FlashAttnParams& p, int64_t few) {
+  return p.seqlen_k <= few && p.cu_seqlens_q == nullptr;
 }
 
 template <typename FullTile, typename CausalTile, typename LocalTile>

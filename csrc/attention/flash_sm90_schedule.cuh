@@ -1,5 +1,4 @@
-// Which tile of queries a block of the Hopper kernel works on next, and which keys it reads. Every
-// warp works this out for itself, so the schedule needs no memory and no messages.
+// Which tile of queries a block of the Hopper kernel works on next, and which keys it reads.
 #pragma once
 
 #include <cstdint>
@@ -9,12 +8,13 @@
 namespace llamatelemetry {
 
 // The order of the tiles: sections of heads whose keys and values share L2; in a section the tiles
-// of the most keys first, and the heads side by side.
+// of the most work first, and the heads side by side.
 struct FlashSchedule {
   int num_tiles;
   int num_row_blocks;  // tiles of a head
   int num_heads;       // of the batch
   int section_heads;
+  bool ascends;  // the first rows of a head first: its last tile may lack rows, else has most keys
 };
 
 struct FlashTilePlace {
@@ -30,7 +30,7 @@ __device__ inline FlashTilePlace place_of_tile(const FlashSchedule& s, int tile,
   const int heads = min(s.section_heads, s.num_heads - first_head);
   const int row = in_section / heads;
   const int head = first_head + in_section - row * heads;
-  return {s.num_row_blocks - 1 - row, head % num_heads_q, head / num_heads_q};
+  return {s.ascends ? row : s.num_row_blocks - 1 - row, head % num_heads_q, head / num_heads_q};
 }
 
 // The blocks of kBlockN keys that rows [first, last] of a sequence need: [lo, hi). Those in

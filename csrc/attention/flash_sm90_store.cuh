@@ -5,71 +5,104 @@
 
 #include "attention/flash_sm90_softmax.cuh"
 #include "attention/flash_sm90_tile.cuh"
+#include "ptx/mma.cuh"
+#include "ptx/tma.cuh"
 
 namespace llamatelemetry {
 
-template <typename T>
-__device__ inline FlashWarpRows warp_rows_of(const FlashAttnParams& p, const FlashTileWork& work,
-                                             int row) {
-  const bool packed = p.cu_seqlens_q != nullptr;
-  const int64_t token = (packed ? work.sequence.first_query : work.place.index * p.seqlen_q) + row;
-  const int64_t sequence_head = work.place.index * p.num_heads_q + work.place.head;
-  return {.out = static_cast<T*>(p.out) + (token * p.num_heads_q + work.place.head) * p.head_dim,
-          .lse = p.lse +
-                 (packed ? work.place.head * p.total_q + token : sequence_head * p.seqlen_q + row),
-          .rows_left = work.num_queries - row,
-          .sink = p.sinks == nullptr ? -INFINITY : p.sinks[work.place.head] * kLog2E};
-}
-
-// Two rows of results to device memory. The four lanes of a quad trade words so that each holds
-// eight consecutive columns: whole sectors leave at once.
-template <typename T, typename Tile>
-__device__ inline void store_rows(const FlashWarpRows& to, int64_t row_stride, int head_dim,
-                                  float scale_log2, const float (&r_o)[Tile::kHeadDim / 2],
-                                  const TwoRows& rows) {
-  const int lane = threadIdx.x % 4;
-  const int first = threadIdx.x % 32 / 4;
+// The lse of a thread's two rows to device memory. scale: by what their results are to be scaled.
+// warp: which of the computing ones, the same in every lane and known to be so.
+template <typename Tile>
+__device__ inline void store_lse(const FlashAttnParams& p, const FlashTileWork<Tile>& work,
+                                 int warp, float scale_log2, const TwoRows& rows,
+                                 float (&scale)[2]) {
+  const int lane = threadIdx.x % 32;
+  const int first_row = work.first_row + warp * kWarpRows;
+  const int rows_left = work.num_queries - first_row;
+  const int64_t row_of_lse = p.cu_seqlens_q != nullptr
+                                 ? work.head * p.total_q + work.first_query
+                                 : (work.sequence * p.num_heads_q + work.head) * p.seqlen_q;
+  const float sink = work.sink;
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
     float sum = quad_sum(rows.sum[h]);
     float reference = rows.largest[h] * scale_log2;
     float weight = 1.0f;
-    if (to.sink != -INFINITY) {
-      const float largest = fmaxf(reference, to.sink);
+    if (sink != -INFINITY) {
+      const float largest = fmaxf(reference, sink);
       weight = ptx::exp2_approx(reference - largest);
-      sum = sum * weight + ptx::exp2_approx(to.sink - largest);
+      sum = sum * weight + ptx::exp2_approx(sink - largest);
       reference = largest;
     }
-    const float scale = sum == 0.0f ? 0.0f : __fdividef(weight, sum);
-    const int row = first + 8 * h;
-    const bool exists = row < to.rows_left;
-    if (exists && lane == 0) {
-      to.lse[row] = sum == 0.0f ? -INFINITY : (reference + __log2f(sum)) * kLn2;
-    }
-    T* out = static_cast<T*>(to.out) + row * row_stride;
+    scale[h] = sum == 0.0f ? 0.0f : __fdividef(weight, sum);
+    const float lse = sum == 0.0f ? -INFINITY : (reference + __log2f(sum)) * kLn2;
+    const int row = lane / 4 + 8 * h;
+    if (row < rows_left && lane % 4 == 0) p.lse[row_of_lse + first_row + row] = lse;
+  }
+}
+
+// A warp's 16 rows of results, scaled, to device memory by way of the warp's own shared memory. The
+// copy engine stores them unless rows are missing: past those of a packed sequence lie another's.
+template <typename T, typename Tile>
+__device__ inline void store_rows(const FlashSm90Args& a, const FlashTileWork<Tile>& work, int warp,
+                                  FlashShared<Tile>& s, const float (&r_o)[Tile::kHeadDim / 2],
+                                  const float (&scale)[2]) {
+  constexpr int kChunks = kColumnBlock / 8;  // of 16 bytes
+  const FlashAttnParams& p = a.p.call;
+  const int lane = threadIdx.x % 32;
+  const int first_row = work.first_row + warp * kWarpRows;
+  const int rows_left = work.num_queries - first_row;
+  const int row = lane % kWarpRows;
+  const int half = lane / kWarpRows;
 #pragma unroll
-    for (int j = 0; j < Tile::kHeadDim / 8; j += 4) {
-      uint32_t word[4];
+  for (int first = 0; first < Tile::kColumnBlocks; first += Tile::kStoreBlocks) {
+    if (lane == 0) ptx::bulk_wait_read<0>();
+    __syncwarp();
+#pragma unroll
+    for (int j = first * kChunks; j < (first + Tile::kStoreBlocks) * kChunks; j += 2) {
+      if (j >= Tile::kHeadDim / 8) break;
+      uint32_t words[4];
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        const int at = 4 * (j + i) + 2 * h;
-        word[i] = pack_two(r_o[at] * scale, r_o[at + 1] * scale, T{});
+        const int at = 4 * j + 2 * i;
+        words[i] = pack_two(r_o[at] * scale[i % 2], r_o[at + 1] * scale[i % 2], T{});
       }
+      ptx::stmatrix_x4(ptx::shared_address(s.out[warp][j / kChunks - first]) +
+                           row * kColumnBlockBytes + ((j % kChunks + half) ^ row % 8) * 16,
+                       words);
+    }
+    if (rows_left >= kWarpRows) {
+      ptx::fence_proxy_async_shared();
+      __syncwarp();
+      if (lane == 0) {
 #pragma unroll
-      for (int i = 0; i < 4; i += 2) {
-        const uint32_t got = __shfl_xor_sync(0xffffffff, lane & 1 ? word[i] : word[i + 1], 1);
-        (lane & 1 ? word[i] : word[i + 1]) = got;
+        for (int c = 0; c < Tile::kStoreBlocks; ++c) {
+          ptx::tma_store_4d(&a.out_map, ptx::shared_address(s.out[warp][c]),
+                            (first + c) * kColumnBlock, work.first_query + first_row, work.head,
+                            work.batch);
+        }
+        ptx::bulk_commit();
       }
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        const uint32_t got = __shfl_xor_sync(0xffffffff, lane & 2 ? word[i] : word[i + 2], 2);
-        (lane & 2 ? word[i] : word[i + 2]) = got;
-      }
-      const int column = 8 * (j + lane);
-      if (exists && column < head_dim) {
-        // Not to push keys and values out of L2.
-        __stcs(reinterpret_cast<uint4*>(out + column),
-               make_uint4(word[0], word[1], word[2], word[3]));
+    } else {
+      __syncwarp();
+      const int64_t token =
+          (p.cu_seqlens_q != nullptr ? work.first_query : work.sequence * p.seqlen_q) + first_row +
+          lane / kChunks;
+      const int64_t row_stride = p.num_heads_q * p.head_dim;
+      T* const out = static_cast<T*>(p.out) + token * row_stride + work.head * p.head_dim;
+      constexpr int kRowsAtOnce = 32 / kChunks;
+#pragma unroll 1
+      for (int c = 0; c < Tile::kStoreBlocks; ++c) {
+        const int column = (first + c) * kColumnBlock + lane % kChunks * 8;
+#pragma unroll 1
+        for (int i = 0; i < kWarpRows; i += kRowsAtOnce) {
+          const int at = i + lane / kChunks;
+          if (at < rows_left && column < p.head_dim) {
+            *reinterpret_cast<uint4*>(out + i * row_stride + column) =
+                *reinterpret_cast<const uint4*>(s.out[warp][c] + at * kColumnBlockBytes +
+                                                (lane % kChunks ^ at % 8) * 16);
+          }
+        }
       }
     }
   }

@@ -1,5 +1,5 @@
-// What the copying warp and the computing warpgroups of the Hopper kernel share: the shape of a
-// tile, the buffers in shared memory and the description of the work.
+// What the dealing warp, the copying warp and the computing warpgroups of the Hopper kernel share:
+// the shape of a tile, the buffers in shared memory and the description of the work.
 #pragma once
 
 #include <cstdint>
@@ -11,12 +11,12 @@ namespace llamatelemetry {
 
 constexpr int kGroupThreads = 128;  // of a warpgroup
 constexpr int kGroupRows = 64;      // query rows of a warpgroup
+constexpr int kWarpRows = 16;       // and of each of its warps
 constexpr int kColumnBlock = 64;    // columns of a swizzled row of 128 bytes
 constexpr int kColumnBlockBytes = 128;
 constexpr int kDepth = 16;  // of one wgmma
 
-template <int kWidth, int kNumConsumers, int kKeys, int kNumStages, int kNumQueryStages,
-          bool kTakesTurns, bool kTilesOverlap>
+template <int kWidth, int kNumConsumers, int kKeys, int kNumStages, int kNumQueryStages>
 struct FlashTile {
   static constexpr int kHeadDim = kWidth;  // columns computed; wider than head_dim where it is odd
   static constexpr int kColumnBlocks = (kWidth + kColumnBlock - 1) / kColumnBlock;
@@ -25,9 +25,6 @@ struct FlashTile {
   static constexpr int kBlockN = kKeys;
   static constexpr int kStages = kNumStages;
   static constexpr int kQueryStages = kNumQueryStages;
-  static constexpr bool kTurns = kTakesTurns;
-  // Whether the last product of a tile runs beside the first of the next. It takes registers.
-  static constexpr bool kOverlapsTiles = kTilesOverlap;
   static constexpr int kThreads = (kNumConsumers + 1) * kGroupThreads;
   // 65536 registers: what the copying warpgroup does not need goes to the others.
   static constexpr int kCopyRegisters = kNumConsumers == 3 ? 32 : kNumConsumers == 2 ? 40 : 24;
@@ -36,24 +33,30 @@ struct FlashTile {
                                                                 : 112;
   static constexpr int kQueryBytes = kBlockM * kColumnBlocks * kColumnBlockBytes;
   static constexpr int kKeyBytes = kBlockN * kColumnBlocks * kColumnBlockBytes;
+  // Column blocks of results that a warp stores at once: two where they fit.
+  static constexpr int kStoreBlockBytes = kConsumers * kGroupRows * kColumnBlockBytes;
+  static constexpr int kRingBytes = kQueryStages * kQueryBytes + 2 * kStages * kKeyBytes;
+  static constexpr int kStoreBlocks =
+      kColumnBlocks % 2 == 0 && kRingBytes + 2 * kStoreBlockBytes <= 225 * 1024 ? 2 : 1;
 };
 
-// A tile, as the copying warp announces it.
+// A tile, as it is announced: which queries and keys, and where they lie in the tensor maps.
+template <typename Tile>
 struct FlashTileWork {
-  FlashTilePlace place;
-  FlashSequence sequence;
+  KeyBlocks blocks;                          // that any of the tile's rows needs
+  KeyBlocks group_blocks[Tile::kConsumers];  // that a warpgroup's rows need
   FlashWindow window;
   int first_row;  // negative: there is no more work
   int num_queries;
+  int head;         // of q
+  int sequence;     // its index
+  int batch;        // in the tensor maps
+  int first_query;  // the token of row 0 of the sequence there
+  int first_key;
+  float sink;   // in log2 units; -inf: none
+  float slope;  // 0: none
 };
-// Where a warp's 16 rows of results go: of the first one, and how many of the sequence's rows are
-// left from there. In shared memory, as it waits there for a whole tile.
-struct FlashWarpRows {
-  void* out;
-  float* lse;
-  int rows_left;
-  float sink;  // in log2 units
-};
+constexpr int kWorkSlots = 2;  // a tile keeps its slot until its results are stored
 
 template <typename Tile>
 struct alignas(1024) FlashShared {
@@ -61,10 +64,11 @@ struct alignas(1024) FlashShared {
   uint8_t q[Tile::kQueryStages][Tile::kQueryBytes];
   uint8_t k[Tile::kStages][Tile::kKeyBytes];
   uint8_t v[Tile::kStages][Tile::kKeyBytes];
-  FlashTileWork work;  // the tile announced last
-  FlashWarpRows rows[Tile::kConsumers * 4];
-  uint64_t work_full;
-  uint64_t work_empty;
+  // What a warp stores: [16][64] of results, swizzled likewise.
+  uint8_t out[Tile::kConsumers * 4][Tile::kStoreBlocks][kWarpRows * kColumnBlockBytes];
+  FlashTileWork<Tile> work[kWorkSlots];
+  uint64_t work_full[kWorkSlots];
+  uint64_t work_empty[kWorkSlots];
   uint64_t work_wanted;
   uint64_t q_full[Tile::kQueryStages];
   uint64_t q_empty[Tile::kQueryStages];
@@ -78,6 +82,7 @@ struct FlashSm90Args {
   CUtensorMap q_map;  // [head_dim, tokens, heads, batch]
   CUtensorMap k_map;
   CUtensorMap v_map;
+  CUtensorMap out_map;
   FlashSm90Params p;
   FlashSchedule schedule;
   // 0 where a tensor has stride 0 along that dimension, so that its coordinate stays 0.
@@ -98,24 +103,5 @@ struct Ring {
     }
   }
 };
-
-template <typename Tile>
-__device__ inline FlashTileWork work_of_tile(const FlashSm90Args& a, int tile) {
-  const FlashAttnParams& p = a.p.call;
-  FlashTileWork work;
-  work.place = place_of_tile(a.schedule, tile, static_cast<int>(p.num_heads_q));
-  work.sequence = flash_sequence(p, work.place.index);
-  work.num_queries = static_cast<int>(work.sequence.num_queries);
-  const int num_keys = static_cast<int>(work.sequence.num_keys);
-  work.window = {static_cast<int>(p.window_left), static_cast<int>(p.window_right), num_keys,
-                 num_keys - work.num_queries};
-  work.first_row = work.place.row_block * Tile::kBlockM;
-  return work;
-}
-template <typename Tile, FlashMask kMask>
-__device__ inline KeyBlocks blocks_of_rows(const FlashTileWork& work, int first, int num_rows) {
-  return key_blocks<kMask, Tile::kBlockN>(work.window, first,
-                                          min(first + num_rows, work.num_queries) - 1);
-}
 
 }  // namespace llamatelemetry

@@ -63,6 +63,17 @@ __device__ inline void ldmatrix_x4_trans(uint32_t (&r)[4], uint32_t shared_addre
 #endif
 }
 
+// #warp-level-matrix-instructions-stmatrix, sm_90
+// The reverse of ldmatrix_x4.
+__device__ inline void stmatrix_x4(uint32_t shared_address, const uint32_t (&r)[4]) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile(
+      "stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(shared_address),
+      "r"(r[0]), "r"(r[1]), "r"(r[2]), "r"(r[3])
+      : "memory");
+#endif
+}
+
 // #data-movement-and-conversion-instructions-cp-async, sm_80
 // 16 bytes to shared memory.
 __device__ inline void cp_async_16(uint32_t shared_address, const void* global) {

@@ -63,6 +63,23 @@ __device__ inline void tma_load_4d(uint32_t to, const CUtensorMap* map, uint32_t
       "l"(map), "r"(barrier), "r"(c0), "r"(c1), "r"(c2), "r"(c3), "l"(cache_hint)
       : "memory");
 }
+// From shared memory to the box at c0..c3, as part of this thread's next group of copies.
+__device__ inline void tma_store_4d(const CUtensorMap* map, uint32_t from, int c0, int c1, int c2,
+                                    int c3) {
+  asm volatile(
+      "cp.async.bulk.tensor.4d.global.shared::cta.bulk_group [%0, {%2, %3, %4, %5}], [%1];" ::"l"(
+          map),
+      "r"(from), "r"(c0), "r"(c1), "r"(c2), "r"(c3)
+      : "memory");
+}
+// #data-movement-and-conversion-instructions-cp-async-bulk-commit-group
+__device__ inline void bulk_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
+// #data-movement-and-conversion-instructions-cp-async-bulk-wait-group
+// Until at most kPending of this thread's groups still read shared memory.
+template <int kPending>
+__device__ inline void bulk_wait_read() {
+  asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(kPending) : "memory");
+}
 // #data-movement-and-conversion-instructions-prefetch-prefetchu
 __device__ inline void prefetch_tensor_map(const CUtensorMap* map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");

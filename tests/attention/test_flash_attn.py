@@ -70,6 +70,19 @@ def test_long_sequences(backend, seqlen, causal):
     )
 
 
+@pytest.mark.parametrize("head_dim", [64, 96, 128, 192, 256])
+@pytest.mark.parametrize("lengths", [(300, 300), (130, 2100)], ids=str)
+@pytest.mark.parametrize("name", ["full", "causal", "causal window"])
+def test_more_tiles_than_places(backend, head_dim, lengths, name):
+    """A block of a persistent kernel takes several tiles, one beside the end of another."""
+    if backend == "cpu":
+        pytest.skip("no kernel of the CPU is persistent")
+    dtype = torch.bfloat16 if backend == "sm90" else torch.float16
+    device = device_of(backend, dtype)
+    qkv = random_qkv(device, dtype, 16, lengths, (16, 8), head_dim)
+    assert_right(*qkv, backend, **OPTIONS[name])
+
+
 def test_large_scores_and_one_hot_rows(backend, dtype):
     device = device_of(backend, dtype)
     q, k, v = random_qkv(device, dtype, 1, (70, 300), (2, 2), 64, scale=100.0)

@@ -26,12 +26,9 @@ LENGTHS = [
 ]
 
 
-@pytest.mark.parametrize("lengths", LENGTHS, ids=["mixed", "one", "empty"])
-@pytest.mark.parametrize("name", OPTIONS)
-def test_values(backend, dtype, lengths, name):
-    device = device_of(backend, dtype)
-    options = with_tensors(OPTIONS[name], 6, device)
-    q, k, v, *starts = random_varlen(device, dtype, lengths)
+def assert_right(device, dtype, lengths, backend, heads=(6, 2), head_dim=64, **options):
+    options = with_tensors(options, heads[0], device)
+    q, k, v, *starts = random_varlen(device, dtype, lengths, heads, head_dim)
     out, lse = run_varlen(q, k, v, *starts, backend=backend, **options)
     total = int(starts[0][-1])
     double = [x.double() for x in (q[:total], k, v)]
@@ -45,6 +42,23 @@ def test_values(backend, dtype, lengths, name):
             same[b : b + rows] = torch_attention(*part, **options)[0]
     assert_within_2x(out[:total], same, out64)
     assert_lse(lse[:, :total], lse32, lse64, dtype)
+
+
+@pytest.mark.parametrize("lengths", LENGTHS, ids=["mixed", "one", "empty"])
+@pytest.mark.parametrize("name", OPTIONS)
+def test_values(backend, dtype, lengths, name):
+    assert_right(device_of(backend, dtype), dtype, lengths, backend, **OPTIONS[name])
+
+
+@pytest.mark.parametrize("head_dim", [64, 96, 128, 192, 256])
+@pytest.mark.parametrize("name", ["full", "causal", "causal window"])
+def test_more_tiles_than_places(backend, head_dim, name):
+    """Sequences of 0 to 400 tokens: a block of a persistent kernel takes many tiles."""
+    if backend == "cpu":
+        pytest.skip("no kernel of the CPU is persistent")
+    lengths = [(n * 37 % 401, n * 91 % 401) for n in range(48)]
+    device = device_of(backend, torch.float16)
+    assert_right(device, torch.float16, lengths, backend, (8, 2), head_dim, **OPTIONS[name])
 
 
 def test_equal_lengths_are_dense(device, dtype):
