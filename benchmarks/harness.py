@@ -227,9 +227,9 @@ def environment() -> dict[str, Any]:
         done = subprocess.run(["git", *command], cwd=RESULTS.parent, capture_output=True, text=True)
         return done.stdout.strip()
 
-    # GIT_COMMIT says it of a copy of the tree without its history.
-    commit = os.environ.get("GIT_COMMIT") or git("rev-parse", "--short", "HEAD") or "unknown"
-    changed = git("status", "--porcelain", "--", "..", ":!results")
+    named = os.environ.get("GIT_COMMIT")  # of a copy of the tree without its history
+    commit = named or git("rev-parse", "--short", "HEAD") or "unknown"
+    changed = not named and git("status", "--porcelain", "--", "..", ":!results")
     return machine.describe() | {
         "commit": f"{commit}+changes" if changed else commit,
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
