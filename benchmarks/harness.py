@@ -227,7 +227,7 @@ def environment() -> dict[str, Any]:
         done = subprocess.run(["git", *command], cwd=RESULTS.parent, capture_output=True, text=True)
         return done.stdout.strip()
 
-    named = os.environ.get("GIT_COMMIT")  # of a copy of the tree without its history
+    named = os.environ.get("GIT_COMMIT")  # of a copy of the tree, by who made it
     commit = named or git("rev-parse", "--short", "HEAD") or "unknown"
     changed = not named and git("status", "--porcelain", "--", "..", ":!results")
     return machine.describe() | {

@@ -11,12 +11,13 @@ Error launch_flash_fwd_sm90(const FlashAttnParams& p, Stream stream) {
       .mask = FlashMask::kFull,
       .shapes_scores = p.softcap > 0 || p.alibi_slopes != nullptr || p.softmax_scale <= 0,
       .scale_log2 = p.softmax_scale * kLog2E};
-  if (p.window_right >= 0) params.mask = FlashMask::kCausal;
-  if (p.window_left >= 0) params.mask = FlashMask::kLocal;
   // Wider than any sequence is unlimited; the kernel counts in 32 bits.
-  const int64_t widest = p.seqlen_q + p.seqlen_k;
-  if (p.window_left > widest) params.call.window_left = widest;
-  if (p.window_right > widest) params.call.window_right = widest;
+  const bool packed = p.cu_seqlens_q != nullptr;
+  const int64_t widest = packed ? p.total_q + p.total_k : p.seqlen_q + p.seqlen_k;
+  if (p.window_left > widest) params.call.window_left = -1;
+  if (p.window_right > widest) params.call.window_right = -1;
+  if (params.call.window_right >= 0) params.mask = FlashMask::kCausal;
+  if (params.call.window_left >= 0) params.mask = FlashMask::kLocal;
   if (p.head_dim <= 64) return launch_flash_fwd_sm90_64(params, stream);
   if (p.head_dim <= 96) return launch_flash_fwd_sm90_96(params, stream);
   if (p.head_dim <= 128) return launch_flash_fwd_sm90_128(params, stream);

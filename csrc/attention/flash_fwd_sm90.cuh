@@ -49,9 +49,9 @@ __device__ inline void multiply_values(float (&r_o)[Tile::kHeadDim / 2],
   ptx::wgmma_commit();
 }
 
-// One warpgroup: its 64 rows of each tile. Every branch here takes a whole warp, and the compiler
-// can see that: else it keeps the rings in ordinary registers and moves the descriptors of every
-// product, which costs a tenth.
+// One warpgroup: its 64 rows of each tile. Branches around what moves a ring or issues a product
+// take whole warps, and the compiler can see that: else it keeps the rings in ordinary registers
+// and moves the descriptors of every product, which costs a tenth.
 template <typename T, typename Tile, FlashMask kMask>
 __device__ void compute_tiles(const FlashSm90Args& a, FlashShared<Tile>& s) {
   constexpr int kBlockN = Tile::kBlockN;
@@ -292,7 +292,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
   __syncthreads();
   if (threadIdx.x < kGroupThreads) {
     ptx::setmaxnreg_dec<Tile::kCopyRegisters>();
-    if (threadIdx.x == 0) copy_tiles<Tile, kMask>(a, s);
+    if (threadIdx.x == 0) copy_tiles<Tile>(a, s);
     if (threadIdx.x == 32) announce_tiles<Tile, kMask>(a, s);
   } else {
     ptx::setmaxnreg_inc<Tile::kComputeRegisters>();

@@ -87,7 +87,7 @@ struct FlashTileCopies {
 
 // One thread: copies what the tiles need, as far ahead as the rings allow. K runs one block ahead
 // of V, as the products do, and on into the next tile.
-template <typename Tile, FlashMask kMask>
+template <typename Tile>
 __device__ void copy_tiles(const FlashSm90Args& a, FlashShared<Tile>& s) {
   const FlashAttnParams& p = a.p.call;
   Ring<kWorkSlots> work_ring;

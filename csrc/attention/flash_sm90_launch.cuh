@@ -55,12 +55,12 @@ inline Error encode_heads(const Heads& x, DType dtype, int64_t head_dim, int64_t
       4, const_cast<void*>(x.data), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
       CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
       CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-  return status == CUDA_SUCCESS ? nullptr : "no tensor map fits the strides of q, k or v";
+  return status == CUDA_SUCCESS ? nullptr : "no tensor map fits the strides of q, k, v or out";
 }
 
 inline FlashSchedule flash_schedule(const FlashAttnParams& p, int block_m, bool even) {
-  // Of keys and values. Tiles of one length: as few heads as are at work at once. Of many: more,
-  // so that the longest still come first.
+  // Of keys and values. Where all queries see all keys: as few heads as are at work at once. Else
+  // more, so that the longest tiles still come first.
   const int64_t l2_bytes = int64_t{even ? 8 : 32} << 20;
   const int64_t head_bytes = std::max<int64_t>(p.seqlen_k * p.head_dim * 2 * 2, 1);
   const int64_t num_heads = p.batch * p.num_heads_q;
@@ -85,8 +85,11 @@ Error launch_tiles_of(const FlashSm90Params& params, Stream stream) {
   const int64_t maps = packed ? 1 : p.batch;  // sequences in a map: packed ones are one
   const int64_t tokens_q = packed ? p.total_q : p.seqlen_q;
   const int64_t tokens_k = packed ? p.total_k : p.seqlen_k;
-  if (args.schedule.num_tiles == INT_MAX || tokens_q > INT_MAX - 512 || tokens_k > INT_MAX - 512) {
-    return "batch * num_heads_q * seqlen_q / 128 and the tokens must stay below 2^31";
+  // Windows, places and what blocks claim past the last tile are added up in 32 bits.
+  constexpr int kMany = 1 << 30;
+  if (args.schedule.num_tiles > kMany || tokens_q + tokens_k > kMany) {
+    return "the tokens of q and k, and the tiles of 128 or 192 of them for each head, must stay "
+           "within 2^30";
   }
   // Without keys nothing is copied: any address does.
   const Heads k = p.k.data != nullptr && tokens_k > 0 ? p.k : p.q;
@@ -104,7 +107,7 @@ Error launch_tiles_of(const FlashSm90Params& params, Stream stream) {
   if (error == nullptr) {
     const int64_t token_stride = p.num_heads_q * p.head_dim;
     const Heads out{p.out, packed ? 0 : p.seqlen_q * token_stride, token_stride, p.head_dim};
-    int unused[2];
+    int unused[2];  // out is contiguous: no stride of 0 that its heads or sequences step along
     error = encode_heads(out, p.dtype, p.head_dim, tokens_q, p.num_heads_q, maps, kWarpRows,
                          &args.out_map, &unused[0], &unused[1]);
   }

@@ -23,7 +23,7 @@ struct FlashSm90Params {
   float scale_log2;  // softmax_scale * log2(e), what exp2 takes where shapes_scores is false
 };
 
-// Which tensor maps a launcher builds: boxes of 64 columns by so many tokens.
+// For heads of at most so many columns.
 Error launch_flash_fwd_sm90_64(const FlashSm90Params& params, Stream stream);
 Error launch_flash_fwd_sm90_96(const FlashSm90Params& params, Stream stream);
 Error launch_flash_fwd_sm90_128(const FlashSm90Params& params, Stream stream);

@@ -18,6 +18,7 @@ constexpr int kDepth = 16;  // of one wgmma
 
 template <int kWidth, int kNumConsumers, int kKeys, int kNumStages, int kNumQueryStages>
 struct FlashTile {
+  static_assert(kNumConsumers >= 2 && kNumConsumers <= 4);  // the registers below are for these
   static constexpr int kHeadDim = kWidth;  // columns computed; wider than head_dim where it is odd
   static constexpr int kColumnBlocks = (kWidth + kColumnBlock - 1) / kColumnBlock;
   static constexpr int kConsumers = kNumConsumers;
@@ -36,8 +37,9 @@ struct FlashTile {
   // Column blocks of results that a warp stores at once: two where they fit.
   static constexpr int kStoreBlockBytes = kConsumers * kGroupRows * kColumnBlockBytes;
   static constexpr int kRingBytes = kQueryStages * kQueryBytes + 2 * kStages * kKeyBytes;
+  static constexpr int kMostBytes = 225 * 1024;  // of 227 KiB: the rest is for work and barriers
   static constexpr int kStoreBlocks =
-      kColumnBlocks % 2 == 0 && kRingBytes + 2 * kStoreBlockBytes <= 225 * 1024 ? 2 : 1;
+      kColumnBlocks % 2 == 0 && kRingBytes + 2 * kStoreBlockBytes <= kMostBytes ? 2 : 1;
 };
 
 // A tile, as it is announced: which queries and keys, and where they lie in the tensor maps.

@@ -394,7 +394,9 @@ extern "C" __attribute__((visibility("default"))) const char* lt_flash_choice(in
   return flash_impl_name(choose_flash(flash_on_this_device(static_cast<DType>(dtype))));
 }
 
-// Where llamatelemetry/models/attention.py prefers paged_attention on the CPU.
+#ifndef LT_CUDA
+// Where llamatelemetry/models/attention.py prefers paged_attention.
 extern "C" __attribute__((visibility("default"))) int lt_few_queries() {
   return llamatelemetry::kFewQueries;
 }
+#endif

@@ -15,6 +15,11 @@ namespace llamatelemetry {
 constexpr int kMostHeld = 4;
 constexpr int kFewWarps = 8;
 
+// How many of a row of weights are held beside it: none where that takes more registers than there
+// are.
+template <int kHeld>
+constexpr int kHeldWeights = kHeld == kMostHeld ? 0 : kHeld;
+
 template <typename V, int kHeld>
 struct BlockRow {
   static constexpr int kWarps = kHeld < kMostHeld ? kFewWarps : kMaxWarps;  // or fewer

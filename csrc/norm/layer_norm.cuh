@@ -36,10 +36,9 @@ __global__ void __launch_bounds__(kMaxWarps* kWarpSize)
   wait_for_predecessors();
 
   BlockRow<V, kHeld> x(static_cast<const T*>(p.x) + token * p.x_row_stride, hidden_size);
-  // Under way before the mean is known, unless that takes more registers than there are.
-  constexpr int kHeldColumns = kHeld == kMostHeld ? 0 : kHeld;
-  const BlockRow<V, kHeldColumns> weight(p.weight, p.weight ? hidden_size : 0);
-  const BlockRow<V, kHeldColumns> bias(p.bias, p.bias ? hidden_size : 0);
+  // Under way before the mean is known.
+  const BlockRow<V, kHeldWeights<kHeld>> weight(p.weight, p.weight ? hidden_size : 0);
+  const BlockRow<V, kHeldWeights<kHeld>> bias(p.bias, p.bias ? hidden_size : 0);
 
   float sum = 0.0f;
   x.for_each(

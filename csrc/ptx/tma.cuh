@@ -110,8 +110,5 @@ __device__ inline void setmaxnreg_dec() {
 __device__ inline void named_barrier_sync(int id, int num_threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(num_threads) : "memory");
 }
-__device__ inline void named_barrier_arrive(int id, int num_threads) {
-  asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(num_threads) : "memory");
-}
 
 }  // namespace llamatelemetry::ptx

@@ -82,15 +82,6 @@ __device__ inline void wgmma_registers(float (&d)[kN / 2], const uint32_t (&a)[4
            ", " LT_LIST7
 #define LT_OUTS_128 \
   LT_OUT(0), LT_OUT(1), LT_OUT(2), LT_OUT(3), LT_OUT(4), LT_OUT(5), LT_OUT(6), LT_OUT(7)
-#define LT_LISTS_144                                                                           \
-  LT_LIST0 ", " LT_LIST1 ", " LT_LIST2 ", " LT_LIST3 ", " LT_LIST4 ", " LT_LIST5 ", " LT_LIST6 \
-           ", " LT_LIST7 ", " LT_LIST8
-#define LT_LISTS_160                                                                           \
-  LT_LIST0 ", " LT_LIST1 ", " LT_LIST2 ", " LT_LIST3 ", " LT_LIST4 ", " LT_LIST5 ", " LT_LIST6 \
-           ", " LT_LIST7 ", " LT_LIST8 ", " LT_LIST9
-#define LT_LISTS_176                                                                           \
-  LT_LIST0 ", " LT_LIST1 ", " LT_LIST2 ", " LT_LIST3 ", " LT_LIST4 ", " LT_LIST5 ", " LT_LIST6 \
-           ", " LT_LIST7 ", " LT_LIST8 ", " LT_LIST9 ", " LT_LIST10
 #define LT_LISTS_192                                                                           \
   LT_LIST0 ", " LT_LIST1 ", " LT_LIST2 ", " LT_LIST3 ", " LT_LIST4 ", " LT_LIST5 ", " LT_LIST6 \
            ", " LT_LIST7 ", " LT_LIST8 ", " LT_LIST9 ", " LT_LIST10 ", " LT_LIST11

@@ -50,7 +50,7 @@ def test_values(backend, dtype, lengths, name):
     assert_right(device_of(backend, dtype), dtype, lengths, backend, **OPTIONS[name])
 
 
-@pytest.mark.parametrize("head_dim", [64, 96, 128, 192, 256])
+@pytest.mark.parametrize("head_dim", [64, 72, 96, 128, 136, 192, 256])
 @pytest.mark.parametrize("name", ["full", "causal", "causal window"])
 def test_more_tiles_than_places(backend, head_dim, name):
     """Sequences of 0 to 400 tokens: a block of a persistent kernel takes many tiles."""
