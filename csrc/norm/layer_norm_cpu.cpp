@@ -1,6 +1,7 @@
 // out[t, :] = (x[t, :] - mean) / sqrt(variance + eps) * weight + bias       (Ba et al. 2016)
-// The variance is the mean of squared distances from the mean, in a second pass over L1: no
-// cancellation, whatever the mean. One item per token. All in float, rounded once, as torch does.
+// The mean is that of the distances from a first mean, which a long sum may have put beside it; the
+// variance is the mean of squared distances from the mean, each in a pass over L1: no cancellation,
+// whatever the mean. One item per token. All in float, rounded once, as torch does.
 #include "common/parallel.h"
 #include "norm/params.h"
 #include "vec/rows.h"
@@ -17,10 +18,14 @@ void layer_norm_rows(const LayerNormParams& p, int64_t begin, int64_t end) {
   for (int64_t token = begin; token < end; ++token) {
     const T* x = static_cast<const T*>(p.x) + token * p.x_row_stride;
     T* out = static_cast<T*>(p.out) + token * p.hidden_size;
-    const float mean =
+    const float first =
         sum_row(p.hidden_size,
                 [=](Vec acc, int64_t i, auto lanes) { return acc + vec_load(x + i, lanes); }) /
         size;
+    const Vec firsts = vec_set(first);
+    const float mean = first + sum_row(p.hidden_size, [=](Vec acc, int64_t i, auto lanes) {
+                                 return acc + (vec_load(x + i, lanes, first) - firsts);
+                               }) / size;
     const Vec means = vec_set(mean);
     const float variance = sum_row(p.hidden_size,
                                    [=](Vec acc, int64_t i, auto lanes) {

@@ -48,9 +48,20 @@ LT_INLINE Vec fold_row(int64_t size, Vec start, Next&& next, Combine&& combine) 
   return combine(combine(part[0], part[1]), combine(part[2], part[3]));
 }
 
+// A sum of sums: a lane rounds some 32 times for each of them, not size / kLanes times.
 template <typename Next>
 LT_INLINE float sum_row(int64_t size, Next&& next) {
-  return vec_sum(fold_row(size, vec_set(0.0f), next, [](Vec a, Vec b) { return a + b; }));
+  constexpr int64_t kPart = 4 * 32 * Vec::kLanes;
+  const auto add = [](Vec a, Vec b) { return a + b; };
+  const Vec zero = vec_set(0.0f);
+  Vec sum = zero;
+  for (int64_t begin = 0; begin < size; begin += kPart) {
+    const auto next_of_part = [&](Vec acc, int64_t i, auto lanes) {
+      return next(acc, begin + i, lanes);
+    };
+    sum = sum + fold_row(size - begin < kPart ? size - begin : kPart, zero, next_of_part, add);
+  }
+  return vec_sum(sum);
 }
 
 }  // namespace LT_ISA
