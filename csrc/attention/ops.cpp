@@ -375,28 +375,25 @@ LT_IMPL(m) {
 }  // namespace llamatelemetry
 
 // The C interface that llamatelemetry/ops/_flash_backends.py calls. nullptr past the last.
-extern "C" __attribute__((visibility("default"))) const char* lt_flash_impl_name(int impl) {
+LT_EXPORT const char* lt_flash_impl_name(int impl) {
   using namespace llamatelemetry;
   return impl < kNumFlashImpls ? flash_impl_name(static_cast<FlashImpl>(impl)) : nullptr;
 }
 
 // Why an implementation cannot serve aligned tensors of a dtype (a DType) on the current device of
 // the library that is asked; nullptr where it can.
-extern "C" __attribute__((visibility("default"))) const char* lt_flash_why_not(int impl,
-                                                                               int dtype) {
+LT_EXPORT const char* lt_flash_why_not(int impl, int dtype) {
   using namespace llamatelemetry;
   return why_not(static_cast<FlashImpl>(impl), flash_on_this_device(static_cast<DType>(dtype)));
 }
 
 // The implementation that is chosen for such tensors, "auto" where none serves them.
-extern "C" __attribute__((visibility("default"))) const char* lt_flash_choice(int dtype) {
+LT_EXPORT const char* lt_flash_choice(int dtype) {
   using namespace llamatelemetry;
   return flash_impl_name(choose_flash(flash_on_this_device(static_cast<DType>(dtype))));
 }
 
 #ifndef LT_CUDA
 // Where llamatelemetry/models/attention.py prefers paged_attention.
-extern "C" __attribute__((visibility("default"))) int lt_few_queries() {
-  return llamatelemetry::kFewQueries;
-}
+LT_EXPORT int lt_few_queries() { return llamatelemetry::kFewQueries; }
 #endif

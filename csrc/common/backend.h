@@ -7,6 +7,9 @@
 #include <cuda_runtime_api.h>
 #endif
 
+// What Python calls by ctypes: C names that leave the library.
+#define LT_EXPORT extern "C" __attribute__((visibility("default")))
+
 namespace llamatelemetry {
 
 // What a launcher returns: nullptr, or a sentence that ends the refusal "<op>: ...".

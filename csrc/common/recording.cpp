@@ -124,8 +124,6 @@ void Recording::profile(int64_t* launch_ns) {
 }  // namespace llamatelemetry
 
 // The C interface that llamatelemetry/inference/recording.py calls.
-#define LT_EXPORT extern "C" __attribute__((visibility("default")))
-
 using llamatelemetry::Recording;
 
 // Launches of this thread go into a new recording, and run as usual, until lt_recording_end.
