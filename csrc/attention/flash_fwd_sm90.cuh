@@ -51,7 +51,7 @@ __device__ inline void multiply_values(float (&r_o)[Tile::kHeadDim / 2],
 
 // One warpgroup: its 64 rows of each tile. Branches around what moves a ring or issues a product
 // take whole warps, and the compiler can see that: else it keeps the rings in ordinary registers
-// and moves the descriptors of every product, which costs a tenth.
+// and moves the descriptors of every product (benchmarks/NOTES.md).
 template <typename T, typename Tile, FlashMask kMask>
 __device__ void compute_tiles(const FlashSm90Args& a, FlashShared<Tile>& s) {
   constexpr int kBlockN = Tile::kBlockN;

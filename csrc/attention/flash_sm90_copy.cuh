@@ -98,44 +98,37 @@ __device__ void copy_tiles(const FlashSm90Args& a, FlashShared<Tile>& s) {
   const uint64_t often = ptx::policy_evict_last();
   const int group = static_cast<int>(p.num_heads_q / p.num_heads_kv);
 
-  const auto load_k = [&](const FlashTileCopies& tile, int n) {
-    const uint32_t full = ptx::shared_address(&s.k_full[k_ring.slot]);
-    ptx::mbarrier_wait(ptx::shared_address(&s.k_empty[k_ring.slot]), k_ring.parity ^ 1);
-    ptx::mbarrier_arrive_expect(full, Tile::kKeyBytes);
-    const uint32_t to = ptx::shared_address(s.k[k_ring.slot]);
+  // The next buffer of a ring, as soon as it is empty: copy(to, full, column) asks for the block of
+  // columns from there on.
+  const auto fill = [&](auto& ring, auto& buffers, auto& filled, auto& emptied, auto copy) {
+    constexpr int kBytes = sizeof(buffers[0]);
+    const uint32_t full = ptx::shared_address(&filled[ring.slot]);
+    ptx::mbarrier_wait(ptx::shared_address(&emptied[ring.slot]), ring.parity ^ 1);
+    ptx::mbarrier_arrive_expect(full, kBytes);
+    const uint32_t to = ptx::shared_address(buffers[ring.slot]);
 #pragma unroll
     for (int c = 0; c < Tile::kColumnBlocks; ++c) {
-      ptx::tma_load_4d(to + c * Tile::kBlockN * kColumnBlockBytes, &a.k_map, full, c * kColumnBlock,
-                       tile.first_key + n * Tile::kBlockN, tile.kv_head * a.k_head_step,
-                       tile.batch * a.k_batch_step, often);
+      copy(to + c * (kBytes / Tile::kColumnBlocks), full, c * kColumnBlock);
     }
-    k_ring.advance();
+    ring.advance();
+  };
+  const auto load_k = [&](const FlashTileCopies& tile, int n) {
+    fill(k_ring, s.k, s.k_full, s.k_empty, [&](uint32_t to, uint32_t full, int column) {
+      ptx::tma_load_4d(to, &a.k_map, full, column, tile.first_key + n * Tile::kBlockN,
+                       tile.kv_head * a.k_head_step, tile.batch * a.k_batch_step, often);
+    });
   };
   const auto load_v = [&](const FlashTileCopies& tile, int n) {
-    const uint32_t full = ptx::shared_address(&s.v_full[v_ring.slot]);
-    ptx::mbarrier_wait(ptx::shared_address(&s.v_empty[v_ring.slot]), v_ring.parity ^ 1);
-    ptx::mbarrier_arrive_expect(full, Tile::kKeyBytes);
-    const uint32_t to = ptx::shared_address(s.v[v_ring.slot]);
-#pragma unroll
-    for (int c = 0; c < Tile::kColumnBlocks; ++c) {
-      ptx::tma_load_4d(to + c * Tile::kBlockN * kColumnBlockBytes, &a.v_map, full, c * kColumnBlock,
-                       tile.first_key + n * Tile::kBlockN, tile.kv_head * a.v_head_step,
-                       tile.batch * a.v_batch_step, often);
-    }
-    v_ring.advance();
+    fill(v_ring, s.v, s.v_full, s.v_empty, [&](uint32_t to, uint32_t full, int column) {
+      ptx::tma_load_4d(to, &a.v_map, full, column, tile.first_key + n * Tile::kBlockN,
+                       tile.kv_head * a.v_head_step, tile.batch * a.v_batch_step, often);
+    });
   };
   const auto load_q = [&](const FlashTileCopies& tile) {
-    const uint32_t full = ptx::shared_address(&s.q_full[q_ring.slot]);
-    ptx::mbarrier_wait(ptx::shared_address(&s.q_empty[q_ring.slot]), q_ring.parity ^ 1);
-    ptx::mbarrier_arrive_expect(full, Tile::kQueryBytes);
-    const uint32_t to = ptx::shared_address(s.q[q_ring.slot]);
-#pragma unroll
-    for (int c = 0; c < Tile::kColumnBlocks; ++c) {
-      ptx::tma_load_4d(to + c * Tile::kBlockM * kColumnBlockBytes, &a.q_map, full, c * kColumnBlock,
-                       tile.first_query, tile.head * a.q_head_step, tile.batch * a.q_batch_step,
-                       once);
-    }
-    q_ring.advance();
+    fill(q_ring, s.q, s.q_full, s.q_empty, [&](uint32_t to, uint32_t full, int column) {
+      ptx::tma_load_4d(to, &a.q_map, full, column, tile.first_query, tile.head * a.q_head_step,
+                       tile.batch * a.q_batch_step, once);
+    });
   };
   const auto want_next = [&] { ptx::mbarrier_arrive(ptx::shared_address(&s.work_wanted)); };
   const auto has_keys = [](const FlashTileCopies& tile) { return tile.blocks.hi > tile.blocks.lo; };
