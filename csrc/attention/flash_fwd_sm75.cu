@@ -10,11 +10,11 @@ Error launch_flash_fwd_sm75(const FlashAttnParams& p, Stream stream) {
   const auto with = [&](auto kernel) {
     return launch_flash_kernel<typename decltype(kernel)::type>(p, kSectionBytes, stream);
   };
-  // head_dim, 16-row tiles a warp, keys, queries in registers, blocks on a multiprocessor
-  if (p.head_dim <= 64) return with(Type<FlashFwdSm75<64, 2, 64, true, 2>>{});
-  if (p.head_dim <= 96) return with(Type<FlashFwdSm75<96, 1, 64, true, 2>>{});
-  if (p.head_dim <= 128) return with(Type<FlashFwdSm75<128, 1, 64, true, 2>>{});
-  return with(Type<FlashFwdSm75<256, 1, 16, false, 1>>{});
+  // head_dim, 16-row tiles a warp, keys
+  if (p.head_dim <= 64) return with(Type<FlashFwdSm75<64, 2, 64>>{});
+  if (p.head_dim <= 96) return with(Type<FlashFwdSm75<96, 1, 64>>{});
+  if (p.head_dim <= 128) return with(Type<FlashFwdSm75<128, 1, 64>>{});
+  return with(Type<FlashFwdSm75<256, 1, 16>>{});
 }
 
 }  // namespace llamatelemetry

@@ -2,7 +2,7 @@
 // A block of 4 warps takes kRows queries of one head. One tile of keys and one of values stand in
 // shared memory; the next comes through registers, loaded before a product and stored after it, so
 // that both loads hide under products. Two blocks share a multiprocessor, so that one's softmax
-// hides under the other's products; at head_dim 256 there is room for one.
+// hides under the other's products.
 //
 // Budget of a tile in clocks of one of a T4's 40 multiprocessors, from its data sheet and the bytes
 // counted here: tensor cores 512 FMA a clock, shared memory 64 bytes, exp2 16.
@@ -10,8 +10,8 @@
 //         64     128 x 64            256    2048          64, 16 KB      1280   512          16 KB
 //         96      64 x 64            192    1536          96, 24 KB      1920   256          24 KB
 //        128      64 x 64            256    2048         128, 32 KB      2560   256          32 KB
-//        256      64 x 16            128    1024          96, 16 KB      1792    64          48 KB
-// Registers of sm_75: 255, 210, 246 and 255, nothing spilled. Keys and values of a tile come from
+//        256      64 x 16            128    1024          64, 16 KB      1280    64          32 KB
+// Registers of sm_75: 254, 210, 248 and 255, nothing spilled. Keys and values of a tile come from
 // L2 where other blocks of the head read them too: the bytes written. Never timed on Turing.
 #pragma once
 
@@ -19,7 +19,7 @@
 
 namespace llamatelemetry {
 
-template <int kHeadDim, int kRowTiles, int kKeys, bool kQueriesInRegisters, int kBlocksPerSm>
+template <int kHeadDim, int kRowTiles, int kKeys>
 struct FlashFwdSm75 {
   using T = Half;
   using Params = FlashGrid;
@@ -28,7 +28,7 @@ struct FlashFwdSm75 {
   static constexpr int kCapability = 75;
   static constexpr int kNumWarps = 4;
   static constexpr int kNumThreads = kNumWarps * kWarpSize;
-  static constexpr int kMinBlocks = kBlocksPerSm;
+  static constexpr int kMinBlocks = 2;
   static constexpr int kRows = kNumWarps * Warp::kWarpRows;
   static constexpr int kRowStep = TileShare<Tile, kKeys, kNumThreads>::kRowStep;
 
@@ -36,23 +36,28 @@ struct FlashFwdSm75 {
     char k[Tile::bytes(kKeys)];
     char v[Tile::bytes(kKeys)];
   };
-  // The rows of queries, and in the end of the output, stand where the tiles do if they can.
-  struct RowsBeside {
+  union Shared {
     Tiles tiles;
-    char rows[Tile::bytes(kRows)];
+    char rows[Tile::bytes(kRows)];  // of queries, before the tiles, and of the output after them
   };
-  union RowsInside {
-    Tiles tiles;
-    char rows[Tile::bytes(kRows)];
-  };
-  using Shared = std::conditional_t<kQueriesInRegisters, RowsInside, RowsBeside>;
   static constexpr int kSharedBytes = sizeof(Shared);
   static constexpr int kTuringSharedBytes = 64 << 10;
-  static_assert(kSharedBytes * kBlocksPerSm <= kTuringSharedBytes);
+  static_assert(kSharedBytes * kMinBlocks <= kTuringSharedBytes);
 
-  // Tiles of keys, or of values, one after the other: fetch starts a load, store ends it. kAligned:
-  // by 16 bytes through registers, else by elements when store is called.
-  template <bool kAligned>
+  // Eight elements of a row.
+  static __device__ uint4 load_chunk(const T* p, bool aligned) {
+    if (aligned) return __ldg(reinterpret_cast<const uint4*>(p));
+    const auto* halves = reinterpret_cast<const uint16_t*>(p);
+    uint4 chunk{};
+#pragma unroll 1  // rare: it should take neither registers nor the other way's time
+    for (int i = 0; i < Tile::kChunkElements; i += 2) {
+      const uint32_t two = halves[i] | static_cast<uint32_t>(halves[i + 1]) << 16;
+      chunk = {chunk.y, chunk.z, chunk.w, two};
+    }
+    return chunk;
+  }
+
+  // Tiles of keys, or of values, one after the other: fetch starts a load, store ends it.
   struct Loader {
     using Share = TileShare<Tile, kKeys, kNumThreads>;
     const Warp& warp;
@@ -70,7 +75,6 @@ struct FlashFwdSm75 {
              Share().chunk * Tile::kChunkElements;
     }
     __device__ void fetch(int tile) {
-      if (!kAligned) return;
       // Past the last tile chunks are zeros, not what they were: that would hold registers.
       const int rows = tile < warp.end_tile ? warp.work.num_keys - tile * kKeys : 0;
       const auto columns = static_cast<int>(warp.p.head_dim);
@@ -79,14 +83,14 @@ struct FlashFwdSm75 {
 #pragma unroll
       for (int i = 0; i < Share::kSteps; ++i) {
 #pragma unroll
-        for (int span = 0; span < Tile::kChunks / Tile::kSpan; ++span) {
-          const int chunk = share.chunk + span * Tile::kSpan;
-          const bool exists =
-              share.row + i * kRowStep < rows && chunk * Tile::kChunkElements < columns;
-          uint4& to = chunks[i * (Tile::kChunks / Tile::kSpan) + span];
+        for (int span = 0; span < Tile::kChunks; span += Tile::kSpan) {
+          const bool exists = share.row + i * kRowStep < rows &&
+                              (share.chunk + span) * Tile::kChunkElements < columns;
+          uint4& to = chunks[(i * Tile::kChunks + span) / Tile::kSpan];
           to = uint4{};
           if (exists) {
-            to = __ldg(reinterpret_cast<const uint4*>(from) + span * Tile::kSpan);
+            to = load_chunk(reinterpret_cast<const T*>(from) + span * Tile::kChunkElements,
+                            warp.grid.aligned);
           }
         }
         from += step;
@@ -96,16 +100,9 @@ struct FlashFwdSm75 {
     __device__ void store(int tile) {
       if (tile >= warp.end_tile) return;
       const Share share;
-      if constexpr (kAligned) {
-        share.for_each([&](int i, uint32_t to, int, int) {
-          *reinterpret_cast<uint4*>(s_tile + to) = chunks[i];
-        });
-      } else {
-        load_tile<kKeys>(next - share.chunk * Tile::kChunkElements - share.row * x.token_stride,
-                         x.token_stride, warp.work.num_keys - tile * kKeys,
-                         static_cast<int>(warp.p.head_dim), false, s_tile);
-        next += kKeys * x.token_stride;
-      }
+      share.for_each([&](int i, uint32_t to, int, int) {
+        *reinterpret_cast<uint4*>(s_tile + to) = chunks[i];
+      });
     }
   };
 
@@ -133,28 +130,23 @@ struct FlashFwdSm75 {
     if (!warp.has_work(kRows, kKeys)) return;
     char* s_rows = shared.rows + Warp::warp() * Tile::bytes(Warp::kWarpRows);
     if (warp.first_tile < warp.end_tile) {
-      if (grid.aligned) {
-        attend<true>(grid, warp, shared, s_rows);
-      } else {
-        attend<false>(grid, warp, shared, s_rows);
-      }
+      attend(grid, warp, shared, s_rows);
     }
     __syncthreads();  // nobody reads the tiles any more
     warp.write(s_rows);
   }
 
-  template <bool kAligned>
   static __device__ void attend(const Params& grid, Warp& warp, Shared& shared,
                                 const char* s_rows) {
     const FlashAttnParams& p = grid.attn;
     const FlashSequence sequence = flash_sequence(p, warp.work.index);
-    Loader<kAligned> keys(p.k, grid.k_step, warp, sequence.first_key, shared.tiles.k);
-    Loader<kAligned> values(p.v, grid.v_step, warp, sequence.first_key, shared.tiles.v);
+    Loader keys(p.k, grid.k_step, warp, sequence.first_key, shared.tiles.k);
+    Loader values(p.v, grid.v_step, warp, sequence.first_key, shared.tiles.v);
     keys.fetch(warp.first_tile);
     const HeadRows<T> q(p.q, warp.work.index, sequence.first_query + warp.work.first_row,
                         warp.work.head);
     load_tile<kRows>(q.first, q.stride, warp.work.num_queries - warp.work.first_row,
-                     static_cast<int>(p.head_dim), kAligned, shared.rows);
+                     static_cast<int>(p.head_dim), grid.aligned, shared.rows);
     __syncthreads();
 
     const auto address = [](const void* s) {
@@ -163,14 +155,12 @@ struct FlashFwdSm75 {
     const uint32_t s_q = address(s_rows) + Tile::a_offset(Warp::lane());
     uint32_t s_k = address(shared.tiles.k) + Tile::b_offset(Warp::lane());
     uint32_t s_v = address(shared.tiles.v) + Tile::b_trans_offset(Warp::lane());
-    typename Warp::Queries queries[kQueriesInRegisters ? Warp::kDimSteps : 1];
-    if constexpr (kQueriesInRegisters) {
+    typename Warp::Queries queries[Warp::kDimSteps];
 #pragma unroll
-      for (int step = 0; step < Warp::kDimSteps; ++step) {
-        Warp::load_queries(queries[step], s_q, step);
-      }
-      __syncthreads();
+    for (int step = 0; step < Warp::kDimSteps; ++step) {
+      Warp::load_queries(queries[step], s_q, step);
     }
+    __syncthreads();
     keys.store(warp.first_tile);
     __syncthreads();
 #pragma unroll 1
@@ -185,9 +175,7 @@ struct FlashFwdSm75 {
       if (sees) {
 #pragma unroll
         for (int step = 0; step < Warp::kDimSteps; ++step) {
-          auto& q_step = queries[kQueriesInRegisters ? step : 0];
-          if constexpr (!kQueriesInRegisters) Warp::load_queries(q_step, s_q, step);
-          warp.multiply_keys(q_step, s_k, step);
+          warp.multiply_keys(queries[step], s_k, step);
         }
       }
       values.store(tile);

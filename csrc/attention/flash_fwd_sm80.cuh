@@ -71,7 +71,7 @@ struct FlashFwdSm80 {
         if (warp.grid.aligned) {
           ptx::cp_async_16_or_zeros(address + to, from, exists);
         } else {
-          *reinterpret_cast<uint4*>(s_tile + to) = exists ? load_chunk(from, false) : uint4{};
+          *reinterpret_cast<uint4*>(s_tile + to) = exists ? load_unaligned(from) : uint4{};
         }
       });
     }
@@ -169,7 +169,7 @@ struct FlashFwdSm80 {
       if constexpr (kAligned) {
         ptx::cp_async_16_or_zeros(address + to, from, exists);
       } else {
-        *reinterpret_cast<uint4*>(s_tile + to) = exists ? load_chunk(from, false) : uint4{};
+        *reinterpret_cast<uint4*>(s_tile + to) = exists ? load_unaligned(from) : uint4{};
       }
     });
   }

@@ -135,8 +135,7 @@ struct TileShare {
 
 // Eight elements of a row, wherever it starts.
 template <typename T>
-__device__ inline uint4 load_chunk(const T* p, bool aligned) {
-  if (aligned) return __ldg(reinterpret_cast<const uint4*>(p));
+__device__ inline uint4 load_unaligned(const T* p) {
   const auto* halves = reinterpret_cast<const uint16_t*>(p);
   const auto two = [&](int i) {
     return halves[2 * i] | static_cast<uint32_t>(halves[2 * i + 1]) << 16;
