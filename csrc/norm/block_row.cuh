@@ -15,26 +15,23 @@ namespace llamatelemetry {
 constexpr int kMostHeld = 4;
 constexpr int kFewWarps = 8;
 
-// How many of a row of weights are held beside it: none where that takes more registers than there
-// are.
-template <int kHeld>
-constexpr int kHeldWeights = kHeld == kMostHeld ? 0 : kHeld;
-
-template <typename V, int kHeld>
+// kWhole: the row is exactly what at most kFewWarps warps hold.
+template <typename V, int kHeld, bool kWhole = false>
 struct BlockRow {
-  static constexpr int kWarps = kHeld < kMostHeld ? kFewWarps : kMaxWarps;  // or fewer
+  static constexpr int kWarps = kWhole || kHeld < kMostHeld ? kFewWarps : kMaxWarps;  // at most
 
   const V* row;  // where vectors that are not held are read
   int num_vectors;
   V held[kHeld > 0 ? kHeld : 1];
 
+  BlockRow() = default;
   // All loads are under way before the first value is used.
   __device__ BlockRow(const void* source, int row_size)
       : row(static_cast<const V*>(source)), num_vectors(row_size / V::kElements) {
 #pragma unroll
     for (int h = 0; h < kHeld; ++h) {
       const int i = h * blockDim.x + threadIdx.x;
-      if (i < num_vectors) held[h] = row[i];
+      if (kWhole || i < num_vectors) held[h] = row[i];
     }
   }
 
@@ -45,9 +42,9 @@ struct BlockRow {
 #pragma unroll
     for (int h = 0; h < kHeld; ++h) {
       const int i = h * blockDim.x + threadIdx.x;
-      if (i < num_vectors) body(i, h, held[h]);
+      if (kWhole || i < num_vectors) body(i, h, held[h]);
     }
-    if constexpr (kHeld == kMostHeld) {
+    if constexpr (kHeld == kMostHeld && !kWhole) {
       for (int i = kHeld * blockDim.x + threadIdx.x; i < num_vectors; i += blockDim.x) {
         V vector = row[i];
         body(i, kHeld, vector);
@@ -57,6 +54,16 @@ struct BlockRow {
 
   // The vector that another row's for_each calls (i, h).
   __device__ V at(int i, int h) const { return h < kHeld ? held[h] : row[i]; }
+};
+
+// A row that the kernel only reads, beside one of which kHeld vectors are held: none of these where
+// that takes more registers than there are, but then their loads may come before stores.
+template <typename V, int kHeld>
+struct WeightRow : BlockRow<V, kHeld == kMostHeld ? 0 : kHeld> {
+  using BlockRow<V, kHeld == kMostHeld ? 0 : kHeld>::BlockRow;
+  __device__ V at(int i, int h) const {
+    return kHeld < kMostHeld ? this->held[h] : load_constant(this->row + i);
+  }
 };
 
 // How many of a row's elements the threads of this warp have together: no warp has none.

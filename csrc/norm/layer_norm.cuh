@@ -2,8 +2,10 @@
 // Each warp takes about the mean of what it holds, then sums the distances from it and their
 // squares in a second pass over registers; one exchange between the warps makes the row's mean and
 // variance of these (Chan, Golub & LeVeque 1979). No cancellation, whatever the mean and wherever
-// outliers are. Bandwidth bound, or for a few rows bound by latency: one block per row. Grid
-// [num_tokens].
+// outliers are. Bandwidth bound, or for a few rows bound by latency. A block takes
+// kRows rows; more than one where these are whole (block_row.cuh) and there are both weight and
+// bias, which are then read once for them.
+// Grid [num_tokens / kRows], rounded up.
 #pragma once
 
 #include "norm/block_row.cuh"
@@ -19,12 +21,14 @@ struct alignas(16) WarpMoments {
   float squares;  // of the same
 };
 
-template <typename V, int kHeld>
-__global__ void __launch_bounds__(kMaxWarps* kWarpSize)
+template <typename V, int kHeld, int kRows>
+__global__ void __launch_bounds__(BlockRow<V, kHeld, (kRows > 1)>::kWarps* kWarpSize)
     layer_norm_kernel(const __grid_constant__ LayerNormParams p) {
   using T = typename V::Element;
-  const int64_t token = blockIdx.x;
+  using Row = BlockRow<V, kHeld, (kRows > 1)>;
   const auto hidden_size = static_cast<int>(p.hidden_size);
+  // The last block goes back where a row is missing.
+  const int64_t first = min(static_cast<int64_t>(blockIdx.x) * kRows, p.num_tokens - kRows);
   let_successors_start();
   prefetch_row<V>(p.weight, hidden_size);
   prefetch_row<V>(p.bias, hidden_size);
@@ -35,59 +39,83 @@ __global__ void __launch_bounds__(kMaxWarps* kWarpSize)
   const float per_count = ptx::reciprocal_approx(count);
   wait_for_predecessors();
 
-  BlockRow<V, kHeld> x(static_cast<const T*>(p.x) + token * p.x_row_stride, hidden_size);
+  Row x[kRows];
+#pragma unroll
+  for (int r = 0; r < kRows; ++r) {
+    x[r] = Row(static_cast<const T*>(p.x) + (first + r) * p.x_row_stride, hidden_size);
+  }
   // Under way before the mean is known.
-  const BlockRow<V, kHeldWeights<kHeld>> weight(p.weight, p.weight ? hidden_size : 0);
-  const BlockRow<V, kHeldWeights<kHeld>> bias(p.bias, p.bias ? hidden_size : 0);
+  const WeightRow<V, kHeld> weight(p.weight, p.weight ? hidden_size : 0);
+  const WeightRow<V, kHeld> bias(p.bias, p.bias ? hidden_size : 0);
 
-  float sum = 0.0f;
-  x.for_each(
-      [&](int, int, const V& value) { sum += sum_vector(value, [](float v) { return v; }); });
-  // __fmul_rn: each distance and the exchange must mean the same number, so none may fuse it.
-  const float origin = __fmul_rn(warp_reduce<Sum>(sum), per_count);
-  sum = 0.0f;
-  float squares = 0.0f;
-  x.for_each([&](int, int, const V& value) {
-    sum += sum_vector(value, [=](float v) { return v - origin; });
-    squares += sum_vector(value, [=](float v) { return (v - origin) * (v - origin); });
-  });
-  sum = warp_reduce<Sum>(sum);
-  squares = warp_reduce<Sum>(squares);
-
-  __shared__ WarpMoments s_moments[x.kWarps];
+  __shared__ WarpMoments s_moments[kRows][Row::kWarps];
   const int lane = threadIdx.x % kWarpSize;
-  if (lane == 0) s_moments[threadIdx.x / kWarpSize] = {count, origin, sum, squares};
+  float sum[kRows] = {};
+  float squares[kRows] = {};
+  float origin[kRows];
+  // Every thread takes the branch where there are several rows: it keeps the compiler from summing
+  // one before it has asked for the next.
+  if (kRows == 1 || threadIdx.x < x[0].num_vectors) {
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+      x[r].for_each([&](int, int, const V& value) {
+        sum[r] += sum_vector(value, [](float v) { return v; });
+      });
+    }
+  }
+#pragma unroll
+  for (int r = 0; r < kRows; ++r) {
+    // __fmul_rn: each distance and the exchange must mean the same number, so none may fuse it.
+    origin[r] = __fmul_rn(warp_reduce<Sum>(sum[r]), per_count);
+    sum[r] = 0.0f;
+  }
+#pragma unroll
+  for (int r = 0; r < kRows; ++r) {
+    x[r].for_each([&](int, int, const V& value) {
+      sum[r] += sum_vector(value, [&](float v) { return v - origin[r]; });
+      squares[r] += sum_vector(value, [&](float v) { return (v - origin[r]) * (v - origin[r]); });
+    });
+  }
+#pragma unroll
+  for (int r = 0; r < kRows; ++r) {
+    sum[r] = warp_reduce<Sum>(sum[r]);
+    squares[r] = warp_reduce<Sum>(squares[r]);
+    if (lane == 0) {
+      s_moments[r][threadIdx.x / kWarpSize] = {count, origin[r], sum[r], squares[r]};
+    }
+  }
   __syncthreads();
-  WarpMoments warp{};  // every kWarps lanes have one of each warp
-  if (lane % x.kWarps < blockDim.x / kWarpSize) warp = s_moments[lane % x.kWarps];
-  const float first = s_moments[0].origin;
-  float distance = warp.origin - first;
-  sum = warp_reduce<Sum, x.kWarps>(fmaf(warp.count, distance, warp.sum));
-  const float mean = fmaf(sum, per_size, first);
-  distance = fmaf(-sum, per_size, distance);  // from the mean; nothing of it lost in rounding that
-  squares = warp_reduce<Sum, x.kWarps>(
-      fmaf(distance, fmaf(warp.count, distance, 2.0f * warp.sum), warp.squares));
-  const float rstd = rsqrtf(fmaf(squares, per_size, p.eps));
+  float mean[kRows];
+  float rstd[kRows];
+#pragma unroll
+  for (int r = 0; r < kRows; ++r) {
+    WarpMoments warp{};  // every kWarps lanes have one of each warp
+    if (lane % Row::kWarps < blockDim.x / kWarpSize) warp = s_moments[r][lane % Row::kWarps];
+    const float about = s_moments[r][0].origin;
+    float distance = warp.origin - about;
+    const float sum = warp_reduce<Sum, Row::kWarps>(fmaf(warp.count, distance, warp.sum));
+    mean[r] = fmaf(sum, per_size, about);
+    // From the mean; nothing of it lost in rounding that.
+    distance = fmaf(-sum, per_size, distance);
+    const float squares = warp_reduce<Sum, Row::kWarps>(
+        fmaf(distance, fmaf(warp.count, distance, 2.0f * warp.sum), warp.squares));
+    rstd[r] = rsqrtf(fmaf(squares, per_size, p.eps));
+  }
 
-  V* out = reinterpret_cast<V*>(static_cast<T*>(p.out) + token * p.hidden_size);
-  x.for_each([&](int i, int h, const V& value) {
-    float y[V::kElements];
+  x[0].for_each([&](int i, int h, const V&) {
+    const V w = kRows > 1 || p.weight ? weight.at(i, h) : filled<V>(1.0f);
+    const V b = kRows > 1 || p.bias ? bias.at(i, h) : filled<V>(0.0f);
 #pragma unroll
-    for (int e = 0; e < V::kElements; ++e) y[e] = (to_float(value.value[e]) - mean) * rstd;
-    if (p.weight) {
-      const V w = weight.at(i, h);
+    for (int r = 0; r < kRows; ++r) {
+      const V value = x[r].at(i, h);
+      V result;
 #pragma unroll
-      for (int e = 0; e < V::kElements; ++e) y[e] *= to_float(w.value[e]);
+      for (int e = 0; e < V::kElements; ++e) {
+        const float y = (to_float(value.value[e]) - mean[r]) * rstd[r];
+        result.value[e] = from_float<T>(fmaf(y, to_float(w.value[e]), to_float(b.value[e])));
+      }
+      reinterpret_cast<V*>(static_cast<T*>(p.out) + (first + r) * p.hidden_size)[i] = result;
     }
-    if (p.bias) {
-      const V b = bias.at(i, h);
-#pragma unroll
-      for (int e = 0; e < V::kElements; ++e) y[e] += to_float(b.value[e]);
-    }
-    V result;
-#pragma unroll
-    for (int e = 0; e < V::kElements; ++e) result.value[e] = from_float<T>(y[e]);
-    out[i] = result;
   });
 }
 

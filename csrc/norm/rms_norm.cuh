@@ -22,7 +22,7 @@ __global__ void __launch_bounds__(kMaxWarps* kWarpSize)
 
   BlockRow<V, kHeld> x(static_cast<const T*>(p.x) + token * p.x_row_stride, hidden_size);
   // Under way before the sum is known.
-  const BlockRow<V, kHeldWeights<kHeld>> weight(p.weight, hidden_size);
+  const WeightRow<V, kHeld> weight(p.weight, hidden_size);
   if (p.residual) {
     T* sums = static_cast<T*>(p.residual) + token * p.residual_row_stride;
     const BlockRow<V, kHeld> residual(sums, hidden_size);

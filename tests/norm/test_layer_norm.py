@@ -81,6 +81,18 @@ def test_hard_rows(device, hidden_size, has_weights):
     assert (ulps <= 6 + hidden_size / 8192).all(), ulps
 
 
+# Many long rows go two to a block on the GPU, the last odd one twice.
+@pytest.mark.parametrize("hidden_size", [2048, 4104, 8192, 16384])
+@pytest.mark.parametrize("has_weights", [False, True])
+def test_a_row_does_not_depend_on_how_many_there_are(device, dtype, hidden_size, has_weights):
+    x, *weights = case(device, dtype, (1057 if device.type == "cuda" else 9, hidden_size), mean=3.0)
+    weights = weights if has_weights else (None, None)
+    assert_right(x, *weights)
+    many = layer_norm(x, *weights)
+    for rows in (slice(0, 2), slice(-3, None)):
+        assert torch.equal(layer_norm(x[rows], *weights), many[rows])
+
+
 @given(st.integers(1, 5), st.integers(1, 700), st.integers(0, 9), st.integers(0, 3))
 def test_strided_rows_and_offsets(num_tokens, hidden_size, gap, offset):
     flat = torch.full((offset + num_tokens * (hidden_size + gap),), torch.nan)
