@@ -96,6 +96,9 @@ def sample(logits):
 CASES = {
     "rms_norm": lambda: (ops.rms_norm, randn(3, 77), randn(77)),
     "layer_norm": lambda: (ops.layer_norm, randn(3, 77), randn(77), randn(77)),
+    "layer_norm of many long rows": lambda: (
+        *(ops.layer_norm, randn(1057, 4096), randn(4096), randn(4096)),
+    ),
     "fused_add_rms_norm_": lambda: (fused_add_rms_norm, randn(3, 77), randn(3, 77), randn(77)),
     "silu_and_mul": lambda: (ops.silu_and_mul, randn(3, 2 * 77)),
     "gelu_and_mul": lambda: (ops.gelu_and_mul, randn(3, 2 * 77)),
@@ -140,12 +143,15 @@ CASES = {
         torch.tensor([0, 60, 60, 64], dtype=torch.int32),
         torch.tensor([0, 90, 95, 99], dtype=torch.int32),
     ),
-    "paged prefill": lambda: (
-        *(paged_prefill, randn(21, 6, 24), randn(12, 7, 2, 24), randn(12, 7, 2, 24)),
-        torch.randperm(12, dtype=torch.int32).view(2, 6),
-        torch.tensor([40, 9], dtype=torch.int32),
-        torch.tensor([0, 20, 21], dtype=torch.int32),
-    ),
+    **{
+        f"paged prefill, pages of {size}": lambda size=size: (
+            *(paged_prefill, randn(21, 6, 24), randn(12, size, 2, 24), randn(12, size, 2, 24)),
+            torch.randperm(12, dtype=torch.int32).view(2, 6),
+            torch.tensor([40, 9], dtype=torch.int32),
+            torch.tensor([0, 20, 21], dtype=torch.int32),
+        )
+        for size in (7, 8)
+    },
     "quantised": lambda: (quantised, randn(9, 96), q8_0_rows(20, 96)),
     "sample in one slice": lambda: (sample, randn(3, 1003)),
     "sample in slices": lambda: (sample, randn(3, 5003)),

@@ -2,8 +2,22 @@
 // past head_dim are zeros in shared memory and are not stored.
 #include "attention/flash_fwd.h"
 #include "attention/flash_sm90_params.h"
+#include "common/device.h"
 
 namespace llamatelemetry {
+
+bool flash_fwd_sm90_serves_pages(const FlashAttnParams& p) {
+  constexpr int kElementBytes = 2;
+  const int64_t page_size = p.page_size;
+  const bool one_page = p.seqlen_k == page_size;
+  const bool suits = one_page || page_size % kMostBlockKeys == 0 ||
+                     (kMostBlockKeys % page_size == 0 && page_size >= kSwizzleRows);
+  const bool apart = p.q.token_stride != 0 && p.k.token_stride != 0 && p.v.token_stride != 0;
+  return current_device().capability / 10 == 9 && suits && apart &&
+         rows_are_aligned(p.q, 1, p.total_q, p.num_heads_q, kElementBytes) &&
+         rows_are_aligned(p.k, p.num_blocks, page_size, p.num_heads_kv, kElementBytes) &&
+         rows_are_aligned(p.v, p.num_blocks, page_size, p.num_heads_kv, kElementBytes);
+}
 
 Error launch_flash_fwd_sm90(const FlashAttnParams& p, Stream stream) {
   FlashSm90Params params{
@@ -18,6 +32,13 @@ Error launch_flash_fwd_sm90(const FlashAttnParams& p, Stream stream) {
   if (p.window_right > widest) params.call.window_right = -1;
   if (params.call.window_right >= 0) params.mask = FlashMask::kCausal;
   if (params.call.window_left >= 0) params.mask = FlashMask::kLocal;
+  if (p.page_size > 0) {
+    // Widths whose blocks of keys are whole pages or parts of one; few calls see every key.
+    if (params.mask == FlashMask::kFull) params.mask = FlashMask::kLocal;
+    if (p.head_dim <= 64) return launch_flash_fwd_sm90_64(params, stream);
+    if (p.head_dim <= 128) return launch_flash_fwd_sm90_128(params, stream);
+    return launch_flash_fwd_sm90_256(params, stream);
+  }
   if (p.head_dim <= 64) return launch_flash_fwd_sm90_64(params, stream);
   if (p.head_dim <= 96) return launch_flash_fwd_sm90_96(params, stream);
   if (p.head_dim <= 128) return launch_flash_fwd_sm90_128(params, stream);

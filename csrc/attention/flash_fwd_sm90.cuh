@@ -56,6 +56,7 @@ template <typename T, typename Tile, FlashMask kMask>
 __device__ void compute_tiles(const FlashSm90Args& a, FlashShared<Tile>& s) {
   constexpr int kBlockN = Tile::kBlockN;
   constexpr int kTailBarrier = 1;
+  constexpr int kStoreBarrier = 2;  // and one for each further warpgroup
   const FlashAttnParams& p = a.p.call;
   // The same in every lane, and known to be so by the shuffle.
   const int warp = __shfl_sync(0xffffffff, (threadIdx.x - kGroupThreads) / 32, 0);
@@ -64,7 +65,8 @@ __device__ void compute_tiles(const FlashSm90Args& a, FlashShared<Tile>& s) {
   const int column = 2 * (lane % 4);
   const float scale_log2 = a.p.shapes_scores ? 1.0f : a.p.scale_log2;
   Ring<kWorkSlots> work_ring;
-  Ring<Tile::kQueryStages> q_ring;
+  Ring<Tile::kQueryStages> full_q_ring;
+  Ring<Tile::kQueryStages> q_ring;  // the next to be given back
   Ring<Tile::kStages> k_ring;
   Ring<Tile::kStages> v_ring;
 
@@ -85,7 +87,9 @@ __device__ void compute_tiles(const FlashSm90Args& a, FlashShared<Tile>& s) {
     release(s.v_empty[v_ring.slot]);
     v_ring.advance();
   };
+  // Once the results that left by way of it are read.
   const auto release_q = [&] {
+    if (Tile::kStoresInQueries && lane == 0) ptx::bulk_wait_read<0>();
     release(s.q_empty[q_ring.slot]);
     q_ring.advance();
   };
@@ -117,18 +121,16 @@ __device__ void compute_tiles(const FlashSm90Args& a, FlashShared<Tile>& s) {
                                                       kBlockN * kColumnBlockBytes),
                              adds);
   };
-  // Until the values are in, after the weighing. A branch that needs every weight keeps the
-  // compiler from waiting first and weighing only then; sums are never negative.
+  // Until the values are in, after the weighing: what stands under a condition that needs every
+  // weight keeps the compiler from waiting first and weighing only then; sums are never negative.
+  // The wait itself is under none, as all warps of a group must come to the same one.
   const auto await_values = [&](const TwoRows& rows, const float (&keep)[2]) {
-    const bool scales = keep[0] * keep[1] != 1.0f;
-    if (__any_sync(0xffffffff, scales || rows.sum[0] + rows.sum[1] < 0.0f)) {
-      ptx::wgmma_wait<0>();
-      ptx::wgmma_hold(r_o);
-      scale_rows(r_o, keep);
-    } else {
-      ptx::wgmma_wait<0>();
-      ptx::wgmma_hold(r_o);
-    }
+    const bool scales = keep[0] * keep[1] != 1.0f || rows.sum[0] + rows.sum[1] < 0.0f;
+    const bool any_scales = __any_sync(0xffffffff, scales);
+    if (any_scales) __syncwarp();
+    ptx::wgmma_wait<0>();
+    ptx::wgmma_hold(r_o);
+    if (any_scales) scale_rows(r_o, keep);
     release_v();
   };
 
@@ -140,6 +142,12 @@ __device__ void compute_tiles(const FlashSm90Args& a, FlashShared<Tile>& s) {
     return slot;
   };
 
+  // In a tile: the queries before, where they were not given back yet, which is where both buffers
+  // were filled since.
+  const auto release_last_q = [&] {
+    if (Tile::kStoresInQueries && q_ring.slot == full_q_ring.slot) release_q();
+  };
+
   int next_slot = await_tile();
 #pragma unroll 1
   while (s.work[next_slot].first_row >= 0) {
@@ -149,19 +157,16 @@ __device__ void compute_tiles(const FlashSm90Args& a, FlashShared<Tile>& s) {
     const KeyBlocks blocks = work.group_blocks[group];
     const int num_tile_blocks = tile_blocks.hi - tile_blocks.lo;
     const bool has_keys = blocks.hi > blocks.lo;
-    const uint64_t q = ptx::k_major_descriptor(ptx::shared_address(s.q[q_ring.slot]) +
+    uint8_t* const queries = s.q[full_q_ring.slot];
+    const uint64_t q = ptx::k_major_descriptor(ptx::shared_address(queries) +
                                                group * kGroupRows * kColumnBlockBytes);
-    if (num_tile_blocks > 0) {
-      ptx::mbarrier_wait(ptx::shared_address(&s.q_full[q_ring.slot]), q_ring.parity);
-      if (!has_keys) {
-        __syncwarp();
-        release_q();
-      }
-    }
+    ptx::mbarrier_wait(ptx::shared_address(&s.q_full[full_q_ring.slot]), full_q_ring.parity);
+    full_q_ring.advance();
     const bool has_tail = p.cu_seqlens_q != nullptr && num_tile_blocks > 0 &&
                           tile_blocks.hi * kBlockN > work.window.num_keys;
     if (has_tail) {
       // The rows past the sequence's end hold another's values: 0 * NaN is NaN.
+      release_last_q();  // these may come after queries that wait for it
       wait_v();
       constexpr int kChunks = kColumnBlockBytes / 16;
       const int first = work.window.num_keys - (tile_blocks.hi - 1) * kBlockN;
@@ -181,6 +186,7 @@ __device__ void compute_tiles(const FlashSm90Args& a, FlashShared<Tile>& s) {
     if (has_keys) {
       pass_blocks(tile_blocks.hi - blocks.hi);
       begin_scores(q);
+      release_last_q();
       const FlashScoreRule rule{p.softmax_scale, p.softcap, work.slope};
       const int row = work.first_row + warp * kWarpRows + lane / 4;
       const int position = work.window.offset + row;
@@ -192,9 +198,12 @@ __device__ void compute_tiles(const FlashSm90Args& a, FlashShared<Tile>& s) {
         begins[h] = window_begin<kMask>(work.window, row + 8 * h) - column;
       }
       float keep[2];
-      const auto weigh_block = [&](int n, auto masked) {
+      // One piece of code for blocks that are masked and others: two, and those of three warpgroups
+      // at different places of the tile, push each other out of the instruction cache.
+      const auto weigh_block = [&](int n, auto may_be_masked) {
         if (a.p.shapes_scores) shape_scores<kBlockN>(r_s, rule, position, n * kBlockN + column);
-        if constexpr (decltype(masked)::value) {
+        if (decltype(may_be_masked)::value &&
+            (n >= blocks.right_full || (kMask == FlashMask::kLocal && n < blocks.left_full))) {
           const int block_begins[2] = {begins[0] - n * kBlockN, begins[1] - n * kBlockN};
           const int block_ends[2] = {ends[0] - n * kBlockN, ends[1] - n * kBlockN};
           mask_scores<kMask, kBlockN>(r_s, block_begins, block_ends);
@@ -207,42 +216,24 @@ __device__ void compute_tiles(const FlashSm90Args& a, FlashShared<Tile>& s) {
       ptx::wgmma_wait<0>();
       ptx::wgmma_hold(r_s);
       release_k();
-      if (kMask == FlashMask::kFull && n < blocks.right_full) {
-        weigh_block(n, std::false_type{});
-      } else {
-        weigh_block(n, std::true_type{});
-      }
+      weigh_block(n, std::true_type{});
       pack_weights<T, kBlockN>(r_s, r_p);
       bool adds = false;  // whether r_o holds something of this tile
-
-      // The scores of block n, beside the values of block n + 1.
-      const auto step = [&](auto masked) {
+                          // The scores of block n, beside the values of block n + 1.
+#pragma unroll 1
+      for (--n; n >= blocks.lo; --n) {
         begin_scores(q);
         begin_values(adds);
         adds = true;
         ptx::wgmma_wait<1>();
         ptx::wgmma_hold(r_s);
         release_k();
-        weigh_block(n, masked);
+        weigh_block(n, std::bool_constant<kMask != FlashMask::kFull>{});
         await_values(rows, keep);
         pack_weights<T, kBlockN>(r_s, r_p);
-      };
-      --n;
-      if constexpr (kMask != FlashMask::kFull) {
-#pragma unroll 1
-        for (const int stop = max(blocks.right_full, blocks.lo); n >= stop; --n) {
-          step(std::true_type{});
-        }
       }
-#pragma unroll 1
-      for (const int stop = max(blocks.left_full, blocks.lo); n >= stop; --n) {
-        step(std::false_type{});
-      }
-      if constexpr (kMask == FlashMask::kLocal) {
-#pragma unroll 1
-        for (; n >= blocks.lo; --n) step(std::true_type{});
-      }
-      release_q();  // before the values: they come after the next tile's queries
+      // Before the values: they come after the next tile's queries.
+      if constexpr (!Tile::kStoresInQueries) release_q();
       begin_values(adds);
       store_lse(p, work, warp, scale_log2, rows, scale);
       next_slot = await_tile();
@@ -251,13 +242,25 @@ __device__ void compute_tiles(const FlashSm90Args& a, FlashShared<Tile>& s) {
       release_v();
       pass_blocks(blocks.lo - tile_blocks.lo);
     } else {
+      __syncwarp();
+      if constexpr (Tile::kStoresInQueries) {
+        release_last_q();
+      } else {
+        release_q();
+      }
       pass_blocks(num_tile_blocks);
 #pragma unroll
       for (int i = 0; i < Tile::kHeadDim / 2; ++i) r_o[i] = 0.0f;
       store_lse(p, work, warp, scale_log2, rows, scale);
       next_slot = await_tile();
     }
-    store_rows<T, Tile>(a, work, warp, s, r_o, scale);
+    if constexpr (Tile::kStoresInQueries) {
+      // Every warp's products with these queries are done.
+      ptx::named_barrier_sync(kStoreBarrier + group, kGroupThreads);
+      store_rows<T, Tile>(a, work, warp, queries, r_o, scale);
+    } else {
+      store_rows<T, Tile>(a, work, warp, s.out, r_o, scale);
+    }
     __syncwarp();
     release(s.work_empty[slot]);
   }
@@ -292,7 +295,12 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
   __syncthreads();
   if (threadIdx.x < kGroupThreads) {
     ptx::setmaxnreg_dec<Tile::kCopyRegisters>();
-    if (threadIdx.x == 0) copy_tiles<Tile>(a, s);
+    constexpr bool kCanPage = kMask != FlashMask::kFull && kMostBlockKeys % Tile::kBlockN == 0;
+    if (kCanPage && a.p.call.page_size > 0) {
+      if (threadIdx.x < 32) copy_tiles<Tile, kCanPage>(a, s);
+    } else if (threadIdx.x == 0) {
+      copy_tiles<Tile, false>(a, s);
+    }
     if (threadIdx.x == 32) announce_tiles<Tile, kMask>(a, s);
   } else {
     ptx::setmaxnreg_inc<Tile::kComputeRegisters>();

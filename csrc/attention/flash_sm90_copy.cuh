@@ -36,10 +36,12 @@ __device__ void announce_tiles(const FlashSm90Args& a, FlashShared<Tile>& s) {
     const FlashSequence sequence = flash_sequence(p, place.index);
     const auto num_queries = static_cast<int>(sequence.num_queries);
     const auto num_keys = static_cast<int>(sequence.num_keys);
+    // Keys past the table are in no page.
+    const auto capacity = p.page_size > 0 ? static_cast<int>(p.seqlen_k) : num_keys;
     const int first_row = place.row_block * Tile::kBlockM;
     if (first_row >= num_queries) continue;
     const FlashWindow window{static_cast<int>(p.window_left), static_cast<int>(p.window_right),
-                             num_keys, num_keys - num_queries};
+                             min(num_keys, capacity), num_keys - num_queries};
     const auto blocks_of_rows = [&](int first, int num_rows) {
       return key_blocks<kMask, Tile::kBlockN>(window, first,
                                               min(first + num_rows, num_queries) - 1);
@@ -78,16 +80,19 @@ constexpr int kClaimBlocks = 2;
 // What of a tile is copied.
 struct FlashTileCopies {
   KeyBlocks blocks;
+  int num_keys;
   int first_query;
   int first_key;
   int head;  // of q
   int kv_head;
   int batch;
+  const int32_t* table;  // of the sequence's pages
 };
 
-// One thread: copies what the tiles need, as far ahead as the rings allow. K runs one block ahead
-// of V, as the products do, and on into the next tile.
-template <typename Tile>
+// Copies what the tiles need, as far ahead as the rings allow. K runs one block ahead of V, as the
+// products do, and on into the next tile. One thread; or one warp where keys lie in pages, so that
+// each lane finds one of a block's pages and asks for its rows.
+template <typename Tile, bool kPaged>
 __device__ void copy_tiles(const FlashSm90Args& a, FlashShared<Tile>& s) {
   const FlashAttnParams& p = a.p.call;
   Ring<kWorkSlots> work_ring;
@@ -97,40 +102,67 @@ __device__ void copy_tiles(const FlashSm90Args& a, FlashShared<Tile>& s) {
   const uint64_t once = ptx::policy_evict_first();
   const uint64_t often = ptx::policy_evict_last();
   const int group = static_cast<int>(p.num_heads_q / p.num_heads_kv);
+  const int lane = kPaged ? threadIdx.x % 32 : 0;
+  const bool leads = lane == 0;
+  const auto sync = [] {
+    if constexpr (kPaged) __syncwarp();
+  };
 
-  // The next buffer of a ring, as soon as it is empty: copy(to, full, column) asks for the block of
-  // columns from there on.
+  // The next buffer of a ring, as soon as it is empty: copy(to, full) asks for what fills it.
   const auto fill = [&](auto& ring, auto& buffers, auto& filled, auto& emptied, auto copy) {
-    constexpr int kBytes = sizeof(buffers[0]);
     const uint32_t full = ptx::shared_address(&filled[ring.slot]);
     ptx::mbarrier_wait(ptx::shared_address(&emptied[ring.slot]), ring.parity ^ 1);
-    ptx::mbarrier_arrive_expect(full, kBytes);
-    const uint32_t to = ptx::shared_address(buffers[ring.slot]);
-#pragma unroll
-    for (int c = 0; c < Tile::kColumnBlocks; ++c) {
-      copy(to + c * (kBytes / Tile::kColumnBlocks), full, c * kColumnBlock);
-    }
+    if (leads) ptx::mbarrier_arrive_expect(full, sizeof(buffers[0]));
+    sync();
+    copy(ptx::shared_address(buffers[ring.slot]), full);
     ring.advance();
   };
+  // A box of one head's rows from token on, to parts of part_rows rows.
+  const auto copy_rows = [&](const CUtensorMap& map, uint32_t to, uint32_t full, int part_rows,
+                             int token, int head, int batch, uint64_t policy) {
+#pragma unroll
+    for (int c = 0; c < Tile::kColumnBlocks; ++c) {
+      ptx::tma_load_4d(to + c * part_rows * kColumnBlockBytes, &map, full, c * kColumnBlock, token,
+                       head, batch, policy);
+    }
+  };
+  // Block n of a tile's keys or values. What is in no page lies outside of the map: zeros.
+  const auto copy_block = [&](const CUtensorMap& map, uint32_t to, uint32_t full,
+                              const FlashTileCopies& tile, int n, int head_step, int batch_step) {
+    const int first = n * Tile::kBlockN;
+    const int head = tile.kv_head * head_step;
+    if constexpr (!kPaged) {
+      copy_rows(map, to, full, Tile::kBlockN, tile.first_key + first, head, tile.batch * batch_step,
+                often);
+    } else if (const int row = lane * a.copy_rows; row < Tile::kBlockN) {
+      const int key = first + row;
+      const auto page_size = static_cast<int>(p.page_size);
+      const int page = key < tile.num_keys ? tile.table[key / page_size] : -1;
+      copy_rows(map, to + row * kColumnBlockBytes, full, Tile::kBlockN, key % page_size, head,
+                page * batch_step, often);
+    }
+  };
   const auto load_k = [&](const FlashTileCopies& tile, int n) {
-    fill(k_ring, s.k, s.k_full, s.k_empty, [&](uint32_t to, uint32_t full, int column) {
-      ptx::tma_load_4d(to, &a.k_map, full, column, tile.first_key + n * Tile::kBlockN,
-                       tile.kv_head * a.k_head_step, tile.batch * a.k_batch_step, often);
+    fill(k_ring, s.k, s.k_full, s.k_empty, [&](uint32_t to, uint32_t full) {
+      copy_block(a.k_map, to, full, tile, n, a.k_head_step, a.k_batch_step);
     });
   };
   const auto load_v = [&](const FlashTileCopies& tile, int n) {
-    fill(v_ring, s.v, s.v_full, s.v_empty, [&](uint32_t to, uint32_t full, int column) {
-      ptx::tma_load_4d(to, &a.v_map, full, column, tile.first_key + n * Tile::kBlockN,
-                       tile.kv_head * a.v_head_step, tile.batch * a.v_batch_step, often);
+    fill(v_ring, s.v, s.v_full, s.v_empty, [&](uint32_t to, uint32_t full) {
+      copy_block(a.v_map, to, full, tile, n, a.v_head_step, a.v_batch_step);
     });
   };
   const auto load_q = [&](const FlashTileCopies& tile) {
-    fill(q_ring, s.q, s.q_full, s.q_empty, [&](uint32_t to, uint32_t full, int column) {
-      ptx::tma_load_4d(to, &a.q_map, full, column, tile.first_query, tile.head * a.q_head_step,
-                       tile.batch * a.q_batch_step, once);
+    fill(q_ring, s.q, s.q_full, s.q_empty, [&](uint32_t to, uint32_t full) {
+      if (leads) {
+        copy_rows(a.q_map, to, full, Tile::kBlockM, tile.first_query, tile.head * a.q_head_step,
+                  tile.batch * a.q_batch_step, once);
+      }
     });
   };
-  const auto want_next = [&] { ptx::mbarrier_arrive(ptx::shared_address(&s.work_wanted)); };
+  const auto want_next = [&] {
+    if (leads) ptx::mbarrier_arrive(ptx::shared_address(&s.work_wanted));
+  };
   const auto has_keys = [](const FlashTileCopies& tile) { return tile.blocks.hi > tile.blocks.lo; };
   // Whether there is one more tile.
   const auto next_tile = [&](FlashTileCopies& tile) {
@@ -139,20 +171,23 @@ __device__ void copy_tiles(const FlashSm90Args& a, FlashShared<Tile>& s) {
     const FlashTileWork<Tile>& work = s.work[slot];
     const int first_row = work.first_row;
     tile = {.blocks = work.blocks,
+            .num_keys = work.window.num_keys,
             .first_query = work.first_query + first_row,
             .first_key = work.first_key,
             .head = work.head,
             .kv_head = work.head / group,
-            .batch = work.batch};
-    ptx::mbarrier_arrive(ptx::shared_address(&s.work_empty[slot]));
+            .batch = work.batch,
+            .table = p.block_table + work.sequence * p.block_table_stride};
+    sync();
+    if (leads) ptx::mbarrier_arrive(ptx::shared_address(&s.work_empty[slot]));
     work_ring.advance();
     return first_row >= 0;
   };
 
   FlashTileCopies tile;
   bool has_tile = next_tile(tile);
-  if (has_tile && has_keys(tile)) {
-    load_k(tile, tile.blocks.hi - 1);
+  if (has_tile) {
+    if (has_keys(tile)) load_k(tile, tile.blocks.hi - 1);
     load_q(tile);
   }
 #pragma unroll 1
@@ -170,12 +205,11 @@ __device__ void copy_tiles(const FlashSm90Args& a, FlashShared<Tile>& s) {
     // room: else they wait until these values are multiplied.
     FlashTileCopies next;
     has_tile = next_tile(next);
-    const bool begins = has_tile && has_keys(next);
     constexpr bool kHasRoom = Tile::kQueryStages > 1;
-    if (begins) load_k(next, next.blocks.hi - 1);
-    if (kHasRoom && begins) load_q(next);
+    if (has_tile && has_keys(next)) load_k(next, next.blocks.hi - 1);
+    if (kHasRoom && has_tile) load_q(next);
     if (has_keys(tile)) load_v(tile, blocks.lo);
-    if (!kHasRoom && begins) load_q(next);
+    if (!kHasRoom && has_tile) load_q(next);
     tile = next;
   }
 }

@@ -62,7 +62,12 @@ inline FlashSchedule flash_schedule(const FlashAttnParams& p, int block_m, bool 
   // Of keys and values. Where all queries see all keys: as few heads as are at work at once. Else
   // more, so that the longest tiles still come first.
   const int64_t l2_bytes = int64_t{even ? 8 : 32} << 20;
-  const int64_t head_bytes = std::max<int64_t>(p.seqlen_k * p.head_dim * 2 * 2, 1);
+  int64_t keys = p.seqlen_k;  // of a head, at work at once
+  if (p.window_left >= 0 && p.window_right >= 0) {
+    constexpr int kTilesAtWork = 8;
+    keys = std::min(keys, p.window_left + p.window_right + kTilesAtWork * block_m);
+  }
+  const int64_t head_bytes = std::max<int64_t>(keys * p.head_dim * 2 * 2, 1);
   const int64_t num_heads = p.batch * p.num_heads_q;
   const auto fitting = static_cast<uint64_t>(std::max<int64_t>(l2_bytes / head_bytes, 1));
   const int64_t section =
@@ -82,9 +87,14 @@ Error launch_tiles_of(const FlashSm90Params& params, Stream stream) {
   args.p = params;
   args.schedule = flash_schedule(p, Tile::kBlockM, kMask == FlashMask::kFull);
   const bool packed = p.cu_seqlens_q != nullptr;
-  const int64_t maps = packed ? 1 : p.batch;  // sequences in a map: packed ones are one
+  const bool paged = p.page_size > 0;
+  const bool parts = paged && p.seqlen_k != p.page_size && p.page_size < Tile::kBlockN;
+  args.copy_rows = parts ? static_cast<int>(p.page_size) : Tile::kBlockN;
+  // Sequences in a map: packed ones are one, and pages take their place.
+  const int64_t maps = packed ? 1 : p.batch;
+  const int64_t maps_k = paged ? p.num_blocks : maps;
   const int64_t tokens_q = packed ? p.total_q : p.seqlen_q;
-  const int64_t tokens_k = packed ? p.total_k : p.seqlen_k;
+  const int64_t tokens_k = paged ? p.page_size : packed ? p.total_k : p.seqlen_k;
   // Windows, places and what blocks claim past the last tile are added up in 32 bits.
   constexpr int kMany = 1 << 30;
   if (args.schedule.num_tiles > kMany || tokens_q + tokens_k > kMany) {
@@ -97,11 +107,11 @@ Error launch_tiles_of(const FlashSm90Params& params, Stream stream) {
   Error error = encode_heads(p.q, p.dtype, p.head_dim, tokens_q, p.num_heads_q, maps, Tile::kBlockM,
                              &args.q_map, &args.q_head_step, &args.q_batch_step);
   if (error == nullptr) {
-    error = encode_heads(k, p.dtype, p.head_dim, tokens_k, p.num_heads_kv, maps, Tile::kBlockN,
+    error = encode_heads(k, p.dtype, p.head_dim, tokens_k, p.num_heads_kv, maps_k, args.copy_rows,
                          &args.k_map, &args.k_head_step, &args.k_batch_step);
   }
   if (error == nullptr) {
-    error = encode_heads(v, p.dtype, p.head_dim, tokens_k, p.num_heads_kv, maps, Tile::kBlockN,
+    error = encode_heads(v, p.dtype, p.head_dim, tokens_k, p.num_heads_kv, maps_k, args.copy_rows,
                          &args.v_map, &args.v_head_step, &args.v_batch_step);
   }
   if (error == nullptr) {

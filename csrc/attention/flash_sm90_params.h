@@ -23,6 +23,10 @@ struct FlashSm90Params {
   float scale_log2;  // softmax_scale * log2(e), what exp2 takes where shapes_scores is false
 };
 
+// Blocks of keys have 128 rows or 64 where keys lie in pages; rows of 128 bytes are swizzled by 8.
+constexpr int kMostBlockKeys = 128;
+constexpr int kSwizzleRows = 8;
+
 // For heads of at most so many columns.
 Error launch_flash_fwd_sm90_64(const FlashSm90Params& params, Stream stream);
 Error launch_flash_fwd_sm90_96(const FlashSm90Params& params, Stream stream);

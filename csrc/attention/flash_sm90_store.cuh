@@ -41,23 +41,28 @@ __device__ inline void store_lse(const FlashAttnParams& p, const FlashTileWork<T
   }
 }
 
-// A warp's 16 rows of results, scaled, to device memory by way of the warp's own shared memory. The
-// copy engine stores them unless rows are missing: past those of a packed sequence lie another's.
+// A warp's 16 rows of results, scaled, to device memory by way of buffer, where rows of 64 results
+// stand as in the parts of q. The copy engine stores them unless rows are missing: past those of a
+// packed sequence lie another's.
 template <typename T, typename Tile>
 __device__ inline void store_rows(const FlashSm90Args& a, const FlashTileWork<Tile>& work, int warp,
-                                  FlashShared<Tile>& s, const float (&r_o)[Tile::kHeadDim / 2],
+                                  uint8_t* buffer, const float (&r_o)[Tile::kHeadDim / 2],
                                   const float (&scale)[2]) {
   constexpr int kChunks = kColumnBlock / 8;  // of 16 bytes
+  constexpr int kPartBytes = Tile::kBlockM * kColumnBlockBytes;
   const FlashAttnParams& p = a.p.call;
   const int lane = threadIdx.x % 32;
   const int first_row = work.first_row + warp * kWarpRows;
   const int rows_left = work.num_queries - first_row;
   const int row = lane % kWarpRows;
   const int half = lane / kWarpRows;
+  uint8_t* const rows = buffer + warp * kWarpRows * kColumnBlockBytes;
 #pragma unroll
   for (int first = 0; first < Tile::kColumnBlocks; first += Tile::kStoreBlocks) {
-    if (lane == 0) ptx::bulk_wait_read<0>();
-    __syncwarp();
+    if constexpr (!Tile::kStoresInQueries) {
+      if (lane == 0) ptx::bulk_wait_read<0>();
+      __syncwarp();
+    }
 #pragma unroll
     for (int j = first * kChunks; j < (first + Tile::kStoreBlocks) * kChunks; j += 2) {
       if (j >= Tile::kHeadDim / 8) break;
@@ -67,7 +72,7 @@ __device__ inline void store_rows(const FlashSm90Args& a, const FlashTileWork<Ti
         const int at = 4 * j + 2 * i;
         words[i] = pack_two(r_o[at] * scale[i % 2], r_o[at + 1] * scale[i % 2], T{});
       }
-      ptx::stmatrix_x4(ptx::shared_address(s.out[warp][j / kChunks - first]) +
+      ptx::stmatrix_x4(ptx::shared_address(rows + (j / kChunks - first) * kPartBytes) +
                            row * kColumnBlockBytes + ((j % kChunks + half) ^ row % 8) * 16,
                        words);
     }
@@ -77,7 +82,7 @@ __device__ inline void store_rows(const FlashSm90Args& a, const FlashTileWork<Ti
       if (lane == 0) {
 #pragma unroll
         for (int c = 0; c < Tile::kStoreBlocks; ++c) {
-          ptx::tma_store_4d(&a.out_map, ptx::shared_address(s.out[warp][c]),
+          ptx::tma_store_4d(&a.out_map, ptx::shared_address(rows + c * kPartBytes),
                             (first + c) * kColumnBlock, work.first_query + first_row, work.head,
                             work.batch);
         }
@@ -99,7 +104,7 @@ __device__ inline void store_rows(const FlashSm90Args& a, const FlashTileWork<Ti
           const int at = i + lane / kChunks;
           if (at < rows_left && column < p.head_dim) {
             *reinterpret_cast<uint4*>(out + i * row_stride + column) =
-                *reinterpret_cast<const uint4*>(s.out[warp][c] + at * kColumnBlockBytes +
+                *reinterpret_cast<const uint4*>(rows + c * kPartBytes + at * kColumnBlockBytes +
                                                 (lane % kChunks ^ at % 8) * 16);
           }
         }

@@ -34,12 +34,17 @@ struct FlashTile {
                                                                 : 112;
   static constexpr int kQueryBytes = kBlockM * kColumnBlocks * kColumnBlockBytes;
   static constexpr int kKeyBytes = kBlockN * kColumnBlocks * kColumnBlockBytes;
-  // Column blocks of results that a warp stores at once: two where they fit.
+  // Results leave by way of their own queries' buffer where there is another for the next queries.
+  // Else each warp has a buffer for one or, where they fit, two column blocks at once.
+  static constexpr bool kStoresInQueries = kQueryStages > 1;
   static constexpr int kStoreBlockBytes = kConsumers * kGroupRows * kColumnBlockBytes;
   static constexpr int kRingBytes = kQueryStages * kQueryBytes + 2 * kStages * kKeyBytes;
   static constexpr int kMostBytes = 225 * 1024;  // of 227 KiB: the rest is for work and barriers
   static constexpr int kStoreBlocks =
-      kColumnBlocks % 2 == 0 && kRingBytes + 2 * kStoreBlockBytes <= kMostBytes ? 2 : 1;
+      kStoresInQueries                                                            ? kColumnBlocks
+      : kColumnBlocks % 2 == 0 && kRingBytes + 2 * kStoreBlockBytes <= kMostBytes ? 2
+                                                                                  : 1;
+  static constexpr int kStoreBytes = kStoresInQueries ? 0 : kStoreBlocks * kStoreBlockBytes;
 };
 
 // A tile, as it is announced: which queries and keys, and where they lie in the tensor maps.
@@ -66,8 +71,8 @@ struct alignas(1024) FlashShared {
   uint8_t q[Tile::kQueryStages][Tile::kQueryBytes];
   uint8_t k[Tile::kStages][Tile::kKeyBytes];
   uint8_t v[Tile::kStages][Tile::kKeyBytes];
-  // What a warp stores: [16][64] of results, swizzled likewise.
-  uint8_t out[Tile::kConsumers * 4][Tile::kStoreBlocks][kWarpRows * kColumnBlockBytes];
+  // What warps store, swizzled likewise, where that is not q: kStoreBlocks parts of [rows][64].
+  uint8_t out[Tile::kStoreBytes > 0 ? Tile::kStoreBytes : 1];
   FlashTileWork<Tile> work[kWorkSlots];
   uint64_t work_full[kWorkSlots];
   uint64_t work_empty[kWorkSlots];
@@ -87,6 +92,7 @@ struct FlashSm90Args {
   CUtensorMap out_map;
   FlashSm90Params p;
   FlashSchedule schedule;
+  int copy_rows;  // keys that one copy moves: a block of them, or a page where that is less
   // 0 where a tensor has stride 0 along that dimension, so that its coordinate stays 0.
   int q_head_step, q_batch_step;
   int k_head_step, k_batch_step;

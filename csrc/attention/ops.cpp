@@ -118,6 +118,8 @@ std::tuple<Tensor, Tensor> paged_attention(const Tensor& q, const Tensor& k_cach
   const int64_t num_splits = num_splits_of(max_seqlen_q, block_table.size(1) * page_size);
   const int64_t num_partials = num_splits > 1 ? num_splits * total_q * num_heads_q : 0;
   Tensor partials = allocate(q, {num_partials, head_dim + 2}, ScalarType::Float);
+  const bool needs_counter = kOnCuda && max_seqlen_q >= kFewQueries;
+  Tensor counter = needs_counter ? allocate(q, {1}, ScalarType::Int) : partials;
   const PagedAttentionParams params{
       .q = q.const_data_ptr(),
       .k = paged_cache_of(k_cache),
@@ -129,6 +131,7 @@ std::tuple<Tensor, Tensor> paged_attention(const Tensor& q, const Tensor& k_cach
       .lse = lse.mutable_data_ptr<float>(),
       .partial_out = partials.mutable_data_ptr<float>(),
       .partial_stats = partials.mutable_data_ptr<float>() + num_partials * head_dim,
+      .tile_counter = static_cast<int32_t*>(counter.mutable_data_ptr()),
       .num_splits = num_splits,
       .total_q = total_q,
       .batch = batch,
@@ -136,6 +139,7 @@ std::tuple<Tensor, Tensor> paged_attention(const Tensor& q, const Tensor& k_cach
       .num_heads_kv = num_heads_kv,
       .group_size = num_heads_q / num_heads_kv,
       .head_dim = head_dim,
+      .num_blocks = k_cache.size(0),
       .page_size = page_size,
       .max_blocks = block_table.size(1),
       .q_token_stride = q.stride(0),
@@ -270,6 +274,7 @@ FlashAttnParams flash_params(const char* op, const Tensor& q, const Tensor& k, c
       .tile_counter = nullptr,
       .block_table_stride = 0,
       .page_size = 0,
+      .num_blocks = 0,
       .alibi_batch_stride = slopes_per_sequence ? num_heads_q : 0,
       .batch = batch,
       .seqlen_q = 0,
@@ -294,11 +299,8 @@ std::tuple<Tensor, Tensor> run_flash(const char* op, FlashAttnParams& params, co
   if (q.numel() == 0 || params.batch == 0 || params.seqlen_q == 0) return {out, lse};
   params.out = out.mutable_data_ptr();
   params.lse = lse.mutable_data_ptr<float>();
-  std::optional<Tensor> counter;
-  if (params.impl == FlashImpl::kSm90) {
-    counter = allocate(q, {1}, ScalarType::Int);
-    params.tile_counter = counter->mutable_data_ptr<int32_t>();
-  }
+  Tensor counter = params.impl == FlashImpl::kSm90 ? allocate(q, {1}, ScalarType::Int) : lse;
+  params.tile_counter = static_cast<int32_t*>(counter.mutable_data_ptr());
   launch(op, launch_flash_attn, params, q);
   return {out, lse};
 }

@@ -22,8 +22,10 @@ FlashAttnParams as_flash(const PagedAttentionParams& p) {
   flash.cache_seqlens = p.cache_seqlens;
   flash.out = p.out;
   flash.lse = p.lse;
+  flash.tile_counter = p.tile_counter;
   flash.block_table_stride = p.block_table_stride;
   flash.page_size = p.page_size;
+  flash.num_blocks = p.num_blocks;
   flash.batch = p.batch;
   flash.seqlen_q = p.max_seqlen_q;
   flash.seqlen_k = p.max_blocks * p.page_size;
@@ -37,16 +39,18 @@ FlashAttnParams as_flash(const PagedAttentionParams& p) {
   flash.softmax_scale = p.softmax_scale;
   flash.softcap = p.softcap;
   flash.dtype = p.dtype;
-  flash.impl = FlashImpl::kSm80;
   return flash;
 }
 
 }  // namespace
 
 Error launch_paged_attention(const PagedAttentionParams& p, Stream stream) {
-  if (p.max_seqlen_q >= kManyQueries && p.dtype != DType::kFloat32 &&
-      current_device().code_capability >= 80) {
-    return launch_flash_fwd_paged_sm80(as_flash(p), stream);
+  if (p.max_seqlen_q >= kManyQueries && p.dtype != DType::kFloat32) {
+    const FlashAttnParams flash = as_flash(p);
+#ifdef LT_SM90
+    if (flash_fwd_sm90_serves_pages(flash)) return launch_flash_fwd_sm90(flash, stream);
+#endif
+    if (current_device().code_capability >= 80) return launch_flash_fwd_paged_sm80(flash, stream);
   }
   constexpr int kNumWarps = 8;
   const int64_t num_heads_q = p.num_heads_kv * p.group_size;

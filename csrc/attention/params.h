@@ -37,7 +37,8 @@ struct PagedAttentionParams {
   float* lse;                    // [num_heads_q, total_q]
   // Where num_splits > 1 parts of a sequence's keys leave their results to be merged.
   float* partial_out;  // [num_splits, total_q * num_heads_q, head_dim], not yet divided by the sum
-  float* partial_stats;  // [num_splits, total_q * num_heads_q, 2], largest score in bits, and sum
+  float* partial_stats;   // [num_splits, total_q * num_heads_q, 2], largest score in bits, and sum
+  int32_t* tile_counter;  // as in FlashAttnParams, where queries are many
   int64_t num_splits;
   int64_t total_q;
   int64_t batch;
@@ -45,6 +46,7 @@ struct PagedAttentionParams {
   int64_t num_heads_kv;
   int64_t group_size;  // query heads that share a key head
   int64_t head_dim;
+  int64_t num_blocks;  // of the cache
   int64_t page_size;
   int64_t max_blocks;
   int64_t q_token_stride;
@@ -97,6 +99,7 @@ struct FlashAttnParams {
   int32_t* tile_counter;         // [1], what kSm90 deals its work out with; else nullptr
   int64_t block_table_stride;
   int64_t page_size;
+  int64_t num_blocks;  // of the cache
   int64_t alibi_batch_stride;
   int64_t batch;
   int64_t seqlen_q;  // of every sequence, or the most of any where lengths are packed

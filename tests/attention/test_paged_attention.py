@@ -32,17 +32,18 @@ def test_decode(device, dtype, heads, page_size):
     assert_right(random_case(device, dtype, [(1, n) for n in LENGTHS], heads, 64, page_size))
 
 
-@pytest.mark.parametrize("page_size", [1, 16, 256])
+@pytest.mark.parametrize("page_size", [1, 8, 16, 24, 64, 128, 256])
 @pytest.mark.parametrize("heads", [(2, 2), (9, 3), (9, 1)], ids=str)
 def test_prefill(device, dtype, heads, page_size):
     assert_right(random_case(device, dtype, [(n, n) for n in LENGTHS[:4]], heads, 64, page_size))
 
 
 @pytest.mark.parametrize("mask", MASKS, ids=str)
-@pytest.mark.parametrize("queries", [1, 4, 60])
-def test_masks(device, dtype, queries, mask):
-    sequences = [(queries, n) for n in (queries, queries + 64, 200)]
-    assert_right(random_case(device, dtype, sequences, page_size=7), **mask)
+@pytest.mark.parametrize("queries", [1, 4, 60, 193])
+@pytest.mark.parametrize("page_size", [7, 16])
+def test_masks(device, dtype, page_size, queries, mask):
+    sequences = [(queries, n) for n in (queries, queries + 64, queries + 140)]
+    assert_right(random_case(device, dtype, sequences, page_size=page_size), **mask)
 
 
 @pytest.mark.parametrize("head_dim", [8, 24, 64, 72, 96, 128, 136, 256])
@@ -50,6 +51,22 @@ def test_head_dims(device, dtype, head_dim):
     for queries in (1, 70):
         sequences = [(queries, 70), (queries, 200)]
         assert_right(random_case(device, dtype, sequences, (4, 2), head_dim))
+
+
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("page_size", [16, 64, 128])
+def test_long_chunks(device, dtype, page_size, head_dim):
+    sequences = [(200, 1000), (0, 50), (333, 333), (16, 700)]
+    assert_right(random_case(device, dtype, sequences, (4, 2), head_dim, page_size))
+
+
+@pytest.mark.parametrize("page_size", [40, 301])
+def test_one_page_a_sequence(device, dtype, page_size):
+    # As transformers' caches are: the page may end anywhere.
+    sequences = [
+        (min(queries, page_size), page_size - less) for queries, less in [(20, 0), (200, 3)]
+    ]
+    assert_right(random_case(device, dtype, sequences, (4, 2), 64, page_size, max_blocks=1))
 
 
 def test_one_long_sequence(device):
