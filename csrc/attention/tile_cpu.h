@@ -14,19 +14,16 @@ namespace llamatelemetry {
 namespace LT_ISA {
 namespace {
 
-#if defined(LT_ISA_AVX512)
-constexpr int kPanel = 8;  // keys, then elements of head_dim, that share each load of rows
-#else
-constexpr int kPanel = 4;
-#endif
+constexpr int kPanel = 4;  // keys, then elements of head_dim, that share each load of rows
 // Unrolled, so that sums stay in registers.
-#define LT_PANEL _Pragma("GCC unroll 8") for (int i = 0; i < kPanel; ++i)
-constexpr int kPanelVecs = 3;  // registers of rows; with kPanel, what the register file holds
+#define LT_PANEL _Pragma("GCC unroll 4") for (int i = 0; i < kPanel; ++i)
+constexpr int kPanelVecs = 3;  // registers of rows; AVX-512 holds two panels of sums
 constexpr int kGroupRows = kPanelVecs * Vec::kLanes;
-constexpr int kTileRows = 288;  // at most: packing a block of keys is then 2 % of the work on it
+constexpr int kTileRows = 384;  // at most: their q and o stay in 512 KB of cache
 constexpr int kLeastTileRows = 96;
 constexpr int kTileFloats = kTileRows * 128;
 constexpr int kRowWords = kMaxHeadDim + 16;  // between packed rows: no power of two
+constexpr uint32_t kAllLanes = (1u << Vec::kLanes) - 1;
 
 // Elements in a word.
 template <typename T>
@@ -45,10 +42,11 @@ LT_INLINE Vec multiply_add(Vec a, Vec b, Vec sum) {
   return vec_fma(a, b, sum);
 }
 
-// sum[i][v] += a[i * a_row + k * a_step] * b[k * kVecs * kLanes + v * kLanes ...] for k < depth.
+// sum[i][v] = the sum over k < depth of a[i * a_row + k * a_step] * b[k * b_step + v * kLanes ...].
 template <int kPer, int kVecs>
 LT_INLINE void multiply_panel(const float* a, int64_t a_row, int64_t a_step, const float* b,
                               int64_t b_step, int64_t depth, Vec (&sum)[kPanel][kVecs]) {
+  LT_PANEL for (int v = 0; v < kVecs; ++v) sum[i][v] = vec_set(0);
   for (int64_t k = 0; k < depth; ++k) {
     Vec rows[kVecs];
     for (int v = 0; v < kVecs; ++v) rows[v] = vec_load(b + k * b_step + v * Vec::kLanes);
@@ -75,6 +73,10 @@ struct Tile {
   alignas(64) float highest[kTileRows];
   alignas(64) float keys[kBlockKeys * kRowWords];
   alignas(64) float values[kBlockKeys * kRowWords];
+  // The rows of the block after it that are yet to be fetched, and how many to fetch at a time.
+  const void* ahead[2 * kBlockKeys];
+  int num_ahead;
+  int fetched_at_once;
 };
 
 // Keys [begin, end) of a block, multiples of kPanel, as one group of rows takes them.
@@ -87,7 +89,7 @@ struct Span {
 // What a block's scores still need: softcap, ALiBi and the mask; then their largest again.
 template <typename Source, int kVecs>
 void adjust_scores(const Source& source, const Tile& tile, int row, int64_t first, Span span,
-                   float* scores, Vec (&largest)[kVecs]) {
+                   float* scores, float* largest) {
   constexpr int kColumns = kVecs * Vec::kLanes;
   apply_softcap(source.rule, scores + span.begin * kColumns, (span.end - span.begin) * kColumns);
   for (int v = 0; v < kVecs; ++v) {
@@ -96,7 +98,7 @@ void adjust_scores(const Source& source, const Tile& tile, int row, int64_t firs
     const Vec infinity = vec_set(INFINITY);
     const Vec low = vec_load(tile.lowest + lane) - vec_set(0.5f);
     const Vec high = vec_load(tile.highest + lane) - vec_set(0.5f);
-    largest[v] = vec_load(tile.largest + lane);
+    Vec most = vec_load(tile.largest + lane);
     for (int j = span.begin; j < span.end; ++j) {
       float* score = scores + j * kColumns + v * Vec::kLanes;
       Vec x = vec_load(score);
@@ -111,34 +113,43 @@ void adjust_scores(const Source& source, const Tile& tile, int row, int64_t firs
         x = vec_min(x, vec_min((key - low) * infinity, (high - key) * infinity));
       }
       vec_store(score, x);
-      largest[v] = vec_max(x, largest[v]);
+      most = vec_max(x, most);
     }
+    vec_store(largest + v * Vec::kLanes, most);
+  }
+}
+
+// Fetches more of the next block's rows; many at once would be dropped.
+LT_INLINE void fetch_ahead(Tile& tile, int64_t row_bytes) {
+  constexpr int64_t kLineBytes = 64;
+  for (int n = 0; n < tile.fetched_at_once && tile.num_ahead > 0; ++n) {
+    const auto* row = static_cast<const char*>(tile.ahead[--tile.num_ahead]);
+    for (int64_t i = 0; i < row_bytes; i += kLineBytes) __builtin_prefetch(row + i, 0, 2);
   }
 }
 
 // scores[j] = dot product of key j of the block and the rows at row; largest takes them in.
 template <int kPer, int kVecs>
-LT_INLINE void score_block(const Tile& tile, int row, Span span, int64_t depth, float factor,
-                           float* scores, Vec (&largest)[kVecs]) {
-  constexpr int kColumns = kVecs * Vec::kLanes;
+LT_INLINE void score_block(Tile& tile, int row, Span span, int64_t depth, float factor,
+                           float* scores, float* largest) {
   constexpr int64_t kDepth = 32 * kPer;  // summed by itself: long sums round less that way
   const float* q = tile.q + row * depth;
   for (int j = span.begin; j < span.end; j += kPanel) {
-    for (int64_t c = 0; c < depth; c += kDepth) {
-      Vec sum[kPanel][kVecs];
-      for (auto& line : sum) {
-        for (Vec& x : line) x = vec_set(0);
-      }
-      multiply_panel<kPer>(tile.keys + j * kRowWords + c, kRowWords, 1, q + c * kGroupRows,
-                           kGroupRows, smaller(kDepth, depth - c), sum);
-      LT_PANEL for (int v = 0; v < kVecs; ++v) {
-        float* score = scores + (j + i) * kColumns + v * Vec::kLanes;
-        Vec x = sum[i][v];
-        if (kPer > 1) x = x * vec_set(factor);
-        if (c > 0) x = vec_load(score) + x;
-        vec_store(score, x);
-        if (c + kDepth >= depth) largest[v] = vec_max(x, largest[v]);
-      }
+    fetch_ahead(tile, depth * static_cast<int64_t>(sizeof(float)));
+    const float* keys = tile.keys + j * kRowWords;
+    Vec sum[kPanel][kVecs];
+    multiply_panel<kPer>(keys, kRowWords, 1, q, kGroupRows, smaller(kDepth, depth), sum);
+    for (int64_t c = kDepth; c < depth; c += kDepth) {
+      Vec part[kPanel][kVecs];
+      multiply_panel<kPer>(keys + c, kRowWords, 1, q + c * kGroupRows, kGroupRows,
+                           smaller(kDepth, depth - c), part);
+      LT_PANEL for (int v = 0; v < kVecs; ++v) sum[i][v] = sum[i][v] + part[i][v];
+    }
+    LT_PANEL for (int v = 0; v < kVecs; ++v) {
+      const Vec x = kPer > 1 ? sum[i][v] * vec_set(factor) : sum[i][v];
+      vec_store(scores + ((j + i) * kVecs + v) * Vec::kLanes, x);
+      float* most = largest + v * Vec::kLanes;
+      vec_store(most, vec_max(x, vec_load(most)));
     }
   }
 }
@@ -149,22 +160,28 @@ void add_block(const Source& source, Tile& tile, int row, int64_t first, Span sp
   constexpr int kPer = kPerWord<typename Source::T>;
   constexpr int kColumns = kVecs * Vec::kLanes;
   alignas(64) float scores[kBlockKeys * kColumns];
-  Vec largest[kVecs];
-  for (int v = 0; v < kVecs; ++v) largest[v] = vec_load(tile.largest + row + v * Vec::kLanes);
+  alignas(64) float largest[kColumns];
+  std::memcpy(largest, tile.largest + row, sizeof largest);
   score_block<kPer, kVecs>(tile, row, span, source.head_dim / kPer, dot_factor(source.rule), scores,
                            largest);
   if (span.is_masked || source.rule.softcap > 0 || source.rule.has_alibi) {
     adjust_scores<Source, kVecs>(source, tile, row, first, span, scores, largest);
   }
 
+  bool is_rescaled = false;
   Vec scale[kVecs];
   for (int v = 0; v < kVecs; ++v) {
+    // A multiple of 8 bits or so above: then it seldom moves, and earlier results stay as they are.
+    const Vec old = vec_load(tile.largest + row + v * Vec::kLanes);
+    const Vec most = vec_load(largest + v * Vec::kLanes);
+    const Vec base = vec_round(vec_fma(most, vec_set(0.125f), vec_set(0.49f))) * vec_set(8.0f);
+    is_rescaled |= vec_at_least(old, base) != kAllLanes;
     float* column = scores + v * Vec::kLanes;
     Vec total = vec_set(0);
     for (int j = span.begin; j < span.end; j += kPer) {
       Vec weight[kPer];
       for (int u = 0; u < kPer; ++u) {
-        weight[u] = vec_exp2(vec_load(column + (j + u) * kColumns) - largest[v]);
+        weight[u] = vec_exp2(vec_load(column + (j + u) * kColumns) - base);
         total = total + weight[u];
       }
       // Words of weights overtake the scores that are read: they are packed in place.
@@ -174,23 +191,21 @@ void add_block(const Source& source, Tile& tile, int row, int64_t first, Span sp
       vec_store(column + j / kPer * kColumns, weight[0]);
     }
     const int lane = row + v * Vec::kLanes;
-    scale[v] = vec_exp2(vec_load(tile.largest + lane) - largest[v]);
-    vec_store(tile.largest + lane, largest[v]);
+    scale[v] = vec_exp2(old - base);
+    vec_store(tile.largest + lane, base);
     vec_store(tile.sum + lane, vec_fma(vec_load(tile.sum + lane), scale[v], total));
   }
 
   float* o = tile.o + row * source.head_dim;
   for (int64_t c = 0; c < source.head_dim; c += kPanel) {
     Vec sum[kPanel][kVecs];
-    for (auto& line : sum) {
-      for (Vec& x : line) x = vec_set(0);
-    }
     multiply_panel<kPer>(tile.values + span.begin / kPer * kRowWords + c, 1, kRowWords,
                          scores + span.begin / kPer * kColumns, kColumns,
                          (span.end - span.begin) / kPer, sum);
     LT_PANEL for (int v = 0; v < kVecs; ++v) {
       float* to = o + (c + i) * kGroupRows + v * Vec::kLanes;
-      vec_store(to, vec_fma(vec_load(to), scale[v], sum[i][v]));
+      const Vec earlier = vec_load(to);
+      vec_store(to, is_rescaled ? vec_fma(earlier, scale[v], sum[i][v]) : earlier + sum[i][v]);
     }
   }
 }
@@ -235,32 +250,58 @@ void pack_block(const Source& source, KeyRange block, int64_t first, Tile& tile)
   }
 }
 
+// Fetches the rows of keys, the block after the one at hand, while num_groups groups of rows work.
+template <typename Source>
+void look_ahead(const Source& source, KeyRange keys, int64_t num_groups, Tile& tile) {
+  const typename Source::T* rows[2 * kBlockKeys];
+  const int64_t num_keys = keys.end - keys.begin;
+  source.find_keys(keys, rows);
+  source.find_values(keys, rows + num_keys);
+  for (int64_t i = 0; i < 2 * num_keys; ++i) tile.ahead[i] = rows[i];
+  tile.num_ahead = static_cast<int>(2 * num_keys);
+  tile.fetched_at_once = static_cast<int>(ceil_div(2 * num_keys, num_groups * kBlockKeys / kPanel));
+}
+
 template <typename Source>
 void start_tile(const Source& source, int64_t begin, int num_rows, KeyRange keys, Tile& tile) {
   constexpr int kPer = kPerWord<typename Source::T>;
   const int64_t depth = source.head_dim / kPer;
-  const auto column_of = [](float* x, int r, int64_t height) {
-    return x + (r - r % kGroupRows) * height + r % kGroupRows;
-  };
-  for (int r = 0; r < round_up(num_rows, Vec::kLanes); ++r) {
-    alignas(64) float words[kMaxHeadDim];
-    const bool is_row = r < num_rows;
-    pack_words<kPer>(is_row ? source.query(begin + r) : nullptr, source.head_dim,
-                     dot_factor(source.rule), words);
-    float* q = column_of(tile.q, r, depth);
-    for (int64_t c = 0; c < depth; ++c) q[c * kGroupRows] = words[c];
-    float* o = column_of(tile.o, r, source.head_dim);
-    for (int64_t c = 0; c < source.head_dim; ++c) o[c * kGroupRows] = 0;
-    const float sink = is_row ? source.sink(begin + r) : -INFINITY;
+  const auto num_columns = static_cast<int>(round_up(num_rows, Vec::kLanes));
+  float* words = tile.keys;  // of a group's rows: no keys are here yet
+  for (int row = 0; row < num_columns; row += kGroupRows) {
+    const auto height = static_cast<int>(smaller(kGroupRows, num_columns - row));
+    for (int i = 0; i < height; ++i) {
+      pack_words<kPer>(row + i < num_rows ? source.query(begin + row + i) : nullptr,
+                       source.head_dim, dot_factor(source.rule), words + i * kRowWords);
+    }
+    transpose(words, kRowWords, height, depth, tile.q + row * depth, kGroupRows);
+    float* o = tile.o + row * source.head_dim;
+    std::memset(o, 0, static_cast<size_t>(kGroupRows * source.head_dim) * sizeof(float));
+  }
+  for (int r = 0; r < num_columns; ++r) {
+    const float sink = r < num_rows ? source.sink(begin + r) : -INFINITY;
     tile.largest[r] = first_largest(sink);
     tile.sum[r] = first_sum(sink);
-    tile.seen[r] = source.keys(smaller(begin + r, begin + num_rows - 1));
+    const int64_t row = smaller(begin + r, begin + num_rows - 1);
+    tile.seen[r] = source.keys(row);
     tile.seen[r] = {larger(tile.seen[r].begin, keys.begin), smaller(tile.seen[r].end, keys.end)};
     if constexpr (Source::kHasAlibi) {
       if (!source.rule.has_alibi) continue;
-      const int64_t row = smaller(begin + r, begin + num_rows - 1);
       tile.slope[r] = source.slope(row) * kLog2E;
       tile.position[r] = source.position(row);
+    }
+  }
+}
+
+template <typename Source>
+void finish_tile(const Source& source, int64_t begin, int num_rows, Tile& tile) {
+  float* o = tile.keys;  // of a group's rows: no keys are needed any more
+  for (int row = 0; row < num_rows; row += kGroupRows) {
+    const auto height = static_cast<int>(smaller(kGroupRows, num_rows - row));
+    transpose(tile.o + row * source.head_dim, kGroupRows, source.head_dim, kGroupRows, o,
+              kRowWords);
+    for (int i = 0; i < height; ++i) {
+      source.finish(begin + row + i, o + i * kRowWords, tile.largest[row + i], tile.sum[row + i]);
     }
   }
 }
@@ -278,6 +319,8 @@ void attend_tile(const Source& source, int64_t begin, int64_t end) {
        first += kBlockKeys) {
     const KeyRange block{larger(first, keys.begin), smaller(first + kBlockKeys, keys.end)};
     pack_block(source, block, first, tile);
+    look_ahead(source, {block.end, smaller(block.end + kBlockKeys, keys.end)},
+               ceil_div(num_columns, kGroupRows), tile);
     for (int row = 0; row < num_columns; row += kGroupRows) {
       const int last = static_cast<int>(smaller(row + kGroupRows, num_columns)) - 1;
       // Both bounds grow with the row.
@@ -296,12 +339,7 @@ void attend_tile(const Source& source, int64_t begin, int64_t end) {
       });
     }
   }
-  for (int r = 0; r < num_rows; ++r) {
-    alignas(64) float o[kMaxHeadDim];
-    const float* column = tile.o + (r - r % kGroupRows) * source.head_dim + r % kGroupRows;
-    for (int64_t c = 0; c < source.head_dim; ++c) o[c] = column[c * kGroupRows];
-    source.finish(begin + r, o, tile.largest[r], tile.sum[r]);
-  }
+  finish_tile(source, begin, num_rows, tile);
 }
 
 // ---- Items ----

@@ -422,6 +422,25 @@ LT_INLINE Vec vec_exp2(Vec x) {
 #endif
 }
 
+// to[c * to_stride + r] = from[r * from_stride + c] for r < height, c < width, multiples of 4.
+LT_INLINE void transpose(const float* from, int64_t from_stride, int64_t height, int64_t width,
+                         float* to, int64_t to_stride) {
+  for (int64_t r = 0; r < height; r += 4) {
+    for (int64_t c = 0; c < width; c += 4) {
+#if defined(LT_ISA_SCALAR)
+      for (int i = 0; i < 16; ++i) {
+        to[(c + i / 4) * to_stride + r + i % 4] = from[(r + i % 4) * from_stride + c + i / 4];
+      }
+#else
+      __m128 x[4];
+      for (int i = 0; i < 4; ++i) x[i] = _mm_loadu_ps(from + (r + i) * from_stride + c);
+      _MM_TRANSPOSE4_PS(x[0], x[1], x[2], x[3]);
+      for (int i = 0; i < 4; ++i) _mm_storeu_ps(to + (c + i) * to_stride + r, x[i]);
+#endif
+    }
+  }
+}
+
 // sums[0..3] = the sums of a, b, c and d.
 LT_INLINE void vec_sum4(Vec a, Vec b, Vec c, Vec d, float* sums) {
 #if defined(LT_ISA_SCALAR)
