@@ -73,12 +73,11 @@ struct Tile {
   alignas(64) float highest[kTileRows];
   alignas(64) float keys[kBlockKeys * kRowWords];
   alignas(64) float values[kBlockKeys * kRowWords];
-  // The rows of the block after it that are yet to be fetched.
+  // The rows of the block after it that are yet to be fetched, and how many to fetch at a time.
   const void* ahead[2 * kBlockKeys];
   int num_ahead;
-  int64_t row_bytes;
+  int fetched_at_once;
 };
-static_assert(kGroupRows <= kBlockKeys, "a group's rows pass through keys");
 
 // Keys [begin, end) of a block, multiples of kPanel, as one group of rows takes them.
 struct Span {
@@ -120,13 +119,12 @@ void adjust_scores(const Source& source, const Tile& tile, int row, int64_t firs
   }
 }
 
-// Brings a few rows of the next block closer: a processor drops what it cannot take at once.
-LT_INLINE void fetch_ahead(Tile& tile) {
-  constexpr int kRowsAtOnce = 4;
+// Fetches more of the next block's rows; many at once would be dropped.
+LT_INLINE void fetch_ahead(Tile& tile, int64_t row_bytes) {
   constexpr int64_t kLineBytes = 64;
-  for (int n = 0; n < kRowsAtOnce && tile.num_ahead > 0; ++n) {
+  for (int n = 0; n < tile.fetched_at_once && tile.num_ahead > 0; ++n) {
     const auto* row = static_cast<const char*>(tile.ahead[--tile.num_ahead]);
-    for (int64_t i = 0; i < tile.row_bytes; i += kLineBytes) __builtin_prefetch(row + i, 0, 2);
+    for (int64_t i = 0; i < row_bytes; i += kLineBytes) __builtin_prefetch(row + i, 0, 2);
   }
 }
 
@@ -137,7 +135,7 @@ LT_INLINE void score_block(Tile& tile, int row, Span span, int64_t depth, float 
   constexpr int64_t kDepth = 32 * kPer;  // summed by itself: long sums round less that way
   const float* q = tile.q + row * depth;
   for (int j = span.begin; j < span.end; j += kPanel) {
-    fetch_ahead(tile);
+    fetch_ahead(tile, depth * static_cast<int64_t>(sizeof(float)));
     const float* keys = tile.keys + j * kRowWords;
     Vec sum[kPanel][kVecs];
     multiply_panel<kPer>(keys, kRowWords, 1, q, kGroupRows, smaller(kDepth, depth), sum);
@@ -147,23 +145,13 @@ LT_INLINE void score_block(Tile& tile, int row, Span span, int64_t depth, float 
                            smaller(kDepth, depth - c), part);
       LT_PANEL for (int v = 0; v < kVecs; ++v) sum[i][v] = sum[i][v] + part[i][v];
     }
-    for (int v = 0; v < kVecs; ++v) {
-      Vec most = vec_load(largest + v * Vec::kLanes);
-      LT_PANEL {
-        const Vec x = kPer > 1 ? sum[i][v] * vec_set(factor) : sum[i][v];
-        vec_store(scores + ((j + i) * kVecs + v) * Vec::kLanes, x);
-        most = vec_max(x, most);
-      }
-      vec_store(largest + v * Vec::kLanes, most);
+    LT_PANEL for (int v = 0; v < kVecs; ++v) {
+      const Vec x = kPer > 1 ? sum[i][v] * vec_set(factor) : sum[i][v];
+      vec_store(scores + ((j + i) * kVecs + v) * Vec::kLanes, x);
+      float* most = largest + v * Vec::kLanes;
+      vec_store(most, vec_max(x, vec_load(most)));
     }
   }
-}
-
-// What weights are relative to: the largest score, rounded up to 8 bits, or up to 0.08 bits below
-// it. It seldom moves, and while it stays so do the results of earlier blocks.
-LT_INLINE Vec weight_base(Vec largest, Vec old) {
-  const Vec eights = vec_round(vec_fma(largest, vec_set(0.125f), vec_set(0.49f)));
-  return vec_max(eights * vec_set(8.0f), old);
 }
 
 // Rows [row, row + kVecs * kLanes) of the tile against span of the block of keys at first.
@@ -183,9 +171,10 @@ void add_block(const Source& source, Tile& tile, int row, int64_t first, Span sp
   bool is_rescaled = false;
   Vec scale[kVecs];
   for (int v = 0; v < kVecs; ++v) {
-    const int lane = row + v * Vec::kLanes;
-    const Vec old = vec_load(tile.largest + lane);
-    const Vec base = weight_base(vec_load(largest + v * Vec::kLanes), old);
+    // A multiple of 8 bits or so above: then it seldom moves, and earlier results stay as they are.
+    const Vec old = vec_load(tile.largest + row + v * Vec::kLanes);
+    const Vec most = vec_load(largest + v * Vec::kLanes);
+    const Vec base = vec_round(vec_fma(most, vec_set(0.125f), vec_set(0.49f))) * vec_set(8.0f);
     is_rescaled |= vec_at_least(old, base) != kAllLanes;
     float* column = scores + v * Vec::kLanes;
     Vec total = vec_set(0);
@@ -201,6 +190,7 @@ void add_block(const Source& source, Tile& tile, int row, int64_t first, Span sp
 #endif
       vec_store(column + j / kPer * kColumns, weight[0]);
     }
+    const int lane = row + v * Vec::kLanes;
     scale[v] = vec_exp2(old - base);
     vec_store(tile.largest + lane, base);
     vec_store(tile.sum + lane, vec_fma(vec_load(tile.sum + lane), scale[v], total));
@@ -214,7 +204,7 @@ void add_block(const Source& source, Tile& tile, int row, int64_t first, Span sp
                          (span.end - span.begin) / kPer, sum);
     LT_PANEL for (int v = 0; v < kVecs; ++v) {
       float* to = o + (c + i) * kGroupRows + v * Vec::kLanes;
-      const Vec earlier = vec_load(to);  // a sum leaves the units of products alone
+      const Vec earlier = vec_load(to);
       vec_store(to, is_rescaled ? vec_fma(earlier, scale[v], sum[i][v]) : earlier + sum[i][v]);
     }
   }
@@ -260,16 +250,16 @@ void pack_block(const Source& source, KeyRange block, int64_t first, Tile& tile)
   }
 }
 
-// Lists the rows of keys, the block after the one at hand, for fetch_ahead.
+// Fetches the rows of keys, the block after the one at hand, while num_groups groups of rows work.
 template <typename Source>
-void look_ahead(const Source& source, KeyRange keys, Tile& tile) {
+void look_ahead(const Source& source, KeyRange keys, int64_t num_groups, Tile& tile) {
   const typename Source::T* rows[2 * kBlockKeys];
   const int64_t num_keys = keys.end - keys.begin;
   source.find_keys(keys, rows);
   source.find_values(keys, rows + num_keys);
   for (int64_t i = 0; i < 2 * num_keys; ++i) tile.ahead[i] = rows[i];
   tile.num_ahead = static_cast<int>(2 * num_keys);
-  tile.row_bytes = source.head_dim * static_cast<int64_t>(sizeof(typename Source::T));
+  tile.fetched_at_once = static_cast<int>(ceil_div(2 * num_keys, num_groups * kBlockKeys / kPanel));
 }
 
 template <typename Source>
@@ -329,7 +319,8 @@ void attend_tile(const Source& source, int64_t begin, int64_t end) {
        first += kBlockKeys) {
     const KeyRange block{larger(first, keys.begin), smaller(first + kBlockKeys, keys.end)};
     pack_block(source, block, first, tile);
-    look_ahead(source, {block.end, smaller(block.end + kBlockKeys, keys.end)}, tile);
+    look_ahead(source, {block.end, smaller(block.end + kBlockKeys, keys.end)},
+               ceil_div(num_columns, kGroupRows), tile);
     for (int row = 0; row < num_columns; row += kGroupRows) {
       const int last = static_cast<int>(smaller(row + kGroupRows, num_columns)) - 1;
       // Both bounds grow with the row.
