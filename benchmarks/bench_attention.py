@@ -14,20 +14,19 @@ from llamatelemetry.ops import paged_attention
 PAGE_SIZE = 16
 
 
-def ours(q: Tensor, keys: Tensor, values: Tensor, table: Tensor, lengths: Tensor, starts: Tensor):
+def ours(
+    q: Tensor, keys: Tensor, values: Tensor, table: Tensor, lengths: Tensor, starts: Tensor, *_
+):
     return paged_attention(q, keys, values, table, lengths, starts, max_seqlen_q=len(q))[0]
 
 
-def sdpa(q: Tensor, keys: Tensor, values: Tensor, *_: Tensor) -> Tensor:
-    """One sequence whose pages lie in order: as contiguous keys."""
-    group = q.shape[1] // keys.shape[2]
-    q, k, v = (x.flatten(0, -3).transpose(0, 1)[None] for x in (q[:, None], keys, values))
-    if q.shape[2] > 1:  # grouped heads would keep torch from its fused kernel
-        k, v = (x.repeat_interleave(group, 1) for x in (k, v))
-        bias = causal_lower_right(q.shape[2], k.shape[2])  # as is_causal where both are the same
-        out = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=bias)
-    else:
-        out = torch.nn.functional.scaled_dot_product_attention(q, k, v, enable_gqa=True)
+def sdpa(q: Tensor, *inputs: Tensor) -> Tensor:
+    """One sequence over the same keys, contiguous."""
+    q, (k, v) = q.transpose(0, 1)[None], inputs[-2:]
+    bias = causal_lower_right(q.shape[2], k.shape[2]) if q.shape[2] > 1 else None
+    out = torch.nn.functional.scaled_dot_product_attention(
+        q, k, v, attn_mask=bias, enable_gqa=k.shape[1] < q.shape[1]
+    )
     return out[0].transpose(0, 1)
 
 
@@ -48,7 +47,10 @@ def cases(device: torch.device, quick: bool) -> Iterator[Case]:
             lengths = torch.tensor([num_keys], dtype=torch.int32, device=device)
             starts = torch.tensor([0, num_queries], dtype=torch.int32, device=device)
             is_decode = num_queries == 1
-            pairs = num_queries * (2 * num_keys - num_queries) // 2  # a query, a key that it sees
+            pairs = num_queries * (2 * num_keys - num_queries + 1) // 2  # that see each other
+            flat = (x.flatten(0, 1).transpose(0, 1)[None] for x in (keys, values))
+            # Grouped heads would keep torch from its fused kernel, so it gets repeated ones.
+            repeats = 1 if is_decode else heads_q // heads_kv
             yield Case(
                 f"{num_queries} of {num_keys} {heads_q}/{heads_kv}x{head_dim} {str(dtype)[6:]}",
                 inputs=(
@@ -58,6 +60,7 @@ def cases(device: torch.device, quick: bool) -> Iterator[Case]:
                     torch.arange(num_pages, dtype=torch.int32, device=device)[None],
                     lengths,
                     starts,
+                    *(x.repeat_interleave(repeats, 1) for x in flat),
                 ),
                 ours=ours,
                 baselines={"sdpa": sdpa},

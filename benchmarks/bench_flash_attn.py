@@ -89,7 +89,10 @@ def window_case() -> Case:
         f"window {WINDOW} causal hd128 {TOKENS}",
         qkv,
         windowed,
-        {"cudnn without a window": sdpa(True, SDPBackend.CUDNN_ATTENTION)},
+        {
+            "ours without a window": ours(causal=True),
+            "cudnn without a window": sdpa(True, SDPBackend.CUDNN_ATTENTION),
+        },
         flops=4 * HIDDEN * seen_keys(TOKENS, WINDOW),
         # Timed beside another function, checked against another kernel of the same.
         check=lambda out, _: assert_close(out, other_kernel(*qkv)),

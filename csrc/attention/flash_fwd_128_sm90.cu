@@ -12,6 +12,7 @@ Error launch_flash_fwd_sm90_128(const FlashSm90Params& params, Stream stream) {
   if (has_few_keys(params.call, 1024)) {
     return launch_tiles<ShortFullTile, LocalTile, LocalTile>(params, stream);
   }
+  // 80 keys are not whole pages.
   if (params.call.page_size > 0) return launch_tiles<Tile, LocalTile, LocalTile>(params, stream);
   return launch_tiles<Tile, Tile, LocalTile>(params, stream);
 }

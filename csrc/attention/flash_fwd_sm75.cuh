@@ -11,7 +11,7 @@
 //         96      64 x 64            192    1536          96, 24 KB      1920   256          24 KB
 //        128      64 x 64            256    2048         128, 32 KB      2560   256          32 KB
 //        256      64 x 16            128    1024          64, 16 KB      1280    64          32 KB
-// Registers of sm_75: 254, 210, 248 and 255, nothing spilled. Keys and values of a tile come from
+// Registers of sm_75: 254, 214, 250 and 255, nothing spilled. Keys and values of a tile come from
 // L2 where other blocks of the head read them too: the bytes written. Never timed on Turing.
 #pragma once
 
@@ -63,13 +63,11 @@ struct FlashFwdSm75 {
     const Warp& warp;
     const Heads& x;
     const T* next;  // this thread's first chunk of the next tile
-    uint32_t step;  // bytes between its rows
     char* s_tile;
     uint4 chunks[Share::kCount];
 
-    __device__ Loader(const Heads& x, uint32_t step, const Warp& warp, int64_t first_key,
-                      char* s_tile)
-        : warp(warp), x(x), step(step), s_tile(s_tile) {
+    __device__ Loader(const Heads& x, const Warp& warp, int64_t first_key, char* s_tile)
+        : warp(warp), x(x), s_tile(s_tile) {
       first_key += warp.first_tile * int64_t{kKeys} + Share().row;
       next = HeadRows<T>(x, warp.work.index, first_key, warp.work.kv_head).first +
              Share().chunk * Tile::kChunkElements;
@@ -79,7 +77,6 @@ struct FlashFwdSm75 {
       const int rows = tile < warp.end_tile ? warp.work.num_keys - tile * kKeys : 0;
       const auto columns = static_cast<int>(warp.p.head_dim);
       const Share share;
-      const char* from = reinterpret_cast<const char*>(next);
 #pragma unroll
       for (int i = 0; i < Share::kSteps; ++i) {
 #pragma unroll
@@ -89,13 +86,11 @@ struct FlashFwdSm75 {
           uint4& to = chunks[(i * Tile::kChunks + span) / Tile::kSpan];
           to = uint4{};
           if (exists) {
-            to = load_chunk(reinterpret_cast<const T*>(from) + span * Tile::kChunkElements,
-                            warp.grid.aligned);
+            to = load_chunk(next + span * Tile::kChunkElements, warp.grid.aligned);
           }
         }
-        from += step;
+        next += kRowStep * x.token_stride;
       }
-      next = reinterpret_cast<const T*>(from);
     }
     __device__ void store(int tile) {
       if (tile >= warp.end_tile) return;
@@ -140,8 +135,8 @@ struct FlashFwdSm75 {
                                 const char* s_rows) {
     const FlashAttnParams& p = grid.attn;
     const FlashSequence sequence = flash_sequence(p, warp.work.index);
-    Loader keys(p.k, grid.k_step, warp, sequence.first_key, shared.tiles.k);
-    Loader values(p.v, grid.v_step, warp, sequence.first_key, shared.tiles.v);
+    Loader keys(p.k, warp, sequence.first_key, shared.tiles.k);
+    Loader values(p.v, warp, sequence.first_key, shared.tiles.v);
     keys.fetch(warp.first_tile);
     const HeadRows<T> q(p.q, warp.work.index, sequence.first_query + warp.work.first_row,
                         warp.work.head);

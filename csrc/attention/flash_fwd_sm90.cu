@@ -25,9 +25,12 @@ Error launch_flash_fwd_sm90(const FlashAttnParams& p, Stream stream) {
       .mask = FlashMask::kFull,
       .shapes_scores = p.softcap > 0 || p.alibi_slopes != nullptr || p.softmax_scale <= 0,
       .scale_log2 = p.softmax_scale * kLog2E};
-  // Wider than any sequence is unlimited; the kernel counts in 32 bits.
+  // Wider than any sequence is unlimited; the kernel counts in 32 bits. Of a sequence in pages only
+  // the GPU knows how many keys it has.
   const bool packed = p.cu_seqlens_q != nullptr;
-  const int64_t widest = packed ? p.total_q + p.total_k : p.seqlen_q + p.seqlen_k;
+  const int64_t widest = p.page_size > 0 ? kMostCounted
+                         : packed        ? p.total_q + p.total_k
+                                         : p.seqlen_q + p.seqlen_k;
   if (p.window_left > widest) params.call.window_left = -1;
   if (p.window_right > widest) params.call.window_right = -1;
   if (params.call.window_right >= 0) params.mask = FlashMask::kCausal;

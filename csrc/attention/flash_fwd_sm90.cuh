@@ -219,7 +219,8 @@ __device__ void compute_tiles(const FlashSm90Args& a, FlashShared<Tile>& s) {
       weigh_block(n, std::true_type{});
       pack_weights<T, kBlockN>(r_s, r_p);
       bool adds = false;  // whether r_o holds something of this tile
-                          // The scores of block n, beside the values of block n + 1.
+
+      // The scores of block n, beside the values of block n + 1.
 #pragma unroll 1
       for (--n; n >= blocks.lo; --n) {
         begin_scores(q);
@@ -295,9 +296,9 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
   __syncthreads();
   if (threadIdx.x < kGroupThreads) {
     ptx::setmaxnreg_dec<Tile::kCopyRegisters>();
-    constexpr bool kCanPage = kMask != FlashMask::kFull && kMostBlockKeys % Tile::kBlockN == 0;
-    if (kCanPage && a.p.call.page_size > 0) {
-      if (threadIdx.x < 32) copy_tiles<Tile, kCanPage>(a, s);
+    constexpr bool kServesPages = kMask != FlashMask::kFull && Tile::kServesPages;
+    if (kServesPages && a.p.call.page_size > 0) {
+      if (threadIdx.x < 32) copy_tiles<Tile, kServesPages>(a, s);
     } else if (threadIdx.x == 0) {
       copy_tiles<Tile, false>(a, s);
     }

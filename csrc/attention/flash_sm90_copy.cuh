@@ -37,11 +37,12 @@ __device__ void announce_tiles(const FlashSm90Args& a, FlashShared<Tile>& s) {
     const auto num_queries = static_cast<int>(sequence.num_queries);
     const auto num_keys = static_cast<int>(sequence.num_keys);
     // Keys past the table are in no page.
-    const auto capacity = p.page_size > 0 ? static_cast<int>(p.seqlen_k) : num_keys;
+    const int64_t capacity = p.page_size > 0 ? p.seqlen_k : sequence.num_keys;
     const int first_row = place.row_block * Tile::kBlockM;
     if (first_row >= num_queries) continue;
     const FlashWindow window{static_cast<int>(p.window_left), static_cast<int>(p.window_right),
-                             min(num_keys, capacity), num_keys - num_queries};
+                             static_cast<int>(min(sequence.num_keys, capacity)),
+                             num_keys - num_queries};
     const auto blocks_of_rows = [&](int first, int num_rows) {
       return key_blocks<kMask, Tile::kBlockN>(window, first,
                                               min(first + num_rows, num_queries) - 1);
@@ -126,7 +127,8 @@ __device__ void copy_tiles(const FlashSm90Args& a, FlashShared<Tile>& s) {
                        head, batch, policy);
     }
   };
-  // Block n of a tile's keys or values. What is in no page lies outside of the map: zeros.
+  // Block n of a tile's keys or values. What is in no page lies outside of the map, or anywhere in
+  // it where all pages are one: it is masked, and its values are zeroed.
   const auto copy_block = [&](const CUtensorMap& map, uint32_t to, uint32_t full,
                               const FlashTileCopies& tile, int n, int head_step, int batch_step) {
     const int first = n * Tile::kBlockN;
@@ -134,7 +136,7 @@ __device__ void copy_tiles(const FlashSm90Args& a, FlashShared<Tile>& s) {
     if constexpr (!kPaged) {
       copy_rows(map, to, full, Tile::kBlockN, tile.first_key + first, head, tile.batch * batch_step,
                 often);
-    } else if (const int row = lane * a.copy_rows; row < Tile::kBlockN) {
+    } else if (const int row = lane * a.keys_at_once; row < Tile::kBlockN) {
       const int key = first + row;
       const auto page_size = static_cast<int>(p.page_size);
       const int page = key < tile.num_keys ? tile.table[key / page_size] : -1;

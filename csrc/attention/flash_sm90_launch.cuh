@@ -88,18 +88,18 @@ Error launch_tiles_of(const FlashSm90Params& params, Stream stream) {
   args.schedule = flash_schedule(p, Tile::kBlockM, kMask == FlashMask::kFull);
   const bool packed = p.cu_seqlens_q != nullptr;
   const bool paged = p.page_size > 0;
-  const bool parts = paged && p.seqlen_k != p.page_size && p.page_size < Tile::kBlockN;
-  args.copy_rows = parts ? static_cast<int>(p.page_size) : Tile::kBlockN;
+  if (paged && (kMask == FlashMask::kFull || !Tile::kServesPages)) {
+    return "these tiles do not serve keys in pages";
+  }
+  const bool has_parts = paged && p.seqlen_k != p.page_size && p.page_size < Tile::kBlockN;
+  args.keys_at_once = has_parts ? static_cast<int>(p.page_size) : Tile::kBlockN;
   // Sequences in a map: packed ones are one, and pages take their place.
   const int64_t maps = packed ? 1 : p.batch;
   const int64_t maps_k = paged ? p.num_blocks : maps;
   const int64_t tokens_q = packed ? p.total_q : p.seqlen_q;
   const int64_t tokens_k = paged ? p.page_size : packed ? p.total_k : p.seqlen_k;
-  // Windows, places and what blocks claim past the last tile are added up in 32 bits.
-  constexpr int kMany = 1 << 30;
-  if (args.schedule.num_tiles > kMany || tokens_q + tokens_k > kMany) {
-    return "the tokens of q and k, and the tiles of 128 or 192 of them for each head, must stay "
-           "within 2^30";
+  if (args.schedule.num_tiles > kMostCounted || tokens_q + tokens_k > kMostCounted) {
+    return "the tokens of q and k, and the tiles of q's for all heads, must stay within 2^30";
   }
   // Without keys nothing is copied: any address does.
   const Heads k = p.k.data != nullptr && tokens_k > 0 ? p.k : p.q;
@@ -107,12 +107,12 @@ Error launch_tiles_of(const FlashSm90Params& params, Stream stream) {
   Error error = encode_heads(p.q, p.dtype, p.head_dim, tokens_q, p.num_heads_q, maps, Tile::kBlockM,
                              &args.q_map, &args.q_head_step, &args.q_batch_step);
   if (error == nullptr) {
-    error = encode_heads(k, p.dtype, p.head_dim, tokens_k, p.num_heads_kv, maps_k, args.copy_rows,
-                         &args.k_map, &args.k_head_step, &args.k_batch_step);
+    error = encode_heads(k, p.dtype, p.head_dim, tokens_k, p.num_heads_kv, maps_k,
+                         args.keys_at_once, &args.k_map, &args.k_head_step, &args.k_batch_step);
   }
   if (error == nullptr) {
-    error = encode_heads(v, p.dtype, p.head_dim, tokens_k, p.num_heads_kv, maps_k, args.copy_rows,
-                         &args.v_map, &args.v_head_step, &args.v_batch_step);
+    error = encode_heads(v, p.dtype, p.head_dim, tokens_k, p.num_heads_kv, maps_k,
+                         args.keys_at_once, &args.v_map, &args.v_head_step, &args.v_batch_step);
   }
   if (error == nullptr) {
     const int64_t token_stride = p.num_heads_q * p.head_dim;

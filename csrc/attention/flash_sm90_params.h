@@ -23,6 +23,9 @@ struct FlashSm90Params {
   float scale_log2;  // softmax_scale * log2(e), what exp2 takes where shapes_scores is false
 };
 
+// Windows, places and what blocks claim past the last tile are added up in 32 bits.
+constexpr int kMostCounted = 1 << 30;
+
 // Blocks of keys have 128 rows or 64 where keys lie in pages; rows of 128 bytes are swizzled by 8.
 constexpr int kMostBlockKeys = 128;
 constexpr int kSwizzleRows = 8;

@@ -76,8 +76,8 @@ __device__ inline void store_rows(const FlashSm90Args& a, const FlashTileWork<Ti
                            row * kColumnBlockBytes + ((j % kChunks + half) ^ row % 8) * 16,
                        words);
     }
+    ptx::fence_proxy_async_shared();
     if (rows_left >= kWarpRows) {
-      ptx::fence_proxy_async_shared();
       __syncwarp();
       if (lane == 0) {
 #pragma unroll

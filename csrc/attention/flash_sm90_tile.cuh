@@ -24,6 +24,8 @@ struct FlashTile {
   static constexpr int kConsumers = kNumConsumers;
   static constexpr int kBlockM = kNumConsumers * kGroupRows;
   static constexpr int kBlockN = kKeys;
+  // Whether it does for keys in pages. The registers of four groups leave too few to find pages.
+  static constexpr bool kServesPages = kMostBlockKeys % kKeys == 0 && kNumConsumers < 4;
   static constexpr int kStages = kNumStages;
   static constexpr int kQueryStages = kNumQueryStages;
   static constexpr int kThreads = (kNumConsumers + 1) * kGroupThreads;
@@ -92,7 +94,7 @@ struct FlashSm90Args {
   CUtensorMap out_map;
   FlashSm90Params p;
   FlashSchedule schedule;
-  int copy_rows;  // keys that one copy moves: a block of them, or a page where that is less
+  int keys_at_once;  // that one copy moves: a block of them, or the page that is a part of one
   // 0 where a tensor has stride 0 along that dimension, so that its coordinate stays 0.
   int q_head_step, q_batch_step;
   int k_head_step, k_batch_step;

@@ -59,7 +59,7 @@ struct FlashWork {
     const FlashSequence sequence = flash_sequence(p, index);
     num_queries = static_cast<int>(sequence.num_queries);
     num_keys = end_key = static_cast<int>(sequence.num_keys);
-    if (p.page_size > 0) end_key = min(num_keys, static_cast<int>(p.seqlen_k));
+    if (p.page_size > 0) end_key = static_cast<int>(min(sequence.num_keys, p.seqlen_k));
   }
 
   // The keys that a row of the sequence sees.

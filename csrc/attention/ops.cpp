@@ -44,8 +44,7 @@ void check_heads(const char* op, int64_t num_heads_q, int64_t num_heads_kv) {
   check(num_heads_kv > 0 && num_heads_q % num_heads_kv == 0, op, "num_heads_q",
         "be a multiple of num_heads_kv = " + std::to_string(num_heads_kv),
         std::to_string(num_heads_q));
-  constexpr int64_t kMaxHeads = 65535;  // what a grid can hold
-  check(num_heads_q <= kMaxHeads, op, "num_heads_q", "be at most 65535",
+  check(num_heads_q <= 65535, op, "num_heads_q", "be at most 65535, as a grid has no more rows",
         std::to_string(num_heads_q));
 }
 
@@ -118,8 +117,8 @@ std::tuple<Tensor, Tensor> paged_attention(const Tensor& q, const Tensor& k_cach
   const int64_t num_splits = num_splits_of(max_seqlen_q, block_table.size(1) * page_size);
   const int64_t num_partials = num_splits > 1 ? num_splits * total_q * num_heads_q : 0;
   Tensor partials = allocate(q, {num_partials, head_dim + 2}, ScalarType::Float);
-  const bool needs_counter = kOnCuda && max_seqlen_q >= kFewQueries;
-  Tensor counter = needs_counter ? allocate(q, {1}, ScalarType::Int) : partials;
+  std::optional<Tensor> counter;
+  if (kOnCuda && max_seqlen_q >= kManyQueries) counter = allocate(q, {1}, ScalarType::Int);
   const PagedAttentionParams params{
       .q = q.const_data_ptr(),
       .k = paged_cache_of(k_cache),
@@ -131,7 +130,7 @@ std::tuple<Tensor, Tensor> paged_attention(const Tensor& q, const Tensor& k_cach
       .lse = lse.mutable_data_ptr<float>(),
       .partial_out = partials.mutable_data_ptr<float>(),
       .partial_stats = partials.mutable_data_ptr<float>() + num_partials * head_dim,
-      .tile_counter = static_cast<int32_t*>(counter.mutable_data_ptr()),
+      .tile_counter = counter ? counter->mutable_data_ptr<int32_t>() : nullptr,
       .num_splits = num_splits,
       .total_q = total_q,
       .batch = batch,
@@ -299,8 +298,9 @@ std::tuple<Tensor, Tensor> run_flash(const char* op, FlashAttnParams& params, co
   if (q.numel() == 0 || params.batch == 0 || params.seqlen_q == 0) return {out, lse};
   params.out = out.mutable_data_ptr();
   params.lse = lse.mutable_data_ptr<float>();
-  Tensor counter = params.impl == FlashImpl::kSm90 ? allocate(q, {1}, ScalarType::Int) : lse;
-  params.tile_counter = static_cast<int32_t*>(counter.mutable_data_ptr());
+  std::optional<Tensor> counter;
+  if (params.impl == FlashImpl::kSm90) counter = allocate(q, {1}, ScalarType::Int);
+  if (counter) params.tile_counter = counter->mutable_data_ptr<int32_t>();
   launch(op, launch_flash_attn, params, q);
   return {out, lse};
 }
@@ -382,8 +382,7 @@ LT_EXPORT const char* lt_flash_impl_name(int impl) {
   return impl < kNumFlashImpls ? flash_impl_name(static_cast<FlashImpl>(impl)) : nullptr;
 }
 
-// Why an implementation cannot serve aligned tensors of a dtype (a DType) on the current device of
-// the library that is asked; nullptr where it can.
+// Why one cannot serve aligned tensors of a DType on this library's current device, or nullptr.
 LT_EXPORT const char* lt_flash_why_not(int impl, int dtype) {
   using namespace llamatelemetry;
   return why_not(static_cast<FlashImpl>(impl), flash_on_this_device(static_cast<DType>(dtype)));

@@ -6,9 +6,6 @@
 namespace llamatelemetry {
 namespace {
 
-// From so many queries of a sequence on, tiles of them fill the tensor cores well enough.
-constexpr int64_t kManyQueries = 16;
-
 FlashAttnParams as_flash(const PagedAttentionParams& p) {
   const auto pages = [](const PagedCache& cache) {
     return Heads{cache.data, cache.block_stride, cache.slot_stride, cache.head_stride};
@@ -28,7 +25,7 @@ FlashAttnParams as_flash(const PagedAttentionParams& p) {
   flash.num_blocks = p.num_blocks;
   flash.batch = p.batch;
   flash.seqlen_q = p.max_seqlen_q;
-  flash.seqlen_k = p.max_blocks * p.page_size;
+  flash.seqlen_k = p.num_blocks > 0 ? p.max_blocks * p.page_size : 0;
   flash.total_q = p.total_q;
   flash.total_k = flash.seqlen_k;
   flash.num_heads_q = p.num_heads_kv * p.group_size;
@@ -39,6 +36,7 @@ FlashAttnParams as_flash(const PagedAttentionParams& p) {
   flash.softmax_scale = p.softmax_scale;
   flash.softcap = p.softcap;
   flash.dtype = p.dtype;
+  flash.impl = FlashImpl::kSm80;
   return flash;
 }
 
@@ -46,9 +44,12 @@ FlashAttnParams as_flash(const PagedAttentionParams& p) {
 
 Error launch_paged_attention(const PagedAttentionParams& p, Stream stream) {
   if (p.max_seqlen_q >= kManyQueries && p.dtype != DType::kFloat32) {
-    const FlashAttnParams flash = as_flash(p);
+    FlashAttnParams flash = as_flash(p);
 #ifdef LT_SM90
-    if (flash_fwd_sm90_serves_pages(flash)) return launch_flash_fwd_sm90(flash, stream);
+    if (flash_fwd_sm90_serves_pages(flash)) {
+      flash.impl = FlashImpl::kSm90;
+      return launch_flash_fwd_sm90(flash, stream);
+    }
 #endif
     if (current_device().code_capability >= 80) return launch_flash_fwd_paged_sm80(flash, stream);
   }

@@ -14,6 +14,9 @@ namespace llamatelemetry {
 constexpr float kLog2E = 1.4426950408889634f;
 constexpr float kLn2 = 0.6931471805599453f;
 
+// From so many queries of a sequence on, tiles of them fill the tensor cores well enough.
+constexpr int kManyQueries = 16;
+
 constexpr int kMaxHeadDim = 256;
 constexpr int kHeadDimMultiple = 8;
 
@@ -38,7 +41,7 @@ struct PagedAttentionParams {
   // Where num_splits > 1 parts of a sequence's keys leave their results to be merged.
   float* partial_out;  // [num_splits, total_q * num_heads_q, head_dim], not yet divided by the sum
   float* partial_stats;   // [num_splits, total_q * num_heads_q, 2], largest score in bits, and sum
-  int32_t* tile_counter;  // as in FlashAttnParams, where queries are many
+  int32_t* tile_counter;  // as in FlashAttnParams, from kManyQueries on
   int64_t num_splits;
   int64_t total_q;
   int64_t batch;

@@ -7,6 +7,8 @@
 // rounds them. Accumulates in float.
 #pragma once
 
+#include <memory>
+
 #include "attention/rows_cpu.h"
 #include "common/parallel.h"
 
@@ -19,11 +21,12 @@ constexpr int kPanel = 4;  // keys, then elements of head_dim, that share each l
 #define LT_PANEL _Pragma("GCC unroll 4") for (int i = 0; i < kPanel; ++i)
 constexpr int kPanelVecs = 3;  // registers of rows; AVX-512 holds two panels of sums
 constexpr int kGroupRows = kPanelVecs * Vec::kLanes;
-constexpr int kTileRows = 384;  // at most: their q and o stay in 512 KB of cache
+constexpr int kTileRows = 384;  // at most: their q and o take 384 KB of cache
 constexpr int kLeastTileRows = 96;
+constexpr int kTileRowStep = 48;
+static_assert(kTileRowStep % kGroupRows == 0 && kTileRows / 2 % kTileRowStep == 0);  // whole groups
 constexpr int kTileFloats = kTileRows * 128;
 constexpr int kRowWords = kMaxHeadDim + 16;  // between packed rows: no power of two
-constexpr uint32_t kAllLanes = (1u << Vec::kLanes) - 1;
 
 // Elements in a word.
 template <typename T>
@@ -78,6 +81,12 @@ struct Tile {
   int num_ahead;
   int fetched_at_once;
 };
+
+// One for good: too large for small stacks.
+Tile& tile_of_thread() {
+  thread_local const std::unique_ptr<Tile> tile(new Tile);
+  return *tile;
+}
 
 // Keys [begin, end) of a block, multiples of kPanel, as one group of rows takes them.
 struct Span {
@@ -168,20 +177,16 @@ void add_block(const Source& source, Tile& tile, int row, int64_t first, Span sp
     adjust_scores<Source, kVecs>(source, tile, row, first, span, scores, largest);
   }
 
-  bool is_rescaled = false;
   Vec scale[kVecs];
   for (int v = 0; v < kVecs; ++v) {
-    // A multiple of 8 bits or so above: then it seldom moves, and earlier results stay as they are.
-    const Vec old = vec_load(tile.largest + row + v * Vec::kLanes);
+    // The weight of the largest score is exactly 1, which rounding to bfloat16 leaves as it is.
     const Vec most = vec_load(largest + v * Vec::kLanes);
-    const Vec base = vec_round(vec_fma(most, vec_set(0.125f), vec_set(0.49f))) * vec_set(8.0f);
-    is_rescaled |= vec_at_least(old, base) != kAllLanes;
     float* column = scores + v * Vec::kLanes;
     Vec total = vec_set(0);
     for (int j = span.begin; j < span.end; j += kPer) {
       Vec weight[kPer];
       for (int u = 0; u < kPer; ++u) {
-        weight[u] = vec_exp2(vec_load(column + (j + u) * kColumns) - base);
+        weight[u] = vec_exp2(vec_load(column + (j + u) * kColumns) - most);
         total = total + weight[u];
       }
       // Words of weights overtake the scores that are read: they are packed in place.
@@ -191,8 +196,8 @@ void add_block(const Source& source, Tile& tile, int row, int64_t first, Span sp
       vec_store(column + j / kPer * kColumns, weight[0]);
     }
     const int lane = row + v * Vec::kLanes;
-    scale[v] = vec_exp2(old - base);
-    vec_store(tile.largest + lane, base);
+    scale[v] = vec_exp2(vec_load(tile.largest + lane) - most);
+    vec_store(tile.largest + lane, most);
     vec_store(tile.sum + lane, vec_fma(vec_load(tile.sum + lane), scale[v], total));
   }
 
@@ -204,8 +209,7 @@ void add_block(const Source& source, Tile& tile, int row, int64_t first, Span sp
                          (span.end - span.begin) / kPer, sum);
     LT_PANEL for (int v = 0; v < kVecs; ++v) {
       float* to = o + (c + i) * kGroupRows + v * Vec::kLanes;
-      const Vec earlier = vec_load(to);
-      vec_store(to, is_rescaled ? vec_fma(earlier, scale[v], sum[i][v]) : earlier + sum[i][v]);
+      vec_store(to, vec_fma(vec_load(to), scale[v], sum[i][v]));
     }
   }
 }
@@ -274,7 +278,7 @@ void start_tile(const Source& source, int64_t begin, int num_rows, KeyRange keys
       pack_words<kPer>(row + i < num_rows ? source.query(begin + row + i) : nullptr,
                        source.head_dim, dot_factor(source.rule), words + i * kRowWords);
     }
-    transpose(words, kRowWords, height, depth, tile.q + row * depth, kGroupRows);
+    vec_transpose(words, kRowWords, height, depth, tile.q + row * depth, kGroupRows);
     float* o = tile.o + row * source.head_dim;
     std::memset(o, 0, static_cast<size_t>(kGroupRows * source.head_dim) * sizeof(float));
   }
@@ -298,8 +302,8 @@ void finish_tile(const Source& source, int64_t begin, int num_rows, Tile& tile) 
   float* o = tile.keys;  // of a group's rows: no keys are needed any more
   for (int row = 0; row < num_rows; row += kGroupRows) {
     const auto height = static_cast<int>(smaller(kGroupRows, num_rows - row));
-    transpose(tile.o + row * source.head_dim, kGroupRows, source.head_dim, kGroupRows, o,
-              kRowWords);
+    vec_transpose(tile.o + row * source.head_dim, kGroupRows, source.head_dim, kGroupRows, o,
+                  kRowWords);
     for (int i = 0; i < height; ++i) {
       source.finish(begin + row + i, o + i * kRowWords, tile.largest[row + i], tile.sum[row + i]);
     }
@@ -309,8 +313,7 @@ void finish_tile(const Source& source, int64_t begin, int num_rows, Tile& tile) 
 // Rows [begin, end) of a source, at most kTileRows. Blocks of keys start at multiples of
 // kBlockKeys, so that a row's result does not depend on the rows beside it.
 template <typename Source>
-void attend_tile(const Source& source, int64_t begin, int64_t end) {
-  Tile tile;
+void attend_tile(const Source& source, int64_t begin, int64_t end, Tile& tile) {
   const KeyRange keys = source.keys(begin, end);
   const int num_rows = static_cast<int>(end - begin);
   const int num_columns = static_cast<int>(round_up(num_rows, Vec::kLanes));
@@ -357,7 +360,7 @@ template <typename Params>
 Tiled<Params> tiled(const Params& p, int64_t total_rows, int64_t num_heads) {
   int64_t tile_rows = p.head_dim * kTileRows <= kTileFloats ? kTileRows : kTileRows / 2;
   while (tile_rows > kLeastTileRows && total_rows * num_heads < 4 * num_threads() * tile_rows) {
-    tile_rows -= 48;
+    tile_rows -= kTileRowStep;
   }
   return {p, tile_rows, total_rows / tile_rows + p.batch};
 }
@@ -386,6 +389,7 @@ TileIndex find_tile(int64_t turn, int64_t batch, TilesOf tiles_of) {
 template <typename Params, typename RowsOf, typename SourceOf>
 void attend_tiles(const Tiled<Params>& tiles, int64_t begin, int64_t end, RowsOf rows_of,
                   SourceOf source_of) {
+  Tile& tile = tile_of_thread();
   for (int64_t item = begin; item < end; ++item) {
     const TileIndex index = find_tile(item % tiles.num_tiles, tiles.p.batch, [&](int64_t i) {
       return ceil_div(rows_of(i), tiles.tile_rows);
@@ -393,7 +397,7 @@ void attend_tiles(const Tiled<Params>& tiles, int64_t begin, int64_t end, RowsOf
     if (index.sequence == tiles.p.batch) continue;
     const auto source = source_of(index.sequence, item / tiles.num_tiles);
     const int64_t row = index.tile * tiles.tile_rows;
-    attend_tile(source, row, smaller(row + tiles.tile_rows, source.num_rows()));
+    attend_tile(source, row, smaller(row + tiles.tile_rows, source.num_rows()), tile);
   }
 }
 

@@ -56,15 +56,10 @@ struct BlockRow {
   __device__ V at(int i, int h) const { return h < kHeld ? held[h] : row[i]; }
 };
 
-// A row that the kernel only reads, beside one of which kHeld vectors are held: none of these where
-// that takes more registers than there are, but then their loads may come before stores.
+// A row of weights beside one of which kHeld vectors are held: none of these where that takes more
+// registers than there are.
 template <typename V, int kHeld>
-struct WeightRow : BlockRow<V, kHeld == kMostHeld ? 0 : kHeld> {
-  using BlockRow<V, kHeld == kMostHeld ? 0 : kHeld>::BlockRow;
-  __device__ V at(int i, int h) const {
-    return kHeld < kMostHeld ? this->held[h] : load_constant(this->row + i);
-  }
-};
+using WeightRow = BlockRow<V, kHeld == kMostHeld ? 0 : kHeld>;
 
 // How many of a row's elements the threads of this warp have together: no warp has none.
 template <typename V>

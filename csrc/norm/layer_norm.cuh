@@ -53,7 +53,7 @@ __global__ void __launch_bounds__(BlockRow<V, kHeld, (kRows > 1)>::kWarps* kWarp
   float sum[kRows] = {};
   float squares[kRows] = {};
   float origin[kRows];
-  // Every thread takes the branch where there are several rows: it keeps the compiler from summing
+  // Every thread takes the branch where there are several rows: it keeps ptxas 13.0 from summing
   // one before it has asked for the next.
   if (kRows == 1 || threadIdx.x < x[0].num_vectors) {
 #pragma unroll
@@ -93,28 +93,39 @@ __global__ void __launch_bounds__(BlockRow<V, kHeld, (kRows > 1)>::kWarps* kWarp
     if (lane % Row::kWarps < blockDim.x / kWarpSize) warp = s_moments[r][lane % Row::kWarps];
     const float about = s_moments[r][0].origin;
     float distance = warp.origin - about;
-    const float sum = warp_reduce<Sum, Row::kWarps>(fmaf(warp.count, distance, warp.sum));
-    mean[r] = fmaf(sum, per_size, about);
+    const float all = warp_reduce<Sum, Row::kWarps>(fmaf(warp.count, distance, warp.sum));
+    mean[r] = fmaf(all, per_size, about);
     // From the mean; nothing of it lost in rounding that.
-    distance = fmaf(-sum, per_size, distance);
-    const float squares = warp_reduce<Sum, Row::kWarps>(
+    distance = fmaf(-all, per_size, distance);
+    const float all_squares = warp_reduce<Sum, Row::kWarps>(
         fmaf(distance, fmaf(warp.count, distance, 2.0f * warp.sum), warp.squares));
-    rstd[r] = rsqrtf(fmaf(squares, per_size, p.eps));
+    rstd[r] = rsqrtf(fmaf(all_squares, per_size, p.eps));
   }
 
+  V w;
+  V b;
+  const auto read_weights = [&](int i, int h) {
+    w = kRows > 1 || p.weight ? weight.at(i, h) : filled<V>(1.0f);
+    b = kRows > 1 || p.bias ? bias.at(i, h) : filled<V>(0.0f);
+  };
+  if constexpr (kRows > 1) read_weights(threadIdx.x, 0);
   x[0].for_each([&](int i, int h, const V&) {
-    const V w = kRows > 1 || p.weight ? weight.at(i, h) : filled<V>(1.0f);
-    const V b = kRows > 1 || p.bias ? bias.at(i, h) : filled<V>(0.0f);
+    if constexpr (kRows == 1) read_weights(i, h);
+    V result[kRows];
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
       const V value = x[r].at(i, h);
-      V result;
 #pragma unroll
       for (int e = 0; e < V::kElements; ++e) {
         const float y = (to_float(value.value[e]) - mean[r]) * rstd[r];
-        result.value[e] = from_float<T>(fmaf(y, to_float(w.value[e]), to_float(b.value[e])));
+        result[r].value[e] = from_float<T>(fmaf(y, to_float(w.value[e]), to_float(b.value[e])));
       }
-      reinterpret_cast<V*>(static_cast<T*>(p.out) + (first + r) * p.hidden_size)[i] = result;
+    }
+    // The next before these results leave: a load does not pass a store.
+    if (kRows > 1 && h + 1 < kHeld) read_weights(i + blockDim.x, h + 1);
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+      reinterpret_cast<V*>(static_cast<T*>(p.out) + (first + r) * p.hidden_size)[i] = result[r];
     }
   });
 }

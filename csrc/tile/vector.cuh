@@ -35,17 +35,6 @@ __device__ inline V filled(float x) {
   return out;
 }
 
-// A vector that the kernel does not write.
-template <typename V>
-__device__ inline V load_constant(const V* p) {
-  if constexpr (sizeof(V) == sizeof(uint4)) {
-    const uint4 bits = __ldg(reinterpret_cast<const uint4*>(p));
-    return reinterpret_cast<const V&>(bits);
-  } else {
-    return *p;
-  }
-}
-
 // Each element of a to function(a), or of a and b to function(a, b), as floats; rounded to T.
 template <typename V, typename Function>
 __device__ inline V map_vector(const V& a, Function function) {

@@ -423,8 +423,8 @@ LT_INLINE Vec vec_exp2(Vec x) {
 }
 
 // to[c * to_stride + r] = from[r * from_stride + c] for r < height, c < width, multiples of 4.
-LT_INLINE void transpose(const float* from, int64_t from_stride, int64_t height, int64_t width,
-                         float* to, int64_t to_stride) {
+LT_INLINE void vec_transpose(const float* from, int64_t from_stride, int64_t height, int64_t width,
+                             float* to, int64_t to_stride) {
   for (int64_t r = 0; r < height; r += 4) {
     for (int64_t c = 0; c < width; c += 4) {
 #if defined(LT_ISA_SCALAR)

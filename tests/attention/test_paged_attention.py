@@ -10,7 +10,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from op_checks import assert_compiles, assert_refuses, assert_replays, run_opcheck
 from paged_cases import assert_right, random_case, sdpa
-from tolerance import assert_within_2x
 
 from llamatelemetry.ops import paged_attention
 
@@ -32,12 +31,6 @@ def test_decode(device, dtype, heads, page_size):
     assert_right(random_case(device, dtype, [(1, n) for n in LENGTHS], heads, 64, page_size))
 
 
-@pytest.mark.parametrize("page_size", [1, 8, 16, 24, 64, 128, 256])
-@pytest.mark.parametrize("heads", [(2, 2), (9, 3), (9, 1)], ids=str)
-def test_prefill(device, dtype, heads, page_size):
-    assert_right(random_case(device, dtype, [(n, n) for n in LENGTHS[:4]], heads, 64, page_size))
-
-
 @pytest.mark.parametrize("mask", MASKS, ids=str)
 @pytest.mark.parametrize("queries", [1, 4, 60, 193])
 @pytest.mark.parametrize("page_size", [7, 16])
@@ -53,22 +46,6 @@ def test_head_dims(device, dtype, head_dim):
         assert_right(random_case(device, dtype, sequences, (4, 2), head_dim))
 
 
-@pytest.mark.parametrize("head_dim", [64, 128, 256])
-@pytest.mark.parametrize("page_size", [16, 64, 128])
-def test_long_chunks(device, dtype, page_size, head_dim):
-    sequences = [(200, 1000), (0, 50), (333, 333), (16, 700)]
-    assert_right(random_case(device, dtype, sequences, (4, 2), head_dim, page_size))
-
-
-@pytest.mark.parametrize("page_size", [40, 301])
-def test_one_page_a_sequence(device, dtype, page_size):
-    # As transformers' caches are: the page may end anywhere.
-    sequences = [
-        (min(queries, page_size), page_size - less) for queries, less in [(20, 0), (200, 3)]
-    ]
-    assert_right(random_case(device, dtype, sequences, (4, 2), 64, page_size, max_blocks=1))
-
-
 def test_one_long_sequence(device):
     assert_right(random_case(device, torch.bfloat16, [(1023, 1023)], (3, 1)))
     assert_right(random_case(device, torch.float32, [(5, 4000)], (9, 3)))
@@ -81,10 +58,11 @@ def test_wide_groups_and_few_queries(device, heads, queries):
     assert_right(random_case(device, torch.float32, [(queries, 150), (queries - 1, 30)], heads, 16))
 
 
+@pytest.mark.parametrize("page_size", [4, 8])
 @pytest.mark.parametrize("queries", [1, 40])
-def test_empty_sequences_and_rows_without_keys(device, dtype, queries):
+def test_empty_sequences_and_rows_without_keys(device, dtype, queries, page_size):
     sequences = [(0, 0), (queries, 0), (queries, 5), (0, 9), (queries, 50), (0, 0)]
-    case = random_case(device, dtype, sequences, page_size=4)
+    case = random_case(device, dtype, sequences, page_size=page_size)
     out, lse = assert_right(case)
     assert (out[:queries] == 0).all()
     assert (lse[:, :queries] == -torch.inf).all()
@@ -116,24 +94,6 @@ def test_any_case(sequences, group, heads_kv, eighths, page_size, causal, window
     assert_right(case, causal=causal, window_size=window_size, softcap=softcap)
 
 
-@pytest.mark.parametrize("chunk", [1, 7, 64])
-def test_chunked_prefill_is_full_prefill(device, chunk):
-    full = random_case(device, torch.float32, [(150, 150)], (9, 3))
-    _, full_lse = full.run()
-    out64, _ = full.reference(torch.float64)
-    outs, lses = [], []
-    for start in range(0, 150, chunk):
-        q = full.q[start : start + chunk]
-        length = torch.tensor([start + len(q)], dtype=torch.int32, device=device)
-        starts = torch.tensor([0, len(q)], dtype=torch.int32, device=device)
-        part = replace(full, q=q, cache_seqlens=length, cu_seqlens_q=starts, max_seqlen_q=chunk)
-        out, lse = part.run()
-        outs.append(out)
-        lses.append(lse)
-    assert_within_2x(torch.cat(outs), sdpa(full), out64)
-    torch.testing.assert_close(torch.cat(lses, 1), full_lse)
-
-
 @pytest.mark.parametrize("queries", [1, 33])
 def test_a_sequence_does_not_depend_on_its_neighbours(device, dtype, queries):
     case = random_case(device, dtype, [(queries, n) for n in (300, 40, 700)], (9, 3))
@@ -152,45 +112,26 @@ def test_a_sequence_does_not_depend_on_its_neighbours(device, dtype, queries):
         assert torch.equal(alone_lse, lse[:, rows])
 
 
-def test_any_strides_and_offsets(device, dtype):
+@pytest.mark.parametrize(("page_size", "gap"), [(5, 1), (8, 8)])
+def test_any_strides_and_offsets(device, dtype, page_size, gap):
     # One layer of a cache that holds all layers, K beside V; heads before slots; a sliced table.
-    case = random_case(device, dtype, [(1, 40), (37, 61)], (6, 2), 40, page_size=5)
+    case = random_case(device, dtype, [(1, 40), (37, 61)], (6, 2), 40, page_size=page_size)
     out, lse = case.run()
     shape = case.k_cache.shape
-    every = torch.full((shape[0], 3, 2, shape[2], shape[1], shape[3] + 1), torch.nan, dtype=dtype)
-    k_cache, v_cache = every.to(device)[:, 1, :, :, :, 1:].unbind(1)
+    every = torch.full((shape[0], 3, 2, shape[2], shape[1], shape[3] + gap), torch.nan, dtype=dtype)
+    k_cache, v_cache = every.to(device)[:, 1, :, :, :, gap:].unbind(1)
     k_cache, v_cache = k_cache.transpose(1, 2), v_cache.transpose(1, 2)
     k_cache.copy_(case.k_cache)
     v_cache.copy_(case.v_cache)
-    q = torch.full((6, 38, 41), torch.nan, dtype=dtype, device=device)[:, :, 1:].transpose(0, 1)
+    q = torch.full((6, 38, 40 + gap), torch.nan, dtype=dtype, device=device)[:, :, gap:].transpose(
+        0, 1
+    )
     q.copy_(case.q)
     table = case.block_table.repeat_interleave(2, 0)[::2]
     moved = replace(case, q=q, k_cache=k_cache, v_cache=v_cache, block_table=table)
     moved_out, moved_lse = moved.run()
     assert torch.equal(moved_out, out)
     assert torch.equal(moved_lse, lse)
-
-
-def test_a_table_too_short_for_its_length_is_not_read_past_its_end(device, dtype):
-    case = random_case(device, torch.float32, [(1, 64)], page_size=16, max_blocks=4)
-    longer = replace(case, cache_seqlens=case.cache_seqlens + 1000)
-    assert torch.equal(longer.run()[0], case.run()[0])
-    for queries in (1, 15, 40):  # the last stands at key 99 of 100, of which 64 have a page
-        case = random_case(device, dtype, [(queries, 64)], page_size=16, max_blocks=4)
-        longer = replace(case, cache_seqlens=case.cache_seqlens + 36)
-        alone = replace(longer, q=longer.q[:1], max_seqlen_q=1)
-        window = (70 + queries, -1)
-        for options in ({}, {"window_size": window, "causal": False}):
-            out, _ = longer.run(**options)
-            assert out.isfinite().all()
-        first_key = 99 - queries + 1
-        seen = min(first_key + 1, 64)
-        alone = replace(
-            alone,
-            cache_seqlens=torch.tensor([seen], dtype=torch.int32, device=device),
-            cu_seqlens_q=torch.tensor([0, 1], dtype=torch.int32, device=device),
-        )
-        torch.testing.assert_close(longer.run()[0][:1], alone.run()[0], rtol=1e-2, atol=1e-2)
 
 
 @pytest.mark.parametrize("queries", [1, 40])
@@ -268,8 +209,8 @@ def test_replay_with_other_lengths(device, dtype):
         assert_replays(run, case.tensors(), replace(case, cache_seqlens=first).tensors())
 
 
-def test_replay_with_other_chunks(device):
-    case = random_case(device, torch.float32, [(60, 300), (10, 40), (0, 5)], (9, 3))
+def test_replay_with_other_chunks(device, dtype):
+    case = random_case(device, dtype, [(60, 300), (10, 40), (0, 5)], (9, 3))
     starts = torch.tensor([0, 5, 5, 70], dtype=torch.int32, device=device)
     seqlens = torch.tensor([7, 0, 5], dtype=torch.int32, device=device)
 

@@ -81,15 +81,24 @@ def test_hard_rows(device, hidden_size, has_weights):
     assert (ulps <= 6 + hidden_size / 8192).all(), ulps
 
 
-# Many long rows go two to a block on the GPU, the last odd one twice.
-@pytest.mark.parametrize("hidden_size", [2048, 4104, 8192, 16384])
+# From 8 rows a multiprocessor on rows of 2560, 4096 (float32), 5120 and 8192 (16 bits) go two to a
+# block on the GPU, the last odd one twice.
+@pytest.mark.parametrize("hidden_size", [2048, 2560, 4096, 4104, 5120, 8192])
 @pytest.mark.parametrize("has_weights", [False, True])
-def test_a_row_does_not_depend_on_how_many_there_are(device, dtype, hidden_size, has_weights):
-    x, *weights = case(device, dtype, (1057 if device.type == "cuda" else 9, hidden_size), mean=3.0)
-    weights = weights if has_weights else (None, None)
-    assert_right(x, *weights)
+@pytest.mark.parametrize("odd", [0, 1])
+def test_a_row_does_not_depend_on_how_many_there_are(device, dtype, hidden_size, has_weights, odd):
+    num_rows = 16
+    if device.type == "cuda":
+        num_rows = 8 * torch.cuda.get_device_properties(device).multi_processor_count + 2
+    shape = (num_rows + odd, hidden_size + 8)
+    x, *weights = (t[..., :hidden_size] for t in case(device, dtype, shape, mean=3.0))
+    weights = [w.contiguous() for w in weights] if has_weights else (None, None)
+    x[5] = torch.nan
+    x[6, 3] = torch.inf
     many = layer_norm(x, *weights)
-    for rows in (slice(0, 2), slice(-3, None)):
+    assert many[5:7].isnan().all(1).tolist() == [True, True]
+    assert_right(torch.cat((x[:5], x[7:])), *weights)
+    for rows in (slice(0, 2), slice(4, 5), slice(7, num_rows // 2), slice(-3, None)):
         assert torch.equal(layer_norm(x[rows], *weights), many[rows])
 
 
