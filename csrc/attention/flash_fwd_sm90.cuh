@@ -150,7 +150,7 @@ __device__ void compute_tiles(const FlashSm90Args& a, FlashShared<Tile>& s) {
 
   int next_slot = await_tile();
 #pragma unroll 1
-  while (s.work[next_slot].first_row >= 0) {
+  while (s.work[next_slot].first_row != kNoRow) {
     const int slot = next_slot;
     const FlashTileWork<Tile>& work = s.work[slot];
     const KeyBlocks tile_blocks = work.blocks;

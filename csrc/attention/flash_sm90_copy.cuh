@@ -38,13 +38,18 @@ __device__ void announce_tiles(const FlashSm90Args& a, FlashShared<Tile>& s) {
     const auto num_keys = static_cast<int>(sequence.num_keys);
     // Keys past the table are in no page.
     const int64_t capacity = p.page_size > 0 ? p.seqlen_k : sequence.num_keys;
-    const int first_row = place.row_block * Tile::kBlockM;
+    int first_row = place.row_block * Tile::kBlockM;
     if (first_row >= num_queries) continue;
+    if constexpr (kMask != FlashMask::kFull) {
+      // Groups that lack rows are the first, whose rows would see the fewest keys.
+      const int past = num_queries % Tile::kBlockM;
+      if (past > 0) first_row -= (Tile::kBlockM - past) / kGroupRows * kGroupRows;
+    }
     const FlashWindow window{static_cast<int>(p.window_left), static_cast<int>(p.window_right),
                              static_cast<int>(min(sequence.num_keys, capacity)),
                              num_keys - num_queries};
     const auto blocks_of_rows = [&](int first, int num_rows) {
-      return key_blocks<kMask, Tile::kBlockN>(window, first,
+      return key_blocks<kMask, Tile::kBlockN>(window, max(first, 0),
                                               min(first + num_rows, num_queries) - 1);
     };
     await_slot();
@@ -71,7 +76,7 @@ __device__ void announce_tiles(const FlashSm90Args& a, FlashShared<Tile>& s) {
     wanted.advance();
   }
   await_slot();
-  s.work[ring.slot].first_row = -1;
+  s.work[ring.slot].first_row = kNoRow;
   announce();
 }
 
@@ -183,7 +188,7 @@ __device__ void copy_tiles(const FlashSm90Args& a, FlashShared<Tile>& s) {
     sync();
     if (leads) ptx::mbarrier_arrive(ptx::shared_address(&s.work_empty[slot]));
     work_ring.advance();
-    return first_row >= 0;
+    return first_row != kNoRow;
   };
 
   FlashTileCopies tile;

@@ -14,7 +14,7 @@ struct FlashSchedule {
   int num_row_blocks;  // tiles of a head
   int num_heads;       // of the batch
   int section_heads;
-  bool ascends;  // the first rows of a head first: its last tile may lack rows, else has most keys
+  bool ascends;  // the first rows of a head first; else the last, which see the most keys
 };
 
 struct FlashTilePlace {

@@ -18,7 +18,7 @@ __device__ inline void store_lse(const FlashAttnParams& p, const FlashTileWork<T
                                  float (&scale)[2]) {
   const int lane = threadIdx.x % 32;
   const int first_row = work.first_row + warp * kWarpRows;
-  const int rows_left = work.num_queries - first_row;
+  const int rows_left = first_row < 0 ? 0 : work.num_queries - first_row;
   const int64_t row_of_lse = p.cu_seqlens_q != nullptr
                                  ? work.head * p.total_q + work.first_query
                                  : (work.sequence * p.num_heads_q + work.head) * p.seqlen_q;
@@ -53,7 +53,7 @@ __device__ inline void store_rows(const FlashSm90Args& a, const FlashTileWork<Ti
   const FlashAttnParams& p = a.p.call;
   const int lane = threadIdx.x % 32;
   const int first_row = work.first_row + warp * kWarpRows;
-  const int rows_left = work.num_queries - first_row;
+  const int rows_left = first_row < 0 ? 0 : work.num_queries - first_row;
   const int row = lane % kWarpRows;
   const int half = lane / kWarpRows;
   uint8_t* const rows = buffer + warp * kWarpRows * kColumnBlockBytes;

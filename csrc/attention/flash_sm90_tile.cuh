@@ -2,6 +2,7 @@
 // the shape of a tile, the buffers in shared memory and the description of the work.
 #pragma once
 
+#include <climits>
 #include <cstdint>
 
 #include "attention/flash_sm90_params.h"
@@ -55,7 +56,7 @@ struct FlashTileWork {
   KeyBlocks blocks;                          // that any of the tile's rows needs
   KeyBlocks group_blocks[Tile::kConsumers];  // that a warpgroup's rows need
   FlashWindow window;
-  int first_row;  // negative: there is no more work
+  int first_row;  // negative: the first groups have no rows; kNoRow: there is no more work
   int num_queries;
   int head;         // of q
   int sequence;     // its index
@@ -65,6 +66,7 @@ struct FlashTileWork {
   float sink;   // in log2 units; -inf: none
   float slope;  // 0: none
 };
+constexpr int kNoRow = INT_MIN;
 constexpr int kWorkSlots = 2;  // a tile keeps its slot until its results are stored
 
 template <typename Tile>
