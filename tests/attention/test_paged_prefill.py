@@ -58,7 +58,9 @@ def test_chunked_prefill_is_full_prefill(device, dtype, chunk):
         outs.append(out)
         lses.append(lse)
     assert_within_2x(torch.cat(outs), sdpa(full), out64)
-    torch.testing.assert_close(torch.cat(lses, 1), full_lse, rtol=1e-5, atol=1e-5)
+    # Of 16 bits few queries and many run on different kernels.
+    rounding = {} if dtype == torch.float32 else {"rtol": 1e-5, "atol": 1e-5}
+    torch.testing.assert_close(torch.cat(lses, 1), full_lse, **rounding)
 
 
 def test_a_table_too_short_for_its_length_is_not_read_past_its_end(device, dtype):
