@@ -44,7 +44,7 @@ struct FlashFwdSm75 {
   static constexpr int kTuringSharedBytes = 64 << 10;
   static_assert(kSharedBytes * kMinBlocks <= kTuringSharedBytes);
 
-  // Eight elements of a row.
+  // Eight elements of a row. load_unaligned would be unrolled: too many registers here.
   static __device__ uint4 load_chunk(const T* p, bool aligned) {
     if (aligned) return __ldg(reinterpret_cast<const uint4*>(p));
     const auto* halves = reinterpret_cast<const uint16_t*>(p);

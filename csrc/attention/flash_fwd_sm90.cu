@@ -1,5 +1,5 @@
-// flash_attn on Hopper: which mask the window is, and which compiled width serves head_dim. Columns
-// past head_dim are zeros in shared memory and are not stored.
+// flash_attn on Hopper: which pages it serves, which mask the window is, and which compiled width
+// serves head_dim. Columns past head_dim are zeros in shared memory and are not stored.
 #include "attention/flash_fwd.h"
 #include "attention/flash_sm90_params.h"
 #include "common/device.h"
@@ -13,10 +13,16 @@ bool flash_fwd_sm90_serves_pages(const FlashAttnParams& p) {
   const bool suits = one_page || page_size % kMostBlockKeys == 0 ||
                      (kMostBlockKeys % page_size == 0 && page_size >= kSwizzleRows);
   const bool apart = p.q.token_stride != 0 && p.k.token_stride != 0 && p.v.token_stride != 0;
-  return current_device().capability / 10 == 9 && suits && apart &&
-         rows_are_aligned(p.q, 1, p.total_q, p.num_heads_q, kElementBytes) &&
-         rows_are_aligned(p.k, p.num_blocks, page_size, p.num_heads_kv, kElementBytes) &&
-         rows_are_aligned(p.v, p.num_blocks, page_size, p.num_heads_kv, kElementBytes);
+  const FlashDescriptor call{
+      .on_cuda = true,
+      .capability = current_device().capability,
+      .code_capability = current_device().code_capability,
+      .has_sm90_code = true,
+      .dtype = p.dtype,
+      .aligned = apart && rows_are_aligned(p.q, 1, p.total_q, p.num_heads_q, kElementBytes) &&
+                 rows_are_aligned(p.k, p.num_blocks, page_size, p.num_heads_kv, kElementBytes) &&
+                 rows_are_aligned(p.v, p.num_blocks, page_size, p.num_heads_kv, kElementBytes)};
+  return suits && why_not(FlashImpl::kSm90, call) == nullptr;
 }
 
 Error launch_flash_fwd_sm90(const FlashAttnParams& p, Stream stream) {

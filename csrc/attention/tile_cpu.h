@@ -164,8 +164,8 @@ LT_INLINE void score_block(Tile& tile, int row, Span span, int64_t depth, float 
 }
 
 // Rows [row, row + kVecs * kLanes) of the tile against span of the block of keys at first. Inlined
-// into the loop over blocks: by itself GCC spills rows behind the constants of exp2, a third
-// slower.
+// into the loop over blocks: by itself GCC spills rows behind the constants of exp2
+// (benchmarks/NOTES.md).
 template <typename Source, int kVecs>
 LT_INLINE void add_block(const Source& source, Tile& tile, int row, int64_t first, Span span) {
   constexpr int kPer = kPerWord<typename Source::T>;

@@ -143,7 +143,9 @@ def paged_attention(
     k_cache,
     v_cache:       [num_blocks, page_size, num_heads_kv, head_dim], dtype and device of q; any
                    strides with a contiguous last dimension; num_heads_kv divides num_heads_q;
-                   head_dim a multiple of 8 up to 256; any page_size
+                   head_dim a multiple of 8 up to 256; any page_size (on Hopper chunks of 16 or
+                   more queries run on flash_attn's own kernel where it is 8, 16, 32, 64 or a
+                   multiple of 128, or where a sequence has one page)
     block_table:   [batch, max_blocks] int32, the blocks of each sequence in order
     cache_seqlens: [batch] int32, keys of each sequence, its own queries' (appended before) included
     cu_seqlens_q:  [batch + 1] int32, where each sequence's queries start in q, and the end

@@ -83,6 +83,17 @@ def test_more_tiles_than_places(backend, head_dim, lengths, name):
     assert_right(*qkv, backend, **OPTIONS[name])
 
 
+@pytest.mark.parametrize("size", ["one", "tiny", "max"])
+def test_a_row_that_sees_one_key_gives_its_value(dtype, size):
+    # The largest weight is exactly 1 on the CPU, so nothing is rounded, nothing overflows, and
+    # nothing that is normal becomes less.
+    largest = {"one": 1.0, "tiny": 4 * torch.finfo(dtype).tiny, "max": torch.finfo(dtype).max}[size]
+    v = ((1 + torch.rand(1, 130, 2, 64)) / 2 * largest).to(dtype)
+    q, k = torch.randn(2, 1, 130, 2, 64).to(dtype)
+    assert torch.equal(flash_attn(q, k[:, :1], v[:, :1])[0], v[:, :1].expand_as(q))
+    assert torch.equal(flash_attn(q, k, v, causal=True)[0][:, 0], v[:, 0])
+
+
 def test_large_scores_and_one_hot_rows(backend, dtype):
     device = device_of(backend, dtype)
     q, k, v = random_qkv(device, dtype, 1, (70, 300), (2, 2), 64, scale=100.0)
