@@ -3,8 +3,18 @@
 #include "attention/flash_fwd.h"
 #include "attention/flash_sm90_params.h"
 #include "common/device.h"
+#include "tile/overlap.cuh"
 
 namespace llamatelemetry {
+
+static __global__ void clear_kernel(int32_t* counter) {
+  let_successors_start();
+  wait_for_predecessors();
+  *counter = 0;
+}
+void clear_tile_counter(int32_t* counter, Stream stream) {
+  launch_overlapped(clear_kernel, 1, 1, stream, counter);
+}
 
 bool flash_fwd_sm90_serves_pages(const FlashAttnParams& p) {
   constexpr int kElementBytes = 2;
@@ -30,7 +40,9 @@ Error launch_flash_fwd_sm90(const FlashAttnParams& p, Stream stream) {
       .call = p,
       .mask = FlashMask::kFull,
       .shapes_scores = p.softcap > 0 || p.alibi_slopes != nullptr || p.softmax_scale <= 0,
-      .scale_log2 = p.softmax_scale * kLog2E};
+      .scale_log2 = p.softmax_scale * kLog2E,
+      .cap_log2 = p.softcap * kLog2E,
+      .cap_rate = p.softcap > 0 ? p.softmax_scale / p.softcap * (2.0f * kLog2E) : 0.0f};
   // Wider than any sequence is unlimited; the kernel counts in 32 bits. Of a sequence in pages only
   // the GPU knows how many keys it has.
   const bool packed = p.cu_seqlens_q != nullptr;

@@ -19,6 +19,7 @@
 #include "common/dtype.h"
 #include "ptx/tma.cuh"
 #include "ptx/wgmma.cuh"
+#include "tile/overlap.cuh"
 
 namespace llamatelemetry {
 
@@ -187,7 +188,7 @@ __device__ void compute_tiles(const FlashSm90Args& a, FlashShared<Tile>& s) {
       pass_blocks(tile_blocks.hi - blocks.hi);
       begin_scores(q);
       release_last_q();
-      const FlashScoreRule rule{p.softmax_scale, p.softcap, work.slope};
+      const FlashScoreRule rule{a.p.scale_log2, a.p.cap_log2, a.p.cap_rate, work.slope};
       const int row = work.first_row + warp * kWarpRows + lane / 4;
       const int position = work.window.offset + row;
       int ends[2];
@@ -294,6 +295,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
     ptx::fence_mbarrier_init();
   }
   __syncthreads();
+  wait_for_predecessors();
   if (threadIdx.x < kGroupThreads) {
     ptx::setmaxnreg_dec<Tile::kCopyRegisters>();
     constexpr bool kServesPages = kMask != FlashMask::kFull && Tile::kServesPages;

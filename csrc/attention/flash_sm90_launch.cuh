@@ -10,6 +10,7 @@
 
 #include "attention/flash_fwd_sm90.cuh"
 #include "common/device.h"
+#include "tile/overlap.cuh"
 
 namespace llamatelemetry {
 
@@ -130,11 +131,8 @@ Error launch_tiles_of(const FlashSm90Params& params, Stream stream) {
     return last_launch_error();
   }
   const int grid = std::min(args.schedule.num_tiles, current_device().num_sms);
-  if (args.schedule.num_tiles > grid) {
-    const cudaError_t status = cudaMemsetAsync(p.tile_counter, 0, sizeof(int32_t), stream);
-    if (status != cudaSuccess) return cudaGetErrorString(status);
-  }
-  kernel<<<grid, Tile::kThreads, kSharedBytes, stream>>>(args);
+  if (args.schedule.num_tiles > grid) clear_tile_counter(p.tile_counter, stream);
+  launch_overlapped(kernel, grid, Tile::kThreads, stream, args, kSharedBytes);
   return last_launch_error();
 }
 

@@ -21,6 +21,8 @@ struct FlashSm90Params {
   // positive.
   bool shapes_scores;
   float scale_log2;  // softmax_scale * log2(e), what exp2 takes where shapes_scores is false
+  float cap_log2;    // softcap * log2(e)
+  float cap_rate;    // 2 * scale_log2 / softcap: tanh's argument in what exp2 takes; 0: no softcap
 };
 
 // Windows, places and what blocks claim past the last tile are added up in 32 bits.
@@ -29,6 +31,9 @@ constexpr int kMostCounted = 1 << 30;
 // Blocks of keys have 128 rows or 64 where keys lie in pages; rows of 128 bytes are swizzled by 8.
 constexpr int kMostBlockKeys = 128;
 constexpr int kSwizzleRows = 8;
+
+// Sets the counter that deals out tiles to 0. The next kernel may start before it has.
+void clear_tile_counter(int32_t* counter, Stream stream);
 
 // For heads of at most so many columns.
 Error launch_flash_fwd_sm90_64(const FlashSm90Params& params, Stream stream);

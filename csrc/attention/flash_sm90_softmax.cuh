@@ -34,27 +34,26 @@ struct TwoRows {
   float sum[2];
 };
 
-// From dot products to scores in log2 units, as score_of.
+// From dot products to scores in log2 units, as score_of. The first three as in FlashSm90Params.
 struct FlashScoreRule {
-  float softmax_scale;
-  float softcap;
+  float scale_log2;
+  float cap_log2;
+  float cap_rate;
   float slope;
 };
 template <int kBlockN>
 __device__ inline void shape_scores(float (&s)[kBlockN / 2], const FlashScoreRule& rule,
                                     int position, int first_key) {
-  if (rule.softcap > 0) {
+  if (rule.cap_rate != 0.0f) {
     // tanh(x) = 1 - 2 / (e^2x + 1): off by 1e-7 of the cap, where tanh.approx is off by 5e-4.
-    const float to_exponent = rule.softmax_scale / rule.softcap * (2.0f * kLog2E);
-    const float cap = rule.softcap * kLog2E;
+    const float cap = rule.cap_log2;
 #pragma unroll
     for (int i = 0; i < kBlockN / 2; ++i) {
-      s[i] = cap - __fdividef(2.0f * cap, ptx::exp2_approx(s[i] * to_exponent) + 1.0f);
+      s[i] = cap - __fdividef(2.0f * cap, ptx::exp2_approx(s[i] * rule.cap_rate) + 1.0f);
     }
   } else {
-    const float scale = rule.softmax_scale * kLog2E;
 #pragma unroll
-    for (int i = 0; i < kBlockN / 2; ++i) s[i] *= scale;
+    for (int i = 0; i < kBlockN / 2; ++i) s[i] *= rule.scale_log2;
   }
   if (rule.slope != 0.0f) {
     const float slope = rule.slope * kLog2E;
@@ -67,18 +66,27 @@ __device__ inline void shape_scores(float (&s)[kBlockN / 2], const FlashScoreRul
   }
 }
 
+// A bit for each of a thread's columns of a block: those before end, where end counts from its first.
+__device__ inline uint32_t columns_before(int end) {
+  const auto columns = static_cast<uint32_t>(max(end, 0));
+  return ptx::low_bits(columns / 8 * 2 + min(columns % 8, 2u));
+}
+
 // Scores of keys that a row does not see become -inf. ends and begins count from the thread's
 // column 0 of the block.
 template <FlashMask kMask, int kBlockN>
 __device__ inline void mask_scores(float (&s)[kBlockN / 2], const int (&begins)[2],
                                    const int (&ends)[2]) {
+  static_assert(kBlockN / 4 <= 32);
 #pragma unroll
-  for (int i = 0; i < kBlockN / 2; ++i) {
-    const int column = i / 4 * 8 + i % 2;
-    const int row = i % 4 / 2;
-    bool seen = column < ends[row];
-    if constexpr (kMask == FlashMask::kLocal) seen = seen && column >= begins[row];
-    s[i] = seen ? s[i] : -INFINITY;
+  for (int row = 0; row < 2; ++row) {
+    uint32_t seen = columns_before(ends[row]);
+    if constexpr (kMask == FlashMask::kLocal) seen &= ~columns_before(begins[row]);
+#pragma unroll
+    for (int column = 0; column < kBlockN / 4; ++column) {
+      float& score = s[column / 2 * 4 + 2 * row + column % 2];
+      score = seen >> column & 1 ? score : -INFINITY;
+    }
   }
 }
 

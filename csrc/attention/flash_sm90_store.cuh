@@ -34,8 +34,9 @@ __device__ inline void store_lse(const FlashAttnParams& p, const FlashTileWork<T
       sum = sum * weight + ptx::exp2_approx(sink - largest);
       reference = largest;
     }
-    scale[h] = sum == 0.0f ? 0.0f : __fdividef(weight, sum);
-    const float lse = sum == 0.0f ? -INFINITY : (reference + __log2f(sum)) * kLn2;
+    // 0 where no key was seen; else the reference's own weight makes it 1 or more.
+    scale[h] = sum == 0.0f ? 0.0f : weight * ptx::reciprocal_approx(sum);
+    const float lse = sum == 0.0f ? -INFINITY : (reference + ptx::log2_approx(sum)) * kLn2;
     const int row = lane / 4 + 8 * h;
     if (row < rows_left && lane % 4 == 0) p.lse[row_of_lse + first_row + row] = lse;
   }

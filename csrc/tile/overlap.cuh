@@ -22,7 +22,7 @@ __device__ inline void wait_for_predecessors() { ptx::griddepcontrol_wait(); }
 
 template <typename Params>
 void launch_overlapped(void (*kernel)(Params), dim3 grid, unsigned num_threads, Stream stream,
-                       const std::type_identity_t<Params>& params) {
+                       const std::type_identity_t<Params>& params, size_t shared_bytes = 0) {
   const DeviceFacts& device = current_device();
   cudaLaunchAttribute overlap{};
   overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
@@ -30,6 +30,7 @@ void launch_overlapped(void (*kernel)(Params), dim3 grid, unsigned num_threads, 
   cudaLaunchConfig_t config{};
   config.gridDim = grid;
   config.blockDim = dim3(num_threads);
+  config.dynamicSmemBytes = shared_bytes;
   config.stream = stream;
   config.attrs = &overlap;
   // Code for older GPUs has no wait in it, so it must not start early on a newer one either.
