@@ -21,6 +21,7 @@ struct FlashSource {
   FlashSequence s;
   int64_t sequence;
   int64_t kv_head;
+  int64_t group;  // query heads that share the key head
   int64_t head_dim;
   ScoreRule rule;
 
@@ -29,12 +30,13 @@ struct FlashSource {
         s(flash_sequence(params, index)),
         sequence(index),
         kv_head(head),
+        group(group_size(params)),
         head_dim(params.head_dim),
         rule{params.softmax_scale, params.softcap, params.alibi_slopes != nullptr} {}
 
-  int64_t num_rows() const { return s.num_queries * group_size(p); }
-  int64_t token(int64_t row) const { return s.first_query + row / group_size(p); }
-  int64_t head(int64_t row) const { return kv_head * group_size(p) + row % group_size(p); }
+  int64_t num_rows() const { return s.num_queries * group; }
+  int64_t token(int64_t row) const { return s.first_query + row / group; }
+  int64_t head(int64_t row) const { return kv_head * group + row % group; }
   const T* row_of(const Heads& x, int64_t t, int64_t h) const {
     return static_cast<const T*>(x.data) + sequence * x.batch_stride + t * x.token_stride +
            h * x.head_stride;
@@ -46,8 +48,7 @@ struct FlashSource {
 
   const T* query(int64_t row) const { return row_of(p.q, token(row), head(row)); }
   KeyRange keys(int64_t row) const {
-    return window_keys(p.window_left, p.window_right, s.num_keys, s.num_queries,
-                       row / group_size(p));
+    return window_keys(p.window_left, p.window_right, s.num_keys, s.num_queries, row / group);
   }
   KeyRange keys(int64_t begin, int64_t end) const { return {keys(begin).begin, keys(end - 1).end}; }
   void find_keys(KeyRange keys, const T** rows) const { find(p.k, keys, rows); }
@@ -56,15 +57,17 @@ struct FlashSource {
     return p.alibi_slopes[sequence * p.alibi_batch_stride + head(row)];
   }
   float position(int64_t row) const {
-    return static_cast<float>(s.num_keys - s.num_queries + row / group_size(p));
+    return static_cast<float>(s.num_keys - s.num_queries + row / group);
   }
   float sink(int64_t row) const { return p.sinks == nullptr ? -INFINITY : p.sinks[head(row)]; }
+  T* result(int64_t row) const {
+    const int64_t first = p.cu_seqlens_q != nullptr ? 0 : sequence * p.seqlen_q;
+    return static_cast<T*>(p.out) + ((first + token(row)) * p.num_heads_q + head(row)) * head_dim;
+  }
   void finish(int64_t row, const float* o, float largest, float sum) const {
     const bool is_packed = p.cu_seqlens_q != nullptr;
-    const int64_t out_token = is_packed ? token(row) : sequence * p.seqlen_q + token(row);
-    const int64_t lse_row = is_packed ? head(row) : sequence * p.num_heads_q + head(row);
-    write_row(o, largest, sum, head_dim,
-              static_cast<T*>(p.out) + (out_token * p.num_heads_q + head(row)) * head_dim,
+    const int64_t lse_row = (is_packed ? 0 : sequence * p.num_heads_q) + head(row);
+    write_row(o, largest, sum, head_dim, result(row),
               p.lse + lse_row * (is_packed ? p.total_q : p.seqlen_q) + token(row));
   }
 };

@@ -66,7 +66,8 @@ __device__ inline void shape_scores(float (&s)[kBlockN / 2], const FlashScoreRul
   }
 }
 
-// A bit for each of a thread's columns of a block: those before end, where end counts from its first.
+// A bit for each of a thread's columns of a block: those before end, where end counts from its
+// first.
 __device__ inline uint32_t columns_before(int end) {
   const auto columns = static_cast<uint32_t>(max(end, 0));
   return ptx::low_bits(columns / 8 * 2 + min(columns % 8, 2u));

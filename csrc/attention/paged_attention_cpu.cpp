@@ -10,11 +10,15 @@ namespace {
 
 using Params = PagedAttentionParams;
 
-// Takes the result of one row: token and query head folded into index.
+// Of one row: token and query head folded into index.
+template <typename T>
+T* result_of(const Params& p, int64_t index) {
+  return static_cast<T*>(p.out) + index * p.head_dim;
+}
 template <typename T>
 void write_result(const Params& p, int64_t index, const float* o, float largest, float sum) {
   const int64_t num_heads_q = p.num_heads_kv * p.group_size;
-  write_row(o, largest, sum, p.head_dim, static_cast<T*>(p.out) + index * p.head_dim,
+  write_row(o, largest, sum, p.head_dim, result_of<T>(p, index),
             p.lse + index % num_heads_q * p.total_q + index / num_heads_q);
 }
 
@@ -83,10 +87,16 @@ struct PagedSource {
   void find_values(KeyRange keys, const T** rows) const { find(p.v, keys, rows); }
   float sink(int64_t) const { return -INFINITY; }
   // A split's result, or the whole one where there is one split.
+  int64_t partial_of(int64_t row) const {
+    return split * p.total_q * p.num_heads_kv * p.group_size + index_of(row);
+  }
+  const void* result(int64_t row) const {
+    if (p.num_splits == 1) return result_of<T>(p, index_of(row));
+    return p.partial_out + partial_of(row) * head_dim;
+  }
   void finish(int64_t row, const float* o, float largest, float sum) const {
-    const int64_t index = index_of(row);
-    if (p.num_splits == 1) return write_result<T>(p, index, o, largest, sum);
-    const int64_t partial = split * p.total_q * p.num_heads_kv * p.group_size + index;
+    if (p.num_splits == 1) return write_result<T>(p, index_of(row), o, largest, sum);
+    const int64_t partial = partial_of(row);
     p.partial_stats[2 * partial] = largest;
     p.partial_stats[2 * partial + 1] = sum;
     if (sum != 0) load_row(o, head_dim, 1.0f, p.partial_out + partial * head_dim, head_dim);

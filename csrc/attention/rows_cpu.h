@@ -12,6 +12,7 @@
 //   void find_keys(range, rows)     rows[i] = key row range.begin + i; find_values likewise
 //   float slope(row), position(row)
 //   float sink(row)                 a score without a value; -infinity: off
+//   const void* result(row)         where finish writes
 //   void finish(row, o, largest, sum)  takes a result, see write_row
 #pragma once
 

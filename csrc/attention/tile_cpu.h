@@ -76,10 +76,12 @@ struct Tile {
   alignas(64) float highest[kTileRows];
   alignas(64) float keys[kBlockKeys * kRowWords];
   alignas(64) float values[kBlockKeys * kRowWords];
-  // The rows of the block after it that are yet to be fetched, and how many to fetch at a time.
-  const void* ahead[2 * kBlockKeys];
+  // The rows that are yet to be fetched, see look_ahead, and how many to fetch at a time.
+  const void* ahead[2 * kTileRows];
   int num_ahead;
   int fetched_at_once;
+  const void* next_queries[kTileRows];  // of the thread's next tile
+  int num_next;
 };
 
 // One for good: too large for small stacks.
@@ -128,7 +130,7 @@ void adjust_scores(const Source& source, const Tile& tile, int row, int64_t firs
   }
 }
 
-// Fetches more of the next block's rows; many at once would be dropped.
+// Fetches more of the rows ahead; many at once would be dropped.
 LT_INLINE void fetch_ahead(Tile& tile, int64_t row_bytes) {
   constexpr int64_t kLineBytes = 64;
   for (int n = 0; n < tile.fetched_at_once && tile.num_ahead > 0; ++n) {
@@ -256,16 +258,24 @@ void pack_block(const Source& source, KeyRange block, int64_t first, Tile& tile)
   }
 }
 
-// Fetches the rows of keys, the block after the one at hand, while num_groups groups of rows work.
+// What the tile of rows from begin on fetches while it works on a block: the rows of keys, the
+// block after it; beside the last block, where results go and the next tile's queries.
 template <typename Source>
-void look_ahead(const Source& source, KeyRange keys, int64_t num_groups, Tile& tile) {
-  const typename Source::T* rows[2 * kBlockKeys];
-  const int64_t num_keys = keys.end - keys.begin;
-  source.find_keys(keys, rows);
-  source.find_values(keys, rows + num_keys);
-  for (int64_t i = 0; i < 2 * num_keys; ++i) tile.ahead[i] = rows[i];
-  tile.num_ahead = static_cast<int>(2 * num_keys);
-  tile.fetched_at_once = static_cast<int>(ceil_div(2 * num_keys, num_groups * kBlockKeys / kPanel));
+void look_ahead(const Source& source, KeyRange keys, int64_t begin, int num_rows, Tile& tile) {
+  static_assert(2 * kBlockKeys <= 2 * kTileRows);
+  int count = 0;
+  if (keys.begin < keys.end) {
+    const typename Source::T* rows[2 * kBlockKeys];
+    source.find_keys(keys, rows);
+    source.find_values(keys, rows + (keys.end - keys.begin));
+    for (; count < 2 * (keys.end - keys.begin); ++count) tile.ahead[count] = rows[count];
+  } else {
+    for (int i = 0; i < tile.num_next; ++i) tile.ahead[count++] = tile.next_queries[i];
+    for (int r = num_rows - 1; r >= 0; --r) tile.ahead[count++] = source.result(begin + r);
+  }
+  const int64_t num_panels = ceil_div(num_rows, kGroupRows) * kBlockKeys / kPanel;
+  tile.num_ahead = count;
+  tile.fetched_at_once = static_cast<int>(ceil_div(count, num_panels));
 }
 
 template <typename Source>
@@ -324,8 +334,8 @@ void attend_tile(const Source& source, int64_t begin, int64_t end, Tile& tile) {
        first += kBlockKeys) {
     const KeyRange block{larger(first, keys.begin), smaller(first + kBlockKeys, keys.end)};
     pack_block(source, block, first, tile);
-    look_ahead(source, {block.end, smaller(block.end + kBlockKeys, keys.end)},
-               ceil_div(num_columns, kGroupRows), tile);
+    look_ahead(source, {block.end, smaller(block.end + kBlockKeys, keys.end)}, begin, num_rows,
+               tile);
     for (int row = 0; row < num_columns; row += kGroupRows) {
       const int last = static_cast<int>(smaller(row + kGroupRows, num_columns)) - 1;
       // Both bounds grow with the row.
@@ -393,14 +403,34 @@ template <typename Params, typename RowsOf, typename SourceOf>
 void attend_tiles(const Tiled<Params>& tiles, int64_t begin, int64_t end, RowsOf rows_of,
                   SourceOf source_of) {
   Tile& tile = tile_of_thread();
-  for (int64_t item = begin; item < end; ++item) {
-    const TileIndex index = find_tile(item % tiles.num_tiles, tiles.p.batch, [&](int64_t i) {
-      return ceil_div(rows_of(i), tiles.tile_rows);
-    });
-    if (index.sequence == tiles.p.batch) continue;
+  const auto index_of = [&](int64_t item) {
+    return find_tile(item % tiles.num_tiles, tiles.p.batch,
+                     [&](int64_t i) { return ceil_div(rows_of(i), tiles.tile_rows); });
+  };
+  // The first item from this one on that has rows; end where none has.
+  const auto find_item = [&](int64_t item) {
+    while (item < end && index_of(item).sequence == tiles.p.batch) ++item;
+    return item;
+  };
+  // Calls take(source, rows begin, rows end).
+  const auto with_rows = [&](int64_t item, auto take) {
+    const TileIndex index = index_of(item);
     const auto source = source_of(index.sequence, item / tiles.num_tiles);
     const int64_t row = index.tile * tiles.tile_rows;
-    attend_tile(source, row, smaller(row + tiles.tile_rows, source.num_rows()), tile);
+    take(source, row, smaller(row + tiles.tile_rows, source.num_rows()));
+  };
+  for (int64_t item = find_item(begin); item < end;) {
+    const int64_t next = find_item(item + 1);
+    tile.num_next = 0;
+    if (next < end) {
+      with_rows(next, [&](const auto& source, int64_t row, int64_t last) {
+        while (row < last) tile.next_queries[tile.num_next++] = source.query(row++);
+      });
+    }
+    with_rows(item, [&](const auto& source, int64_t row, int64_t last) {
+      attend_tile(source, row, last, tile);
+    });
+    item = next;
   }
 }
 
