@@ -37,6 +37,40 @@ __device__ inline void multiply_keys(float (&r_s)[Tile::kBlockN / 2], uint64_t q
   }
   ptx::wgmma_commit();
 }
+// From weights that are too large back to the scores of one warp's 16 rows, by products of a warp:
+// q and its keys still lie there. What weighs nothing, as it is masked or far below, is -inf now.
+template <typename T, typename Tile>
+__device__ inline void multiply_keys_again(float (&r_s)[Tile::kBlockN / 2], uint32_t q,
+                                           uint32_t k) {
+  const int lane = threadIdx.x % 32;
+  // Of the four matrices of 8 x 8 that a lane's address is for one row of: q's are by rows first,
+  // those of keys by columns first.
+  const int q_row = lane % 16;
+  const int k_row = lane / 16 * 8 + lane % 8;
+#pragma unroll
+  for (int pair = 0; pair < Tile::kBlockN / 16; ++pair) {
+    float sums[2][4] = {};
+#pragma unroll 1
+    for (int step = 0; step < Tile::kHeadDim / kDepth; ++step) {
+      constexpr int kStepsPerColumnBlock = kColumnBlock / kDepth;
+      const int block = step / kStepsPerColumnBlock;
+      const int chunk = step % kStepsPerColumnBlock * 2;  // of 16 bytes
+      uint32_t rows[4];
+      uint32_t keys[4];
+      ptx::ldmatrix_x4(rows, q + (block * Tile::kBlockM + q_row) * kColumnBlockBytes +
+                                 ((chunk + lane / 16) ^ q_row % 8) * 16);
+      ptx::ldmatrix_x4(keys, k + (block * Tile::kBlockN + 16 * pair + k_row) * kColumnBlockBytes +
+                                 ((chunk + lane / 8 % 2) ^ k_row % 8) * 16);
+      ptx::mma_m16n8k16(sums[0], rows, keys[0], keys[1], sums[0], T{});
+      ptx::mma_m16n8k16(sums[1], rows, keys[2], keys[3], sums[1], T{});
+    }
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      float& score = r_s[8 * pair + i];
+      score = score != 0.0f ? sums[i / 4][i % 4] : -INFINITY;
+    }
+  }
+}
 // o = p v, or o += p v where adds. Ends without waiting.
 template <typename T, typename Tile>
 __device__ inline void multiply_values(float (&r_o)[Tile::kHeadDim / 2],
@@ -122,19 +156,6 @@ __device__ void compute_tiles(const FlashSm90Args& a, FlashShared<Tile>& s) {
                                                       kBlockN * kColumnBlockBytes),
                              adds);
   };
-  // Until the values are in, after the weighing: what stands under a condition that needs every
-  // weight keeps the compiler from waiting first and weighing only then; sums are never negative.
-  // The wait itself is under none, as all warps of a group must come to the same one.
-  const auto await_values = [&](const TwoRows& rows, const float (&keep)[2]) {
-    const bool scales = keep[0] * keep[1] != 1.0f || rows.sum[0] + rows.sum[1] < 0.0f;
-    const bool any_scales = __any_sync(0xffffffff, scales);
-    if (any_scales) __syncwarp();
-    ptx::wgmma_wait<0>();
-    ptx::wgmma_hold(r_o);
-    if (any_scales) scale_rows(r_o, keep);
-    release_v();
-  };
-
   // Until a tile is announced. Returns where.
   const auto await_tile = [&] {
     const int slot = work_ring.slot;
@@ -182,7 +203,7 @@ __device__ void compute_tiles(const FlashSm90Args& a, FlashShared<Tile>& s) {
       ptx::fence_proxy_async_shared();
       ptx::named_barrier_sync(kTailBarrier, Tile::kConsumers * kGroupThreads);
     }
-    TwoRows rows{{kNoScore, kNoScore}, {0.0f, 0.0f}};
+    TwoRows rows{{kNoReference, kNoReference}, {0.0f, 0.0f}};
     float scale[2];
     if (has_keys) {
       pass_blocks(tile_blocks.hi - blocks.hi);
@@ -199,9 +220,11 @@ __device__ void compute_tiles(const FlashSm90Args& a, FlashShared<Tile>& s) {
         begins[h] = window_begin<kMask>(work.window, row + 8 * h) - column;
       }
       float keep[2];
+      float totals[2];
+      // The scores of block n to weights. raises: whether the references are raised before.
       // One piece of code for blocks that are masked and others: two, and those of three warpgroups
       // at different places of the tile, push each other out of the instruction cache.
-      const auto weigh_block = [&](int n, auto may_be_masked) {
+      const auto weigh_block = [&](int n, auto may_be_masked, bool raises) {
         if (a.p.shapes_scores) shape_scores<kBlockN>(r_s, rule, position, n * kBlockN + column);
         if (decltype(may_be_masked)::value &&
             (n >= blocks.right_full || (kMask == FlashMask::kLocal && n < blocks.left_full))) {
@@ -209,15 +232,34 @@ __device__ void compute_tiles(const FlashSm90Args& a, FlashShared<Tile>& s) {
           const int block_ends[2] = {ends[0] - n * kBlockN, ends[1] - n * kBlockN};
           mask_scores<kMask, kBlockN>(r_s, block_begins, block_ends);
         }
-        weigh<kBlockN>(r_s, rows, scale_log2, keep);
+        if (raises) raise_references<kBlockN>(r_s, rows, scale_log2, keep);
+        weigh<kBlockN>(r_s, rows, scale_log2, totals);
         ptx::wgmma_hold(r_s);  // packed after the weighing, not within: that took more registers
+      };
+      bool always_raises = a.p.shapes_scores;
+      // Of weights that are too large: scales them down where float32 holds them. Else multiplies
+      // their scores again, and has references raised from here on before a block is weighed.
+      const auto weigh_again = [&](int k_slot) {
+        if (__all_sync(0xffffffff, totals[0] + totals[1] < INFINITY)) {
+          shrink_weights<kBlockN>(r_s, rows, totals, keep);
+        } else {
+          always_raises = true;
+          multiply_keys_again<T, Tile>(
+              r_s, ptx::shared_address(queries) + warp * kWarpRows * kColumnBlockBytes,
+              ptx::shared_address(s.k[k_slot]));
+          raise_references<kBlockN>(r_s, rows, scale_log2, keep);
+          weigh<kBlockN>(r_s, rows, scale_log2, totals);
+        }
       };
 
       int n = blocks.hi - 1;
       ptx::wgmma_wait<0>();
       ptx::wgmma_hold(r_s);
       release_k();
-      weigh_block(n, std::true_type{});
+      weigh_block(n, std::true_type{}, true);
+      rows.sum[0] = totals[0];
+      rows.sum[1] = totals[1];
+      bool raises = always_raises || rows.lack_reference();
       pack_weights<T, kBlockN>(r_s, r_p);
       bool adds = false;  // whether r_o holds something of this tile
 
@@ -229,15 +271,34 @@ __device__ void compute_tiles(const FlashSm90Args& a, FlashShared<Tile>& s) {
         adds = true;
         ptx::wgmma_wait<1>();
         ptx::wgmma_hold(r_s);
-        release_k();
-        weigh_block(n, std::bool_constant<kMask != FlashMask::kFull>{});
-        await_values(rows, keep);
+        weigh_block(n, std::bool_constant<kMask != FlashMask::kFull>{}, raises);
+        // The vote needs every weight: it keeps the compiler from waiting first and weighing only
+        // then. The wait is under no condition, as all warps of a group must come to the same one.
+        const bool fits = totals[0] + totals[1] <= kMostWeight<T>;
+        const bool again = !__all_sync(0xffffffff, fits || raises);
+        const int k_slot = k_ring.slot;
+        if (!again) release(s.k_empty[k_slot]);
+        k_ring.advance();
+        if (again || raises) __syncwarp();
+        ptx::wgmma_wait<0>();
+        ptx::wgmma_hold(r_o);
+        if (again || raises) {
+          if (again) {
+            weigh_again(k_slot);
+            release(s.k_empty[k_slot]);
+          }
+          scale_rows(r_o, keep);
+          raises = always_raises || rows.lack_reference();
+        }
+        rows.sum[0] += totals[0];
+        rows.sum[1] += totals[1];
+        release_v();
         pack_weights<T, kBlockN>(r_s, r_p);
       }
       // Before the values: they come after the next tile's queries.
       if constexpr (!Tile::kStoresInQueries) release_q();
       begin_values(adds);
-      store_lse(p, work, warp, scale_log2, rows, scale);
+      store_lse(p, work, warp, rows, scale);
       next_slot = await_tile();
       ptx::wgmma_wait<0>();
       ptx::wgmma_hold(r_o);
@@ -253,7 +314,7 @@ __device__ void compute_tiles(const FlashSm90Args& a, FlashShared<Tile>& s) {
       pass_blocks(num_tile_blocks);
 #pragma unroll
       for (int i = 0; i < Tile::kHeadDim / 2; ++i) r_o[i] = 0.0f;
-      store_lse(p, work, warp, scale_log2, rows, scale);
+      store_lse(p, work, warp, rows, scale);
       next_slot = await_tile();
     }
     if constexpr (Tile::kStoresInQueries) {

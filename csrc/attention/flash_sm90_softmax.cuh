@@ -12,11 +12,15 @@
 
 namespace llamatelemetry {
 
-// Below every score and finite, so that a row without a score needs no branch.
-constexpr float kNoScore = -1e30f;
-// A row keeps its reference while the largest score is less than 2^kSlack above it: the weights
-// stay far from the limits of float16, and the accumulators are scaled only when it matters.
-constexpr float kSlack = 8.0f;
+// The reference of a row that has seen no score: below every other, and finite.
+constexpr float kNoReference = -1e30f;
+// A row keeps the reference that its first scores gave it until a thread's weights of a block add
+// up to more than this, far from what T can hold. So a block is weighed without looking for its
+// largest score first, and accumulators are scaled only when it matters.
+template <typename T>
+constexpr float kMostWeight = 0x1p60f;
+template <>
+constexpr float kMostWeight<Half> = 0x1p14f;
 
 __device__ inline float quad_max(float x) {
   x = fmaxf(x, __shfl_xor_sync(0xffffffff, x, 1));
@@ -27,11 +31,14 @@ __device__ inline float quad_sum(float x) {
   return x + __shfl_xor_sync(0xffffffff, x, 2);
 }
 
-// The two rows of a thread: their references, in the unit of the scores before the scale, and the
-// thread's share of their sums.
+// The two rows of a thread: their references, in log2 units, and the thread's share of their sums.
 struct TwoRows {
-  float largest[2];
+  float reference[2];
   float sum[2];
+  // Whether a row of the warp has seen no score.
+  __device__ bool lack_reference() const {
+    return __any_sync(0xffffffff, reference[0] == kNoReference || reference[1] == kNoReference);
+  }
 };
 
 // From dot products to scores in log2 units, as score_of. The first three as in FlashSm90Params.
@@ -91,31 +98,40 @@ __device__ inline void mask_scores(float (&s)[kBlockN / 2], const int (&begins)[
   }
 }
 
-// Scores to weights in place. keep: by how much what
-// was accumulated so far is to be scaled.
+// The largest of a thread's and its neighbours' scores or weights in its row h.
 template <int kBlockN>
-__device__ inline void weigh(float (&s)[kBlockN / 2], TwoRows& rows, float scale_log2,
-                             float (&keep)[2]) {
-  float base[2];
+__device__ inline float largest_of_row(const float (&s)[kBlockN / 2], int h) {
+  float even = s[2 * h];  // two chains of maxima
+  float odd = s[2 * h + 1];
+#pragma unroll
+  for (int j = 1; j < kBlockN / 8; ++j) {
+    even = fmaxf(even, s[4 * j + 2 * h]);
+    odd = fmaxf(odd, s[4 * j + 2 * h + 1]);
+  }
+  return quad_max(fmaxf(even, odd));
+}
+
+// Raises the references to the largest of these scores. keep: by how much what was accumulated so
+// far is to be scaled.
+template <int kBlockN>
+__device__ inline void raise_references(const float (&s)[kBlockN / 2], TwoRows& rows,
+                                        float scale_log2, float (&keep)[2]) {
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
-    float even = s[2 * h];  // two chains of maxima
-    float odd = s[2 * h + 1];
-#pragma unroll
-    for (int j = 1; j < kBlockN / 8; ++j) {
-      even = fmaxf(even, s[4 * j + 2 * h]);
-      odd = fmaxf(odd, s[4 * j + 2 * h + 1]);
-    }
-    const float largest = quad_max(fmaxf(even, odd));
-    const float growth = (largest - rows.largest[h]) * scale_log2;
-    const bool moves = growth > kSlack;
-    keep[h] = moves ? ptx::exp2_approx(-growth) : 1.0f;
-    rows.largest[h] = moves ? largest : rows.largest[h];
-    base[h] = rows.largest[h] * scale_log2;
+    const float reference = fmaxf(rows.reference[h], largest_of_row<kBlockN>(s, h) * scale_log2);
+    keep[h] = ptx::exp2_approx(rows.reference[h] - reference);
+    rows.reference[h] = reference;
+    rows.sum[h] *= keep[h];
   }
+}
+
+// Scores to weights in place. totals: what a thread's weights of each row add up to.
+template <int kBlockN>
+__device__ inline void weigh(float (&s)[kBlockN / 2], const TwoRows& rows, float scale_log2,
+                             float (&totals)[2]) {
 #pragma unroll
   for (int i = 0; i < kBlockN / 2; ++i) {
-    s[i] = ptx::exp2_approx(fmaf(s[i], scale_log2, -base[i % 4 / 2]));
+    s[i] = ptx::exp2_approx(fmaf(s[i], scale_log2, -rows.reference[i % 4 / 2]));
   }
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
@@ -126,7 +142,30 @@ __device__ inline void weigh(float (&s)[kBlockN / 2], TwoRows& rows, float scale
       even += s[4 * j + 2 * h];
       odd += s[4 * j + 2 * h + 1];
     }
-    rows.sum[h] = rows.sum[h] * keep[h] + (even + odd);
+    totals[h] = even + odd;
+  }
+}
+
+// Raises the references by the exponents of these weights, and scales the weights and their totals
+// down by as much. keep as above.
+template <int kBlockN>
+__device__ inline void shrink_weights(float (&s)[kBlockN / 2], TwoRows& rows, float (&totals)[2],
+                                      float (&keep)[2]) {
+#pragma unroll
+  for (int h = 0; h < 2; ++h) {
+    constexpr int kMantissaBits = 23;
+    constexpr int kOne = 127;  // the exponent of 1
+    const float largest = fmaxf(largest_of_row<kBlockN>(s, h), 1.0f);
+    const int exponent = min((__float_as_int(largest) >> kMantissaBits) - kOne, kOne - 1);
+    keep[h] = __int_as_float((kOne - exponent) << kMantissaBits);
+    rows.reference[h] += static_cast<float>(exponent);
+    rows.sum[h] *= keep[h];
+    totals[h] *= keep[h];
+#pragma unroll
+    for (int j = 0; j < kBlockN / 8; ++j) {
+      s[4 * j + 2 * h] *= keep[h];
+      s[4 * j + 2 * h + 1] *= keep[h];
+    }
   }
 }
 

@@ -14,8 +14,7 @@ namespace llamatelemetry {
 // warp: which of the computing ones, the same in every lane and known to be so.
 template <typename Tile>
 __device__ inline void store_lse(const FlashAttnParams& p, const FlashTileWork<Tile>& work,
-                                 int warp, float scale_log2, const TwoRows& rows,
-                                 float (&scale)[2]) {
+                                 int warp, const TwoRows& rows, float (&scale)[2]) {
   const int lane = threadIdx.x % 32;
   const int first_row = work.first_row + warp * kWarpRows;
   const int rows_left = first_row < 0 ? 0 : work.num_queries - first_row;
@@ -26,7 +25,7 @@ __device__ inline void store_lse(const FlashAttnParams& p, const FlashTileWork<T
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
     float sum = quad_sum(rows.sum[h]);
-    float reference = rows.largest[h] * scale_log2;
+    float reference = rows.reference[h];
     float weight = 1.0f;
     if (sink != -INFINITY) {
       const float largest = fmaxf(reference, sink);
