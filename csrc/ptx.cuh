@@ -37,7 +37,8 @@ __device__ inline float exp2_approx(float x) {
 }
 
 // #floating-point-instructions-lg2
-// log2(x) to about 2^-22; -infinity for 0 and what is smaller than normal numbers.
+// log2(x) to about 2^-22, of the result where that is larger than 1; -infinity for 0 and what is
+// smaller than normal numbers.
 __device__ inline float log2_approx(float x) {
   float y;
   asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));

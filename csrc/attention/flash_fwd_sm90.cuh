@@ -37,11 +37,11 @@ __device__ inline void multiply_keys(float (&r_s)[Tile::kBlockN / 2], uint64_t q
   }
   ptx::wgmma_commit();
 }
-// From weights that are too large back to the scores of one warp's 16 rows, by products of a warp:
-// q and its keys still lie there. What weighs nothing, as it is masked or far below, is -inf now.
+// From weights of lost rows back to their scores, for one warp's 16 rows, by products of a warp: q
+// and its keys still lie there. What weighs nothing, as it is masked or far below, is -inf now.
 template <typename T, typename Tile>
-__device__ inline void multiply_keys_again(float (&r_s)[Tile::kBlockN / 2], uint32_t q,
-                                           uint32_t k) {
+__device__ inline void multiply_keys_again(float (&r_s)[Tile::kBlockN / 2], const bool (&lost)[2],
+                                           uint32_t q, uint32_t k) {
   const int lane = threadIdx.x % 32;
   // Of the four matrices of 8 x 8 that a lane's address is for one row of: q's are by rows first,
   // those of keys by columns first.
@@ -67,7 +67,8 @@ __device__ inline void multiply_keys_again(float (&r_s)[Tile::kBlockN / 2], uint
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
       float& score = r_s[8 * pair + i];
-      score = score != 0.0f ? sums[i / 4][i % 4] : -INFINITY;
+      const float again = score != 0.0f ? sums[i / 4][i % 4] : -INFINITY;
+      score = lost[i % 4 / 2] ? again : score;
     }
   }
 }
@@ -203,7 +204,8 @@ __device__ void compute_tiles(const FlashSm90Args& a, FlashShared<Tile>& s) {
       ptx::fence_proxy_async_shared();
       ptx::named_barrier_sync(kTailBarrier, Tile::kConsumers * kGroupThreads);
     }
-    TwoRows rows{{kNoReference, kNoReference}, {0.0f, 0.0f}};
+    const bool always = a.p.shapes_scores;
+    TwoRows rows{{kNoReference, kNoReference}, {0.0f, 0.0f}, {always, always}};
     float scale[2];
     if (has_keys) {
       pass_blocks(tile_blocks.hi - blocks.hi);
@@ -236,19 +238,25 @@ __device__ void compute_tiles(const FlashSm90Args& a, FlashShared<Tile>& s) {
         weigh<kBlockN>(r_s, rows, scale_log2, totals);
         ptx::wgmma_hold(r_s);  // packed after the weighing, not within: that took more registers
       };
-      bool always_raises = a.p.shapes_scores;
       // Of weights that are too large: scales them down where float32 holds them. Else multiplies
-      // their scores again, and has references raised from here on before a block is weighed.
+      // their scores again, and from here on their references are raised before they are weighed.
       const auto weigh_again = [&](int k_slot) {
-        if (__all_sync(0xffffffff, totals[0] + totals[1] < INFINITY)) {
-          shrink_weights<kBlockN>(r_s, rows, totals, keep);
-        } else {
-          always_raises = true;
+        bool shrinks[2];
+        bool lost[2];
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+          const bool too_large = quad_any(!(totals[h] <= kMostWeight<T>)) & !rows.always[h];
+          lost[h] = quad_any(!(totals[h] < kLostWeight)) & too_large;
+          shrinks[h] = too_large & !lost[h];
+        }
+        shrink_weights<kBlockN>(r_s, rows, totals, shrinks, keep);
+        if (__any_sync(0xffffffff, lost[0] || lost[1])) {
+          rows.always[0] |= lost[0];
+          rows.always[1] |= lost[1];
           multiply_keys_again<T, Tile>(
-              r_s, ptx::shared_address(queries) + warp * kWarpRows * kColumnBlockBytes,
+              r_s, lost, ptx::shared_address(queries) + warp * kWarpRows * kColumnBlockBytes,
               ptx::shared_address(s.k[k_slot]));
-          raise_references<kBlockN>(r_s, rows, scale_log2, keep);
-          weigh<kBlockN>(r_s, rows, scale_log2, totals);
+          weigh_lost<kBlockN>(r_s, rows, scale_log2, totals, lost, keep);
         }
       };
 
@@ -259,7 +267,7 @@ __device__ void compute_tiles(const FlashSm90Args& a, FlashShared<Tile>& s) {
       weigh_block(n, std::true_type{}, true);
       rows.sum[0] = totals[0];
       rows.sum[1] = totals[1];
-      bool raises = always_raises || rows.lack_reference();
+      bool raises = rows.any_raises();
       pack_weights<T, kBlockN>(r_s, r_p);
       bool adds = false;  // whether r_o holds something of this tile
 
@@ -275,7 +283,7 @@ __device__ void compute_tiles(const FlashSm90Args& a, FlashShared<Tile>& s) {
         // The vote needs every weight: it keeps the compiler from waiting first and weighing only
         // then. The wait is under no condition, as all warps of a group must come to the same one.
         const bool fits = totals[0] + totals[1] <= kMostWeight<T>;
-        const bool again = !__all_sync(0xffffffff, fits || raises);
+        const bool again = !__all_sync(0xffffffff, fits);
         const int k_slot = k_ring.slot;
         if (!again) release(s.k_empty[k_slot]);
         k_ring.advance();
@@ -283,12 +291,13 @@ __device__ void compute_tiles(const FlashSm90Args& a, FlashShared<Tile>& s) {
         ptx::wgmma_wait<0>();
         ptx::wgmma_hold(r_o);
         if (again || raises) {
+          if (!raises) keep[0] = keep[1] = 1.0f;
           if (again) {
             weigh_again(k_slot);
             release(s.k_empty[k_slot]);
           }
-          scale_rows(r_o, keep);
-          raises = always_raises || rows.lack_reference();
+          if (__any_sync(0xffffffff, keep[0] * keep[1] != 1.0f)) scale_rows(r_o, keep);
+          raises = rows.any_raises();
         }
         rows.sum[0] += totals[0];
         rows.sum[1] += totals[1];

@@ -20,7 +20,7 @@ struct FlashSm90Params {
   // Whether scores need more than a positive scale: softcap, ALiBi, or a scale that is not
   // positive.
   bool shapes_scores;
-  float scale_log2;  // softmax_scale * log2(e), what exp2 takes where shapes_scores is false
+  float scale_log2;  // softmax_scale * log2(e)
   float cap_log2;    // softcap * log2(e)
   float cap_rate;    // 2 * scale_log2 / softcap: tanh's argument in what exp2 takes; 0: no softcap
 };

@@ -15,12 +15,18 @@ namespace llamatelemetry {
 // The reference of a row that has seen no score: below every other, and finite.
 constexpr float kNoReference = -1e30f;
 // A row keeps the reference that its first scores gave it until a thread's weights of a block add
-// up to more than this, far from what T can hold. So a block is weighed without looking for its
-// largest score first, and accumulators are scaled only when it matters.
+// up to more than this. So a block is weighed without looking for its largest score first, and
+// accumulators are scaled only when it matters. float16 bounds it by what the weights are packed
+// to; bfloat16 holds more, but results in float32 leave values only what weights leave of its
+// range.
 template <typename T>
-constexpr float kMostWeight = 0x1p60f;
+constexpr float kMostWeight = 0x1p24f;
 template <>
 constexpr float kMostWeight<Half> = 0x1p14f;
+// From here on weights are not scaled down any more: the factor would be none of float32's.
+constexpr float kLostWeight = 0x1p120f;
+// Where the largest score is looked for, it becomes the reference if it is 2^kSlack above it.
+constexpr float kSlack = 8.0f;
 
 __device__ inline float quad_max(float x) {
   x = fmaxf(x, __shfl_xor_sync(0xffffffff, x, 1));
@@ -30,15 +36,18 @@ __device__ inline float quad_sum(float x) {
   x += __shfl_xor_sync(0xffffffff, x, 1);
   return x + __shfl_xor_sync(0xffffffff, x, 2);
 }
+__device__ inline bool quad_any(bool x) {
+  return (__ballot_sync(0xffffffff, x) >> (threadIdx.x % 32 / 4 * 4) & 0xf) != 0;
+}
 
-// The two rows of a thread: their references, in log2 units, and the thread's share of their sums.
+// The two rows of a thread. What becomes of a row depends on its own scores alone, not on the other
+// rows of its warp: they may be another sequence's.
 struct TwoRows {
-  float reference[2];
-  float sum[2];
-  // Whether a row of the warp has seen no score.
-  __device__ bool lack_reference() const {
-    return __any_sync(0xffffffff, reference[0] == kNoReference || reference[1] == kNoReference);
-  }
+  float reference[2];  // in log2 units
+  float sum[2];        // the thread's share of it
+  bool always[2];      // whether the reference is raised before each block is weighed
+  __device__ bool raises(int h) const { return always[h] || reference[h] == kNoReference; }
+  __device__ bool any_raises() const { return __any_sync(0xffffffff, raises(0) || raises(1)); }
 };
 
 // From dot products to scores in log2 units, as score_of. The first three as in FlashSm90Params.
@@ -111,18 +120,32 @@ __device__ inline float largest_of_row(const float (&s)[kBlockN / 2], int h) {
   return quad_max(fmaxf(even, odd));
 }
 
-// Raises the references to the largest of these scores. keep: by how much what was accumulated so
-// far is to be scaled.
+// Raises the references, of rows that do so, to the largest of these scores. keep: by how much what
+// was accumulated so far is to be scaled.
 template <int kBlockN>
 __device__ inline void raise_references(const float (&s)[kBlockN / 2], TwoRows& rows,
                                         float scale_log2, float (&keep)[2]) {
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
-    const float reference = fmaxf(rows.reference[h], largest_of_row<kBlockN>(s, h) * scale_log2);
+    const float largest = largest_of_row<kBlockN>(s, h) * scale_log2;
+    const bool moves = rows.raises(h) && largest > rows.reference[h] + kSlack;
+    const float reference = moves ? largest : rows.reference[h];
     keep[h] = ptx::exp2_approx(rows.reference[h] - reference);
     rows.reference[h] = reference;
     rows.sum[h] *= keep[h];
   }
+}
+
+template <int kBlockN>
+__device__ inline float sum_of_row(const float (&s)[kBlockN / 2], int h) {
+  float even = s[2 * h];
+  float odd = s[2 * h + 1];
+#pragma unroll
+  for (int j = 1; j < kBlockN / 8; ++j) {
+    even += s[4 * j + 2 * h];
+    odd += s[4 * j + 2 * h + 1];
+  }
+  return even + odd;
 }
 
 // Scores to weights in place. totals: what a thread's weights of each row add up to.
@@ -134,38 +157,58 @@ __device__ inline void weigh(float (&s)[kBlockN / 2], const TwoRows& rows, float
     s[i] = ptx::exp2_approx(fmaf(s[i], scale_log2, -rows.reference[i % 4 / 2]));
   }
 #pragma unroll
-  for (int h = 0; h < 2; ++h) {
-    float even = s[2 * h];
-    float odd = s[2 * h + 1];
-#pragma unroll
-    for (int j = 1; j < kBlockN / 8; ++j) {
-      even += s[4 * j + 2 * h];
-      odd += s[4 * j + 2 * h + 1];
-    }
-    totals[h] = even + odd;
-  }
+  for (int h = 0; h < 2; ++h) totals[h] = sum_of_row<kBlockN>(s, h);
 }
 
-// Raises the references by the exponents of these weights, and scales the weights and their totals
-// down by as much. keep as above.
+// Of rows whose weights are too large, but finite: raises the references by the weights' exponents,
+// and scales weights and totals down by as much.
 template <int kBlockN>
 __device__ inline void shrink_weights(float (&s)[kBlockN / 2], TwoRows& rows, float (&totals)[2],
-                                      float (&keep)[2]) {
+                                      const bool (&shrinks)[2], float (&keep)[2]) {
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
     constexpr int kMantissaBits = 23;
     constexpr int kOne = 127;  // the exponent of 1
-    const float largest = fmaxf(largest_of_row<kBlockN>(s, h), 1.0f);
-    const int exponent = min((__float_as_int(largest) >> kMantissaBits) - kOne, kOne - 1);
-    keep[h] = __int_as_float((kOne - exponent) << kMantissaBits);
-    rows.reference[h] += static_cast<float>(exponent);
-    rows.sum[h] *= keep[h];
-    totals[h] *= keep[h];
+    const int exponent = (__float_as_int(largest_of_row<kBlockN>(s, h)) >> kMantissaBits) - kOne;
+    const float reference = rows.reference[h] + (shrinks[h] ? static_cast<float>(exponent) : 0.0f);
+    const float factor = ptx::exp2_approx(rows.reference[h] - reference);  // as it was rounded
+    rows.reference[h] = reference;
+    rows.sum[h] *= factor;
+    totals[h] *= factor;
+    keep[h] *= factor;
 #pragma unroll
     for (int j = 0; j < kBlockN / 8; ++j) {
-      s[4 * j + 2 * h] *= keep[h];
-      s[4 * j + 2 * h + 1] *= keep[h];
+      s[4 * j + 2 * h] *= factor;
+      s[4 * j + 2 * h + 1] *= factor;
     }
+  }
+}
+
+// Of rows whose weights float32 lost: their scores, which stand here again, to weights of raised
+// references.
+template <int kBlockN>
+__device__ inline void weigh_lost(float (&s)[kBlockN / 2], TwoRows& rows, float scale_log2,
+                                  float (&totals)[2], const bool (&lost)[2], float (&keep)[2]) {
+#pragma unroll
+  for (int h = 0; h < 2; ++h) {
+    const float largest = largest_of_row<kBlockN>(s, h) * scale_log2;
+    const float raised = fmaxf(rows.reference[h], largest);
+    const float reference = lost[h] ? raised : rows.reference[h];
+    const float factor = ptx::exp2_approx(rows.reference[h] - reference);
+    rows.reference[h] = reference;
+    rows.sum[h] *= factor;
+    keep[h] *= factor;
+#pragma unroll
+    for (int j = 0; j < kBlockN / 8; ++j) {
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        float& score = s[4 * j + 2 * h + e];
+        const float weight = ptx::exp2_approx(fmaf(score, scale_log2, -reference));
+        score = lost[h] ? weight : score;
+      }
+    }
+    const float total = sum_of_row<kBlockN>(s, h);
+    totals[h] = lost[h] ? total : totals[h];
   }
 }
 

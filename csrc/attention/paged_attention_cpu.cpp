@@ -86,10 +86,10 @@ struct PagedSource {
   void find_keys(KeyRange keys, const T** rows) const { find(p.k, keys, rows); }
   void find_values(KeyRange keys, const T** rows) const { find(p.v, keys, rows); }
   float sink(int64_t) const { return -INFINITY; }
-  // A split's result, or the whole one where there is one split.
   int64_t partial_of(int64_t row) const {
     return split * p.total_q * p.num_heads_kv * p.group_size + index_of(row);
   }
+  // A split's result, or the whole one where there is one split.
   const void* result(int64_t row) const {
     if (p.num_splits == 1) return result_of<T>(p, index_of(row));
     return p.partial_out + partial_of(row) * head_dim;

@@ -259,7 +259,8 @@ void pack_block(const Source& source, KeyRange block, int64_t first, Tile& tile)
 }
 
 // What the tile of rows from begin on fetches while it works on a block: the rows of keys, the
-// block after it; beside the last block, where results go and the next tile's queries.
+// block after it; beside the last block, where results go and then the next tile's queries, as far
+// as the block's panels of keys last: under a causal mask few groups of rows see them.
 template <typename Source>
 void look_ahead(const Source& source, KeyRange keys, int64_t begin, int num_rows, Tile& tile) {
   static_assert(2 * kBlockKeys <= 2 * kTileRows);
@@ -407,30 +408,35 @@ void attend_tiles(const Tiled<Params>& tiles, int64_t begin, int64_t end, RowsOf
     return find_tile(item % tiles.num_tiles, tiles.p.batch,
                      [&](int64_t i) { return ceil_div(rows_of(i), tiles.tile_rows); });
   };
-  // The first item from this one on that has rows; end where none has.
-  const auto find_item = [&](int64_t item) {
-    while (item < end && index_of(item).sequence == tiles.p.batch) ++item;
+  // The first item from this one on that has rows, and its index; end where none has.
+  const auto find_item = [&](int64_t item, TileIndex& index) {
+    for (; item < end; ++item) {
+      index = index_of(item);
+      if (index.sequence != tiles.p.batch) break;
+    }
     return item;
   };
   // Calls take(source, rows begin, rows end).
-  const auto with_rows = [&](int64_t item, auto take) {
-    const TileIndex index = index_of(item);
+  const auto with_rows = [&](int64_t item, TileIndex index, auto take) {
     const auto source = source_of(index.sequence, item / tiles.num_tiles);
     const int64_t row = index.tile * tiles.tile_rows;
     take(source, row, smaller(row + tiles.tile_rows, source.num_rows()));
   };
-  for (int64_t item = find_item(begin); item < end;) {
-    const int64_t next = find_item(item + 1);
+  TileIndex index{};
+  for (int64_t item = find_item(begin, index); item < end;) {
+    TileIndex next_index{};
+    const int64_t next = find_item(item + 1, next_index);
     tile.num_next = 0;
     if (next < end) {
-      with_rows(next, [&](const auto& source, int64_t row, int64_t last) {
+      with_rows(next, next_index, [&](const auto& source, int64_t row, int64_t last) {
         while (row < last) tile.next_queries[tile.num_next++] = source.query(row++);
       });
     }
-    with_rows(item, [&](const auto& source, int64_t row, int64_t last) {
+    with_rows(item, index, [&](const auto& source, int64_t row, int64_t last) {
       attend_tile(source, row, last, tile);
     });
     item = next;
+    index = next_index;
   }
 }
 
