@@ -296,7 +296,8 @@ __device__ void compute_tiles(const FlashSm90Args& a, FlashShared<Tile>& s) {
             weigh_again(k_slot);
             release(s.k_empty[k_slot]);
           }
-          if (__any_sync(0xffffffff, keep[0] * keep[1] != 1.0f)) scale_rows(r_o, keep);
+          const bool shrink = keep[0] != 1.0f || keep[1] != 1.0f;
+          if (__any_sync(0xffffffff, shrink)) scale_rows(r_o, keep);
           raises = rows.any_raises();
         }
         rows.sum[0] += totals[0];
