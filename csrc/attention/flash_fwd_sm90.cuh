@@ -5,6 +5,7 @@
 // What bounds it: the tensor cores (head_dim >= 128) or the exponentials (64). So a warpgroup gives
 // the tensor cores the scores of the next keys before it weighs these, and the warpgroups drift
 // apart: while one weighs the others multiply. Scores, weights and results stay in registers.
+// Nothing looks for the largest score of a block before it is weighed: kMostWeight.
 //
 // Keys run from the last block of a tile to the first, so that what the window cuts comes first.
 // Grid: at most one block per place on the GPU. Block (kConsumers + 1) * 128.
