@@ -130,6 +130,9 @@ CASES = {
             ("sm90", torch.bfloat16, 40, {"causal": True, "softcap": 5.0}),
             ("sm90", torch.float16, 128, {"window_size": (40, 3)}),
             ("sm90", torch.bfloat16, 256, {}),
+            # Weights that outgrow float16, and those that outgrow float32.
+            ("sm90", torch.float16, 64, {"softmax_scale": 1.0}),
+            ("sm90", torch.bfloat16, 128, {"softmax_scale": 20.0}),
         ]
     },
     "paged_attention": lambda: (

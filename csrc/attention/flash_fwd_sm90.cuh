@@ -18,6 +18,7 @@
 #include "attention/flash_sm90_store.cuh"
 #include "attention/flash_sm90_tile.cuh"
 #include "common/dtype.h"
+#include "ptx/mma.cuh"
 #include "ptx/tma.cuh"
 #include "ptx/wgmma.cuh"
 #include "tile/overlap.cuh"

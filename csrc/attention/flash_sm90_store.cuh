@@ -33,7 +33,8 @@ __device__ inline void store_lse(const FlashAttnParams& p, const FlashTileWork<T
       sum = sum * weight + ptx::exp2_approx(sink - largest);
       reference = largest;
     }
-    // 0 where no key was seen; else the reference's own weight makes it 1 or more.
+    // 0 where no key was seen; else about 1 or more, as the weight of what the reference was taken
+    // from is in it.
     scale[h] = sum == 0.0f ? 0.0f : weight * ptx::reciprocal_approx(sum);
     const float lse = sum == 0.0f ? -INFINITY : (reference + ptx::log2_approx(sum)) * kLn2;
     const int row = lane / 4 + 8 * h;

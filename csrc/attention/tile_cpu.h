@@ -263,7 +263,7 @@ void pack_block(const Source& source, KeyRange block, int64_t first, Tile& tile)
 // as the block's panels of keys last: under a causal mask few groups of rows see them.
 template <typename Source>
 void look_ahead(const Source& source, KeyRange keys, int64_t begin, int num_rows, Tile& tile) {
-  static_assert(2 * kBlockKeys <= 2 * kTileRows);
+  static_assert(kBlockKeys <= kTileRows);  // ahead holds either
   int count = 0;
   if (keys.begin < keys.end) {
     const typename Source::T* rows[2 * kBlockKeys];
