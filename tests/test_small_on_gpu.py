@@ -54,8 +54,7 @@ def flash_case(backend, dtype, head_dim, options):
         if q.is_cuda and (reason := flash_why_not(backend, dtype)):
             pytest.skip(f"{backend}: {reason}")
         chosen = backend if q.is_cuda else "cpu"
-        out, lse = ops.flash_attn(*(x.to(dtype) for x in (q, k, v)), backend=chosen, **options)
-        return out.float(), lse
+        return ops.flash_attn(*(x.to(dtype) for x in (q, k, v)), backend=chosen, **options)
 
     shapes = ((2, 70, 4, head_dim), (2, 133, 2, head_dim), (2, 133, 2, head_dim))
     return lambda: (run, *(randn(*shape) for shape in shapes))
@@ -64,14 +63,12 @@ def flash_case(backend, dtype, head_dim, options):
 def flash_varlen(q, k, v, starts, key_starts):
     sizes = {"max_seqlen_q": 60, "max_seqlen_k": 90}
     q, k, v = q.half(), k.half(), v.half()
-    out, lse = ops.flash_attn_varlen(q, k, v, starts, key_starts, causal=True, **sizes)
-    return out.float(), lse
+    return ops.flash_attn_varlen(q, k, v, starts, key_starts, causal=True, **sizes)
 
 
 def paged_prefill(q, k_cache, v_cache, table, lengths, starts):
     args = (q.half(), k_cache.half(), v_cache.half(), table, lengths, starts)
-    out, lse = ops.paged_attention(*args, max_seqlen_q=20)
-    return out.float(), lse
+    return ops.paged_attention(*args, max_seqlen_q=20)
 
 
 def quantised(x, data):
@@ -171,4 +168,9 @@ def test_gpu_gives_what_the_cpu_gives(case):
     )
     for gpu, cpu in pairs:
         rounding = 1e-4 if not case.startswith(("flash", "paged prefill")) else 2e-2
-        assert_close(gpu.cpu(), cpu, rtol=rounding, atol=rounding)
+        assert gpu.dtype == cpu.dtype
+        # On the CPU: initcheck does not see stores by TMA, so no kernel may read results.
+        gpu = gpu.cpu()
+        if cpu.is_floating_point():
+            gpu, cpu = gpu.float(), cpu.float()
+        assert_close(gpu, cpu, rtol=rounding, atol=rounding)
