@@ -29,7 +29,7 @@ struct FlashFwdSm80 {
   static constexpr int kMinBlocks = kBlocksPerSm;
   static constexpr int kRows = kWarps * Warp::kWarpRows;
   static constexpr int kParts = kKeys / kScoredKeys;
-  static constexpr int kUnrolledParts = kHeadDim > 64 ? kParts : 1;  // at 64 it costs 1 %
+  static constexpr int kUnrolledParts = kHeadDim == 128 ? kParts : 1;  // at 64 it costs 1 %
   static constexpr int kRowStep = TileShare<Tile, kKeys, kNumThreads>::kRowStep;
 
   struct Stage {
@@ -229,7 +229,7 @@ struct FlashFwdSm80 {
       __syncthreads();  // this tile is here, and nobody reads the last one any more
       const uint32_t next_stage = sizeof(Stage) - stage;
       loader.load(tile + 1, shared, next_stage);
-#pragma unroll(kUnrolledParts)
+#pragma unroll kUnrolledParts
       for (int part = 0; part < kParts; ++part) {
         const int scored = tile * kParts + part;
         const bool plain = warp.is_plain(scored);
