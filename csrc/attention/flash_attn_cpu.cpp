@@ -111,7 +111,7 @@ Error launch_flash_attn(const Params& p, Stream) {
                                  {p.batch * p.num_heads_kv, 100.0 + row_ns * num_rows}, p);
   } else {
     const Tiled<Params> tiles = tiled(p, p.total_q * group_size(p), p.num_heads_kv);
-    const Work work{p.num_heads_kv * tiles.num_tiles, 10000.0};
+    const Work work{tiles.num_items, 10000.0};
     parallel_over<many_rows_body>("flash_attn", work, tiles);
   }
   return nullptr;

@@ -176,7 +176,7 @@ Error launch_paged_attention(const Params& p, Stream) {
     parallel_over<few_rows_body>("paged_attention", work, p);
   } else {
     const Tiled<Params> tiles = tiled(p, p.total_q * p.group_size, p.num_splits * p.num_heads_kv);
-    const Work work{p.num_splits * p.num_heads_kv * tiles.num_tiles, 10000.0};
+    const Work work{tiles.num_items, 10000.0};
     parallel_over<many_rows_body>("paged_attention", work, tiles);
   }
   if (p.num_splits > 1) {

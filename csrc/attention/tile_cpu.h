@@ -367,6 +367,7 @@ struct Tiled {
   Params p;
   int64_t tile_rows;
   int64_t num_tiles;  // per key head, at most: each sequence's last tile may be partly empty
+  int64_t num_items;  // of all key heads
 };
 
 // Tiles as large as keep every thread busy; multiples of every level's kGroupRows.
@@ -376,7 +377,8 @@ Tiled<Params> tiled(const Params& p, int64_t total_rows, int64_t num_heads) {
   while (tile_rows > kLeastTileRows && total_rows * num_heads < 4 * num_threads() * tile_rows) {
     tile_rows -= kTileRowStep;
   }
-  return {p, tile_rows, total_rows / tile_rows + p.batch};
+  const int64_t num_tiles = total_rows / tile_rows + p.batch;
+  return {p, tile_rows, num_tiles, num_tiles * num_heads};
 }
 
 struct TileIndex {
@@ -408,9 +410,9 @@ void attend_tiles(const Tiled<Params>& tiles, int64_t begin, int64_t end, RowsOf
     return find_tile(item % tiles.num_tiles, tiles.p.batch,
                      [&](int64_t i) { return ceil_div(rows_of(i), tiles.tile_rows); });
   };
-  // The first item from this one on that has rows, and its index; end where none has.
+  // The first item from this one on that has rows, and its index; num_items where none has.
   const auto find_item = [&](int64_t item, TileIndex& index) {
-    for (; item < end; ++item) {
+    for (; item < tiles.num_items; ++item) {
       index = index_of(item);
       if (index.sequence != tiles.p.batch) break;
     }
@@ -427,7 +429,7 @@ void attend_tiles(const Tiled<Params>& tiles, int64_t begin, int64_t end, RowsOf
     TileIndex next_index{};
     const int64_t next = find_item(item + 1, next_index);
     tile.num_next = 0;
-    if (next < end) {
+    if (next < tiles.num_items) {
       with_rows(next, next_index, [&](const auto& source, int64_t row, int64_t last) {
         while (row < last) tile.next_queries[tile.num_next++] = source.query(row++);
       });

@@ -8,7 +8,9 @@
 
 namespace llamatelemetry {
 
-// Processes items [begin, end) of one launch. params points at a copy of the launcher's Params.
+// Processes items [begin, end) of one launch: a thread's share of them, or one item where items are
+// long, the next then likely being the one after it. params points at a copy of the launcher's
+// Params.
 using Body = void (*)(const void* params, int64_t begin, int64_t end);
 
 struct Work {
