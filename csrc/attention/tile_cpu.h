@@ -80,7 +80,7 @@ struct Tile {
   const void* ahead[2 * kTileRows];
   int num_ahead;
   int fetched_at_once;
-  const void* next_queries[kTileRows];  // of the thread's next tile
+  const void* next_queries[kTileRows];  // of the tile after this one, likely the thread's next
   int num_next;
 };
 
@@ -410,9 +410,9 @@ void attend_tiles(const Tiled<Params>& tiles, int64_t begin, int64_t end, RowsOf
     return find_tile(item % tiles.num_tiles, tiles.p.batch,
                      [&](int64_t i) { return ceil_div(rows_of(i), tiles.tile_rows); });
   };
-  // The first item from this one on that has rows, and its index; num_items where none has.
-  const auto find_item = [&](int64_t item, TileIndex& index) {
-    for (; item < tiles.num_items; ++item) {
+  // The first item from this one on that has rows, and its index; last where none has.
+  const auto find_item = [&](int64_t item, int64_t last, TileIndex& index) {
+    for (; item < last; ++item) {
       index = index_of(item);
       if (index.sequence != tiles.p.batch) break;
     }
@@ -425,9 +425,9 @@ void attend_tiles(const Tiled<Params>& tiles, int64_t begin, int64_t end, RowsOf
     take(source, row, smaller(row + tiles.tile_rows, source.num_rows()));
   };
   TileIndex index{};
-  for (int64_t item = find_item(begin, index); item < end;) {
+  for (int64_t item = find_item(begin, end, index); item < end;) {
     TileIndex next_index{};
-    const int64_t next = find_item(item + 1, next_index);
+    const int64_t next = find_item(item + 1, tiles.num_items, next_index);
     tile.num_next = 0;
     if (next < tiles.num_items) {
       with_rows(next, next_index, [&](const auto& source, int64_t row, int64_t last) {

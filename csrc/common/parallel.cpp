@@ -85,8 +85,8 @@ void parallel_launch(const char* name, Body body, const void* params, size_t par
     return;
   }
   Call call{body, params};
-  if (work.item_ns >= kLongItemNs && work.num_items <= UINT32_MAX) {
-    const int64_t num_shares = std::min<int64_t>(num_threads(), (work.num_items - 1) / grain + 1);
+  const int64_t num_shares = std::min<int64_t>(num_threads(), (work.num_items - 1) / grain + 1);
+  if (work.item_ns >= kLongItemNs && num_shares > 1 && work.num_items <= UINT32_MAX) {
     SharedCall shared{call, std::vector<Share>(static_cast<size_t>(num_shares))};
     for (int64_t i = 0; i < num_shares; ++i) {
       shared.shares[i].set(work.num_items * i / num_shares, work.num_items * (i + 1) / num_shares);

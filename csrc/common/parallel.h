@@ -8,9 +8,8 @@
 
 namespace llamatelemetry {
 
-// Processes items [begin, end) of one launch: a thread's share of them, or one item where items are
-// long, the next then likely being the one after it. params points at a copy of the launcher's
-// Params.
+// Processes items [begin, end) of one launch: any run of them, often a single one where items are
+// long. Which thread gets which must not matter. params points at a copy of the launcher's Params.
 using Body = void (*)(const void* params, int64_t begin, int64_t end);
 
 struct Work {
