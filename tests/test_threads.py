@@ -32,31 +32,24 @@ def softmax():
     return lambda: ops.softmax(x)
 
 
-@pytest.fixture(autouse=True)
-def _threads_as_before():
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.mark.parametrize("case", [flash_attn, paged_attention, quant_linear, softmax])
-def test_result_is_the_same_from_any_number_of_threads(case):
+def test_result_is_the_same_from_any_number_of_threads(case, set_threads):
     run = case()
-    torch.set_num_threads(1)
+    set_threads(1)
     alone = run()
     for count in (2, 3, 7):
-        torch.set_num_threads(count)
+        set_threads(count)
         for _ in range(5):
             assert torch.equal(run(), alone)
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 7])
 @pytest.mark.parametrize("rows", [7, 31])
-def test_each_item_is_done_once(rows, count):
+def test_each_item_is_done_once(rows, count, set_threads):
     hidden = 10240  # so many that rows are long items
     x, residual = torch.empty(rows, hidden), torch.zeros(rows, hidden)
     weight = torch.ones(hidden)
-    torch.set_num_threads(count)
+    set_threads(count)
     for launch in range(1, 301):
         ops.fused_add_rms_norm_(x.fill_(1), residual, weight)
         assert torch.all(residual == launch)

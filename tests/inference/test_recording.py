@@ -63,18 +63,14 @@ def test_replay_keeps_what_the_ops_allocated():
     del junk
 
 
-def test_replay_on_one_thread_of_what_two_recorded():
+def test_replay_on_one_thread_of_what_two_recorded(set_threads):
     x, weight = torch.randn(4096, 96), torch.ones(96)
-    threads = torch.get_num_threads()
-    try:
-        torch.set_num_threads(2)
-        with Recording() as recording:
-            out = chain(x, weight, 10)
-        torch.set_num_threads(1)
-        out.fill_(torch.nan)
-        recording.replay()
-    finally:
-        torch.set_num_threads(threads)
+    set_threads(2)
+    with Recording() as recording:
+        out = chain(x, weight, 10)
+    set_threads(1)
+    out.fill_(torch.nan)
+    recording.replay()
     assert torch.equal(out, chain(x, weight, 10))
 
 
