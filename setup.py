@@ -32,6 +32,7 @@ ISA_FLAGS = {  # the levels of csrc/vec/isa.h; gcc 12 warns inside its own AVX-5
     "avx2": f"-DLT_ISA=avx2 {AVX2}",
     "avx512": f"-DLT_ISA=avx512 {AVX2} {WIDE} -Wno-maybe-uninitialized",
     "avx512bf16": f"-DLT_ISA=avx512bf16 {AVX2} {WIDE} -mavx512bf16 -Wno-maybe-uninitialized",
+    "amx": f"-DLT_ISA=amx {AVX2} {WIDE} -mavx512bf16 -mamx-bf16 -Wno-maybe-uninitialized",
 }
 if platform.machine() not in ("x86_64", "AMD64"):
     ISA_FLAGS = {"scalar": ""}
@@ -106,7 +107,7 @@ def ninja_file(nvcc: str | None, archs: list[str]) -> str:
     for pattern in ("schema.cpp", "common/*.cpp", "vec/*.cpp", "*/ops.cpp"):
         add("cxx", "cpu", pattern, "host", f"{CXX_FLAGS} {torch_flags()}")
     for level, flags in ISA_FLAGS.items():
-        room = "attention" if level == "avx512bf16" else "*"
+        room = "attention" if level in ("avx512bf16", "amx") else "*"
         add("cxx", "cpu", f"{room}/*_cpu.cpp", level, f"{CXX_FLAGS} {flags}")
     if nvcc:
         sm90 = "-DLT_SM90" if any(arch.startswith("9.0") for arch in archs) else ""

@@ -1,81 +1,39 @@
-// Many rows (prefill) of a Source (rows_cpu.h) at once. Bound by arithmetic: lanes are rows, so
-// that scores need no horizontal sums and keys no transposing, and each step of a product takes
-// kPanel broadcast words times kPanelVecs registers of rows.
+// Many rows (prefill) of a Source (rows_cpu.h) at once: blocks of keys are packed once for a tile
+// of rows, which takes them a group of rows at a time. Bound by arithmetic: products_cpu.h.
 //                  (online softmax: Milakov & Gimelshein 2018; tiles: Dao 2022)
-// Products run on words of 32 bits: one float; or, where the level has it, two neighbouring
-// bfloat16 of the dimension that is summed over, and then weights are rounded to bfloat16 as torch
-// rounds them. Accumulates in float.
+// Where products take bfloat16, weights are rounded to it as torch rounds them.
 #pragma once
 
 #include <memory>
 
-#include "attention/rows_cpu.h"
+#include "attention/products_cpu.h"
 #include "common/parallel.h"
 
 namespace llamatelemetry {
 namespace LT_ISA {
 namespace {
 
-constexpr int kPanel = 4;  // keys, then elements of head_dim, that share each load of rows
-// Unrolled, so that sums stay in registers.
-#define LT_PANEL _Pragma("GCC unroll 4") for (int i = 0; i < kPanel; ++i)
-constexpr int kPanelVecs = 3;  // registers of rows; AVX-512 holds two panels of sums
-constexpr int kGroupRows = kPanelVecs * Vec::kLanes;
-constexpr int kTileRows = 384;  // at most: their q and o take 384 KB of cache
 constexpr int kLeastTileRows = 96;
 constexpr int kTileRowStep = 48;
 static_assert(kTileRowStep % kGroupRows == 0 && kTileRows / 2 % kTileRowStep == 0);  // whole groups
 constexpr int kTileFloats = kTileRows * 128;
-constexpr int kRowWords = kMaxHeadDim + 16;  // between packed rows: no power of two
-
-// Elements in a word.
-template <typename T>
-constexpr int kPerWord = 1;
-#if defined(__AVX512BF16__)
-template <>
-constexpr int kPerWord<BFloat16> = 2;
-#endif
-
-// sum + a * b, summed over the elements of each word.
-template <int kPer>
-LT_INLINE Vec multiply_add(Vec a, Vec b, Vec sum) {
-#if defined(__AVX512BF16__)
-  if constexpr (kPer == 2) return vec_dot_pairs(a, b, sum);
-#endif
-  return vec_fma(a, b, sum);
-}
-
-// sum[i][v] = the sum over k < depth of a[i * a_row + k * a_step] * b[k * b_step + v * kLanes ...].
-template <int kPer, int kVecs>
-LT_INLINE void multiply_panel(const float* a, int64_t a_row, int64_t a_step, const float* b,
-                              int64_t b_step, int64_t depth, Vec (&sum)[kPanel][kVecs]) {
-  LT_PANEL for (int v = 0; v < kVecs; ++v) sum[i][v] = vec_set(0);
-  for (int64_t k = 0; k < depth; ++k) {
-    Vec rows[kVecs];
-    for (int v = 0; v < kVecs; ++v) rows[v] = vec_load(b + k * b_step + v * Vec::kLanes);
-    LT_PANEL {
-      const Vec x = vec_set(a[i * a_row + k * a_step]);
-      for (int v = 0; v < kVecs; ++v) sum[i][v] = multiply_add<kPer>(x, rows[v], sum[i][v]);
-    }
-  }
-}
 
 // A tile's state. Row r of the tile is column r % kGroupRows of group r / kGroupRows; columns past
 // the last row compute on zeros.
 struct Tile {
-  alignas(64) float q[kTileFloats];  // words [groups, head_dim / kPerWord, kGroupRows]
-  alignas(64) float o[kTileFloats];  // [groups, head_dim, kGroupRows]
+  alignas(64) float q[kTileFloats];  // words [groups, padded_dim / kPerWord, kGroupRows]
+  alignas(64) float o[kTileFloats];  // [groups, padded_dim, kGroupRows]
   alignas(64) float largest[kTileRows];
   alignas(64) float sum[kTileRows];
   alignas(64) float slope[kTileRows];  // in bits
   alignas(64) float position[kTileRows];
   KeyRange seen[kTileRows];
   // Of the block of keys at hand: the bounds of what each row sees of it, its keys as words
-  // [kBlockKeys, kRowWords] and its values as words [kBlockKeys / kPerWord, kRowWords].
+  // [kTileKeys, kRowWords] and its values, see pack_values.
   alignas(64) float lowest[kTileRows];
   alignas(64) float highest[kTileRows];
-  alignas(64) float keys[kBlockKeys * kRowWords];
-  alignas(64) float values[kBlockKeys * kRowWords];
+  alignas(64) float keys[kTileKeys * kRowWords];
+  alignas(64) float values[kTileKeys * kRowWords];
   // The rows that are yet to be fetched, see look_ahead, and how many to fetch at a time.
   const void* ahead[2 * kTileRows];
   int num_ahead;
@@ -90,7 +48,7 @@ Tile& tile_of_thread() {
   return *tile;
 }
 
-// Keys [begin, end) of a block, multiples of kPanel, as one group of rows takes them.
+// Keys [begin, end) of a block, multiples of kSummed, as one group of rows takes them.
 struct Span {
   int begin;
   int end;
@@ -139,32 +97,6 @@ LT_INLINE void fetch_ahead(Tile& tile, int64_t row_bytes) {
   }
 }
 
-// scores[j] = dot product of key j of the block and the rows at row; largest takes them in.
-template <int kPer, int kVecs>
-LT_INLINE void score_block(Tile& tile, int row, Span span, int64_t depth, float factor,
-                           float* scores, float* largest) {
-  constexpr int64_t kDepth = 32 * kPer;  // summed by itself: long sums round less that way
-  const float* q = tile.q + row * depth;
-  for (int j = span.begin; j < span.end; j += kPanel) {
-    fetch_ahead(tile, depth * static_cast<int64_t>(sizeof(float)));
-    const float* keys = tile.keys + j * kRowWords;
-    Vec sum[kPanel][kVecs];
-    multiply_panel<kPer>(keys, kRowWords, 1, q, kGroupRows, smaller(kDepth, depth), sum);
-    for (int64_t c = kDepth; c < depth; c += kDepth) {
-      Vec part[kPanel][kVecs];
-      multiply_panel<kPer>(keys + c, kRowWords, 1, q + c * kGroupRows, kGroupRows,
-                           smaller(kDepth, depth - c), part);
-      LT_PANEL for (int v = 0; v < kVecs; ++v) sum[i][v] = sum[i][v] + part[i][v];
-    }
-    LT_PANEL for (int v = 0; v < kVecs; ++v) {
-      const Vec x = kPer > 1 ? sum[i][v] * vec_set(factor) : sum[i][v];
-      vec_store(scores + ((j + i) * kVecs + v) * Vec::kLanes, x);
-      float* most = largest + v * Vec::kLanes;
-      vec_store(most, vec_max(x, vec_load(most)));
-    }
-  }
-}
-
 // Rows [row, row + kVecs * kLanes) of the tile against span of the block of keys at first. Inlined
 // into the loop over blocks: by itself GCC spills rows behind the constants of exp2
 // (benchmarks/NOTES.md).
@@ -172,11 +104,15 @@ template <typename Source, int kVecs>
 LT_INLINE void add_block(const Source& source, Tile& tile, int row, int64_t first, Span span) {
   constexpr int kPer = kPerWord<typename Source::T>;
   constexpr int kColumns = kVecs * Vec::kLanes;
-  alignas(64) float scores[kBlockKeys * kColumns];
+  alignas(64) float scores[kTileKeys * kColumns];
   alignas(64) float largest[kColumns];
   std::memcpy(largest, tile.largest + row, sizeof largest);
-  score_block<kPer, kVecs>(tile, row, span, source.head_dim / kPer, dot_factor(source.rule), scores,
-                           largest);
+  const int64_t depth = padded_dim(source.head_dim) / kPer;
+  for (int j = span.begin; j < span.end; j += kStep) {
+    fetch_ahead(tile, depth * static_cast<int64_t>(sizeof(float)));
+    score_keys<kPer, kVecs>(tile.keys + j * kRowWords, tile.q + row * depth, depth,
+                            dot_factor(source.rule), scores + j * kColumns, largest);
+  }
   if (span.is_masked || source.rule.softcap > 0 || source.rule.has_alibi) {
     adjust_scores<Source, kVecs>(source, tile, row, first, span, scores, largest);
   }
@@ -205,57 +141,40 @@ LT_INLINE void add_block(const Source& source, Tile& tile, int row, int64_t firs
     vec_store(tile.sum + lane, vec_fma(vec_load(tile.sum + lane), scale[v], total));
   }
 
-  float* o = tile.o + row * source.head_dim;
-  for (int64_t c = 0; c < source.head_dim; c += kPanel) {
-    Vec sum[kPanel][kVecs];
-    multiply_panel<kPer>(tile.values + span.begin / kPer * kRowWords + c, 1, kRowWords,
-                         scores + span.begin / kPer * kColumns, kColumns,
-                         (span.end - span.begin) / kPer, sum);
-    LT_PANEL for (int v = 0; v < kVecs; ++v) {
-      float* to = o + (c + i) * kGroupRows + v * Vec::kLanes;
-      vec_store(to, vec_fma(vec_load(to), scale[v], sum[i][v]));
-    }
-  }
+  float* o = tile.o + row * padded_dim(source.head_dim);
+  add_values<kPer, kVecs>(tile.values, source.head_dim, span.begin, span.end, scores, scale, o);
 }
 
-// Elements or pairs of a row as words; no row is zeros.
+// Elements or pairs of a row as words, then zeros; no row is zeros.
 template <int kPer, typename T>
 void pack_words(const T* src, int64_t head_dim, float factor, float* words) {
+  const int64_t padded = padded_dim(head_dim);
   if (src == nullptr) {
-    for (int64_t c = 0; c < head_dim / kPer; ++c) words[c] = 0;
+    head_dim = 0;
   } else if constexpr (kPer == 1) {
     load_row(src, head_dim, factor, words, 0);
   } else {
     std::memcpy(words, src, static_cast<size_t>(head_dim) * sizeof(T));
   }
+  for (int64_t c = head_dim / kPer; c < padded / kPer; ++c) words[c] = 0;
 }
 
-// Keys and values of the block of keys at first; the rows beside them, to whole panels, are zeros.
+// Keys and values of the block of keys at first; the rows beside them that products take are zeros.
 template <typename Source>
 void pack_block(const Source& source, KeyRange block, int64_t first, Tile& tile) {
   using T = typename Source::T;
   constexpr int kPer = kPerWord<T>;
   const int begin = static_cast<int>(block.begin - first);
   const int end = static_cast<int>(block.end - first);
-  const int padded = static_cast<int>(round_up(end, kPanel));
-  const T* rows[kBlockKeys] = {};  // nullptr: zeros
+  const int from = begin - begin % kSummed;
+  const int to = static_cast<int>(round_up(end, kSummed));
+  const T* rows[kTileKeys] = {};  // nullptr: zeros
   source.find_keys(block, rows + begin);
-  for (int j = begin - begin % kPanel; j < padded; ++j) {
+  for (int j = from; j < to; ++j) {
     pack_words<kPer>(rows[j], source.head_dim, 1.0f, tile.keys + j * kRowWords);
   }
   source.find_values(block, rows + begin);
-  for (int j = begin - begin % kPanel; j < padded; j += kPer) {
-    float* words = tile.values + j / kPer * kRowWords;
-#if defined(__AVX512BF16__)
-    if constexpr (kPer == 2) {
-      static constexpr BFloat16 kZeros[kMaxHeadDim] = {};
-      vec_interleave(rows[j] ? rows[j] : kZeros, rows[j + 1] ? rows[j + 1] : kZeros,
-                     source.head_dim, words);
-      continue;
-    }
-#endif
-    pack_words<1>(rows[j], source.head_dim, 1.0f, words);
-  }
+  pack_values(rows, from, to, source.head_dim, tile.values);
 }
 
 // What the tile of rows from begin on fetches while it works on a block: the rows of keys, the
@@ -263,10 +182,10 @@ void pack_block(const Source& source, KeyRange block, int64_t first, Tile& tile)
 // as the block's panels of keys last: under a causal mask few groups of rows see them.
 template <typename Source>
 void look_ahead(const Source& source, KeyRange keys, int64_t begin, int num_rows, Tile& tile) {
-  static_assert(kBlockKeys <= kTileRows);  // ahead holds either
+  static_assert(kTileKeys <= kTileRows);  // ahead holds either
   int count = 0;
   if (keys.begin < keys.end) {
-    const typename Source::T* rows[2 * kBlockKeys];
+    const typename Source::T* rows[2 * kTileKeys];
     source.find_keys(keys, rows);
     source.find_values(keys, rows + (keys.end - keys.begin));
     for (; count < 2 * (keys.end - keys.begin); ++count) tile.ahead[count] = rows[count];
@@ -274,7 +193,7 @@ void look_ahead(const Source& source, KeyRange keys, int64_t begin, int num_rows
     for (int i = 0; i < tile.num_next; ++i) tile.ahead[count++] = tile.next_queries[i];
     for (int r = num_rows - 1; r >= 0; --r) tile.ahead[count++] = source.result(begin + r);
   }
-  const int64_t num_panels = ceil_div(num_rows, kGroupRows) * kBlockKeys / kPanel;
+  const int64_t num_panels = ceil_div(num_rows, kGroupRows) * kTileKeys / kStep;
   tile.num_ahead = count;
   tile.fetched_at_once = static_cast<int>(ceil_div(count, num_panels));
 }
@@ -282,7 +201,7 @@ void look_ahead(const Source& source, KeyRange keys, int64_t begin, int num_rows
 template <typename Source>
 void start_tile(const Source& source, int64_t begin, int num_rows, KeyRange keys, Tile& tile) {
   constexpr int kPer = kPerWord<typename Source::T>;
-  const int64_t depth = source.head_dim / kPer;
+  const int64_t depth = padded_dim(source.head_dim) / kPer;
   const auto num_columns = static_cast<int>(round_up(num_rows, Vec::kLanes));
   float* words = tile.keys;  // of a group's rows: no keys are here yet
   for (int row = 0; row < num_columns; row += kGroupRows) {
@@ -292,8 +211,9 @@ void start_tile(const Source& source, int64_t begin, int num_rows, KeyRange keys
                        source.head_dim, dot_factor(source.rule), words + i * kRowWords);
     }
     vec_transpose(words, kRowWords, height, depth, tile.q + row * depth, kGroupRows);
-    float* o = tile.o + row * source.head_dim;
-    std::memset(o, 0, static_cast<size_t>(kGroupRows * source.head_dim) * sizeof(float));
+    float* o = tile.o + row * padded_dim(source.head_dim);
+    std::memset(o, 0,
+                static_cast<size_t>(kGroupRows * padded_dim(source.head_dim)) * sizeof(float));
   }
   for (int r = 0; r < num_columns; ++r) {
     const float sink = r < num_rows ? source.sink(begin + r) : -INFINITY;
@@ -315,8 +235,8 @@ void finish_tile(const Source& source, int64_t begin, int num_rows, Tile& tile) 
   float* o = tile.keys;  // of a group's rows: no keys are needed any more
   for (int row = 0; row < num_rows; row += kGroupRows) {
     const auto height = static_cast<int>(smaller(kGroupRows, num_rows - row));
-    vec_transpose(tile.o + row * source.head_dim, kGroupRows, source.head_dim, kGroupRows, o,
-                  kRowWords);
+    vec_transpose(tile.o + row * padded_dim(source.head_dim), kGroupRows, source.head_dim,
+                  kGroupRows, o, kRowWords);
     for (int i = 0; i < height; ++i) {
       source.finish(begin + row + i, o + i * kRowWords, tile.largest[row + i], tile.sum[row + i]);
     }
@@ -324,31 +244,30 @@ void finish_tile(const Source& source, int64_t begin, int num_rows, Tile& tile) 
 }
 
 // Rows [begin, end) of a source, at most kTileRows. Blocks of keys start at multiples of
-// kBlockKeys, so that a row's result does not depend on the rows beside it.
+// kTileKeys, so that a row's result does not depend on the rows beside it.
 template <typename Source>
 void attend_tile(const Source& source, int64_t begin, int64_t end, Tile& tile) {
   const KeyRange keys = source.keys(begin, end);
   const int num_rows = static_cast<int>(end - begin);
   const int num_columns = static_cast<int>(round_up(num_rows, Vec::kLanes));
   start_tile(source, begin, num_rows, keys, tile);
-  for (int64_t first = keys.begin - keys.begin % kBlockKeys; first < keys.end;
-       first += kBlockKeys) {
-    const KeyRange block{larger(first, keys.begin), smaller(first + kBlockKeys, keys.end)};
+  for (int64_t first = keys.begin - keys.begin % kTileKeys; first < keys.end; first += kTileKeys) {
+    const KeyRange block{larger(first, keys.begin), smaller(first + kTileKeys, keys.end)};
     pack_block(source, block, first, tile);
-    look_ahead(source, {block.end, smaller(block.end + kBlockKeys, keys.end)}, begin, num_rows,
+    look_ahead(source, {block.end, smaller(block.end + kTileKeys, keys.end)}, begin, num_rows,
                tile);
     for (int row = 0; row < num_columns; row += kGroupRows) {
       const int last = static_cast<int>(smaller(row + kGroupRows, num_columns)) - 1;
       // Both bounds grow with the row.
-      const int low = clamp_to(tile.seen[row].begin - first, kBlockKeys);
-      const int high = clamp_to(tile.seen[last].end - first, kBlockKeys);
+      const int low = clamp_to(tile.seen[row].begin - first, kTileKeys);
+      const int high = clamp_to(tile.seen[last].end - first, kTileKeys);
       if (low >= high) continue;
-      Span span{low - low % kPanel, static_cast<int>(round_up(high, kPanel)), false};
+      Span span{low - low % kSummed, static_cast<int>(round_up(high, kSummed)), false};
       span.is_masked =
           tile.seen[last].begin - first > span.begin || tile.seen[row].end - first < span.end;
       for (int r = row; span.is_masked && r <= last; ++r) {
-        tile.lowest[r] = static_cast<float>(clamp_to(tile.seen[r].begin - first, kBlockKeys));
-        tile.highest[r] = static_cast<float>(clamp_to(tile.seen[r].end - first, kBlockKeys));
+        tile.lowest[r] = static_cast<float>(clamp_to(tile.seen[r].begin - first, kTileKeys));
+        tile.highest[r] = static_cast<float>(clamp_to(tile.seen[r].end - first, kTileKeys));
       }
       with_constant<kPanelVecs>(
           (last + 1 - row) / Vec::kLanes, [&](auto vecs) __attribute__((always_inline)) {
@@ -406,6 +325,9 @@ template <typename Params, typename RowsOf, typename SourceOf>
 void attend_tiles(const Tiled<Params>& tiles, int64_t begin, int64_t end, RowsOf rows_of,
                   SourceOf source_of) {
   Tile& tile = tile_of_thread();
+#if defined(__AMX_BF16__)
+  const AmxScope amx;
+#endif
   const auto index_of = [&](int64_t item) {
     return find_tile(item % tiles.num_tiles, tiles.p.batch,
                      [&](int64_t i) { return ceil_div(rows_of(i), tiles.tile_rows); });
@@ -441,8 +363,6 @@ void attend_tiles(const Tiled<Params>& tiles, int64_t begin, int64_t end, RowsOf
     index = next_index;
   }
 }
-
-#undef LT_PANEL
 
 }  // namespace
 }  // namespace LT_ISA

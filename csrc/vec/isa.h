@@ -5,6 +5,7 @@
 //   avx2        AVX2, FMA, F16C
 //   avx512      AVX-512 F/BW/VL/DQ/VNNI
 //   avx512bf16  and AVX-512 BF16: bfloat16 in csrc/attention/; the rest runs as avx512
+//   amx         and AMX BF16: likewise
 //
 // ISA files hold no std containers and no inline functions with linkage: the linker keeps one copy
 // of those, and if it is the AVX-512 one, older CPUs crash. So all of vec/ is `static inline`.
@@ -23,7 +24,7 @@
 
 namespace llamatelemetry {
 
-enum class Isa : int { kScalar, kAvx2, kAvx512, kAvx512Bf16 };
+enum class Isa : int { kScalar, kAvx2, kAvx512, kAvx512Bf16, kAmx };
 
 // The level in use: the best this CPU has, or LLAMATELEMETRY_CPU_ISA.
 Isa cpu_isa();
@@ -33,7 +34,7 @@ const char* cpu_isa_name();
 
 // Closes the file of a launcher that is defined in namespace llamatelemetry::LT_ISA: makes
 // llamatelemetry::launcher, which calls the chosen level's. LT_CPU_LAUNCHER_BF16 is for a file that
-// is compiled for avx512bf16 too.
+// is compiled for avx512bf16 and amx too.
 #if defined(LT_ISA_SCALAR) && defined(__x86_64__)
 #define LT_DECLARE_LAUNCHER(isa, launcher, Params)     \
   namespace llamatelemetry {                           \
@@ -41,27 +42,32 @@ const char* cpu_isa_name();
   Error launcher(const Params& params, Stream stream); \
   }                                                    \
   }
-#define LT_DEFINE_LAUNCHER(launcher, Params, avx512bf16_call)     \
-  LT_DECLARE_LAUNCHER(avx2, launcher, Params)                     \
-  LT_DECLARE_LAUNCHER(avx512, launcher, Params)                   \
-  namespace llamatelemetry {                                      \
-  Error launcher(const Params& params, Stream stream) {           \
-    switch (cpu_isa()) {                                          \
-      case Isa::kAvx512Bf16: return avx512bf16_call;              \
-      case Isa::kAvx512: return avx512::launcher(params, stream); \
-      case Isa::kAvx2: return avx2::launcher(params, stream);     \
-      case Isa::kScalar: break;                                   \
-    }                                                             \
-    return scalar::launcher(params, stream);                      \
-  }                                                               \
+#define LT_DEFINE_LAUNCHER(launcher, Params, avx512bf16_call, amx_call) \
+  LT_DECLARE_LAUNCHER(avx2, launcher, Params)                           \
+  LT_DECLARE_LAUNCHER(avx512, launcher, Params)                         \
+  namespace llamatelemetry {                                            \
+  Error launcher(const Params& params, Stream stream) {                 \
+    switch (cpu_isa()) {                                                \
+      case Isa::kAmx: return amx_call;                                  \
+      case Isa::kAvx512Bf16: return avx512bf16_call;                    \
+      case Isa::kAvx512: return avx512::launcher(params, stream);       \
+      case Isa::kAvx2: return avx2::launcher(params, stream);           \
+      case Isa::kScalar: break;                                         \
+    }                                                                   \
+    return scalar::launcher(params, stream);                            \
+  }                                                                     \
   }
-#define LT_CPU_LAUNCHER(launcher, Params) \
-  LT_DEFINE_LAUNCHER(launcher, Params, avx512::launcher(params, stream))
-#define LT_CPU_LAUNCHER_BF16(launcher, Params)                                               \
-  LT_DECLARE_LAUNCHER(avx512bf16, launcher, Params)                                          \
-  LT_DEFINE_LAUNCHER(launcher, Params,                                                       \
-                     params.dtype == DType::kBFloat16 ? avx512bf16::launcher(params, stream) \
-                                                      : avx512::launcher(params, stream))
+#define LT_CPU_LAUNCHER(launcher, Params)                                \
+  LT_DEFINE_LAUNCHER(launcher, Params, avx512::launcher(params, stream), \
+                     avx512::launcher(params, stream))
+#define LT_BF16_CALL(isa, launcher)                                \
+  params.dtype == DType::kBFloat16 ? isa::launcher(params, stream) \
+                                   : avx512::launcher(params, stream)
+#define LT_CPU_LAUNCHER_BF16(launcher, Params)                               \
+  LT_DECLARE_LAUNCHER(avx512bf16, launcher, Params)                          \
+  LT_DECLARE_LAUNCHER(amx, launcher, Params)                                 \
+  LT_DEFINE_LAUNCHER(launcher, Params, (LT_BF16_CALL(avx512bf16, launcher)), \
+                     (LT_BF16_CALL(amx, launcher)))
 #elif defined(LT_ISA_SCALAR)
 #define LT_CPU_LAUNCHER(launcher, Params)                                                          \
   namespace llamatelemetry {                                                                       \

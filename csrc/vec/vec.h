@@ -422,21 +422,69 @@ LT_INLINE Vec vec_exp2(Vec x) {
 #endif
 }
 
+#if defined(LT_ISA_AVX512)
+// to[c * to_stride + r] = from[r * from_stride + c] for r, c < 16.
+LT_INLINE void vec_transpose_16(const float* from, int64_t from_stride, float* to,
+                                int64_t to_stride) {
+  __m512 x[16], y[16];
+  for (int i = 0; i < 16; ++i) x[i] = _mm512_loadu_ps(from + i * from_stride);
+  for (int i = 0; i < 16; i += 2) {
+    y[i] = _mm512_unpacklo_ps(x[i], x[i + 1]);
+    y[i + 1] = _mm512_unpackhi_ps(x[i], x[i + 1]);
+  }
+  for (int i = 0; i < 16; i += 4) {  // x[i + j]: columns j, 4 + j, 8 + j, 12 + j of rows i to i + 3
+    x[i] = _mm512_shuffle_ps(y[i], y[i + 2], 0x44);
+    x[i + 1] = _mm512_shuffle_ps(y[i], y[i + 2], 0xee);
+    x[i + 2] = _mm512_shuffle_ps(y[i + 1], y[i + 3], 0x44);
+    x[i + 3] = _mm512_shuffle_ps(y[i + 1], y[i + 3], 0xee);
+  }
+  for (int j = 0; j < 4; ++j) {
+    const __m512 even_above = _mm512_shuffle_f32x4(x[j], x[4 + j], 0x88);
+    const __m512 odd_above = _mm512_shuffle_f32x4(x[j], x[4 + j], 0xdd);
+    const __m512 even_below = _mm512_shuffle_f32x4(x[8 + j], x[12 + j], 0x88);
+    const __m512 odd_below = _mm512_shuffle_f32x4(x[8 + j], x[12 + j], 0xdd);
+    float* column = to + j * to_stride;
+    _mm512_storeu_ps(column, _mm512_shuffle_f32x4(even_above, even_below, 0x88));
+    _mm512_storeu_ps(column + 4 * to_stride, _mm512_shuffle_f32x4(odd_above, odd_below, 0x88));
+    _mm512_storeu_ps(column + 8 * to_stride, _mm512_shuffle_f32x4(even_above, even_below, 0xdd));
+    _mm512_storeu_ps(column + 12 * to_stride, _mm512_shuffle_f32x4(odd_above, odd_below, 0xdd));
+  }
+}
+#endif
+
+LT_INLINE void vec_transpose_4(const float* from, int64_t from_stride, float* to,
+                               int64_t to_stride) {
+#if defined(LT_ISA_SCALAR)
+  for (int i = 0; i < 16; ++i) to[i / 4 * to_stride + i % 4] = from[i % 4 * from_stride + i / 4];
+#else
+  __m128 x[4];
+  for (int i = 0; i < 4; ++i) x[i] = _mm_loadu_ps(from + i * from_stride);
+  _MM_TRANSPOSE4_PS(x[0], x[1], x[2], x[3]);
+  for (int i = 0; i < 4; ++i) _mm_storeu_ps(to + i * to_stride, x[i]);
+#endif
+}
+
 // to[c * to_stride + r] = from[r * from_stride + c] for r < height, c < width, multiples of 4.
 LT_INLINE void vec_transpose(const float* from, int64_t from_stride, int64_t height, int64_t width,
                              float* to, int64_t to_stride) {
-  for (int64_t r = 0; r < height; r += 4) {
-    for (int64_t c = 0; c < width; c += 4) {
-#if defined(LT_ISA_SCALAR)
-      for (int i = 0; i < 16; ++i) {
-        to[(c + i / 4) * to_stride + r + i % 4] = from[(r + i % 4) * from_stride + c + i / 4];
+  int64_t r = 0;
+#if defined(LT_ISA_AVX512)
+  for (; r + 16 <= height; r += 16) {
+    int64_t c = 0;
+    for (; c + 16 <= width; c += 16) {
+      vec_transpose_16(from + r * from_stride + c, from_stride, to + c * to_stride + r, to_stride);
+    }
+    for (; c < width; c += 4) {
+      for (int i = 0; i < 16; i += 4) {
+        vec_transpose_4(from + (r + i) * from_stride + c, from_stride, to + c * to_stride + r + i,
+                        to_stride);
       }
-#else
-      __m128 x[4];
-      for (int i = 0; i < 4; ++i) x[i] = _mm_loadu_ps(from + (r + i) * from_stride + c);
-      _MM_TRANSPOSE4_PS(x[0], x[1], x[2], x[3]);
-      for (int i = 0; i < 4; ++i) _mm_storeu_ps(to + (c + i) * to_stride + r, x[i]);
+    }
+  }
 #endif
+  for (; r < height; r += 4) {
+    for (int64_t c = 0; c < width; c += 4) {
+      vec_transpose_4(from + r * from_stride + c, from_stride, to + c * to_stride + r, to_stride);
     }
   }
 }

@@ -16,7 +16,8 @@ FORBIDDEN = {
     "host": r"%[yz]mm|%xmm(1[6-9]|2\d|3[01])|%k[0-7]",
     "scalar": r"%[yz]mm|%xmm(1[6-9]|2\d|3[01])|%k[0-7]|\tv[a-z]",
     "avx2": r"%zmm|%[xy]mm(1[6-9]|2\d|3[01])|%k[0-7]",
-    "avx512": r"\tv(dpbf16|cvtne)",
+    "avx512": r"\tv(dpbf16|cvtne)|%tmm",
+    "avx512bf16": r"%tmm",
 }
 
 pytestmark = pytest.mark.skipif(

@@ -60,7 +60,7 @@ def test_torch_too_old(package):
 
 def test_unknown_cpu_level(package):
     message = imported(package, LLAMATELEMETRY_CPU_ISA="sse9")
-    assert "LLAMATELEMETRY_CPU_ISA must be scalar, avx2, avx512 or avx512bf16" in message
+    assert "LLAMATELEMETRY_CPU_ISA must be scalar, avx2, avx512, avx512bf16 or amx" in message
     assert "got 'sse9'" in message
 
 
