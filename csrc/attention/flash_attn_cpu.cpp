@@ -110,7 +110,8 @@ Error launch_flash_attn(const Params& p, Stream) {
     parallel_over<few_rows_body>("flash_attn",
                                  {p.batch * p.num_heads_kv, 100.0 + row_ns * num_rows}, p);
   } else {
-    const Tiled<Params> tiles = tiled(p, p.total_q * group_size(p), p.num_heads_kv);
+    const Tiled<Params> tiles =
+        tiled(p, p.seqlen_q * group_size(p), p.total_q * group_size(p), p.num_heads_kv);
     const Work work{tiles.num_items, 10000.0};
     parallel_over<many_rows_body>("flash_attn", work, tiles);
   }

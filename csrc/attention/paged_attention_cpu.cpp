@@ -175,7 +175,8 @@ Error launch_paged_attention(const Params& p, Stream) {
                     100.0 + keys * key_ns / static_cast<double>(p.num_splits)};
     parallel_over<few_rows_body>("paged_attention", work, p);
   } else {
-    const Tiled<Params> tiles = tiled(p, p.total_q * p.group_size, p.num_splits * p.num_heads_kv);
+    const Tiled<Params> tiles = tiled(p, p.max_seqlen_q * p.group_size, p.total_q * p.group_size,
+                                      p.num_splits * p.num_heads_kv);
     const Work work{tiles.num_items, 10000.0};
     parallel_over<many_rows_body>("paged_attention", work, tiles);
   }

@@ -25,7 +25,7 @@ constexpr int kPerWord<BFloat16> = 2;
 #if defined(__AMX_BF16__)
 
 constexpr int kTileRows = 768;  // at most: their q and o take 600 KB of cache
-constexpr int kTileKeys = 128;  // a block: o is read and written once for all of them
+constexpr int kTileKeys = 256;  // a block: o is read and written once for all of them
 constexpr int kStep = 16;       // keys, or elements of head_dim, of one product
 constexpr int kSummed = 32;     // what is summed comes in multiples of these
 constexpr int kValueWords = kTileKeys / 2;
@@ -67,24 +67,20 @@ LT_INLINE void score_keys(const float* keys, const float* q, int64_t depth, floa
   }
 }
 
-// o = o * scale + values . weights, of keys [begin, end). Each product is added beside the next.
+// o = o * scale + values . weights, of keys [begin, end).
 template <int kPer, int kVecs>
 LT_INLINE void add_values(const float* values, int64_t head_dim, int begin, int end,
                           const float* weights, const Vec (&scale)[kVecs], float* o) {
   constexpr int kColumns = kVecs * Vec::kLanes;
-  alignas(64) float sums[2][kStep * kColumns];
-  const auto product = [&](int64_t c) {
-    amx_product<kVecs>(values + c * kValueWords + begin / kPer, kValueWords,
-                       weights + begin / kPer * kColumns, kColumns, (end - begin) / kPer,
-                       sums[c / kStep % 2], kColumns);
-  };
-  product(0);
+  alignas(64) float sums[kStep * kColumns];
   for (int64_t c = 0; c < head_dim; c += kStep) {
-    if (c + kStep < head_dim) product(c + kStep);
+    amx_product<kVecs>(values + c * kValueWords + begin / kPer, kValueWords,
+                       weights + begin / kPer * kColumns, kColumns, (end - begin) / kPer, sums,
+                       kColumns);
     for (int i = 0; i < kStep; ++i) {
       for (int v = 0; v < kVecs; ++v) {
         float* to = o + (c + i) * kGroupRows + v * Vec::kLanes;
-        const Vec sum = vec_load(sums[c / kStep % 2] + i * kColumns + v * Vec::kLanes);
+        const Vec sum = vec_load(sums + i * kColumns + v * Vec::kLanes);
         vec_store(to, vec_fma(vec_load(to), scale[v], sum));
       }
     }

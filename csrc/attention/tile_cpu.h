@@ -34,6 +34,7 @@ struct Tile {
   alignas(64) float highest[kTileRows];
   alignas(64) float keys[kTileKeys * kRowWords];
   alignas(64) float values[kTileKeys * kRowWords];
+  alignas(64) float scores[kTileKeys * kGroupRows];  // of a group of rows, then its weights
   // The rows that are yet to be fetched, see look_ahead, and how many to fetch at a time.
   const void* ahead[2 * kTileRows];
   int num_ahead;
@@ -104,7 +105,7 @@ template <typename Source, int kVecs>
 LT_INLINE void add_block(const Source& source, Tile& tile, int row, int64_t first, Span span) {
   constexpr int kPer = kPerWord<typename Source::T>;
   constexpr int kColumns = kVecs * Vec::kLanes;
-  alignas(64) float scores[kTileKeys * kColumns];
+  float* scores = tile.scores;
   alignas(64) float largest[kColumns];
   std::memcpy(largest, tile.largest + row, sizeof largest);
   const int64_t depth = padded_dim(source.head_dim) / kPer;
@@ -289,13 +290,15 @@ struct Tiled {
   int64_t num_items;  // of all key heads
 };
 
-// Tiles as large as keep every thread busy; multiples of every level's kGroupRows.
+// Tiles as large as keep every thread busy, the longest sequence in equal parts; multiples of every
+// level's kGroupRows.
 template <typename Params>
-Tiled<Params> tiled(const Params& p, int64_t total_rows, int64_t num_heads) {
-  int64_t tile_rows = p.head_dim * kTileRows <= kTileFloats ? kTileRows : kTileRows / 2;
-  while (tile_rows > kLeastTileRows && total_rows * num_heads < 4 * num_threads() * tile_rows) {
-    tile_rows -= kTileRowStep;
-  }
+Tiled<Params> tiled(const Params& p, int64_t longest_rows, int64_t total_rows, int64_t num_heads) {
+  const int64_t most = p.head_dim * kTileRows <= kTileFloats ? kTileRows : kTileRows / 2;
+  const int64_t share = total_rows * num_heads / (4 * num_threads());
+  const int64_t num_parts = ceil_div(longest_rows, larger(smaller(share, most), kLeastTileRows));
+  const int64_t part = ceil_div(longest_rows, larger(num_parts, 1));
+  const int64_t tile_rows = smaller(round_up(larger(part, 1), kTileRowStep), most);
   const int64_t num_tiles = total_rows / tile_rows + p.batch;
   return {p, tile_rows, num_tiles, num_tiles * num_heads};
 }
