@@ -32,7 +32,7 @@ ISA_FLAGS = {  # the levels of csrc/vec/isa.h; gcc 12 warns inside its own AVX-5
     "avx2": f"-DLT_ISA=avx2 {AVX2}",
     "avx512": f"-DLT_ISA=avx512 {AVX2} {WIDE} -Wno-maybe-uninitialized",
     "avx512bf16": f"-DLT_ISA=avx512bf16 {AVX2} {WIDE} -mavx512bf16 -Wno-maybe-uninitialized",
-    "amx": f"-DLT_ISA=amx {AVX2} {WIDE} -mavx512bf16 -mamx-bf16 -Wno-maybe-uninitialized",
+    "amx": f"-DLT_ISA=amx -DLT_ISA_AMX {AVX2} {WIDE} -mavx512bf16 -mamx-bf16 -Wno-maybe-uninitialized",
 }
 if platform.machine() not in ("x86_64", "AMD64"):
     ISA_FLAGS = {"scalar": ""}

@@ -50,8 +50,8 @@ def load_libraries() -> ctypes.CDLL:
     forced = os.environ.get("LLAMATELEMETRY_CPU_ISA")
     if forced and forced != cpu.lt_cpu_isa().decode():
         raise ImportError(
-            "llamatelemetry: LLAMATELEMETRY_CPU_ISA must be scalar, avx2, avx512, avx512bf16 or amx, "
-            f"and no more than this CPU has ({cpu.lt_cpu_isa().decode()}), got {forced!r}"
+            "llamatelemetry: LLAMATELEMETRY_CPU_ISA must be scalar, avx2, avx512, avx512bf16 or "
+            f"amx, and no more than this CPU has ({cpu.lt_cpu_isa().decode()}), got {forced!r}"
         )
     return cpu
 
@@ -61,7 +61,7 @@ cuda_library = None if why_no_cuda_library() else ctypes.CDLL(str(library_path("
 
 
 def cpu_isa() -> str:
-    """The instruction set level that the CPU kernels use: scalar, avx2, avx512, avx512bf16 or amx."""
+    """The level of the CPU kernels: scalar, avx2, avx512, avx512bf16 or amx."""
     return cpu_library.lt_cpu_isa().decode()
 
 

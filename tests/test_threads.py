@@ -8,16 +8,30 @@ import torch
 from llamatelemetry import ops
 
 
-def flash_attn():
-    q, k, v = (torch.randn(2, 900, heads, 64) for heads in (4, 2, 2))
+def flash_attn(dtype=torch.float32):
+    q, k, v = (torch.randn(2, 900, heads, 64).to(dtype) for heads in (4, 2, 2))
     return lambda: ops.flash_attn(q, k, v, causal=True)[0]
 
 
-def paged_attention():
-    q, k, v = torch.randn(700, 4, 64), torch.randn(60, 16, 2, 64), torch.randn(60, 16, 2, 64)
+def flash_attn_bfloat16():
+    return flash_attn(torch.bfloat16)
+
+
+def flash_attn_of_infinity():
+    q, k, v = (torch.randn(1, 480, heads, 64).bfloat16() for heads in (5, 1, 1))
+    v[0, 150::39] = torch.inf  # 0 * infinity for rows that do not see it, but share products
+    return lambda: ops.flash_attn(q, k, v, causal=True)[0].nan_to_num(nan=1e30)
+
+
+def paged_attention(dtype=torch.float32):
+    q, k, v = (torch.randn(s).to(dtype) for s in [(700, 4, 64), (60, 16, 2, 64), (60, 16, 2, 64)])
     table = torch.randperm(60, dtype=torch.int32).view(2, 30)
     lengths, starts = (torch.tensor(x, dtype=torch.int32) for x in ([480, 300], [0, 450, 700]))
     return lambda: ops.paged_attention(q, k, v, table, lengths, starts, max_seqlen_q=450)[0]
+
+
+def paged_attention_bfloat16():
+    return paged_attention(torch.bfloat16)
 
 
 def quant_linear():
@@ -32,7 +46,18 @@ def softmax():
     return lambda: ops.softmax(x)
 
 
-@pytest.mark.parametrize("case", [flash_attn, paged_attention, quant_linear, softmax])
+CASES = [
+    flash_attn,
+    flash_attn_bfloat16,
+    flash_attn_of_infinity,
+    paged_attention,
+    paged_attention_bfloat16,
+    quant_linear,
+    softmax,
+]
+
+
+@pytest.mark.parametrize("case", CASES)
 def test_result_is_the_same_from_any_number_of_threads(case, set_threads):
     run = case()
     set_threads(1)

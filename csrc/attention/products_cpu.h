@@ -34,7 +34,7 @@ constexpr int kValueWords = kTileKeys / 2;
 constexpr int64_t padded_dim(int64_t head_dim) { return round_up(head_dim, kSummed); }
 
 // Values of keys [from, to) of a block as words [padded_dim, kValueWords]; no row is zeros. What is
-// past head_dim is not written: it goes to elements of o that are never read.
+// past head_dim is not written: it goes to elements of o that no result holds.
 template <typename T>
 void pack_values(const T* const* rows, int from, int to, int64_t head_dim, float* values) {
   static constexpr BFloat16 kZeros[kMaxHeadDim] = {};
@@ -53,6 +53,7 @@ void pack_values(const T* const* rows, int from, int to, int64_t head_dim, float
 template <int kPer, int kVecs>
 LT_INLINE void score_keys(const float* keys, const float* q, int64_t depth, float factor,
                           float* scores, float* largest) {
+  static_assert(kPer == 2);
   constexpr int kColumns = kVecs * Vec::kLanes;
   amx_product<kVecs>(keys, kRowWords, q, kGroupRows, depth, scores, kColumns);
   for (int v = 0; v < kVecs; ++v) {

@@ -160,21 +160,23 @@ void pack_words(const T* src, int64_t head_dim, float factor, float* words) {
   for (int64_t c = head_dim / kPer; c < padded / kPer; ++c) words[c] = 0;
 }
 
-// Keys and values of the block of keys at first; the rows beside them that products take are zeros.
+// Keys and values of the block of keys at first, and of those beside them that products take:
+// whatever the tile, those that any row of the source sees, so that 0 * infinity depends on no
+// other tile; the rest is zeros.
 template <typename Source>
 void pack_block(const Source& source, KeyRange block, int64_t first, Tile& tile) {
   using T = typename Source::T;
   constexpr int kPer = kPerWord<T>;
-  const int begin = static_cast<int>(block.begin - first);
-  const int end = static_cast<int>(block.end - first);
-  const int from = begin - begin % kSummed;
-  const int to = static_cast<int>(round_up(end, kSummed));
+  const KeyRange all{source.keys(0).begin, source.keys(source.num_rows() - 1).end};
+  const auto from = static_cast<int>((block.begin - first) / kSummed * kSummed);
+  const auto to = static_cast<int>(round_up(block.end - first, kSummed));
+  const KeyRange found{larger(first + from, all.begin), smaller(first + to, all.end)};
   const T* rows[kTileKeys] = {};  // nullptr: zeros
-  source.find_keys(block, rows + begin);
+  source.find_keys(found, rows + (found.begin - first));
   for (int j = from; j < to; ++j) {
     pack_words<kPer>(rows[j], source.head_dim, 1.0f, tile.keys + j * kRowWords);
   }
-  source.find_values(block, rows + begin);
+  source.find_values(found, rows + (found.begin - first));
   pack_values(rows, from, to, source.head_dim, tile.values);
 }
 
@@ -290,15 +292,16 @@ struct Tiled {
   int64_t num_items;  // of all key heads
 };
 
-// Tiles as large as keep every thread busy, the longest sequence in equal parts; multiples of every
-// level's kGroupRows.
+// Tiles as large as keep every thread busy, the longest sequence in parts about equal; multiples of
+// every level's kGroupRows.
 template <typename Params>
 Tiled<Params> tiled(const Params& p, int64_t longest_rows, int64_t total_rows, int64_t num_heads) {
   const int64_t most = p.head_dim * kTileRows <= kTileFloats ? kTileRows : kTileRows / 2;
   const int64_t share = total_rows * num_heads / (4 * num_threads());
-  const int64_t num_parts = ceil_div(longest_rows, larger(smaller(share, most), kLeastTileRows));
-  const int64_t part = ceil_div(longest_rows, larger(num_parts, 1));
-  const int64_t tile_rows = smaller(round_up(larger(part, 1), kTileRowStep), most);
+  const int64_t limit = larger(smaller(share, most) / kTileRowStep * kTileRowStep, kLeastTileRows);
+  const int64_t num_parts = larger(ceil_div(longest_rows, limit), 1);
+  const int64_t tile_rows =
+      larger(round_up(ceil_div(longest_rows, num_parts), kTileRowStep), kTileRowStep);
   const int64_t num_tiles = total_rows / tile_rows + p.batch;
   return {p, tile_rows, num_tiles, num_tiles * num_heads};
 }

@@ -8,9 +8,10 @@
 
 namespace llamatelemetry {
 namespace LT_ISA {
+namespace {
 
-// Sets this thread's tile registers up, all to full size. Others may use them before and after, as
-// oneDNN does.
+// Sets this thread's tile registers up, all to full size, whatever they were set to, and releases
+// them. oneDNN looks at what they are set to before it uses them.
 class AmxScope {
  public:
   AmxScope() {
@@ -70,7 +71,10 @@ LT_INLINE void amx_product(const float* a, int64_t a_row, const float* b, int64_
   if constexpr (kTiles > 2) amx_store<2>(product + 32, product_row);
 }
 
+}  // namespace
 }  // namespace LT_ISA
 }  // namespace llamatelemetry
 
+#elif defined(LT_ISA_AMX)
+#error "the level amx needs -mamx-bf16"
 #endif

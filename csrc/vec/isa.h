@@ -26,7 +26,7 @@ namespace llamatelemetry {
 
 enum class Isa : int { kScalar, kAvx2, kAvx512, kAvx512Bf16, kAmx };
 
-// The level in use: the best this CPU has, or LLAMATELEMETRY_CPU_ISA.
+// The level in use: the fastest on this CPU, or LLAMATELEMETRY_CPU_ISA.
 Isa cpu_isa();
 const char* cpu_isa_name();
 
