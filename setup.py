@@ -26,13 +26,16 @@ if os.environ.get("CI"):  # else not fatal: a user's newer compiler may have new
 LINK_FLAGS = "-shared -Wl,--no-as-needed -Wl,--exclude-libs,ALL"
 STUBS = ("stub/libtorch_cpu.so", "stub/libtorch_cuda.so")
 AVX2 = "-march=x86-64-v2 -mavx2 -mfma -mf16c"
-WIDE = "-Wno-uninitialized -mavx512bw -mavx512vl -mavx512dq -mavx512vnni -mprefer-vector-width=512"
+WIDE = (
+    "-mavx512bw -mavx512vl -mavx512dq -mavx512vnni -mprefer-vector-width=512"
+    " -Wno-uninitialized -Wno-maybe-uninitialized"
+)
 ISA_FLAGS = {  # the levels of csrc/vec/isa.h; gcc 12 warns inside its own AVX-512 headers
     "scalar": "-march=x86-64-v2",
     "avx2": f"-DLT_ISA=avx2 {AVX2}",
-    "avx512": f"-DLT_ISA=avx512 {AVX2} {WIDE} -Wno-maybe-uninitialized",
-    "avx512bf16": f"-DLT_ISA=avx512bf16 {AVX2} {WIDE} -mavx512bf16 -Wno-maybe-uninitialized",
-    "amx": f"-DLT_ISA=amx -DLT_ISA_AMX {AVX2} {WIDE} -mavx512bf16 -mamx-bf16 -Wno-maybe-uninitialized",
+    "avx512": f"-DLT_ISA=avx512 {AVX2} {WIDE}",
+    "avx512bf16": f"-DLT_ISA=avx512bf16 {AVX2} {WIDE} -mavx512bf16",
+    "amx": f"-DLT_ISA=amx -DLT_ISA_AMX {AVX2} {WIDE} -mavx512bf16 -mamx-bf16",
 }
 if platform.machine() not in ("x86_64", "AMD64"):
     ISA_FLAGS = {"scalar": ""}

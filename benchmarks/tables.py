@@ -41,10 +41,11 @@ def table(name: str, rows: list[harness.Row]) -> str:
     return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
 
 
-def caption(environment: dict) -> str:
+def caption(name: str, environment: dict) -> str:
     """One line that says where, with what and when."""
-    gpus = environment["gpus"]
-    where = gpus[0]["name"] if gpus else f"{environment['cpu']}, {environment['threads']} threads"
+    where = f"{environment['cpu']}, {environment['threads']} threads"
+    if name.endswith("-cuda"):
+        where = environment["gpus"][0]["name"]
     versions = ", ".join(
         f"{package} {version}"
         for package, version in environment["versions"].items()
@@ -60,7 +61,7 @@ def block(name: str, pattern: str | None) -> str:
         return "Not measured yet.\n"
     environment, rows = harness.load(path)
     rows = [row for row in rows if re.search(pattern or "", row.name)]
-    return f"\n{table(name, rows)}\n{caption(environment)}"
+    return f"\n{table(name, rows)}\n{caption(name, environment)}"
 
 
 def updated(text: str) -> str:
