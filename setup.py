@@ -26,16 +26,14 @@ if os.environ.get("CI"):  # else not fatal: a user's newer compiler may have new
 LINK_FLAGS = "-shared -Wl,--no-as-needed -Wl,--exclude-libs,ALL"
 STUBS = ("stub/libtorch_cpu.so", "stub/libtorch_cuda.so")
 AVX2 = "-march=x86-64-v2 -mavx2 -mfma -mf16c"
-WIDE = (
-    "-mavx512bw -mavx512vl -mavx512dq -mavx512vnni -mprefer-vector-width=512"
-    " -Wno-uninitialized -Wno-maybe-uninitialized"
-)
-ISA_FLAGS = {  # the levels of csrc/vec/isa.h; gcc 12 warns inside its own AVX-512 headers
+QUIET = "-Wno-uninitialized -Wno-maybe-uninitialized"  # gcc 12 warns inside its own headers
+WIDE = f"{AVX2} -mavx512bw -mavx512vl -mavx512dq -mavx512vnni -mprefer-vector-width=512 {QUIET}"
+ISA_FLAGS = {  # the levels of csrc/vec/isa.h
     "scalar": "-march=x86-64-v2",
     "avx2": f"-DLT_ISA=avx2 {AVX2}",
-    "avx512": f"-DLT_ISA=avx512 {AVX2} {WIDE}",
-    "avx512bf16": f"-DLT_ISA=avx512bf16 {AVX2} {WIDE} -mavx512bf16",
-    "amx": f"-DLT_ISA=amx -DLT_ISA_AMX {AVX2} {WIDE} -mavx512bf16 -mamx-bf16",
+    "avx512": f"-DLT_ISA=avx512 {WIDE}",
+    "avx512bf16": f"-DLT_ISA=avx512bf16 {WIDE} -mavx512bf16",
+    "amx": f"-DLT_ISA=amx -DLT_ISA_AMX {WIDE} -mavx512bf16 -mamx-bf16",
 }
 if platform.machine() not in ("x86_64", "AMD64"):
     ISA_FLAGS = {"scalar": ""}
@@ -88,7 +86,7 @@ def ninja_file(nvcc: str | None, archs: list[str]) -> str:
     cxx = os.environ.get("CXX", "g++")
     compile_rule = "-MD -MF $out.d $flags -c $in -o $out\n  depfile = $out.d\n  deps = gcc"
     text = [
-        f"rule cxx\n  command = {cxx} {compile_rule}",
+        f"rule cxx\n  command = {cxx} {CXX_FLAGS} {compile_rule}",
         f"rule nvcc\n  command = {nvcc} -Xcompiler=-fPIC,-fvisibility=hidden,-Wall {compile_rule}",
         # An empty library with torch's soname: the real one, of any version, fills in at load.
         f"rule stub\n  command = {cxx} -shared -x c++ /dev/null -Wl,-soname,$soname -o $out",
@@ -108,10 +106,10 @@ def ninja_file(nvcc: str | None, archs: list[str]) -> str:
                 objects[library].append(output)
 
     for pattern in ("schema.cpp", "common/*.cpp", "vec/*.cpp", "*/ops.cpp"):
-        add("cxx", "cpu", pattern, "host", f"{CXX_FLAGS} {torch_flags()}")
+        add("cxx", "cpu", pattern, "host", torch_flags())
     for level, flags in ISA_FLAGS.items():
-        room = "attention" if level in ("avx512bf16", "amx") else "*"
-        add("cxx", "cpu", f"{room}/*_cpu.cpp", level, f"{CXX_FLAGS} {flags}")
+        rooms = "attention" if "bf16" in flags else "*"
+        add("cxx", "cpu", f"{rooms}/*_cpu.cpp", level, flags)
     if nvcc:
         sm90 = "-DLT_SM90" if any(arch.startswith("9.0") for arch in archs) else ""
         add("nvcc", "cuda", "*/ops.cpp", "host", f"{NVCC_FLAGS} {sm90} {torch_flags()}")
@@ -142,9 +140,7 @@ class NinjaBuild(build_ext):
 
 
 class PlatformWheel(bdist_wheel):
-    """py3-none-<platform>: the libraries use no Python API, so every Python 3 loads them."""
-
-    def get_tag(self) -> tuple[str, str, str]:
+    def get_tag(self) -> tuple[str, str, str]:  # no Python API is used: every Python 3 loads it
         return "py3", "none", super().get_tag()[2]
 
 
