@@ -33,7 +33,7 @@ ISA_FLAGS = {  # the levels of csrc/vec/isa.h
     "avx2": f"-DLT_ISA=avx2 {AVX2}",
     "avx512": f"-DLT_ISA=avx512 {WIDE}",
     "avx512bf16": f"-DLT_ISA=avx512bf16 {WIDE} -mavx512bf16",
-    "amx": f"-DLT_ISA=amx -DLT_ISA_AMX {WIDE} -mavx512bf16 -mamx-bf16",
+    "amx": f"-DLT_ISA=amx -DLT_ISA_AMX {WIDE} -mavx512bf16 -mamx-tile -mamx-bf16",
 }
 if platform.machine() not in ("x86_64", "AMD64"):
     ISA_FLAGS = {"scalar": ""}

@@ -2,6 +2,8 @@
 // (Intel 64 and IA-32 Architectures Software Developer's Manual, volume 1, chapter 18)
 #pragma once
 
+#include <atomic>
+
 #include "vec/vec.h"
 
 #if defined(__AMX_BF16__)
@@ -10,65 +12,51 @@ namespace llamatelemetry {
 namespace LT_ISA {
 namespace {
 
+struct AmxConfig {
+  uint8_t palette = 1;
+  uint8_t start_row = 0;
+  uint8_t reserved[14] = {};
+  uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+  uint8_t num_rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+};
+alignas(64) constexpr AmxConfig kWholeTiles{};
+
 // Sets this thread's tile registers up, all to full size, whatever they were set to, and releases
 // them. oneDNN looks at what they are set to before it uses them.
 class AmxScope {
  public:
-  AmxScope() {
-    struct alignas(64) {
-      uint8_t palette = 1;
-      uint8_t start_row = 0;
-      uint8_t reserved[14] = {};
-      uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-      uint8_t num_rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-    } config;
-    asm volatile("ldtilecfg %0" ::"m"(config));
-  }
-  ~AmxScope() { asm volatile("tilerelease"); }
+  AmxScope() { _tile_loadconfig(&kWholeTiles); }
+  ~AmxScope() { _tile_release(); }
   AmxScope(const AmxScope&) = delete;
   AmxScope& operator=(const AmxScope&) = delete;
 };
 
-template <int kTile>
-LT_INLINE void amx_zero() {
-  asm volatile("tilezero %%tmm%c0" ::"i"(kTile));
-}
-// Rows row_words words apart.
-template <int kTile>
-LT_INLINE void amx_load(const float* words, int64_t row_words) {
-  asm volatile("tileloadd (%0,%1,4), %%tmm%c2" ::"r"(words), "r"(row_words), "i"(kTile) : "memory");
-}
-template <int kTile>
-LT_INLINE void amx_store(float* words, int64_t row_words) {
-  asm volatile("tilestored %%tmm%c2, (%0,%1,4)" ::"r"(words), "r"(row_words), "i"(kTile)
-               : "memory");
-}
-// sum[i][v] += the dot products of the pairs a[i][k] and b[k][v], over k.
-template <int kSum, int kA, int kB>
-LT_INLINE void amx_multiply_add() {
-  asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(kSum), "i"(kA), "i"(kB));
-}
-
 // product[i][v] = the dot products of a[i][k] and b[k][v], summed over k < depth, a multiple of 16;
-// of 16 rows i and kTiles <= 3 times 16 columns v. Words of a and b are pairs of bfloat16.
+// of 16 rows i and kTiles <= 3 times 16 columns v. Words of a and b are pairs of bfloat16, rows are
+// a_row, b_row and product_row words apart.
 template <int kTiles>
 LT_INLINE void amx_product(const float* a, int64_t a_row, const float* b, int64_t b_row,
                            int64_t depth, float* product, int64_t product_row) {
-  amx_zero<0>();
-  if constexpr (kTiles > 1) amx_zero<1>();
-  if constexpr (kTiles > 2) amx_zero<2>();
+  constexpr int64_t kWord = sizeof(float);
+  // GCC 12 does not know that loads of tiles read memory: what was stored must be there.
+  std::atomic_signal_fence(std::memory_order_seq_cst);
+  _tile_zero(0);
+  if constexpr (kTiles > 1) _tile_zero(1);
+  if constexpr (kTiles > 2) _tile_zero(2);
   for (int64_t k = 0; k < depth; k += 16) {
-    amx_load<3>(a + k, a_row);
-    amx_load<4>(b + k * b_row, b_row);
-    amx_multiply_add<0, 3, 4>();
-    if constexpr (kTiles > 1) amx_load<5>(b + k * b_row + 16, b_row);
-    if constexpr (kTiles > 1) amx_multiply_add<1, 3, 5>();
-    if constexpr (kTiles > 2) amx_load<6>(b + k * b_row + 32, b_row);
-    if constexpr (kTiles > 2) amx_multiply_add<2, 3, 6>();
+    _tile_loadd(3, a + k, a_row * kWord);
+    _tile_loadd(4, b + k * b_row, b_row * kWord);
+    _tile_dpbf16ps(0, 3, 4);
+    if constexpr (kTiles > 1) _tile_loadd(5, b + k * b_row + 16, b_row * kWord);
+    if constexpr (kTiles > 1) _tile_dpbf16ps(1, 3, 5);
+    if constexpr (kTiles > 2) _tile_loadd(6, b + k * b_row + 32, b_row * kWord);
+    if constexpr (kTiles > 2) _tile_dpbf16ps(2, 3, 6);
   }
-  amx_store<0>(product, product_row);
-  if constexpr (kTiles > 1) amx_store<1>(product + 16, product_row);
-  if constexpr (kTiles > 2) amx_store<2>(product + 32, product_row);
+  _tile_stored(0, product, product_row * kWord);
+  if constexpr (kTiles > 1) _tile_stored(1, product + 16, product_row * kWord);
+  if constexpr (kTiles > 2) _tile_stored(2, product + 32, product_row * kWord);
+  // Nor may stores that come after overtake a load.
+  std::atomic_signal_fence(std::memory_order_seq_cst);
 }
 
 }  // namespace
@@ -76,5 +64,5 @@ LT_INLINE void amx_product(const float* a, int64_t a_row, const float* b, int64_
 }  // namespace llamatelemetry
 
 #elif defined(LT_ISA_AMX)
-#error "the level amx needs -mamx-bf16"
+#error "the level amx needs -mamx-tile and -mamx-bf16"
 #endif
