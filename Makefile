@@ -25,7 +25,7 @@ INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check --no-bui
 HAS_TORCH := import torch; assert tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 10)
 # A venv sees the base Python's packages only; this line in a .pth shows it an active venv's too.
 SEE_PACKAGES := import site; print("import site;", *(f"site.addsitedir({p!r});" for p in site.getsitepackages()))
-LOWER_LEVELS := from llamatelemetry import _library; print(*_library.lower_cpu_isas())
+LOWER_LEVELS := from llamatelemetry._native import library; print(*library.lower_cpu_isas())
 
 .PHONY: demo test lint bench wheel clean build
 .SILENT:

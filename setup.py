@@ -28,7 +28,7 @@ STUBS = ("stub/libtorch_cpu.so", "stub/libtorch_cuda.so")
 AVX2 = "-march=x86-64-v2 -mavx2 -mfma -mf16c"
 QUIET = "-Wno-uninitialized -Wno-maybe-uninitialized"  # gcc 12 warns inside its own headers
 WIDE = f"{AVX2} -mavx512bw -mavx512vl -mavx512dq -mavx512vnni -mprefer-vector-width=512 {QUIET}"
-ISA_FLAGS = {  # the levels of csrc/vec/isa.h
+ISA_FLAGS = {  # the levels of csrc/cpu/isa.h
     "scalar": "-march=x86-64-v2",
     "avx2": f"-DLT_ISA=avx2 {AVX2}",
     "avx512": f"-DLT_ISA=avx512 {WIDE}",
@@ -105,15 +105,15 @@ def ninja_file(nvcc: str | None, archs: list[str]) -> str:
                 text.append(f"build {output}: {rule} ../../{source}\n  flags = {flags} {device}")
                 objects[library].append(output)
 
-    for pattern in ("schema.cpp", "common/*.cpp", "vec/*.cpp", "*/ops.cpp"):
+    for pattern in ("schema.cpp", "common/*.cpp", "cpu/*.cpp", "*/ops*.cpp"):
         add("cxx", "cpu", pattern, "host", torch_flags())
     for level, flags in ISA_FLAGS.items():
         rooms = "attention" if "bf16" in flags else "*"
-        add("cxx", "cpu", f"{rooms}/*_cpu.cpp", level, flags)
+        add("cxx", "cpu", f"{rooms}/**/*_cpu.cpp", level, flags)
     if nvcc:
         sm90 = "-DLT_SM90" if any(arch.startswith("9.0") for arch in archs) else ""
-        add("nvcc", "cuda", "*/ops.cpp", "host", f"{NVCC_FLAGS} {sm90} {torch_flags()}")
-        add("nvcc", "cuda", "*/*.cu", "device", f"{NVCC_FLAGS} {sm90}")
+        add("nvcc", "cuda", "*/ops*.cpp", "host", f"{NVCC_FLAGS} {sm90} {torch_flags()}")
+        add("nvcc", "cuda", "**/*.cu", "device", f"{NVCC_FLAGS} {sm90}")
     for library in ["cpu", "cuda"] if nvcc else ["cpu"]:
         inputs = " ".join([*objects[library], "|", *STUBS])
         text.append(f"build libllamatelemetry_{library}.so: link_{library} {inputs}")

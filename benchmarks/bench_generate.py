@@ -17,8 +17,8 @@ import torch
 
 from llamatelemetry.inference.engine import InferenceEngine
 from llamatelemetry.inference.sampling import GREEDY
-from llamatelemetry.models.dense import load_dense
-from llamatelemetry.models.loading import find_model, load_model
+from llamatelemetry.loading.dense import load_dense
+from llamatelemetry.loading.find import find_model, load_model
 
 PROMPT_TOKENS = NEW_TOKENS = 128
 TEXT = (

@@ -16,8 +16,8 @@ from typing import Any
 import harness
 import torch
 
-from llamatelemetry.models.dense import load_dense
-from llamatelemetry.models.loading import find_model, load_model
+from llamatelemetry.loading.dense import load_dense
+from llamatelemetry.loading.find import find_model, load_model
 from llamatelemetry.models.patching import patch
 
 

@@ -17,7 +17,7 @@ from rich.table import Table
 
 from llamatelemetry.inference.engine import InferenceEngine
 from llamatelemetry.inference.sampling import GREEDY
-from llamatelemetry.models.loading import find_model, load_model
+from llamatelemetry.loading.find import find_model, load_model
 
 STEPS = 60
 

@@ -1,5 +1,5 @@
 // Every op of the package, grouped by the room that holds it. Tensor(a!) is written in place.
-#include "common/stable.h"
+#include "binding/stable.h"
 
 // clang-format off: one op a line
 STABLE_TORCH_LIBRARY(llamatelemetry, m) {

@@ -2,6 +2,6 @@
 
 import sys
 
-from llamatelemetry.cli import main
+from llamatelemetry.cli.main import main
 
 sys.exit(main())

@@ -62,7 +62,7 @@ def _seeded():
 
 @pytest.fixture(scope="session", autouse=True)
 def _forced_level_is_used():
-    from llamatelemetry import _library
+    from llamatelemetry._native import library
 
     forced = os.environ.get("LLAMATELEMETRY_CPU_ISA")
-    assert forced in (None, _library.cpu_isa())
+    assert forced in (None, library.cpu_isa())

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from models.gguf_models import write_model
+from gguf_models import write_model
 
-from llamatelemetry.cli import main
+from llamatelemetry.cli.main import main
 from llamatelemetry.inference import generation
 
 

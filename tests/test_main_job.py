@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from llamatelemetry.inference.sampling import GREEDY
-from llamatelemetry.models.dense import load_dense
-from llamatelemetry.models.loading import ModelFileError, find_model, load_model
+from llamatelemetry.loading.dense import load_dense
+from llamatelemetry.loading.find import ModelFileError, find_model, load_model
 
 NEW_TOKENS = 64
 CLOSE = 1e-2

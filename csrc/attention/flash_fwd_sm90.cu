@@ -3,7 +3,7 @@
 #include "attention/flash_fwd.h"
 #include "attention/flash_sm90_params.h"
 #include "common/device.h"
-#include "tile/overlap.cuh"
+#include "tile/dependent_launch.cuh"
 
 namespace llamatelemetry {
 

@@ -18,10 +18,11 @@
 #include "attention/flash_sm90_store.cuh"
 #include "attention/flash_sm90_tile.cuh"
 #include "common/dtype.h"
+#include "ptx/dependent_launch.cuh"
 #include "ptx/mma.cuh"
 #include "ptx/tma.cuh"
 #include "ptx/wgmma.cuh"
-#include "tile/overlap.cuh"
+#include "tile/dependent_launch.cuh"
 
 namespace llamatelemetry {
 

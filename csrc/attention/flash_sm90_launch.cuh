@@ -10,7 +10,7 @@
 
 #include "attention/flash_fwd_sm90.cuh"
 #include "common/device.h"
-#include "tile/overlap.cuh"
+#include "tile/dependent_launch.cuh"
 
 namespace llamatelemetry {
 

@@ -7,7 +7,7 @@
 #include "attention/flash_sm90_schedule.cuh"
 #include "attention/params.h"
 #include "common/dtype.h"
-#include "ptx.cuh"
+#include "ptx/math.cuh"
 #include "tile/convert.cuh"
 
 namespace llamatelemetry {

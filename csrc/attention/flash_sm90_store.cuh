@@ -5,6 +5,7 @@
 
 #include "attention/flash_sm90_softmax.cuh"
 #include "attention/flash_sm90_tile.cuh"
+#include "ptx/math.cuh"
 #include "ptx/mma.cuh"
 #include "ptx/tma.cuh"
 

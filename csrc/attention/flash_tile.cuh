@@ -9,7 +9,7 @@
 #include <cstdint>
 
 #include "attention/params.h"
-#include "ptx.cuh"
+#include "ptx/math.cuh"
 #include "ptx/mma.cuh"
 #include "tile/convert.cuh"
 #include "tile/kernel_entry.cuh"

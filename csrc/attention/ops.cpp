@@ -5,7 +5,7 @@
 #include <utility>
 
 #include "attention/params.h"
-#include "common/checks.h"
+#include "binding/checks.h"
 #include "common/device.h"
 
 namespace llamatelemetry {

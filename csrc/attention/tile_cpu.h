@@ -7,7 +7,7 @@
 #include <memory>
 
 #include "attention/products_cpu.h"
-#include "common/parallel.h"
+#include "cpu/parallel.h"
 
 namespace llamatelemetry {
 namespace LT_ISA {

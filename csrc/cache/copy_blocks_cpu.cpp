@@ -2,8 +2,8 @@
 #include <cstring>
 
 #include "cache/params.h"
-#include "common/parallel.h"
-#include "vec/isa.h"
+#include "cpu/isa.h"
+#include "cpu/parallel.h"
 
 namespace llamatelemetry {
 namespace LT_ISA {

@@ -1,8 +1,8 @@
 // Cache writes: checks and Params, compiled once for each library.
 #include <utility>
 
+#include "binding/checks.h"
 #include "cache/params.h"
-#include "common/checks.h"
 
 namespace llamatelemetry {
 namespace {

@@ -5,8 +5,8 @@
 
 #include <cstdint>
 
-#include "tile/four.cuh"
-#include "tile/quant_decode.cuh"
+#include "format/decode.cuh"
+#include "tile/vector.cuh"
 
 namespace llamatelemetry {
 

@@ -2,7 +2,7 @@
 #include <optional>
 #include <vector>
 
-#include "common/quant_checks.h"
+#include "format/checks.h"
 #include "gemm/params.h"
 
 namespace llamatelemetry {

@@ -10,7 +10,7 @@ namespace llamatelemetry {
 
 struct QuantLinearParams {
   const void* x;          // [m, k], rows x_row_stride elements apart
-  const uint8_t* packed;  // [n, k] of format in tiles, common/quant_layout.h
+  const uint8_t* packed;  // [n, k] of format in tiles, format/layout.h
   const void* bias;       // [n] or null
   void* out;              // [m, n], contiguous
   void* workspace;        // quant_linear_workspace_bytes

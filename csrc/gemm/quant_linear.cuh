@@ -1,4 +1,4 @@
-// out[m, :] = x[m, :] · Wᵀ + bias, W [n, k] packed (common/quant_layout.h). Each weight is decoded
+// out[m, :] = x[m, :] · Wᵀ + bias, W [n, k] packed (format/layout.h). Each weight is decoded
 // once for up to kMaxRows rows of x, in registers, to the float32 that dequantize gives; products
 // and sums are float32, whatever the dtype of x.
 // Bound by reading W for few rows, by arithmetic for many. A block makes the 16 columns of one tile
@@ -9,10 +9,10 @@
 
 #include <cstdint>
 
+#include "format/decode.cuh"
 #include "gemm/params.h"
-#include "tile/four.cuh"
-#include "tile/quant_decode.cuh"
 #include "tile/reduce.cuh"
+#include "tile/vector.cuh"
 
 namespace llamatelemetry {
 

@@ -12,9 +12,9 @@
 // One token is bound by reading W, once and in order. From a few tokens on the dot products bound
 // it: tokens go in panels of kMaxPanel, whose sums stay in registers while a block of W, decoded
 // once, meets all tokens of the panel.
-#include "common/parallel.h"
+#include "cpu/parallel.h"
+#include "format/decode_cpu.h"
 #include "gemm/params.h"
-#include "vec/packed_block.h"
 
 namespace llamatelemetry {
 namespace LT_ISA {

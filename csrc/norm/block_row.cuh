@@ -5,7 +5,8 @@
 #include <cstdint>
 
 #include "common/int_menu.h"
-#include "tile/overlap.cuh"
+#include "ptx/dependent_launch.cuh"
+#include "tile/dependent_launch.cuh"
 #include "tile/reduce.cuh"
 #include "tile/vector.cuh"
 

@@ -1,7 +1,7 @@
 // out[r, i] = activation(x[r, i]) * x[r, row_size + i], the activation rounded to T before the
 // product, as act_fn(gate) * up rounds it. An item is a run of kItemSize columns of one row, so
 // that a single wide row keeps several cores busy.
-#include "common/parallel.h"
+#include "cpu/parallel.h"
 #include "norm/params.h"
 #include "vec/rows.h"
 

@@ -10,6 +10,7 @@
 
 #include "norm/block_row.cuh"
 #include "norm/params.h"
+#include "ptx/math.cuh"
 
 namespace llamatelemetry {
 

@@ -2,7 +2,7 @@
 // The mean is that of the distances from a first mean, which a long sum may have put beside it; the
 // variance is the mean of squared distances from the mean, each in a pass over L1: no cancellation,
 // whatever the mean. One item per token. All in float, rounded once, as torch does.
-#include "common/parallel.h"
+#include "cpu/parallel.h"
 #include "norm/params.h"
 #include "vec/rows.h"
 

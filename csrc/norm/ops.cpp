@@ -1,7 +1,7 @@
 // Row ops: checks, allocation and Params, compiled once for each library.
 #include <optional>
 
-#include "common/checks.h"
+#include "binding/checks.h"
 #include "norm/params.h"
 
 namespace llamatelemetry {

@@ -2,7 +2,7 @@
 // and the same of residual[t, :] += x[t, :], where there is a residual.
 // Bandwidth bound: a row is read from memory once and from L1 the second time. One item per token.
 // Normalises in float, rounds to T, multiplies by the weight in T: the roundings of transformers.
-#include "common/parallel.h"
+#include "cpu/parallel.h"
 #include "norm/params.h"
 #include "vec/rows.h"
 

@@ -6,7 +6,7 @@
 #pragma once
 
 #include "norm/params.h"
-#include "tile/overlap.cuh"
+#include "tile/dependent_launch.cuh"
 #include "tile/vector.cuh"
 
 namespace llamatelemetry {

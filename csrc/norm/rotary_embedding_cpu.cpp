@@ -2,7 +2,7 @@
 // for the heads of q and k, in place. rotate_half gives (-x[i + half], x[i]) for halves and
 // (-x[i + 1], x[i]) for interleaved pairs. Rounds each product to T, then the sum, as transformers
 // does. One item per token: its row of cos and sin serves every head from L1.
-#include "common/parallel.h"
+#include "cpu/parallel.h"
 #include "norm/params.h"
 #include "vec/rows.h"
 

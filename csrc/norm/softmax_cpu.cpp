@@ -1,7 +1,7 @@
 // out[r, :] = exp(y - max(y)) / sum(exp(y - max(y))) with y = x[r, :] / temperature, in float.
 // Bound by exp, which out keeps between the passes if it holds floats; else it is computed twice.
 // One item per row. A NaN, an inf or nothing but -inf gives NaN in the whole row and in no other.
-#include "common/parallel.h"
+#include "cpu/parallel.h"
 #include "norm/params.h"
 #include "vec/rows.h"
 

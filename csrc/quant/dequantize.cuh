@@ -1,4 +1,4 @@
-// out[i] = (d * scale) * code[i] - m * minimum, from GGUF blocks in place (quant/gguf_blocks.h).
+// out[i] = (d * scale) * code[i] - m * minimum, from GGUF blocks in place (format/gguf.h).
 // Bandwidth bound by what it writes: a thread decodes four consecutive weights and stores them as
 // one word; neighbouring threads share the bytes of a block in L1.
 // Grid [blocks that hold num_quads threads], block kNumThreads.
@@ -6,8 +6,8 @@
 
 #include <cstdint>
 
-#include "quant/gguf_blocks.h"
-#include "tile/four.cuh"
+#include "format/gguf.h"
+#include "tile/vector.cuh"
 
 namespace llamatelemetry {
 

@@ -1,7 +1,7 @@
-// out[i] = (d * scale) * code[i] - m * minimum, from GGUF blocks in place (quant/gguf_blocks.h).
+// out[i] = (d * scale) * code[i] - m * minimum, from GGUF blocks in place (format/gguf.h).
 // Bound by decoding the codes; one item per block. Computed in float, rounded once to T.
-#include "common/parallel.h"
-#include "quant/gguf_blocks.h"
+#include "cpu/parallel.h"
+#include "format/gguf.h"
 #include "quant/params.h"
 #include "vec/vec.h"
 

@@ -1,7 +1,7 @@
 // Whole tensors of packed weights: checks, allocation and Params, compiled once for each library.
 #include <vector>
 
-#include "common/quant_checks.h"
+#include "format/checks.h"
 #include "quant/params.h"
 
 namespace llamatelemetry {

@@ -5,7 +5,7 @@
 
 #include "common/backend.h"
 #include "common/dtype.h"
-#include "common/quant_layout.h"
+#include "format/layout.h"
 
 namespace llamatelemetry {
 

@@ -5,9 +5,9 @@
 
 #include <cstdint>
 
+#include "format/decode.cuh"
 #include "quant/params.h"
-#include "tile/four.cuh"
-#include "tile/quant_decode.cuh"
+#include "tile/vector.cuh"
 
 namespace llamatelemetry {
 

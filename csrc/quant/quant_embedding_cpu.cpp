@@ -1,9 +1,9 @@
 // out[i, :] = W[ids[i], :] of packed W [n, k]; zeros for an id outside [0, n).
 // A packed row shares its cache lines with the 15 others of its tile, so the tile is decoded whole.
 // One item per id.
-#include "common/parallel.h"
+#include "cpu/parallel.h"
+#include "format/decode_cpu.h"
 #include "quant/params.h"
-#include "vec/packed_block.h"
 
 namespace llamatelemetry {
 namespace LT_ISA {

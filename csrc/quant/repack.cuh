@@ -1,4 +1,4 @@
-// repack: GGUF rows into tiles of 16 rows (common/quant_layout.h); unpack: the exact inverse.
+// repack: GGUF rows into tiles of 16 rows (format/layout.h); unpack: the exact inverse.
 // Runs once per weight, so it is kept plain: a thread moves one block of one row, whose bytes L1
 // holds; 16 threads together read or write whole sectors of the tile.
 // Grid [blocks that hold a thread per row and block, rows padded to whole tiles], block

@@ -1,8 +1,8 @@
-// repack: GGUF rows into tiles of 16 rows (common/quant_layout.h); unpack: the exact inverse.
+// repack: GGUF rows into tiles of 16 rows (format/layout.h); unpack: the exact inverse.
 // Bandwidth bound: 16 input streams, one output stream. One item per tile.
 #include <cstring>
 
-#include "common/parallel.h"
+#include "cpu/parallel.h"
 #include "quant/params.h"
 #include "vec/vec.h"
 

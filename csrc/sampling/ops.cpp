@@ -1,5 +1,5 @@
 // Sampling: checks, allocation and Params, compiled once for each library.
-#include "common/checks.h"
+#include "binding/checks.h"
 #include "sampling/params.h"
 
 namespace llamatelemetry {

@@ -17,7 +17,7 @@
 #include <cstdint>
 
 #include "sampling/sample_row.cuh"
-#include "tile/overlap.cuh"
+#include "tile/dependent_launch.cuh"
 
 namespace llamatelemetry {
 

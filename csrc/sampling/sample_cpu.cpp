@@ -7,7 +7,7 @@
 //   sample_maxima   item = segment: largest logit of every group
 //   sample_weights  item = segment: weight of the segment, where a row needs the total of all
 //   tokens sample_tokens   item = row: gather, filter, draw
-#include "common/parallel.h"
+#include "cpu/parallel.h"
 #include "sampling/row.h"
 #include "vec/vec.h"
 

@@ -6,7 +6,7 @@
 
 #include "sampling/block_select.cuh"
 #include "sampling/row.h"
-#include "tile/four.cuh"
+#include "tile/vector.cuh"
 
 namespace llamatelemetry {
 

@@ -7,7 +7,7 @@
 #include <cstring>
 
 #include "common/dtype.h"
-#include "vec/isa.h"
+#include "cpu/isa.h"
 
 #if !defined(LT_ISA_SCALAR)
 #include <immintrin.h>

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from llamatelemetry.inference.recording import Recording, RecordingError
 from llamatelemetry.inference.sampling import GREEDY, SamplingParams, sampling_tensors
-from llamatelemetry.models.attention import StepState
+from llamatelemetry.models.hf_attention import StepState
 from llamatelemetry.models.patching import forward_tokens, rope_tables
 
 _log = logging.getLogger("llamatelemetry")

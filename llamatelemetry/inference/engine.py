@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from llamatelemetry.inference.generation import TokenGenerator
 from llamatelemetry.inference.sampling import GREEDY, SamplingParams
 from llamatelemetry.inference.text_stream import TextStream
-from llamatelemetry.models.loading import LoadedModel
+from llamatelemetry.loading.find import LoadedModel
 from llamatelemetry.models.patching import patch
 
 

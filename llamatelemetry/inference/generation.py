@@ -10,7 +10,7 @@ from torch import Tensor
 
 from llamatelemetry.inference.decode_step import PAGE_SIZE, DecodeStep
 from llamatelemetry.inference.sampling import SamplingParams
-from llamatelemetry.models.attention import StepState
+from llamatelemetry.models.hf_attention import StepState
 from llamatelemetry.models.patching import forward_tokens
 
 # Prompt tokens in one forward, by device: bounds the activations.

@@ -8,9 +8,9 @@ from typing import Any
 
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from llamatelemetry import _library
+from llamatelemetry._native import library
 
-_lib = _library.cpu_library
+_lib = library.cpu_library
 _lib.lt_recording_begin.restype = ctypes.c_void_p
 _lib.lt_recording_end.restype = ctypes.c_int64
 _lib.lt_recording_replay.argtypes = [ctypes.c_void_p, ctypes.POINTER(ctypes.c_int64)]

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llamatelemetry.models.attention import StepState
+from llamatelemetry.models.hf_attention import StepState
 from llamatelemetry.models.layers import Attention, Family, number_of
 
 _fused_add_rms_norm = torch.ops.llamatelemetry.fused_add_rms_norm_.default

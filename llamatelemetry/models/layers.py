@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from llamatelemetry.models.attention import StepState
-from llamatelemetry.models.linear import merge_linears, merge_runs, unmerge_linears
+from llamatelemetry.models.hf_attention import StepState
+from llamatelemetry.models.merge import merge_linears, merge_runs, unmerge_linears
 from llamatelemetry.ops import _contract  # noqa: F401  (loads the library)
 
 _ops = torch.ops.llamatelemetry

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llamatelemetry.models.attention import NAME, StepState, register
 from llamatelemetry.models.decoder import Block, Decoder, rope_tables
+from llamatelemetry.models.hf_attention import NAME, StepState, register
 from llamatelemetry.models.layers import Attention, DecoderLayer, Family, GatedMlp, Piece, RmsNorm
 from llamatelemetry.models.probe import disagreement, likeness
 

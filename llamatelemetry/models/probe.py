@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llamatelemetry.models.attention import NAME
+from llamatelemetry.models.hf_attention import NAME
+from llamatelemetry.models.hf_masks import dense_mask
 from llamatelemetry.models.layers import Attention, DecoderLayer, Piece
-from llamatelemetry.models.linear import in_more_bits
-from llamatelemetry.models.masks import dense_mask
+from llamatelemetry.models.merge import in_more_bits
 
 _BATCH, _SEQLEN = 2, 9
 

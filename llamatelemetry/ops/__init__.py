@@ -1,8 +1,8 @@
 """Typed wrappers of torch.ops.llamatelemetry, a module a room; reference.py is their semantics."""
 
-from llamatelemetry.ops._formats import QuantFormat
 from llamatelemetry.ops.attention import flash_attn, flash_attn_varlen, paged_attention
 from llamatelemetry.ops.cache import append_kv_, copy_blocks_
+from llamatelemetry.ops.formats import QuantFormat
 from llamatelemetry.ops.gemm import quant_linear
 from llamatelemetry.ops.norm import (
     fused_add_rms_norm_,

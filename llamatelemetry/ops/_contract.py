@@ -8,9 +8,9 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from llamatelemetry import _kernels
+from llamatelemetry._native import kernels
 
-assert _kernels.op_names()  # importing it loads the libraries and so defines the ops
+assert kernels.op_names()  # importing it loads the libraries and so defines the ops
 
 _Fake = TypeVar("_Fake", bound=Callable[..., object])
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from llamatelemetry.ops._contract import inference_only, register_fake
-from llamatelemetry.ops._flash_backends import flash_backend_number
+from llamatelemetry.ops.backends import flash_backend_number
 
 
 def flash_attn(

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from llamatelemetry.ops._contract import inference_only, register_fake
-from llamatelemetry.ops._formats import format_number
+from llamatelemetry.ops.formats import format_number
 
 
 def quant_linear(

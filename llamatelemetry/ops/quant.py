@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from llamatelemetry.ops._contract import register_fake
-from llamatelemetry.ops._formats import GGUF_BLOCKS, TILE_ROWS, QuantFormat, format_number
+from llamatelemetry.ops.formats import GGUF_BLOCKS, TILE_ROWS, QuantFormat, format_number
 
 
 def dequantize(data: Tensor, format: int | str, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -37,7 +37,7 @@ def repack(data: Tensor, format: int | str) -> Tensor:
     format:  a QuantFormat, its name or its GGML type number
     Returns: [ceil(n / 16), 16 * row_bytes] uint8; rows past n are zero
     Raises:  RuntimeError naming the argument, the rule and the value
-    Source:  csrc/common/quant_layout.h
+    Source:  csrc/format/layout.h
     """
     return torch.ops.llamatelemetry.repack.default(data, format_number(format))
 
@@ -56,7 +56,7 @@ def unpack(packed: Tensor, format: int | str, n: int, k: int) -> Tensor:
     n, k:    rows and weights of a row
     Returns: [n, row_bytes] uint8
     Raises:  RuntimeError naming the argument, the rule and the value
-    Source:  csrc/common/quant_layout.h
+    Source:  csrc/format/layout.h
     """
     return torch.ops.llamatelemetry.unpack.default(packed, format_number(format), n, k)
 
@@ -83,7 +83,7 @@ def quant_embedding(
     dtype:   float32, float16 or bfloat16
     Returns: [*ids.shape, k] of dtype; float32 equals dequantize bit for bit
     Raises:  RuntimeError naming the argument, the rule and the value
-    Source:  csrc/common/quant_layout.h
+    Source:  csrc/format/layout.h
     """
     return torch.ops.llamatelemetry.quant_embedding.default(
         ids, packed, format_number(format), n, k, dtype

@@ -8,12 +8,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from llamatelemetry.ops._attention_reference import (  # noqa: F401
+from llamatelemetry.ops.formats import GGUF_BLOCKS, TILE_ROWS
+from llamatelemetry.ops.reference_attention import (  # noqa: F401
     flash_attn,
     flash_attn_varlen,
     paged_attention,
 )
-from llamatelemetry.ops._formats import GGUF_BLOCKS, TILE_ROWS
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -137,7 +137,7 @@ def copy_blocks_(k_cache: Tensor, v_cache: Tensor, block_pairs: Tensor) -> None:
             v_cache[dst] = v_cache[src]
 
 
-# GGUF fields in packed order: (offset, bytes) in a block, see csrc/common/quant_layout.h.
+# GGUF fields in packed order: (offset, bytes) in a block, see csrc/format/layout.h.
 _PACKED_FIELDS = {
     2: [(2, 16), (0, 2)],
     3: [(4, 16), (0, 2), (2, 2)],

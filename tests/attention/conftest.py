@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from llamatelemetry.ops._flash_backends import FLASH_BACKENDS
+from llamatelemetry.ops.backends import FLASH_BACKENDS
 
 
 def pytest_generate_tests(metafunc):

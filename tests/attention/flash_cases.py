@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from llamatelemetry.ops import flash_attn, flash_attn_varlen, reference
-from llamatelemetry.ops._flash_backends import flash_why_not
+from llamatelemetry.ops.backends import flash_why_not
 
 OPTIONS = {
     "full": {},

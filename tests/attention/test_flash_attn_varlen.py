@@ -18,7 +18,7 @@ from op_checks import assert_compiles, assert_refuses, assert_replays, run_opche
 from tolerance import assert_within_2x
 
 from llamatelemetry.ops import flash_attn, flash_attn_varlen, reference
-from llamatelemetry.ops._flash_backends import flash_choice
+from llamatelemetry.ops.backends import flash_choice
 
 LENGTHS = [
     [(5, 5), (0, 7), (130, 130), (7, 0), (1, 300), (0, 0), (64, 64)],

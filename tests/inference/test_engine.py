@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from models.gguf_models import write_model
+from gguf_models import write_model
 
 from llamatelemetry.inference import generation
 from llamatelemetry.inference.engine import InferenceEngine
 from llamatelemetry.inference.sampling import GREEDY, SamplingParams
-from llamatelemetry.models.loading import load_model
+from llamatelemetry.loading.find import load_model
 from llamatelemetry.models.patching import patch, unpatch
 
 PROMPTS = [[5, 9, 2], [7], [11, 3, 8, 1, 40, 22, 17, 6, 30]]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from models.families import FAMILIES, VOCAB, PackedRun, tiny_model
+from families import FAMILIES, VOCAB, PackedRun, tiny_model
 from tolerance import assert_within_2x
 
 from llamatelemetry.models.patching import forward_tokens, patch, rope_tables

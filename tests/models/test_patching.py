@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from models.families import FAMILIES, LAYERS, VOCAB, OpCounter, PackedRun, tiny_model
+from families import FAMILIES, LAYERS, VOCAB, OpCounter, PackedRun, tiny_model
 from tolerance import assert_within_2x
 from torch.testing import assert_close
 from transformers import DynamicCache, StaticCache

@@ -6,11 +6,11 @@ import copy
 
 import pytest
 import torch
-from models.families import FAMILIES, LAYERS, VOCAB, OpCounter, PackedRun, quantise_, tiny_model
+from families import FAMILIES, LAYERS, VOCAB, OpCounter, PackedRun, quantise_, tiny_model
 from tolerance import assert_within_2x
 
 from llamatelemetry.inference.recording import Recording
-from llamatelemetry.models.linear import in_more_bits
+from llamatelemetry.models.merge import in_more_bits
 from llamatelemetry.models.patching import forward_tokens, patch, unpatch
 
 # Q and K alike, V and MLP not: what can be merged is, the rest runs one by one.

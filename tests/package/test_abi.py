@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from llamatelemetry._library import library_path
+from llamatelemetry._native.library import library_path
 
 LIBRARIES = [path for path in map(library_path, ("cpu", "cuda")) if path.exists()]
 FLOOR = (2, 10)

@@ -8,8 +8,10 @@ import sys
 import pytest
 import torch
 
-from llamatelemetry import _build_info, _kernels, _library, doctor, machine
-from llamatelemetry.cli import main
+from llamatelemetry import _build_info, machine
+from llamatelemetry._native import kernels, library
+from llamatelemetry.cli import doctor
+from llamatelemetry.cli.main import main
 
 H200 = {"name": "NVIDIA H200", "capability": "9.0", "memory": "139 GiB"}
 
@@ -22,8 +24,8 @@ def gpu(monkeypatch):
         monkeypatch.setattr(machine, "gpus", lambda: [H200 | {"capability": capability}])
 
     monkeypatch.setattr(_build_info, "CUDA_ARCHS", ["7.5", "8.0", "9.0+PTX"])
-    monkeypatch.setattr(_library, "why_no_cuda_library", lambda: None)
-    monkeypatch.setattr(_kernels, "without_cuda", {"softmax": "it has a CPU kernel only"})
+    monkeypatch.setattr(library, "why_no_cuda_library", lambda: None)
+    monkeypatch.setattr(kernels, "without_cuda", {"softmax": "it has a CPU kernel only"})
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     return put
@@ -52,8 +54,8 @@ def test_cuda_code_without_ptx():
 def test_json(capsys):
     assert main(["doctor", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert found["ops"].keys() == set(_kernels.op_names())
-    assert found["ops"]["rms_norm"]["cpu"] == found["build"]["cpu_level"] == _library.cpu_isa()
+    assert found["ops"].keys() == set(kernels.op_names())
+    assert found["ops"]["rms_norm"]["cpu"] == found["build"]["cpu_level"] == library.cpu_isa()
     assert found["machine"]["versions"]["torch"] == torch.__version__
     if not torch.cuda.is_available():
         assert all(kernel["cuda"].startswith("none: ") for kernel in found["ops"].values())
@@ -80,7 +82,7 @@ def test_text(rich_installed, monkeypatch, capsys):
         monkeypatch.setitem(sys.modules, "rich.box", None)
     assert main(["doctor"]) == 0
     text = capsys.readouterr().out
-    for op in _kernels.op_names():
+    for op in kernels.op_names():
         assert op in text
-    assert _library.cpu_isa() in text
+    assert library.cpu_isa() in text
     assert torch.__version__ in text

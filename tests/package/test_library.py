@@ -12,9 +12,9 @@ import pytest
 import torch
 from op_checks import op_of
 
-from llamatelemetry import _kernels, _library
+from llamatelemetry._native import kernels, library
 
-PACKAGE = Path(_library.__file__).parent
+PACKAGE = Path(library.__file__).parent
 
 
 @pytest.fixture
@@ -64,9 +64,9 @@ def test_unknown_cpu_level(package):
     assert "got 'sse9'" in message
 
 
-@pytest.mark.parametrize("level", _library.lower_cpu_isas())
+@pytest.mark.parametrize("level", library.lower_cpu_isas())
 def test_lower_cpu_level(package, level):
-    code = "from llamatelemetry import _library; print(_library.cpu_isa())"
+    code = "from llamatelemetry._native import library; print(library.cpu_isa())"
     assert imported(package, code, LLAMATELEMETRY_CPU_ISA=level) == level
 
 
@@ -86,7 +86,7 @@ def test_without_the_cuda_library(package):
 
 @pytest.mark.skipif(torch.version.cuda is not None, reason="this torch has CUDA")
 def test_cuda_call_under_a_cpu_torch():
-    assert _kernels.without_cuda.keys() == set(_kernels.op_names())
+    assert kernels.without_cuda.keys() == set(kernels.op_names())
     key = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
     x = torch.randn(2, 8)
     with pytest.raises(RuntimeError, match=r"^rms_norm: tensors must .*this torch has no CUDA$"):
@@ -95,4 +95,4 @@ def test_cuda_call_under_a_cpu_torch():
 
 @pytest.mark.gpu
 def test_every_op_has_a_cuda_kernel():
-    assert _kernels.without_cuda == {}
+    assert kernels.without_cuda == {}

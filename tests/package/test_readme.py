@@ -16,7 +16,7 @@ EXAMPLES = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 def test_example_runs(number, capsys):
     code = EXAMPLES[number]
     if 'load_model("smollm2")' in code:
-        loading = pytest.importorskip("llamatelemetry.models.loading")
+        loading = pytest.importorskip("llamatelemetry.loading.find")
         try:
             loading.find_model("smollm2")
         except loading.ModelFileError as error:

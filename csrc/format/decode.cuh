@@ -1,0 +1,161 @@
+// Decodes packed weights (format/layout.h) into float, exactly as dequantize does.
+#pragma once
+
+#include <cstdint>
+
+#include "format/layout.h"
+#include "tile/convert.cuh"
+
+namespace llamatelemetry {
+
+// The same unit of kRows consecutive rows: one load of 2 * kRows or 4 * kRows bytes.
+template <typename Unit, int kRows>
+struct alignas(sizeof(Unit) * kRows) RowUnits {
+  Unit row[kRows];
+};
+
+template <typename Unit, int kRows>
+__device__ inline RowUnits<Unit, kRows> load_row_units(const uint8_t* field, int unit, int row) {
+  const auto* units = reinterpret_cast<const Unit*>(field) + kTileRows * unit + row;
+  return *reinterpret_cast<const RowUnits<Unit, kRows>*>(units);
+}
+
+// Byte i of codes, minus offset: the byte becomes the low end of the mantissa of 2^23.
+__device__ inline float byte_to_float(uint32_t codes, int i, int offset) {
+  const float shifted = __uint_as_float(__byte_perm(codes, 0x4b000000, 0x7650 + i));
+  return shifted - static_cast<float>(0x800000 + offset);
+}
+
+// Word `word` of the quants of a packed block, for rows row .. row + kRows - 1: kParts groups of
+// four consecutive weights in each row, whose first one is first_weight(word, part) of its block.
+template <int kFormat, int kRows>
+class PackedWord {
+  static constexpr bool kQ8 = kFormat == kQ8_0;
+  static constexpr bool kFifthInOneWord = kFormat == kQ5_0 || kFormat == kQ5_1;
+  static constexpr bool kFiveBitsK = kFormat == kQ5_K;
+  static constexpr bool kSixBits = kFormat == kQ6_K;
+  static constexpr bool kSixBitScales = kFormat == kQ4_K || kFiveBitsK;
+  static constexpr bool kHasMin = quant_layout(kFormat).min.bytes > 0;
+  static constexpr int kQuants = quant_layout(kFormat).quants.packed;
+  static constexpr int kHighBits = quant_layout(kFormat).high_bits.packed;
+  static constexpr int kSubScales = quant_layout(kFormat).sub_scales.packed;
+  static constexpr int kScale = quant_layout(kFormat).scale.packed;
+  static constexpr int kMin = quant_layout(kFormat).min.packed;
+  static constexpr int kOffset = kFormat == kQ4_0   ? 8
+                                 : kFormat == kQ5_0 ? 16
+                                 : kSixBits         ? 32
+                                 : kQ8              ? 128  // int8 with its sign bit flipped
+                                                    : 0;
+
+ public:
+  static constexpr int kBlockSize = quant_layout(kFormat).block_size;
+  static constexpr int kPackedBytes = kTileRows * quant_layout(kFormat).block_bytes;
+  static constexpr int kWordsPerBlock = quant_layout(kFormat).quants.bytes / 4;
+  static constexpr int kParts = kQ8 ? 1 : 2;
+
+  static __device__ int first_weight(int word, int part) {
+    if constexpr (kQ8) return 4 * word;
+    if constexpr (kBlockSize == 32) return 4 * word + 16 * part;
+    return 32 * sub_block(word, part) + 4 * (word % 8);
+  }
+
+  __device__ PackedWord(const uint8_t* block, int word, int row) : word_(word) {
+    quants_ = load_row_units<uint32_t, kRows>(block + kQuants, word, row);
+    if constexpr (kFifthInOneWord) {
+      high_bits_ = load_row_units<uint32_t, kRows>(block + kHighBits, 0, row);
+    } else if constexpr (kFiveBitsK) {
+      high_bits_ = load_row_units<uint32_t, kRows>(block + kHighBits, word % 8, row);
+    } else if constexpr (kSixBits) {
+      high_bits_ =
+          load_row_units<uint32_t, kRows>(block + kHighBits, word / 16 * 8 + word % 8, row);
+    }
+    const auto scale = load_row_units<uint16_t, kRows>(block + kScale, 0, row);
+    RowUnits<uint16_t, kRows> min;
+    if constexpr (kHasMin) min = load_row_units<uint16_t, kRows>(block + kMin, 0, row);
+#pragma unroll
+    for (int part = 0; part < kParts; ++part) {
+      int scale_factor[kRows], min_factor[kRows];
+      sub_scales(block, row, part, scale_factor, min_factor);
+#pragma unroll
+      for (int r = 0; r < kRows; ++r) {
+        scale_[part][r] = half_bits_to_float(scale.row[r]) * static_cast<float>(scale_factor[r]);
+        if constexpr (kHasMin) {
+          min_[part][r] = half_bits_to_float(min.row[r]) * static_cast<float>(min_factor[r]);
+        }
+      }
+    }
+  }
+
+  // weights[i] = scale * code[i] - min for the four weights of a group. The product is exact.
+  __device__ void decode(int part, int r, float (&weights)[4]) const {
+    const uint32_t codes = this->codes(part, r);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const float product = scale_[part][r] * byte_to_float(codes, i, kOffset);
+      weights[i] = kHasMin ? product - min_[part][r] : product;
+    }
+  }
+
+ private:
+  // K formats: the sub-block of 32 weights that a part of a word belongs to.
+  static __device__ int sub_block(int word, int part) {
+    if constexpr (kSixBits) return word / 16 * 4 + word / 8 % 2 + 2 * part;
+    return word / 8 * 2 + part;
+  }
+
+  // The integers that scale and min of the block are multiplied with.
+  __device__ void sub_scales(const uint8_t* block, int row, int part, int (&scale)[kRows],
+                             int (&min)[kRows]) const {
+    if constexpr (kSixBitScales) {
+      const int sub = sub_block(word_, part);
+      const int shift = 8 * (sub % 4);
+      const auto a = load_row_units<uint32_t, kRows>(block + kSubScales, 0, row);
+      const auto b = load_row_units<uint32_t, kRows>(block + kSubScales, 1, row);
+      const auto c = load_row_units<uint32_t, kRows>(block + kSubScales, 2, row);
+#pragma unroll
+      for (int r = 0; r < kRows; ++r) {
+        const uint32_t low = a.row[r] >> shift, low_min = b.row[r] >> shift;
+        const uint32_t high = c.row[r] >> shift;
+        scale[r] = sub < 4 ? low & 0x3f : (high & 0x0f) | (low >> 2 & 0x30);
+        min[r] = sub < 4 ? low_min & 0x3f : (high >> 4 & 0x0f) | (low_min >> 2 & 0x30);
+      }
+    } else if constexpr (kSixBits) {
+      const int sixteen = 2 * sub_block(word_, part) + word_ % 8 / 4;
+      const auto words = load_row_units<uint32_t, kRows>(block + kSubScales, sixteen / 4, row);
+#pragma unroll
+      for (int r = 0; r < kRows; ++r) {
+        scale[r] = static_cast<int8_t>(words.row[r] >> (8 * (sixteen % 4)));
+      }
+    } else {
+#pragma unroll
+      for (int r = 0; r < kRows; ++r) {
+        scale[r] = 1;
+        min[r] = -1;  // these formats add their minimum
+      }
+    }
+  }
+
+  // The codes of a group, one in each byte.
+  __device__ uint32_t codes(int part, int r) const {
+    const uint32_t quants = quants_.row[r];
+    if constexpr (kQ8) return quants ^ 0x80808080;
+    const uint32_t nibbles = quants >> (4 * part) & 0x0f0f0f0f;
+    if constexpr (kFifthInOneWord) {
+      return nibbles | (high_bits_.row[r] >> (word_ + 4 * part) & 0x01010101) << 4;
+    } else if constexpr (kFiveBitsK) {
+      return nibbles | (high_bits_.row[r] >> sub_block(word_, part) & 0x01010101) << 4;
+    } else if constexpr (kSixBits) {
+      const int plane = sub_block(word_, part) % 4;
+      return nibbles | (high_bits_.row[r] >> (2 * plane) & 0x03030303) << 4;
+    }
+    return nibbles;
+  }
+
+  int word_;
+  RowUnits<uint32_t, kRows> quants_;
+  RowUnits<uint32_t, kRows> high_bits_;
+  float scale_[kParts][kRows];
+  float min_[kParts][kRows];
+};
+
+}  // namespace llamatelemetry

@@ -1,0 +1,206 @@
+// The 16 rows of a packed tile side by side: Words hold one 32-bit word of each row (four codes, or
+// one integer sum), Floats one float of each. A register of AVX-512, two of AVX2, four of SSE.
+#pragma once
+
+#include "format/layout.h"
+#include "vec/vec.h"
+
+namespace llamatelemetry {
+namespace LT_ISA {
+
+constexpr int kParts = kTileRows / Vec::kLanes;
+#define LT_PARTS _Pragma("GCC unroll 4") for (int i = 0; i < kParts; ++i)
+
+struct Floats {
+  Vec v[kParts];
+};
+
+LT_INLINE Floats floats_set(float x) {
+  Floats r;
+  LT_PARTS r.v[i] = vec_set(x);
+  return r;
+}
+template <typename T>
+LT_INLINE Floats floats_load(const T* p) {
+  Floats r;
+  LT_PARTS r.v[i] = vec_load(p + i * Vec::kLanes);
+  return r;
+}
+template <typename T>
+LT_INLINE void floats_store(T* p, Floats x) {
+  LT_PARTS vec_store(p + i * Vec::kLanes, x.v[i]);
+}
+LT_INLINE Floats operator+(Floats a, Floats b) {
+  LT_PARTS a.v[i] = a.v[i] + b.v[i];
+  return a;
+}
+LT_INLINE Floats operator-(Floats a, Floats b) {
+  LT_PARTS a.v[i] = a.v[i] - b.v[i];
+  return a;
+}
+LT_INLINE Floats operator*(Floats a, Floats b) {
+  LT_PARTS a.v[i] = a.v[i] * b.v[i];
+  return a;
+}
+LT_INLINE Floats floats_fma(Floats a, Floats b, Floats c) {
+  LT_PARTS a.v[i] = vec_fma(a.v[i], b.v[i], c.v[i]);
+  return a;
+}
+
+// One register of words, per level: load, bit operations, sign-extended byte, conversion to float.
+// dot_part<kBits>(sum, codes, quad): sum + the dot product of the four unsigned codes of kBits bits
+// of each row with the four signed bytes of quad, less kDotSubtracts<kBits> * (quad's sum).
+#if defined(LT_ISA_AVX512)
+
+using WordPart = __m512i;
+template <int kBits>
+constexpr int kDotSubtracts = 0;
+
+LT_INLINE WordPart part_load(const uint8_t* p) { return _mm512_loadu_si512(p); }
+LT_INLINE WordPart part_set(int32_t x) { return _mm512_set1_epi32(x); }
+LT_INLINE WordPart part_and(WordPart a, WordPart b) { return _mm512_and_si512(a, b); }
+LT_INLINE WordPart part_or(WordPart a, WordPart b) { return _mm512_or_si512(a, b); }
+LT_INLINE WordPart part_xor(WordPart a, WordPart b) { return _mm512_xor_si512(a, b); }
+LT_INLINE WordPart part_shift_right(WordPart a, int n) {
+  return _mm512_srlv_epi32(a, _mm512_set1_epi32(n));
+}
+LT_INLINE WordPart part_shift_left(WordPart a, int n) {
+  return _mm512_sllv_epi32(a, _mm512_set1_epi32(n));
+}
+LT_INLINE WordPart part_signed_byte(WordPart a, int byte) {
+  return _mm512_srai_epi32(part_shift_left(a, 24 - 8 * byte), 24);
+}
+LT_INLINE Vec part_to_float(WordPart a) { return {_mm512_cvtepi32_ps(a)}; }
+template <int kBits>
+LT_INLINE WordPart dot_part(WordPart sum, WordPart codes, int32_t quad) {
+  return _mm512_dpbusd_epi32(sum, codes, _mm512_set1_epi32(quad));
+}
+
+#elif defined(LT_ISA_AVX2)
+
+using WordPart = __m256i;
+// maddubs saturates for codes of 8 bits, so they go signed: |code - 128| times quad with its sign.
+template <int kBits>
+constexpr int kDotSubtracts = kBits == 8 ? 128 : 0;
+
+LT_INLINE WordPart part_load(const uint8_t* p) {
+  return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+}
+LT_INLINE WordPart part_set(int32_t x) { return _mm256_set1_epi32(x); }
+LT_INLINE WordPart part_and(WordPart a, WordPart b) { return _mm256_and_si256(a, b); }
+LT_INLINE WordPart part_or(WordPart a, WordPart b) { return _mm256_or_si256(a, b); }
+LT_INLINE WordPart part_xor(WordPart a, WordPart b) { return _mm256_xor_si256(a, b); }
+LT_INLINE WordPart part_shift_right(WordPart a, int n) {
+  return _mm256_srlv_epi32(a, _mm256_set1_epi32(n));
+}
+LT_INLINE WordPart part_shift_left(WordPart a, int n) {
+  return _mm256_sllv_epi32(a, _mm256_set1_epi32(n));
+}
+LT_INLINE WordPart part_signed_byte(WordPart a, int byte) {
+  return _mm256_srai_epi32(part_shift_left(a, 24 - 8 * byte), 24);
+}
+LT_INLINE Vec part_to_float(WordPart a) { return {_mm256_cvtepi32_ps(a)}; }
+template <int kBits>
+LT_INLINE WordPart dot_part(WordPart sum, WordPart codes, int32_t quad) {
+  __m256i bytes = _mm256_set1_epi32(quad);
+  if constexpr (kBits == 8) {
+    const __m256i signed_codes = _mm256_xor_si256(codes, _mm256_set1_epi8(-128));
+    bytes = _mm256_sign_epi8(bytes, signed_codes);
+    codes = _mm256_abs_epi8(signed_codes);
+  }
+  const __m256i pairs = _mm256_maddubs_epi16(codes, bytes);
+  return _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+}
+
+#else
+
+typedef uint32_t WordPart __attribute__((vector_size(Vec::kLanes * sizeof(uint32_t))));
+typedef int32_t SignedPart __attribute__((vector_size(Vec::kLanes * sizeof(int32_t))));
+template <int kBits>
+constexpr int kDotSubtracts = 0;
+
+LT_INLINE WordPart part_load(const uint8_t* p) {
+  WordPart r;
+  std::memcpy(&r, p, sizeof r);
+  return r;
+}
+LT_INLINE WordPart part_set(int32_t x) { return WordPart{} + static_cast<uint32_t>(x); }
+LT_INLINE WordPart part_and(WordPart a, WordPart b) { return a & b; }
+LT_INLINE WordPart part_or(WordPart a, WordPart b) { return a | b; }
+LT_INLINE WordPart part_xor(WordPart a, WordPart b) { return a ^ b; }
+LT_INLINE WordPart part_shift_right(WordPart a, int n) { return a >> n; }
+LT_INLINE WordPart part_shift_left(WordPart a, int n) { return a << n; }
+LT_INLINE WordPart part_signed_byte(WordPart a, int byte) {
+  return (WordPart)((SignedPart)(a << (24 - 8 * byte)) >> 24);
+}
+LT_INLINE Vec part_to_float(WordPart a) {
+  return {__builtin_convertvector((SignedPart)a, VecRegister)};
+}
+template <int kBits>
+LT_INLINE WordPart dot_part(WordPart sum, WordPart codes, int32_t quad) {
+  for (int byte = 0; byte < 4; ++byte) {
+    sum += (codes >> (8 * byte) & 0xff) *
+           static_cast<uint32_t>(static_cast<int8_t>(quad >> (8 * byte)));
+  }
+  return sum;
+}
+
+#endif
+
+struct Words {
+  WordPart v[kParts];
+};
+
+LT_INLINE Words words_load(const uint8_t* p) {
+  Words r;
+  LT_PARTS r.v[i] = part_load(p + i * static_cast<int>(sizeof(WordPart)));
+  return r;
+}
+LT_INLINE Words words_set(int32_t x) {
+  Words r;
+  LT_PARTS r.v[i] = part_set(x);
+  return r;
+}
+LT_INLINE Words operator&(Words a, Words b) {
+  LT_PARTS a.v[i] = part_and(a.v[i], b.v[i]);
+  return a;
+}
+LT_INLINE Words operator|(Words a, Words b) {
+  LT_PARTS a.v[i] = part_or(a.v[i], b.v[i]);
+  return a;
+}
+LT_INLINE Words operator^(Words a, Words b) {
+  LT_PARTS a.v[i] = part_xor(a.v[i], b.v[i]);
+  return a;
+}
+LT_INLINE Words operator>>(Words a, int n) {
+  LT_PARTS a.v[i] = part_shift_right(a.v[i], n);
+  return a;
+}
+LT_INLINE Words operator<<(Words a, int n) {
+  LT_PARTS a.v[i] = part_shift_left(a.v[i], n);
+  return a;
+}
+LT_INLINE Words words_signed_byte(Words a, int byte) {
+  LT_PARTS a.v[i] = part_signed_byte(a.v[i], byte);
+  return a;
+}
+LT_INLINE Floats words_to_float(Words a) {
+  Floats r;
+  LT_PARTS r.v[i] = part_to_float(a.v[i]);
+  return r;
+}
+// One byte of each word, 0 .. 255, as a float.
+LT_INLINE Floats byte_to_float(Words a, int byte) {
+  return words_to_float(a >> (8 * byte) & words_set(0xff));
+}
+template <int kBits>
+LT_INLINE Words dot(Words sum, Words codes, int32_t quad) {
+  LT_PARTS sum.v[i] = dot_part<kBits>(sum.v[i], codes.v[i], quad);
+  return sum;
+}
+
+#undef LT_PARTS
+
+}  // namespace LT_ISA
+}  // namespace llamatelemetry

@@ -1,0 +1,1 @@
+"""The two libraries: found, loaded, and why not."""

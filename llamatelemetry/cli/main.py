@@ -1,0 +1,23 @@
+"""The command line: each subcommand's module adds itself to the parser."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from llamatelemetry.cli import doctor, generate
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one subcommand and returns the exit code of the process."""
+    parser = argparse.ArgumentParser(prog="llamatelemetry", description=__doc__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    generate.add_command(commands)
+    doctor.add_command(commands)
+    parsed = parser.parse_args(arguments)
+    return int(parsed.run(parsed))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

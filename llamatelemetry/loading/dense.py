@@ -1,0 +1,23 @@
+"""Plain transformers models with the same weights: what a comparison runs beside ours."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llamatelemetry.loading.find import load_model
+from llamatelemetry.quantization.modules import expand
+
+
+def load_dense(name_or_path: str | Path, *, device: str | torch.device, dtype: torch.dtype) -> Any:
+    """The transformers model that load_model makes, with every packed weight expanded to dtype.
+
+    Raises: ModelFileError in one sentence
+    """
+    model = load_model(name_or_path, device=device, dtype=dtype).model
+    expand(model, dtype)
+    if model.config.tie_word_embeddings:
+        model.lm_head.weight = model.get_input_embeddings().weight
+    return model

@@ -1,0 +1,165 @@
+"""The tokenizer that a GGUF file's metadata describes, built with the tokenizers library."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+
+from llamatelemetry.loading.gguf_file import GgufFile
+
+_CONTROL, _USER_DEFINED = 3, 4  # values of tokenizer.ggml.token_type
+_SPACE = "▁"  # what SentencePiece writes for a space
+
+_CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+_WORDS = r"[^\r\n\p{L}\p{N}]?\p{L}+"
+_REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_GPT2 = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+
+
+def _split(pattern: str) -> pre_tokenizers.PreTokenizer:
+    return pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(pattern), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+
+
+_SINGLE_DIGITS = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), _GPT2])
+_LLAMA3 = _split(rf"{_CONTRACTIONS}|{_WORDS}|\p{{N}}{{1,3}}|{_REST}")
+_QWEN2 = _split(rf"{_CONTRACTIONS}|{_WORDS}|\p{{N}}|{_REST}")
+
+# tokenizer.ggml.pre: how text falls into the words that byte-pair merges stay inside
+PRE_TOKENIZERS = {
+    "gpt-2": _GPT2,
+    "default": _GPT2,
+    "smollm": _SINGLE_DIGITS,
+    "starcoder": _SINGLE_DIGITS,
+    "refact": _SINGLE_DIGITS,
+    "llama-bpe": _LLAMA3,
+    "llama3": _LLAMA3,
+    "qwen2": _QWEN2,
+}
+# of those, what differs where the metadata does not say
+_ADD_BOS = {"llama-bpe", "llama3"}
+_WHOLE_WORDS_FIRST = {"llama-bpe", "llama3"}  # a word of the vocabulary is never merged from parts
+_NFC = {"qwen2"}
+
+
+def build_tokenizer(file: GgufFile) -> Any:
+    """A transformers PreTrainedTokenizerFast with the file's special tokens and chat template.
+
+    Raises: ModelFileError for a tokenizer model or pre-tokenizer without a row here
+    """
+    from transformers import PreTrainedTokenizerFast
+
+    tokens = file.value("tokenizer.ggml.tokens", list)
+    model = file.value("tokenizer.ggml.model", str)
+    if model == "gpt2":
+        tokenizer = _byte_level(file, tokens)
+    elif model == "llama":
+        tokenizer = _sentence_piece(file, tokens)
+    else:
+        raise file.error(f"tokenizer.ggml.model must be gpt2 or llama, got {model}")
+    types = file.value("tokenizer.ggml.token_type", list, [])
+    # Control tokens are hidden by skip_special_tokens, user-defined ones are text.
+    added = {
+        kind: [
+            AddedToken(token, normalized=False, special=kind == _CONTROL)
+            for token, its_kind in zip(tokens, types, strict=False)
+            if its_kind == kind
+        ]
+        for kind in (_CONTROL, _USER_DEFINED)
+    }
+    tokenizer.add_special_tokens(added[_CONTROL])
+    tokenizer.add_tokens(added[_USER_DEFINED])
+
+    ids = special_ids(file)
+    named = {f"{name}_token": tokens[i] for name, i in ids.items()}
+    adds_bos = model == "llama" or _pre(file) in _ADD_BOS
+    add_bos = file.value("tokenizer.ggml.add_bos_token", bool, adds_bos)
+    add_eos = file.value("tokenizer.ggml.add_eos_token", bool, False)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        chat_template=file.metadata.get("tokenizer.chat_template"),
+        clean_up_tokenization_spaces=False,
+        add_bos_token=add_bos and "bos" in ids,
+        add_eos_token=add_eos and "eos" in ids,
+        **named,
+    )
+
+
+def special_ids(file: GgufFile) -> dict[str, int]:
+    """Ids of the bos, eos, unk and pad tokens, those that the file names."""
+    names = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
+    found = {
+        short: file.metadata.get(f"tokenizer.ggml.{name}_token_id") for short, name in names.items()
+    }
+    num_tokens = len(file.value("tokenizer.ggml.tokens", list))
+    return {short: i for short, i in found.items() if i is not None and 0 <= i < num_tokens}
+
+
+def eos_ids(file: GgufFile) -> tuple[int, ...]:
+    """Ids of the tokens that end an answer: end of sequence, of turn, of message."""
+    keys = (f"tokenizer.ggml.{name}_token_id" for name in ("eos", "eot", "eom"))
+    return tuple(dict.fromkeys(file.metadata[key] for key in keys if key in file.metadata))
+
+
+def _pre(file: GgufFile) -> str:
+    pre = file.value("tokenizer.ggml.pre", str, "default")
+    if pre not in PRE_TOKENIZERS:
+        known = ", ".join(PRE_TOKENIZERS)
+        raise file.error(f"tokenizer.ggml.pre must be one of {known}, got {pre}")
+    return pre
+
+
+def _byte_level(file: GgufFile, tokens: list[str]) -> Tokenizer:
+    """GPT-2's byte-pair encoding: bytes written as printable characters, merges in order."""
+    pre = _pre(file)
+    merges = [tuple(merge.split(" ")) for merge in file.value("tokenizer.ggml.merges", list)]
+    vocabulary = {token: i for i, token in enumerate(tokens)}
+    tokenizer = Tokenizer(_bpe(file, vocabulary, merges, ignore_merges=pre in _WHOLE_WORDS_FIRST))
+    if pre in _NFC:
+        tokenizer.normalizer = normalizers.NFC()
+    tokenizer.pre_tokenizer = PRE_TOKENIZERS[pre]
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
+
+
+def _sentence_piece(file: GgufFile, tokens: list[str]) -> Tokenizer:
+    """SentencePiece's byte-pair encoding: the merge with the better score first."""
+    scores = file.value("tokenizer.ggml.scores", list)
+    vocabulary = {token: i for i, token in enumerate(tokens)}
+    ranked = []
+    for i, token in enumerate(tokens):
+        for cut in range(1, len(token)):
+            left, right = vocabulary.get(token[:cut]), vocabulary.get(token[cut:])
+            if left is not None and right is not None:
+                ranked.append((-scores[i], -scores[left], -scores[right], left, right))
+    merges = [(tokens[left], tokens[right]) for *_, left, right in sorted(ranked)]
+    unknown = special_ids(file).get("unk")
+    tokenizer = Tokenizer(
+        _bpe(
+            file,
+            vocabulary,
+            merges,
+            unk_token=None if unknown is None else tokens[unknown],
+            fuse_unk=True,
+            byte_fallback=True,
+        )
+    )
+    prefix = file.value("tokenizer.ggml.add_space_prefix", bool, True)
+    steps: list[normalizers.Normalizer] = [normalizers.Prepend(_SPACE)] if prefix else []
+    tokenizer.normalizer = normalizers.Sequence([*steps, normalizers.Replace(" ", _SPACE)])
+    back = [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
+    strip = [decoders.Strip(" ", left=1)] if prefix else []
+    tokenizer.decoder = decoders.Sequence([*back, *strip])
+    return tokenizer
+
+
+def _bpe(file: GgufFile, vocabulary: dict[str, int], merges: Any, **options: Any) -> models.BPE:
+    try:
+        return models.BPE(vocabulary, merges, **options)
+    except Exception as error:  # tokenizers raises plain Exception
+        raise file.error(f"damaged: tokenizer.ggml.merges: {error}") from None

@@ -1,0 +1,181 @@
+"""Every op once on a small odd case, on the GPU as on the CPU: what compute-sanitizer runs.
+
+PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck \\
+    python -m pytest -m sanitizer tests/test_sanitizer_cases.py
+
+Without the variable tensors share memory, where neither overruns nor what was never written show.
+initcheck does not see stores by TMA: it takes copies of such results to the host, those of sm90,
+for reads of what nobody wrote, unless `--check-api-memory-access no` is given.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from llamatelemetry import ops
+from llamatelemetry.ops.backends import flash_why_not
+
+pytestmark = [pytest.mark.gpu, pytest.mark.sanitizer]
+
+
+def randn(*shape):
+    return torch.randn(shape)
+
+
+def q8_0_rows(n, k):
+    blocks = torch.randint(0, 256, (n, k // 32, 34), dtype=torch.uint8)
+    blocks[..., :2] = torch.tensor([0.01], dtype=torch.float16).view(torch.uint8)
+    return blocks.flatten(1)
+
+
+def fused_add_rms_norm(x, residual, weight):
+    ops.fused_add_rms_norm_(x, residual, weight)
+    return x, residual
+
+
+def rotary_embedding(q, k, cos, sin, positions):
+    ops.rotary_embedding_(q, k, cos, sin, positions)
+    return q, k
+
+
+def append_kv(k, v, k_cache, v_cache, slots):
+    ops.append_kv_(k, v, k_cache, v_cache, slots)
+    return k_cache, v_cache
+
+
+def copy_blocks(k_cache, v_cache, pairs):
+    ops.copy_blocks_(k_cache, v_cache, pairs)
+    return k_cache, v_cache
+
+
+def paged_attention(q, k_cache, v_cache, table, lengths, starts):
+    return ops.paged_attention(q, k_cache, v_cache, table, lengths, starts, max_seqlen_q=5)
+
+
+def flash_case(backend, dtype, head_dim, options):
+    def run(q, k, v):
+        if q.is_cuda and (reason := flash_why_not(backend, dtype)):
+            pytest.skip(f"{backend}: {reason}")
+        chosen = backend if q.is_cuda else "cpu"
+        return ops.flash_attn(*(x.to(dtype) for x in (q, k, v)), backend=chosen, **options)
+
+    shapes = ((2, 70, 4, head_dim), (2, 133, 2, head_dim), (2, 133, 2, head_dim))
+    return lambda: (run, *(randn(*shape) for shape in shapes))
+
+
+def flash_varlen(q, k, v, starts, key_starts):
+    sizes = {"max_seqlen_q": 60, "max_seqlen_k": 90}
+    q, k, v = q.half(), k.half(), v.half()
+    return ops.flash_attn_varlen(q, k, v, starts, key_starts, causal=True, **sizes)
+
+
+def paged_prefill(q, k_cache, v_cache, table, lengths, starts):
+    args = (q.half(), k_cache.half(), v_cache.half(), table, lengths, starts)
+    return ops.paged_attention(*args, max_seqlen_q=20)
+
+
+def quantised(x, data):
+    packed = ops.repack(data, "Q8_0")
+    ids = torch.tensor([0, 19, 20, -1], device=x.device)
+    return (
+        ops.unpack(packed, "Q8_0", 20, 96),
+        ops.dequantize(data, "Q8_0"),
+        ops.quant_embedding(ids, packed, "Q8_0", 20, 96, torch.float32),
+        ops.quant_linear(x[:1], packed, "Q8_0", 20, exact=True),
+        ops.quant_linear(x, packed, "Q8_0", 20, exact=True),
+    )
+
+
+def sample(logits):
+    rows = torch.ones(3, device=logits.device)
+    temperature = torch.tensor([0.0, 1.0, 0.7], device=logits.device)
+    seed = torch.arange(3, device=logits.device)
+    return ops.sample(logits, temperature, (rows * 7).int(), rows * 0.9, rows * 0.01, seed, seed)
+
+
+CASES = {
+    "rms_norm": lambda: (ops.rms_norm, randn(3, 77), randn(77)),
+    "layer_norm": lambda: (ops.layer_norm, randn(3, 77), randn(77), randn(77)),
+    "layer_norm of many long rows": lambda: (
+        *(ops.layer_norm, randn(8 * 160 + 1, 4096), randn(4096), randn(4096)),
+    ),
+    "fused_add_rms_norm_": lambda: (fused_add_rms_norm, randn(3, 77), randn(3, 77), randn(77)),
+    "silu_and_mul": lambda: (ops.silu_and_mul, randn(3, 2 * 77)),
+    "gelu_and_mul": lambda: (ops.gelu_and_mul, randn(3, 2 * 77)),
+    "gelu_tanh_and_mul": lambda: (ops.gelu_tanh_and_mul, randn(3, 2 * 77)),
+    "softmax": lambda: (ops.softmax, randn(3, 1003)),
+    "rotary_embedding_": lambda: (
+        *(rotary_embedding, randn(3, 5, 24), randn(3, 2, 24), randn(9, 16), randn(9, 16)),
+        torch.tensor([8, 0, 3]),
+    ),
+    "append_kv_": lambda: (
+        *(append_kv, randn(3, 2, 24), randn(3, 2, 24), randn(4, 7, 2, 24), randn(4, 7, 2, 24)),
+        torch.tensor([27, -1, 0]),
+    ),
+    "copy_blocks_": lambda: (
+        *(copy_blocks, randn(4, 7, 2, 24), randn(4, 7, 2, 24)),
+        torch.tensor([[0, 3], [1, 2]]),
+    ),
+    **{
+        f"flash_attn {name} {head_dim} {options}": flash_case(name, dtype, head_dim, options)
+        for name, dtype, head_dim, options in [
+            ("simt", torch.float32, 24, {}),
+            ("sm75", torch.float16, 64, {"causal": True}),
+            ("sm75", torch.float16, 136, {"window_size": (40, 3)}),
+            ("sm80", torch.float16, 64, {"causal": True}),
+            ("sm80", torch.bfloat16, 40, {"causal": True, "softcap": 5.0}),
+            ("sm80", torch.float16, 128, {"window_size": (40, 3)}),
+            ("sm80", torch.bfloat16, 256, {}),
+            ("sm90", torch.float16, 64, {"causal": True}),
+            ("sm90", torch.bfloat16, 40, {"causal": True, "softcap": 5.0}),
+            ("sm90", torch.float16, 128, {"window_size": (40, 3)}),
+            ("sm90", torch.bfloat16, 256, {}),
+            # Weights that outgrow float16, and those that outgrow float32.
+            ("sm90", torch.float16, 64, {"softmax_scale": 1.0}),
+            ("sm90", torch.bfloat16, 128, {"softmax_scale": 20.0}),
+        ]
+    },
+    "paged_attention": lambda: (
+        *(paged_attention, randn(6, 6, 24), randn(4, 7, 2, 24), randn(4, 7, 2, 24)),
+        torch.tensor([[3, 0], [2, 1]], dtype=torch.int32),
+        torch.tensor([11, 9], dtype=torch.int32),
+        torch.tensor([0, 5, 6], dtype=torch.int32),
+    ),
+    "flash_attn_varlen": lambda: (
+        *(flash_varlen, randn(64, 4, 64), randn(99, 2, 64), randn(99, 2, 64)),
+        torch.tensor([0, 60, 60, 64], dtype=torch.int32),
+        torch.tensor([0, 90, 95, 99], dtype=torch.int32),
+    ),
+    **{
+        f"paged prefill, pages of {size}": lambda size=size: (
+            *(paged_prefill, randn(21, 6, 24), randn(12, size, 2, 24), randn(12, size, 2, 24)),
+            torch.randperm(12, dtype=torch.int32).view(2, 6),
+            torch.tensor([40, 9], dtype=torch.int32),
+            torch.tensor([0, 20, 21], dtype=torch.int32),
+        )
+        for size in (7, 8)
+    },
+    "quantised": lambda: (quantised, randn(9, 96), q8_0_rows(20, 96)),
+    "sample in one slice": lambda: (sample, randn(3, 1003)),
+    "sample in slices": lambda: (sample, randn(3, 5003)),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_gpu_gives_what_the_cpu_gives(case):
+    function, *args = CASES[case]()
+    on_gpu = function(*(arg.cuda() for arg in args))
+    on_cpu = function(*args)
+    pairs = zip(
+        *((x,) if isinstance(x, torch.Tensor) else x for x in (on_gpu, on_cpu)), strict=True
+    )
+    for gpu, cpu in pairs:
+        rounding = 1e-4 if not case.startswith(("flash", "paged prefill")) else 2e-2
+        assert gpu.dtype == cpu.dtype
+        # Converted on the CPU: what a kernel reads of a result, initcheck would report.
+        gpu = gpu.cpu()
+        if cpu.is_floating_point():
+            gpu, cpu = gpu.float(), cpu.float()
+        assert_close(gpu, cpu, rtol=rounding, atol=rounding)
