@@ -11,8 +11,8 @@ from torch import Tensor
 
 from llamatelemetry.inference.recording import Recording, RecordingError
 from llamatelemetry.inference.sampling import GREEDY, SamplingParams, sampling_tensors
-from llamatelemetry.models.hf_attention import StepState
 from llamatelemetry.models.patching import forward_tokens, rope_tables
+from llamatelemetry.models.step_input import DecoderState, StepInput
 
 _log = logging.getLogger("llamatelemetry")
 
@@ -25,7 +25,8 @@ class DecodeStep:
     Every tensor that it reads stays where it is, so the first run's recording (CPU) or graph (CUDA)
     serves all later runs, of other batches too.
 
-    state:     StepState of one token a row; its cache and block table serve the prefill as well
+    input:     StepInput of one token a row; its block table serves the prefill as well
+    state:     DecoderState: the cache and the tables of the rotary embedding
     mode:      "recorded" (CPU), "graph" (CUDA), or "eager": before the first run, and on the CPU
                where an op of the model cannot be recorded
     recording: the CPU's recording once there is one, to be profiled
@@ -41,8 +42,7 @@ class DecodeStep:
         )
         shape = (batch * blocks_per_row, PAGE_SIZE, config.num_key_value_heads, head_dim)
         table = torch.arange(shape[0], dtype=torch.int32, device=device)
-        cos, sin = rope_tables(model, blocks_per_row * PAGE_SIZE)
-        self.state = StepState(
+        self.input = StepInput(
             positions=torch.zeros(batch, dtype=torch.int64, device=device),
             slot_mapping=torch.zeros(batch, dtype=torch.int64, device=device),
             block_table=table.view(batch, blocks_per_row),
@@ -50,12 +50,13 @@ class DecodeStep:
             cu_seqlens_q=torch.arange(batch + 1, dtype=torch.int32, device=device),
             max_seqlen_q=1,
             is_whole=False,
+        )
+        self.state = DecoderState(
             caches=[
                 (like.new_empty(shape), like.new_empty(shape))
                 for _ in range(config.num_hidden_layers)
             ],
-            cos=cos,
-            sin=sin,
+            rope=rope_tables(model, blocks_per_row * PAGE_SIZE),
         )
         self.mode = "eager"
         self.recording: Recording | None = None
@@ -69,7 +70,7 @@ class DecodeStep:
 
     def fits(self, model: Any, batch: int, num_tokens: int) -> bool:
         """Whether it serves batch rows of num_tokens tokens, and model's weights stay put."""
-        rows, blocks_per_row = self.state.block_table.shape
+        rows, blocks_per_row = self.input.block_table.shape
         is_same_model = model is self._model and _pointers(model) == self._pointers
         return is_same_model and rows == batch and blocks_per_row * PAGE_SIZE >= num_tokens
 
@@ -80,14 +81,14 @@ class DecodeStep:
 
         logits: [batch, vocab_size], of the last token of each prompt
         """
-        state, device = self.state, self.state.block_table.device
+        step, device = self.input, self.input.block_table.device
         self._sampler.copy_(sampling_tensors(params, device))
         self._offsets.zero_()
         self._active.fill_(1)
         positions = torch.tensor(lengths, dtype=torch.int64, device=device)
-        state.positions.copy_(positions)
-        state.slot_mapping.copy_(state.block_table[:, 0].long() * PAGE_SIZE + positions)
-        state.cache_seqlens.copy_(positions + 1)
+        step.positions.copy_(positions)
+        step.slot_mapping.copy_(step.block_table[:, 0].long() * PAGE_SIZE + positions)
+        step.cache_seqlens.copy_(positions + 1)
         tokens = self._sampler.sample(logits, self._offsets)
         self._tokens.copy_(tokens)
         self._offsets.add_(1)
@@ -108,16 +109,16 @@ class DecodeStep:
         return self._next
 
     def _forward(self) -> None:
-        logits = forward_tokens(self._model, self._tokens, self.state)
+        logits = forward_tokens(self._model, self._tokens, self.input, self.state)
         self._next = self._sampler.sample(logits, self._offsets)
 
     def _advance(self) -> None:
         """The next run's inputs, in place."""
         self._tokens.copy_(self._next)
         self._offsets.add_(self._active)
-        self.state.positions.add_(self._active)
-        self.state.slot_mapping.add_(self._active)
-        self.state.cache_seqlens.add_(self._active)
+        self.input.positions.add_(self._active)
+        self.input.slot_mapping.add_(self._active)
+        self.input.cache_seqlens.add_(self._active)
 
     def _record(self) -> None:
         try:

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from llamatelemetry.inference.decode_step import PAGE_SIZE, DecodeStep
 from llamatelemetry.inference.sampling import SamplingParams
-from llamatelemetry.models.hf_attention import StepState
 from llamatelemetry.models.patching import forward_tokens
+from llamatelemetry.models.step_input import StepInput
 
 # Prompt tokens in one forward, by device: bounds the activations.
 PREFILL_TOKENS = {"cpu": 1024, "cuda": 16384}
@@ -100,7 +100,7 @@ class TokenGenerator:
 
     def _prefill(self, prompts: Sequence[Sequence[int]], step: DecodeStep) -> Tensor:
         """Runs the prompts through the model in chunks; returns logits [batch, vocab_size]."""
-        whole_table, device = step.state.block_table, step.state.block_table.device
+        whole_table, device = step.input.block_table, step.input.block_table.device
         logits: list[Tensor | None] = [None] * len(prompts)
         budget = PREFILL_TOKENS[device.type]
         for pieces in _chunks([len(prompt) for prompt in prompts], budget):
@@ -110,7 +110,7 @@ class TokenGenerator:
             positions = torch.cat([torch.arange(begin, end) for _, begin, end in pieces])
             first_slot = rows * whole_table.shape[1] * PAGE_SIZE
             ends = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
-            state = StepState(
+            chunk = StepInput(
                 positions=positions.to(device),
                 slot_mapping=(positions + first_slot.repeat_interleave(lengths)).to(device),
                 block_table=whole_table[rows.to(device)],
@@ -120,11 +120,8 @@ class TokenGenerator:
                 cu_seqlens_q=ends.to(device, torch.int32),
                 max_seqlen_q=int(lengths.max()),
                 is_whole=all(begin == 0 for _, begin, _ in pieces),
-                caches=step.state.caches,
-                cos=step.state.cos,
-                sin=step.state.sin,
             )
-            last = forward_tokens(self.model, torch.tensor(ids, device=device), state)
+            last = forward_tokens(self.model, torch.tensor(ids, device=device), chunk, step.state)
             for i, (row, _, end) in enumerate(pieces):
                 if end == len(prompts[row]):
                     logits[row] = last[i]

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llamatelemetry.models.hf_attention import StepState
 from llamatelemetry.models.layers import Attention, Family, number_of
+from llamatelemetry.models.step_input import DecoderState, StepInput
 
 _fused_add_rms_norm = torch.ops.llamatelemetry.fused_add_rms_norm_.default
 _rms_norm = torch.ops.llamatelemetry.rms_norm.default
@@ -38,7 +38,7 @@ class Decoder:
         self.residual_multiplier = number_of(base.layers[0], family.residual_multiplier)
         self.logits_scaling = number_of(model.config, family.logits_scaling)
 
-    def forward(self, input_ids: Tensor, state: StepState) -> Tensor:
+    def forward(self, input_ids: Tensor, step: StepInput, state: DecoderState) -> Tensor:
         """Logits of the last token of each sequence, [batch, vocab_size]."""
         residual = self.embed(input_ids)
         if self.embedding_multiplier != 1.0:
@@ -47,7 +47,7 @@ class Decoder:
         last = self.blocks[-1]
         x = _rms_norm(residual, self.first_norm.weight, self.first_norm.variance_epsilon)
         for block, (k_cache, v_cache) in zip(self.blocks, state.caches, strict=True):
-            x = block.attention.step(x, state, k_cache, v_cache)
+            x = block.attention.step(x, step, state.rope[0], k_cache, v_cache)
             if multiplier != 1.0:
                 x = x * multiplier
             norm = block.middle_norm
@@ -55,8 +55,8 @@ class Decoder:
             x = block.mlp(x)
             if multiplier != 1.0:
                 x = x * multiplier
-            if block is last and state.max_seqlen_q > 1:
-                ends = state.cu_seqlens_q[1:] - 1
+            if block is last and step.max_seqlen_q > 1:
+                ends = step.cu_seqlens_q[1:] - 1
                 x, residual = x[ends], residual[ends]
             norm = block.next_norm
             _fused_add_rms_norm(x, residual, norm.weight, norm.variance_epsilon)
@@ -64,8 +64,9 @@ class Decoder:
         return logits if self.logits_scaling == 1.0 else logits / self.logits_scaling
 
 
-def rope_tables(model: Any, num_positions: int) -> tuple[Tensor, Tensor]:
-    """cos and sin [num_positions or more, rotary_dim] of the model's own rotary embedding.
+def rope_tables(model: Any, num_positions: int) -> list[tuple[Tensor, Tensor]]:
+    """cos and sin [num_positions or more, rotary_dim] of each kind of rotary embedding that the
+    model's layers use, from its own module.
 
     Raises: ValueError for a rotary embedding whose table changes with the sequence length
     """
@@ -81,4 +82,4 @@ def rope_tables(model: Any, num_positions: int) -> tuple[Tensor, Tensor]:
     like = model.model.norm.weight
     positions = torch.arange(max(num_positions, 1), device=like.device)
     cos, sin = rotary(like, positions.unsqueeze(0))
-    return cos[0], sin[0]
+    return [(cos[0], sin[0])]

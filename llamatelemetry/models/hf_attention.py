@@ -1,4 +1,4 @@
-"""Attention over paged caches: the state of a packed step, and ours under transformers' names.
+"""Our attention under transformers' names.
 
 Transformers' caches ``[batch, heads, slots, head_dim]`` are paged ones too: a page a row where all
 rows' tokens begin at the first slot, else a page a slot, so that the table leaves padding out.
@@ -7,7 +7,6 @@ Neither copies.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,33 +23,6 @@ _paged_attention = torch.ops.llamatelemetry.paged_attention.default
 _flash_attn = torch.ops.llamatelemetry.flash_attn.default
 # Up to so many queries paged_attention's split over the keys serves the CPU better.
 _FEW_QUERIES: int = library.cpu_library.lt_few_queries()
-
-
-@dataclass
-class StepState:
-    """Where the packed tokens of one forward stand, and the paged cache that holds the others.
-
-    positions:     [num_tokens] int64, the row of cos and sin of each token
-    slot_mapping:  [num_tokens] int64, where its keys and values go; -1 skips
-    block_table:   [batch, max_blocks] int32
-    cache_seqlens: [batch] int32, keys of each sequence, those of this step included
-    cu_seqlens_q:  [batch + 1] int32, where each sequence's tokens begin; every one has some
-    max_seqlen_q:  most tokens that one sequence has in this step; 1 is a decode step
-    is_whole:      whether every sequence begins with this step: its keys are this step's own
-    caches:        (k_cache, v_cache) of each layer, [num_blocks, page_size, num_heads_kv, head_dim]
-    cos, sin:      [positions, rotary_dim] in the model's dtype, from rope_tables
-    """
-
-    positions: Tensor
-    slot_mapping: Tensor
-    block_table: Tensor
-    cache_seqlens: Tensor
-    cu_seqlens_q: Tensor
-    max_seqlen_q: int
-    is_whole: bool
-    caches: list[tuple[Tensor, Tensor]]
-    cos: Tensor
-    sin: Tensor
 
 
 def register() -> None:

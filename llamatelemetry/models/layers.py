@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from llamatelemetry.models.hf_attention import StepState
 from llamatelemetry.models.merge import merge_linears, merge_runs, unmerge_linears
+from llamatelemetry.models.step_input import StepInput
 from llamatelemetry.ops import _contract  # noqa: F401  (loads the library)
 
 _ops = torch.ops.llamatelemetry
@@ -198,18 +198,25 @@ class Attention(Piece):
         """q, k, v [num_tokens, heads, head_dim] of x [num_tokens, hidden_size]; q and k normed."""
         return [part for one in self.projections for part in one.parts(x, self.head_dim)]
 
-    def step(self, x: Tensor, state: StepState, k_cache: Tensor, v_cache: Tensor) -> Tensor:
+    def step(
+        self,
+        x: Tensor,
+        step: StepInput,
+        rope: tuple[Tensor, Tensor],
+        k_cache: Tensor,
+        v_cache: Tensor,
+    ) -> Tensor:
         q, k, v = self.project(x)
-        _rotary_embedding(q, k, state.cos, state.sin, state.positions, False)
-        _append_kv(k, v, k_cache, v_cache, state.slot_mapping)
+        _rotary_embedding(q, k, *rope, step.positions, False)
+        _append_kv(k, v, k_cache, v_cache, step.slot_mapping)
         scores = (self.scale, True, self.window_left, -1, 0.0)
-        starts, longest = state.cu_seqlens_q, state.max_seqlen_q
-        if state.is_whole:
+        starts, longest = step.cu_seqlens_q, step.max_seqlen_q
+        if step.is_whole:
             out, _ = _flash_attn_varlen(
                 q, k, v, starts, starts, longest, longest, None, None, *scores, 0
             )
         else:
-            cache = (k_cache, v_cache, state.block_table, state.cache_seqlens)
+            cache = (k_cache, v_cache, step.block_table, step.cache_seqlens)
             out, _ = _paged_attention(q, *cache, starts, longest, *scores)
         return self.o(out.view(x.shape[0], -1))
 

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from llamatelemetry.models.decoder import Block, Decoder, rope_tables
-from llamatelemetry.models.hf_attention import NAME, StepState, register
+from llamatelemetry.models.hf_attention import NAME, register
 from llamatelemetry.models.layers import Attention, DecoderLayer, Family, GatedMlp, Piece, RmsNorm
 from llamatelemetry.models.probe import disagreement, likeness
+from llamatelemetry.models.step_input import DecoderState, StepInput
 
 __all__ = [
     "FAMILIES",
@@ -133,13 +134,13 @@ def unpatch(model: Any) -> None:
 
 
 @torch.no_grad()
-def forward_tokens(model: Any, input_ids: Tensor, step: StepState) -> Tensor:
+def forward_tokens(model: Any, input_ids: Tensor, step: StepInput, state: DecoderState) -> Tensor:
     """Logits [batch, vocab_size] of the last token of each sequence; appends to the paged cache."""
     patched: _Patched | None = model.__dict__.get("_llamatelemetry")
     if patched is None or patched.decoder is None:
         reasons = "it is not patched" if patched is None else str(patched.report.refused)
         raise ValueError(f"forward_tokens: model must be patched as a whole, got {reasons}")
-    return patched.decoder.forward(input_ids, step)
+    return patched.decoder.forward(input_ids, step, state)
 
 
 def _decoder(model: Any, family: Family, pieces: dict[str, Piece]) -> Decoder | None:

@@ -37,7 +37,7 @@ def test_packed_logits_are_those_of_transformers(family, device, dtype):
 
 def test_an_unpatched_model_is_refused():
     with pytest.raises(ValueError, match="must be patched as a whole, got it is not patched"):
-        forward_tokens(tiny_model("llama"), torch.zeros(1, dtype=torch.long), None)
+        forward_tokens(tiny_model("llama"), torch.zeros(1, dtype=torch.long), None, None)
 
 
 def test_a_rope_that_depends_on_the_length_is_refused():

@@ -172,7 +172,7 @@ def test_a_replacement_that_differs_is_refused_by_name(device):
     after = model(ids, attention_mask=mask).logits
     assert_close(after[mask.bool()], before[mask.bool()])
     with pytest.raises(ValueError, match=r"patched as a whole, got .*layers\.1\.input_layernorm"):
-        forward_tokens(model, ids[0], None)
+        forward_tokens(model, ids[0], None, None)
 
 
 def test_an_activation_without_an_op_leaves_the_mlp(device):

@@ -83,14 +83,14 @@ def test_a_decode_step_is_recorded():
     num_ours = sum(n for op, n in counter.calls.items() if op.startswith("llamatelemetry::"))
     assert num_ours == len(tokens) * (10 * LAYERS + 3)
 
-    ids, state = tokens[0].clone(), recorded.state([1, 1])
+    ids, step = tokens[0].clone(), recorded.input([1, 1])
     with Recording() as recording:
-        logits = forward_tokens(model, ids, state)
+        logits = forward_tokens(model, ids, step, recorded.state)
     assert torch.equal(logits, expected[0])
     for row, want in zip(tokens[1:], expected[1:], strict=True):
-        following = recorded.state([1, 1])
+        following = recorded.input([1, 1])
         ids.copy_(row)
         for name in ("positions", "slot_mapping", "cache_seqlens"):
-            getattr(state, name).copy_(getattr(following, name))
+            getattr(step, name).copy_(getattr(following, name))
         recording.replay()
         assert torch.equal(logits, want)

@@ -12,8 +12,8 @@ import transformers
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from llamatelemetry.models.hf_attention import StepState
 from llamatelemetry.models.patching import forward_tokens, rope_tables
+from llamatelemetry.models.step_input import DecoderState, StepInput
 from llamatelemetry.ops import QuantFormat, repack
 from llamatelemetry.quantization.modules import QuantEmbedding, QuantLinear
 
@@ -100,17 +100,17 @@ class PackedRun:
         like = model.model.norm.weight
         blocks = 32 // page_size
         shape = (batch * blocks, page_size, NUM_KV, HEAD_DIM)
-        self.caches = [
+        caches = [
             (like.new_full(shape, torch.nan), like.new_full(shape, torch.nan))
             for _ in range(LAYERS)
         ]
+        self.state = DecoderState(caches, rope_tables(model, 32))
         self.table = torch.randperm(batch * blocks).view(batch, blocks).int()
         self.lengths = [0] * batch
-        self.rope = rope_tables(model, 32)
 
-    def state(self, counts: Sequence[int]) -> StepState:
-        """The state of a step that gives sequence b counts[b] more tokens."""
-        device = self.rope[0].device
+    def input(self, counts: Sequence[int]) -> StepInput:
+        """The input of a step that gives sequence b counts[b] more tokens."""
+        device = self.model.device
         rows = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
         positions = torch.cat(
             [torch.arange(n, n + count) for n, count in zip(self.lengths, counts, strict=True)]
@@ -118,7 +118,7 @@ class PackedRun:
         blocks = self.table[rows, positions // self.page_size].long()
         is_whole = not any(self.lengths)
         self.lengths = [n + count for n, count in zip(self.lengths, counts, strict=True)]
-        return StepState(
+        return StepInput(
             positions=positions.to(device),
             slot_mapping=(blocks * self.page_size + positions % self.page_size).to(device),
             block_table=self.table.to(device),
@@ -126,15 +126,12 @@ class PackedRun:
             cu_seqlens_q=torch.tensor([0, *counts]).cumsum(0).to(device, torch.int32),
             max_seqlen_q=max(counts),
             is_whole=is_whole,
-            caches=self.caches,
-            cos=self.rope[0],
-            sin=self.rope[1],
         )
 
     def step(self, tokens: Sequence[Tensor]) -> Tensor:
         """Logits [batch, vocab] after each sequence's new tokens."""
-        state = self.state([len(t) for t in tokens])
-        return forward_tokens(self.model, torch.cat(list(tokens)).to(state.cos.device), state)
+        ids = torch.cat(list(tokens)).to(self.model.device)
+        return forward_tokens(self.model, ids, self.input([len(t) for t in tokens]), self.state)
 
 
 class OpCounter(TorchDispatchMode):
