@@ -14,7 +14,7 @@ from op_checks import op_of
 
 from llamatelemetry._native import kernels, library
 
-PACKAGE = Path(library.__file__).parent
+PACKAGE = Path(library.__file__).parents[1]
 
 
 @pytest.fixture
