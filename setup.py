@@ -105,7 +105,7 @@ def ninja_file(nvcc: str | None, archs: list[str]) -> str:
                 text.append(f"build {output}: {rule} ../../{source}\n  flags = {flags} {device}")
                 objects[library].append(output)
 
-    for pattern in ("schema.cpp", "common/*.cpp", "cpu/*.cpp", "*/ops*.cpp"):
+    for pattern in ("schema.cpp", "facts.cpp", "common/*.cpp", "cpu/*.cpp", "*/ops*.cpp"):
         add("cxx", "cpu", pattern, "host", torch_flags())
     for level, flags in ISA_FLAGS.items():
         rooms = "attention" if "bf16" in flags else "*"

@@ -20,6 +20,7 @@ ROOMS = ("attention", "cache", "gemm", "norm", "quant", "sampling")
 # What each folder of csrc may include, besides itself. Rooms never include each other.
 MAY_INCLUDE = {
     "schema": {"binding"},
+    "facts": {"common", "cpu", "format", "attention", "gemm"},
     "common": set(),
     "binding": {"common", "cpu"},
     "cpu": {"common", "binding"},

@@ -6,6 +6,7 @@
 
 #include "attention/params.h"
 #include "binding/checks.h"
+#include "binding/launch.h"
 #include "common/device.h"
 
 namespace llamatelemetry {

@@ -2,6 +2,7 @@
 #include <utility>
 
 #include "binding/checks.h"
+#include "binding/launch.h"
 #include "cache/params.h"
 
 namespace llamatelemetry {

@@ -12,8 +12,6 @@
 namespace llamatelemetry {
 namespace {
 
-constexpr const char* kNames[] = {"scalar", "avx2", "avx512", "avx512bf16", "amx"};
-
 #if defined(__x86_64__) && defined(__linux__)
 bool has_amx() {
   unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
@@ -57,14 +55,14 @@ bool has_slow_bf16() {
 #endif
 }
 
-// LLAMATELEMETRY_CPU_ISA can only lower the level; llamatelemetry/_library.py refuses a name that
-// is none of ours or above this CPU before the library loads.
+// LLAMATELEMETRY_CPU_ISA can only lower the level; llamatelemetry/_native/library.py refuses a name
+// that is none of ours or above this CPU before the library loads.
 Isa choose_isa() {
   const Isa best = best_isa();
   const char* forced = std::getenv("LLAMATELEMETRY_CPU_ISA");
   for (int level = 0; forced != nullptr && level <= static_cast<int>(best); ++level) {
     const auto isa = static_cast<Isa>(level);
-    if (std::strcmp(forced, kNames[level]) == 0 && isa != Isa::kAmx) return isa;
+    if (std::strcmp(forced, kIsaNames[level]) == 0 && isa != Isa::kAmx) return isa;
   }
   if (best == Isa::kAmx && may_use_amx()) return best;
   if (best < Isa::kAvx512Bf16) return best;
@@ -78,7 +76,7 @@ Isa cpu_isa() {
   return isa;
 }
 
-const char* cpu_isa_name() { return kNames[static_cast<int>(cpu_isa())]; }
+const char* cpu_isa_name() { return kIsaNames[static_cast<int>(cpu_isa())]; }
 
 }  // namespace llamatelemetry
 

@@ -2,6 +2,7 @@
 #include <optional>
 
 #include "binding/checks.h"
+#include "binding/launch.h"
 #include "norm/params.h"
 
 namespace llamatelemetry {

@@ -1,4 +1,4 @@
-"""Typed wrappers of torch.ops.llamatelemetry, a module a room; reference.py is their semantics."""
+"""Typed wrappers of torch.ops.llamatelemetry, a module a room; reference/ is their semantics."""
 
 from llamatelemetry.ops.attention import flash_attn, flash_attn_varlen, paged_attention
 from llamatelemetry.ops.cache import append_kv_, copy_blocks_

@@ -79,7 +79,9 @@ def quantise_(model: transformers.PreTrainedModel, formats: Sequence[str] = ("Q4
     device, dtype = model.device, model.model.norm.weight.dtype
 
     def pack(weight: Tensor, kind: QuantFormat) -> Tensor:
-        rows = gguf.quants.quantize(weight.float().cpu().numpy(), gguf.GGMLQuantizationType(kind))
+        rows = gguf.quants.quantize(
+            weight.float().cpu().numpy(), gguf.GGMLQuantizationType[kind.name]
+        )
         return repack(torch.from_numpy(rows), kind).to(device)
 
     linears = [(name, m) for name, m in model.named_modules() if isinstance(m, torch.nn.Linear)]

@@ -1,4 +1,4 @@
-"""Attention in plain PyTorch, for ops/reference.py."""
+"""Attention in plain PyTorch: dense, packed and paged."""
 
 from __future__ import annotations
 
