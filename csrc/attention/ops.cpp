@@ -5,7 +5,6 @@
 #include <utility>
 
 #include "attention/params.h"
-#include "binding/checks.h"
 #include "binding/launch.h"
 #include "common/device.h"
 
