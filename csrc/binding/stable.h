@@ -73,7 +73,8 @@ inline Tensor allocate(const Tensor& like, IntArrayRef sizes) {
 }
 
 // A str argument of an op. Its kernel takes a StringHandle and hands it to this at once; the handle
-// is gone then. Not std::string: torch's conversion to one (2.10 to 2.13) leaks it at every call.
+// is gone then. Not std::string: torch's conversion to one leaks a copy at every call (still
+// in 2.13).
 inline std::string take_string(StringHandle handle) {
   size_t length = 0;
   const char* data = nullptr;
