@@ -103,7 +103,7 @@ def attention_forward(
         q, k, v = (
             x.transpose(1, 2) for x in (query, _last_contiguous(key), _last_contiguous(value))
         )
-        out, _ = _flash_attn(q, k, v, None, None, *options, 0)
+        out, _ = _flash_attn(q, k, v, None, None, *options, None)
         return out, None
     if layout is None:
         return _rows_from_first_slot(query, key, value, attention_mask, options), None

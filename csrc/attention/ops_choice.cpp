@@ -1,0 +1,64 @@
+// The choice, asked without a tensor: the C interface that llamatelemetry/ops/backends.py calls.
+#include <string>
+
+#include "attention/ops_checks.h"
+
+namespace llamatelemetry {
+namespace {
+
+// Aligned tensors on this library's current device, everything else as a typical call has it.
+AttentionDescriptor typical_call(DType dtype, int64_t head_dim, int64_t seqlen_q, int64_t seqlen_k,
+                                 int64_t page_size) {
+  AttentionDescriptor d = this_machine();
+  d.dtype = d.kv_dtype = dtype;
+  d.is_packed = page_size > 0;
+  d.aligned = true;
+  d.page_size = page_size;
+  d.head_dim = head_dim;
+  d.batch = d.num_heads_q = d.num_heads_kv = 1;
+  d.seqlen_q = d.total_q = seqlen_q;
+  d.seqlen_k = d.total_k = seqlen_k;
+  return d;
+}
+
+}  // namespace
+}  // namespace llamatelemetry
+
+// The names that `backend` may be; nullptr past the last.
+LT_EXPORT const char* lt_attention_backend(int index) {
+  using namespace llamatelemetry;
+  constexpr int kCount = sizeof(kNamedImpls) / sizeof(kNamedImpls[0]);
+  return index < kCount ? kNamedImpls[index].name : nullptr;
+}
+
+// Why a backend cannot serve a call, or nullptr. page_size 0: dense keys. dtype: a DType.
+LT_EXPORT const char* lt_attention_why_not(const char* backend, int dtype, int64_t head_dim,
+                                           int64_t seqlen_q, int64_t seqlen_k, int64_t page_size) {
+  using namespace llamatelemetry;
+  const AttentionDescriptor d =
+      typical_call(static_cast<DType>(dtype), head_dim, seqlen_q, seqlen_k, page_size);
+  for (const NamedImpl& named : kNamedImpls) {
+    if (std::string(named.name) == backend) return why_not(named.impl, d);
+  }
+  return "no such implementation";
+}
+
+// What is chosen for such a call: "<backend>, <tiles>[, <n> splits]", or "none". The text stands
+// until the thread's next call.
+LT_EXPORT const char* lt_attention_choice(int dtype, int64_t head_dim, int64_t seqlen_q,
+                                          int64_t seqlen_k, int64_t page_size) {
+  using namespace llamatelemetry;
+  const AttentionDescriptor d =
+      typical_call(static_cast<DType>(dtype), head_dim, seqlen_q, seqlen_k, page_size);
+  const AttentionPlan plan = plan_of(best_impl(d), d);
+  static thread_local std::string text;
+  text = impl_name(plan.impl);
+  if (plan.impl != AttentionImpl::kNone) text += std::string(", ") + tile_class_name(plan.tile);
+  if (plan.num_splits > 1) text += ", " + std::to_string(plan.num_splits) + " splits";
+  return text.c_str();
+}
+
+#ifndef LT_CUDA
+// Where llamatelemetry/models/hf_attention.py prefers paged_attention.
+LT_EXPORT int lt_few_queries() { return llamatelemetry::kMaxSplitQueries; }
+#endif
