@@ -1,4 +1,4 @@
-"""The implementations of attention that this build has, what is chosen, and why one cannot serve."""
+"""The implementations of attention in this build, which one is chosen, and why one cannot serve."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import torch
 from llamatelemetry._native import library
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # in the order of csrc/common/dtype.h
-_CALL = [ctypes.c_int, *[ctypes.c_int64] * 4]  # dtype, head_dim, seqlen_q, seqlen_k, page_size
+# capability (0: this machine), dtype, head_dim, seqlen_q, seqlen_k, page_size
+_CALL = [ctypes.c_int, ctypes.c_int, *[ctypes.c_int64] * 4]
 _HEAD_DIM = 128
 _SEQLEN = 2048
 # (seqlen_q, page_size) of a typical call of each op; page_size 0 is dense.
@@ -53,7 +54,7 @@ def flash_why_not(backend: str, dtype: torch.dtype, *, page_size: int = 0) -> st
         return library.why_no_cuda_library()
     owner.lt_attention_why_not.argtypes = [ctypes.c_char_p, *_CALL]
     owner.lt_attention_why_not.restype = ctypes.c_char_p
-    call = (_DTYPES.index(dtype), _HEAD_DIM, _SEQLEN, _SEQLEN, page_size)
+    call = (0, _DTYPES.index(dtype), _HEAD_DIM, _SEQLEN, _SEQLEN, page_size)
     reason = owner.lt_attention_why_not(backend.encode(), *call)
     return reason.decode() if reason else None
 
@@ -67,6 +68,7 @@ def attention_choice(
     seqlen_q: int | None = None,
     seqlen_k: int = _SEQLEN,
     page_size: int | None = None,
+    capability: int = 0,
 ) -> str:
     """What serves a call of an attention op with aligned tensors.
 
@@ -78,6 +80,8 @@ def attention_choice(
         seqlen_q: Queries of a sequence; None is what is typical of op: 1 over a cache.
         seqlen_k: Keys of a sequence.
         page_size: Tokens of a page; None is what is typical of op: 16 over a cache, else 0.
+        capability: 90 asks for a GPU of compute capability 9.0 and code for it, whatever runs
+            here; 0 is this machine.
 
     Returns:
         "<backend>, <tiles>[, <n> splits]", as csrc/attention/choice.h picks them, or "none".
@@ -86,13 +90,14 @@ def attention_choice(
         KeyError: op is no attention op.
     """
     typical_queries, typical_page = _TYPICAL[op]
-    owner = _library_of(device)
+    owner = _library_of("cpu" if capability else device)
     if owner is None:
         return "none"
     owner.lt_attention_choice.argtypes = _CALL
     owner.lt_attention_choice.restype = ctypes.c_char_p
     return str(
         owner.lt_attention_choice(
+            capability,
             _DTYPES.index(dtype),
             head_dim,
             typical_queries if seqlen_q is None else seqlen_q,

@@ -186,7 +186,9 @@ def test_opcheck(device, dtype, sequences):
     case = random_case(device, dtype, sequences)
     if not len(case.q):  # opcheck cannot clone an empty slice
         case = replace(case, q=case.q.new_empty(case.q.shape))
-    run_opcheck("paged_attention", *case.tensors(), case.max_seqlen_q, 0.125, True, -1, -1, 0.0, None)
+    run_opcheck(
+        "paged_attention", *case.tensors(), case.max_seqlen_q, 0.125, True, -1, -1, 0.0, None
+    )
 
 
 @pytest.mark.parametrize("queries", [1, 64])

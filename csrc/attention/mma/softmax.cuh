@@ -27,7 +27,7 @@ __device__ inline void for_each_score(float (&s)[kRowTiles][kKeyTiles][4], Each 
   }
 }
 
-// From dot products to scores in units of log2, where that is more than a factor.
+// From dot products to scores in log2 units, where needs_score_rule says so.
 template <int kRowTiles, int kKeyTiles>
 __device__ inline void apply_score_rule(float (&s)[kRowTiles][kKeyTiles][4],
                                         const AttentionParams& p, const MmaWork& work,
@@ -82,20 +82,9 @@ __device__ inline void mask_scores(float (&s)[kRowTiles][kKeyTiles][4], const At
   }
 }
 
-// Combines over the four lanes that share a row.
-template <typename Combine>
-__device__ inline float quad_reduce(float value) {
-  value = Combine{}(value, __shfl_xor_sync(0xffffffff, value, 1));
-  return Combine{}(value, __shfl_xor_sync(0xffffffff, value, 2));
-}
-
-// Scores s in units of log2 / factor become weights 2^(s * scale_log2 - row_max).
+// Scores s become weights 2^(s * scale_log2 - row_max).   (conditional rescale: FlashAttention-4)
 template <int kRowTiles>
 struct OnlineSoftmax {
-  // Weights may reach 2^kSlack before a row's output is scaled down; exact, as every weight of the
-  // row and its sum use the same row_max.                      (conditional rescale:
-  // FlashAttention-4)
-  static constexpr float kSlack = 8.0f;
   static constexpr unsigned kAllLanes = 0xffffffff;
 
   float row_max[kRowTiles][2];  // below every score until the row sees a key
@@ -126,7 +115,7 @@ struct OnlineSoftmax {
           value = fmaxf(value, fmaxf(s[r][t][2 * half], s[r][t][2 * half + 1]));
         }
         top[r][half] = value * scale_log2;
-        rises |= top[r][half] - kSlack > row_max[r][half];
+        rises |= top[r][half] - kRescaleSlack > row_max[r][half];
       }
     }
     if (!__any_sync(kAllLanes, rises)) return;
@@ -135,7 +124,7 @@ struct OnlineSoftmax {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const float row_top = quad_reduce<Max>(top[r][half]);
-        const float now = row_top - kSlack > row_max[r][half] ? row_top : row_max[r][half];
+        const float now = row_top - kRescaleSlack > row_max[r][half] ? row_top : row_max[r][half];
         const float scale = ptx::exp2_approx(row_max[r][half] - now);  // 1 where nothing changes
         row_max[r][half] = now;
         sum[r][half] *= scale;

@@ -25,19 +25,19 @@ __device__ inline void store_lse(const AttentionParams& p, const TileWork<Tile>&
   const float sink = work.sink;
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
-    float sum = quad_sum(rows.sum[h]);
-    float reference = rows.reference[h];
+    float sum = quad_reduce<Sum>(rows.sum[h]);
+    float row_max = rows.row_max[h];
     float weight = 1.0f;
     if (sink != -INFINITY) {
-      const float largest = fmaxf(reference, sink);
-      weight = ptx::exp2_approx(reference - largest);
+      const float largest = fmaxf(row_max, sink);
+      weight = ptx::exp2_approx(row_max - largest);
       sum = sum * weight + ptx::exp2_approx(sink - largest);
-      reference = largest;
+      row_max = largest;
     }
-    // 0 where no key was seen; else about 1 or more, as the weight of what the reference was taken
+    // 0 where no key was seen; else about 1 or more, as the weight of what the row_max was taken
     // from is in it.
     scale[h] = sum == 0.0f ? 0.0f : weight * ptx::reciprocal_approx(sum);
-    const float lse = sum == 0.0f ? -INFINITY : (reference + ptx::log2_approx(sum)) * kLn2;
+    const float lse = sum == 0.0f ? -INFINITY : (row_max + ptx::log2_approx(sum)) * kLn2;
     const int row = lane / 4 + 8 * h;
     if (row < rows_left && lane % 4 == 0) p.lse[row_of_lse + first_row + row] = lse;
   }

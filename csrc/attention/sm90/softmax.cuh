@@ -9,33 +9,24 @@
 #include "common/dtype.h"
 #include "ptx/math.cuh"
 #include "tile/convert.cuh"
+#include "tile/reduce.cuh"
 
 namespace llamatelemetry {
 
-// The reference of a row that has seen no score: below every other, and finite.
-constexpr float kNoReference = -1e30f;
-// A row keeps the reference that its first scores gave it until a thread's weights of a block add
-// up to more than this. So a block is weighed without looking for its largest score first, and
-// accumulators are scaled only when it matters. float16 bounds it by what the weights are packed
-// to; bfloat16 holds more, but results in float32 leave values only what weights leave of its
-// range.
+// The row_max of a row that has seen no score: below every other, and finite.
+constexpr float kNoRowMax = -1e30f;
+// row_max is stale by design: a row keeps the maximum that its first scores gave it until a
+// thread's weights of a block add up to more than this. So a block is exponentiated without looking
+// for its largest score first, and accumulators are rescaled only when it matters. float16 bounds
+// it by what the weights are packed to; bfloat16 holds more, but results in float32 leave values
+// only what weights leave of its range.
 template <typename T>
-constexpr float kMostWeight = 0x1p24f;
+constexpr float kMaxWeightSum = 0x1p24f;
 template <>
-constexpr float kMostWeight<Half> = 0x1p14f;
-// From here on weights are not scaled down any more: the factor would be none of float32's.
+constexpr float kMaxWeightSum<Half> = 0x1p14f;
+// Past this the rescale factor underflows float32, so the scores are recomputed
+// (multiply_keys_again).
 constexpr float kLostWeight = 0x1p120f;
-// Where the largest score is looked for, it becomes the reference if it is 2^kSlack above it.
-constexpr float kSlack = 8.0f;
-
-__device__ inline float quad_max(float x) {
-  x = fmaxf(x, __shfl_xor_sync(0xffffffff, x, 1));
-  return fmaxf(x, __shfl_xor_sync(0xffffffff, x, 2));
-}
-__device__ inline float quad_sum(float x) {
-  x += __shfl_xor_sync(0xffffffff, x, 1);
-  return x + __shfl_xor_sync(0xffffffff, x, 2);
-}
 __device__ inline bool quad_any(bool x) {
   return (__ballot_sync(0xffffffff, x) >> (threadIdx.x % 32 / 4 * 4) & 0xf) != 0;
 }
@@ -43,10 +34,10 @@ __device__ inline bool quad_any(bool x) {
 // The two rows of a thread. What becomes of a row depends on its own scores alone, not on the other
 // rows of its warp: they may be another sequence's.
 struct TwoRows {
-  float reference[2];  // in log2 units
-  float sum[2];        // the thread's share of it
-  bool always[2];      // whether the reference is raised before each block is weighed
-  __device__ bool raises(int h) const { return always[h] || reference[h] == kNoReference; }
+  float row_max[2];  // in log2 units
+  float sum[2];      // the thread's share of it
+  bool always[2];    // whether row_max is raised before each block is exponentiated
+  __device__ bool raises(int h) const { return always[h] || row_max[h] == kNoRowMax; }
   __device__ bool any_raises() const { return __any_sync(0xffffffff, raises(0) || raises(1)); }
 };
 
@@ -58,8 +49,8 @@ struct ScoreTerms {
   float slope;
 };
 template <int kBlockN>
-__device__ inline void shape_scores(float (&s)[kBlockN / 2], const ScoreTerms& rule, int position,
-                                    int first_key) {
+__device__ inline void apply_score_terms(float (&s)[kBlockN / 2], const ScoreTerms& rule,
+                                         int position, int first_key) {
   if (rule.cap_rate != 0.0f) {
     // tanh(x) = 1 - 2 / (e^2x + 1): off by 1e-7 of the cap, where tanh.approx is off by 5e-4.
     const float cap = rule.cap_log2;
@@ -109,7 +100,7 @@ __device__ inline void mask_scores(float (&s)[kBlockN / 2], const int (&begins)[
 
 // The largest of a thread's and its neighbours' scores or weights in its row h.
 template <int kBlockN>
-__device__ inline float largest_of_row(const float (&s)[kBlockN / 2], int h) {
+__device__ inline float max_of_row(const float (&s)[kBlockN / 2], int h) {
   float even = s[2 * h];  // two chains of maxima
   float odd = s[2 * h + 1];
 #pragma unroll
@@ -117,22 +108,22 @@ __device__ inline float largest_of_row(const float (&s)[kBlockN / 2], int h) {
     even = fmaxf(even, s[4 * j + 2 * h]);
     odd = fmaxf(odd, s[4 * j + 2 * h + 1]);
   }
-  return quad_max(fmaxf(even, odd));
+  return quad_reduce<Max>(fmaxf(even, odd));
 }
 
-// Raises the references, of rows that do so, to the largest of these scores. keep: by how much what
-// was accumulated so far is to be scaled.
+// Raises the row maxima, of rows that do so, to the largest of these scores. rescale: by how much
+// what was accumulated so far is to be scaled.
 template <int kBlockN>
-__device__ inline void raise_references(const float (&s)[kBlockN / 2], TwoRows& rows,
-                                        float scale_log2, float (&keep)[2]) {
+__device__ inline void raise_row_max(const float (&s)[kBlockN / 2], TwoRows& rows, float scale_log2,
+                                     float (&rescale)[2]) {
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
-    const float largest = largest_of_row<kBlockN>(s, h) * scale_log2;
-    const bool moves = rows.raises(h) && largest > rows.reference[h] + kSlack;
-    const float reference = moves ? largest : rows.reference[h];
-    keep[h] = ptx::exp2_approx(rows.reference[h] - reference);
-    rows.reference[h] = reference;
-    rows.sum[h] *= keep[h];
+    const float largest = max_of_row<kBlockN>(s, h) * scale_log2;
+    const bool moves = rows.raises(h) && largest > rows.row_max[h] + kRescaleSlack;
+    const float row_max = moves ? largest : rows.row_max[h];
+    rescale[h] = ptx::exp2_approx(rows.row_max[h] - row_max);
+    rows.row_max[h] = row_max;
+    rows.sum[h] *= rescale[h];
   }
 }
 
@@ -150,32 +141,32 @@ __device__ inline float sum_of_row(const float (&s)[kBlockN / 2], int h) {
 
 // Scores to weights in place. totals: what a thread's weights of each row add up to.
 template <int kBlockN>
-__device__ inline void weigh(float (&s)[kBlockN / 2], const TwoRows& rows, float scale_log2,
-                             float (&totals)[2]) {
+__device__ inline void exponentiate(float (&s)[kBlockN / 2], const TwoRows& rows, float scale_log2,
+                                    float (&totals)[2]) {
 #pragma unroll
   for (int i = 0; i < kBlockN / 2; ++i) {
-    s[i] = ptx::exp2_approx(fmaf(s[i], scale_log2, -rows.reference[i % 4 / 2]));
+    s[i] = ptx::exp2_approx(fmaf(s[i], scale_log2, -rows.row_max[i % 4 / 2]));
   }
 #pragma unroll
   for (int h = 0; h < 2; ++h) totals[h] = sum_of_row<kBlockN>(s, h);
 }
 
-// Of rows whose weights are too large, but finite: raises the references by the weights' exponents,
+// Of rows whose weights are too large, but finite: raises the row maxima by the weights' exponents,
 // and scales weights and totals down by as much.
 template <int kBlockN>
 __device__ inline void shrink_weights(float (&s)[kBlockN / 2], TwoRows& rows, float (&totals)[2],
-                                      const bool (&shrinks)[2], float (&keep)[2]) {
+                                      const bool (&shrinks)[2], float (&rescale)[2]) {
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
     constexpr int kMantissaBits = 23;
     constexpr int kOne = 127;  // the exponent of 1
-    const int exponent = (__float_as_int(largest_of_row<kBlockN>(s, h)) >> kMantissaBits) - kOne;
-    const float reference = rows.reference[h] + (shrinks[h] ? static_cast<float>(exponent) : 0.0f);
-    const float factor = ptx::exp2_approx(rows.reference[h] - reference);  // as it was rounded
-    rows.reference[h] = reference;
+    const int exponent = (__float_as_int(max_of_row<kBlockN>(s, h)) >> kMantissaBits) - kOne;
+    const float row_max = rows.row_max[h] + (shrinks[h] ? static_cast<float>(exponent) : 0.0f);
+    const float factor = ptx::exp2_approx(rows.row_max[h] - row_max);  // as it was rounded
+    rows.row_max[h] = row_max;
     rows.sum[h] *= factor;
     totals[h] *= factor;
-    keep[h] *= factor;
+    rescale[h] *= factor;
 #pragma unroll
     for (int j = 0; j < kBlockN / 8; ++j) {
       s[4 * j + 2 * h] *= factor;
@@ -185,25 +176,26 @@ __device__ inline void shrink_weights(float (&s)[kBlockN / 2], TwoRows& rows, fl
 }
 
 // Of rows whose weights float32 lost: their scores, which stand here again, to weights of raised
-// references.
+// row maxima.
 template <int kBlockN>
-__device__ inline void weigh_lost(float (&s)[kBlockN / 2], TwoRows& rows, float scale_log2,
-                                  float (&totals)[2], const bool (&lost)[2], float (&keep)[2]) {
+__device__ inline void exponentiate_lost(float (&s)[kBlockN / 2], TwoRows& rows, float scale_log2,
+                                         float (&totals)[2], const bool (&lost)[2],
+                                         float (&rescale)[2]) {
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
-    const float largest = largest_of_row<kBlockN>(s, h) * scale_log2;
-    const float raised = fmaxf(rows.reference[h], largest);
-    const float reference = lost[h] ? raised : rows.reference[h];
-    const float factor = ptx::exp2_approx(rows.reference[h] - reference);
-    rows.reference[h] = reference;
+    const float largest = max_of_row<kBlockN>(s, h) * scale_log2;
+    const float raised = fmaxf(rows.row_max[h], largest);
+    const float row_max = lost[h] ? raised : rows.row_max[h];
+    const float factor = ptx::exp2_approx(rows.row_max[h] - row_max);
+    rows.row_max[h] = row_max;
     rows.sum[h] *= factor;
-    keep[h] *= factor;
+    rescale[h] *= factor;
 #pragma unroll
     for (int j = 0; j < kBlockN / 8; ++j) {
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
         float& score = s[4 * j + 2 * h + e];
-        const float weight = ptx::exp2_approx(fmaf(score, scale_log2, -reference));
+        const float weight = ptx::exp2_approx(fmaf(score, scale_log2, -row_max));
         score = lost[h] ? weight : score;
       }
     }
@@ -225,9 +217,9 @@ __device__ inline void pack_weights(const float (&s)[kBlockN / 2], uint32_t (&p)
 }
 
 template <int kSize>
-__device__ inline void scale_rows(float (&o)[kSize], const float (&keep)[2]) {
+__device__ inline void rescale_rows(float (&o)[kSize], const float (&rescale)[2]) {
 #pragma unroll
-  for (int i = 0; i < kSize; ++i) o[i] *= keep[i % 4 / 2];
+  for (int i = 0; i < kSize; ++i) o[i] *= rescale[i % 4 / 2];
 }
 
 }  // namespace llamatelemetry
