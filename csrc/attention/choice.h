@@ -23,7 +23,7 @@ constexpr int64_t kMaxSplitQueries = 16;
 // CPU: at most this many rows of a key head, decode: vector lanes along head_dim; more, prefill:
 // lanes along rows.
 constexpr int kMaxDecodeRows = 16;
-constexpr int64_t kMinSplitKeys = 64;  // of a part: shorter ones cost more to merge than they save
+constexpr int64_t kMinSplitKeys = 64;  // of a part: a block of keys of cpu/decode.h
 
 enum class AttentionImpl : int { kNone, kCpu, kSm75, kSm80, kSm90, kSimt };
 

@@ -14,7 +14,8 @@ namespace llamatelemetry {
 constexpr float kLog2E = 1.4426950408889634f;
 constexpr float kLn2 = 0.6931471805599453f;
 // A row's maximum is raised, and what it has accumulated rescaled, where a score is 2^kRescaleSlack
-// above it: weights may grow as large. Exact, as every weight of the row and its sum use one maximum.
+// above it: weights may grow as large. Exact, as every weight of the row and its sum use one
+// maximum.
 constexpr float kRescaleSlack = 8.0f;
 
 // q, k, v or out: element c of (sequence b, token t, head h) lies at

@@ -100,6 +100,7 @@ void prefill_body(const Tiled<Params>& tiles, int64_t begin, int64_t end) {
 }  // namespace
 
 Error launch_dense_attention(const Params& p, Stream) {
+  // Costs are rough: they only decide whether a second core is worth it (cpu/parallel.h).
   if (p.plan.tile == TileClass::kRow) {
     const double row_ns = 0.07 * static_cast<double>(p.head_dim * p.seqlen_k);
     const auto num_rows = static_cast<double>(p.seqlen_q * p.group_size);

@@ -164,6 +164,7 @@ void merge_body(const Params& p, int64_t begin, int64_t end) {
 }  // namespace
 
 Error launch_paged_attention(const Params& p, Stream) {
+  // Costs are rough: they only decide whether a second core is worth it (cpu/parallel.h).
   const auto head_dim = static_cast<double>(p.head_dim);
   if (p.plan.tile == TileClass::kRow) {
     // Lengths are not known here: half of what the table can hold.

@@ -25,7 +25,7 @@ __device__ inline void multiply_keys(float (&r_s)[Tile::kBlockN / 2], uint64_t q
   ptx::wgmma_commit();
 }
 // From weights of lost rows back to their scores, for one warp's 16 rows, by products of a warp: q
-// and its keys still lie there. What weighs nothing, as it is masked or far below, is -inf now.
+// and its keys still lie there. Where the weight is 0, masked or far below, the score is -inf now.
 template <typename T, typename Tile>
 __device__ inline void multiply_keys_again(float (&r_s)[Tile::kBlockN / 2], const bool (&lost)[2],
                                            uint32_t q, uint32_t k) {
