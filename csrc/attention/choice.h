@@ -99,6 +99,10 @@ static inline constexpr const char* tile_class_name(TileClass tile) {
 
 // ---- What an implementation can serve ----
 
+static inline constexpr bool is_16_bit(DType dtype) {
+  return dtype == DType::kFloat16 || dtype == DType::kBFloat16;
+}
+
 // Blocks of a grid that has one for each tile of block_rows queries.
 static inline constexpr bool grid_fits(const AttentionDescriptor& d, int block_rows,
                                        int64_t max_blocks) {
@@ -114,7 +118,7 @@ static inline constexpr TileClass sm80_tile_class(const AttentionDescriptor& d) 
 static inline constexpr const char* why_not_sm90(const AttentionDescriptor& d) {
   if (d.capability / 10 != 9) return "it needs a GPU of compute capability 9.x";
   if (!d.has_sm90_code) return "this build holds no code for 9.0";
-  if (d.dtype == DType::kFloat32) return "it serves float16 and bfloat16";
+  if (!is_16_bit(d.dtype)) return "it serves float16 and bfloat16";
   if (!d.aligned) return "rows of q, k and v must lie apart, at multiples of 16 bytes";
   if (d.page_size > 0 && !sm90::serves_page_size(d.page_size, d.seqlen_k == d.page_size)) {
     return "pages must have 8, 16, 32 or 64 tokens, a multiple of 128, or all of a sequence's";
@@ -135,7 +139,7 @@ static inline constexpr const char* why_not_mma(AttentionImpl impl, const Attent
   if (is_sm80 && d.code_capability < 80) {
     return "it needs a GPU of compute capability 8.0 and code for it";
   }
-  if (is_sm80 && d.dtype == DType::kFloat32) return "it serves float16 and bfloat16";
+  if (is_sm80 && !is_16_bit(d.dtype)) return "it serves float16 and bfloat16";
   if (!is_sm80 && d.dtype != DType::kFloat16) return "it serves float16";
   if (!is_sm80 && d.page_size > 0) return "it serves dense keys, not pages";
   const MmaTileConfig& tile =
