@@ -15,7 +15,11 @@ from statistics import median
 import harness
 
 ROOT = Path(__file__).resolve().parent.parent
-DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "benchmarks").glob("*.md"))]
+DOCUMENTS = [
+    ROOT / "README.md",
+    *sorted((ROOT / "benchmarks").glob("*.md")),
+    *sorted((ROOT / "docs").glob("*.md")),
+]
 MARKED = re.compile(r"(<!-- table: ([\w-]+)(?: \((.*?)\))? -->\n).*?(<!-- end -->)", re.DOTALL)
 
 

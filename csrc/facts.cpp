@@ -3,8 +3,7 @@
 #include <iterator>
 #include <string>
 
-#include "attention/flash_choice.h"
-#include "attention/params.h"
+#include "attention/choice.h"
 #include "common/backend.h"
 #include "common/dtype.h"
 #include "cpu/isa.h"
@@ -72,12 +71,12 @@ std::string limits() {
   add(text, "max_fused_rows", std::to_string(kMaxFusedRows));
   add(text, "max_head_dim", std::to_string(kMaxHeadDim));
   add(text, "head_dim_multiple", std::to_string(kHeadDimMultiple));
-  add(text, "many_queries", std::to_string(kManyQueries));
+  add(text, "min_prefill_queries", std::to_string(kMinPrefillQueries));
+  add(text, "max_split_queries", std::to_string(kMaxSplitQueries));
   return text + "}";
 }
 
 std::string facts() {
-  const auto flash_impl = [](int i) { return quoted(flash_impl_name(static_cast<FlashImpl>(i))); };
   const auto dtype = [](int i) { return quoted(dtype_name(static_cast<DType>(i))); };
   std::string text;
   add(text, "formats", list(kNumFormats, [](int i) { return format_facts(kFormats[i]); }));
@@ -85,7 +84,8 @@ std::string facts() {
       list(std::size(kPackedLayouts), [](int i) { return quoted(kPackedLayouts[i]); }));
   add(text, "cpu_levels", list(std::size(kIsaNames), [](int i) { return quoted(kIsaNames[i]); }));
   add(text, "dtypes", list(kNumDTypes, dtype));
-  add(text, "flash_implementations", list(kNumFlashImpls, flash_impl));
+  add(text, "attention_backends",
+      list(std::size(kNamedImpls), [](int i) { return quoted(kNamedImpls[i].name); }));
   add(text, "limits", limits());
   return text + "}";
 }

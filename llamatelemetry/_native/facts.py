@@ -54,5 +54,5 @@ FORMATS: dict[str, FormatFacts] = {row["name"]: _format(row) for row in _facts["
 PACKED_LAYOUTS: list[str] = _facts["packed_layouts"]
 CPU_LEVELS: list[str] = _facts["cpu_levels"]
 DTYPES: list[str] = _facts["dtypes"]
-FLASH_IMPLEMENTATIONS: list[str] = _facts["flash_implementations"]
+ATTENTION_BACKENDS: list[str] = _facts["attention_backends"]
 LIMITS: dict[str, int] = _facts["limits"]

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from llamatelemetry._native import library
+from llamatelemetry._native.facts import LIMITS
 from llamatelemetry.models.hf_masks import PaddedLayout, dense_mask, key_mask, padded_layout
 from llamatelemetry.ops import _contract  # noqa: F401  (loads the library)
 
@@ -22,7 +22,7 @@ NAME = "llamatelemetry"
 _paged_attention = torch.ops.llamatelemetry.paged_attention.default
 _flash_attn = torch.ops.llamatelemetry.flash_attn.default
 # Up to so many queries paged_attention's split over the keys serves the CPU better.
-_FEW_QUERIES: int = library.cpu_library.lt_few_queries()
+_FEW_QUERIES: int = LIMITS["max_split_queries"]
 
 
 def register() -> None:
@@ -103,7 +103,7 @@ def attention_forward(
         q, k, v = (
             x.transpose(1, 2) for x in (query, _last_contiguous(key), _last_contiguous(value))
         )
-        out, _ = _flash_attn(q, k, v, None, None, *options, 0)
+        out, _ = _flash_attn(q, k, v, None, None, *options, None)
         return out, None
     if layout is None:
         return _rows_from_first_slot(query, key, value, attention_mask, options), None

@@ -213,7 +213,7 @@ class Attention(Piece):
         starts, longest = step.cu_seqlens_q, step.max_seqlen_q
         if step.is_whole:
             out, _ = _flash_attn_varlen(
-                q, k, v, starts, starts, longest, longest, None, None, *scores, 0
+                q, k, v, starts, starts, longest, longest, None, None, *scores, None
             )
         else:
             cache = (k_cache, v_cache, step.block_table, step.cache_seqlens)
