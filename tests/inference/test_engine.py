@@ -3,38 +3,14 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
-from random import Random
 
 import pytest
 import torch
-from families import OpCounter
-from gguf_models import write_model
+from engines import NEW_TOKENS, PROMPTS, all_free, make_engine, rows_of, step_of
 
 from llamatelemetry.inference import generation
-from llamatelemetry.inference.engine import InferenceEngine
-from llamatelemetry.inference.kv_pages import KvPages
-from llamatelemetry.inference.runner import DecodeStep, StepRunner
 from llamatelemetry.inference.sampling import GREEDY, SamplingParams
-from llamatelemetry.loading.find import load_model
 from llamatelemetry.models.patching import patch, unpatch
-
-PROMPTS = [[5, 9, 2], [7], [11, 3, 8, 1, 40, 22, 17, 6, 30]]
-NEW_TOKENS = 12
-
-
-def make_engine(tmp_path, device, family="llama"):
-    path = tmp_path / "tiny.gguf"
-    reference = write_model(path, family)
-    loaded = load_model(path, device=device, dtype=torch.float32, exact=True)
-    return InferenceEngine(loaded), reference.to(device)
-
-
-def rows_of(engine, prompts, params=GREEDY, eos=()):
-    """The tokens of each row, up to its end."""
-    steps = list(engine.generator.generate(prompts, [params] * len(prompts), NEW_TOKENS, eos))
-    columns = zip(*steps, strict=True)
-    return [[token for token in column if token is not None] for column in columns]
 
 
 def test_greedy_tokens_are_those_of_transformers(tmp_path, device):
@@ -53,11 +29,6 @@ def test_a_row_of_a_ragged_batch_is_what_it_is_alone(tmp_path, device):
     alone = [rows_of(engine, [prompt])[0] for prompt in PROMPTS]
     assert engine.generator.decode_mode == ("graph" if device.type == "cuda" else "recorded")
     assert rows_of(engine, PROMPTS) == alone
-
-
-def step_of(engine, batch=1):
-    """The decode step that the last generation of so many rows used."""
-    return engine.generator.runner.decode_step(batch, 1)
 
 
 def test_one_step_serves_later_batches_of_its_size(tmp_path, device):
@@ -92,188 +63,6 @@ def test_other_weights_get_a_step_of_their_own(tmp_path, device):
     model.load_state_dict(other, assign=True)
     assert rows_of(engine, PROMPTS[:1]) == before
     assert step_of(engine) is not step
-
-
-@pytest.mark.parametrize("page_size", [1, 2, 5])
-def test_shuffled_pages_give_the_same_tokens(tmp_path, device, monkeypatch, page_size):
-    monkeypatch.setattr(generation, "StepRunner", partial(StepRunner, page_size=page_size))
-    engine, _ = make_engine(tmp_path, device)
-    in_order = rows_of(engine, PROMPTS)
-    for k, v in engine.generator.runner.pages.layers:
-        k.fill_(torch.nan), v.fill_(torch.nan)  # no key of the first run is of use to the second
-    blocks, random, taken = engine.generator.blocks, Random(0), []
-    take = blocks._take
-
-    def take_any():
-        random.shuffle(blocks._free)
-        taken.append(take())
-        return taken[-1]
-
-    monkeypatch.setattr(blocks, "_take", take_any)
-    assert rows_of(engine, PROMPTS) == in_order
-    assert taken != sorted(taken)
-    monkeypatch.setitem(generation.PREFILL_TOKENS, device.type, 4)
-    assert rows_of(engine, PROMPTS) == in_order
-
-
-def all_free(engine):
-    blocks = engine.generator.blocks
-    blocks.check()
-    return blocks.num_sequences == 0 and blocks.num_available == blocks.num_blocks
-
-
-def test_generations_between_the_steps_of_each_other(tmp_path, device):
-    engine, _ = make_engine(tmp_path, device)
-    warm = SamplingParams(temperature=1.5, seed=3)
-    batches = [
-        (PROMPTS[:1], GREEDY),
-        (PROMPTS[1:2], warm),
-        (PROMPTS, warm),
-        (PROMPTS[2:], GREEDY),
-        (PROMPTS[::-1], GREEDY),
-    ]
-    alone = [rows_of(engine, *batch) for batch in batches]
-    end = alone[2][0][3]  # a row of the third batch ends early, and is reloaded as ended
-    alone[2] = rows_of(engine, *batches[2], (end,))
-
-    open_ones = [
-        engine.generator.generate(
-            prompts, [params] * len(prompts), NEW_TOKENS, (end,) if i == 2 else ()
-        )
-        for i, (prompts, params) in enumerate(batches)
-    ]
-    steps = [[] for _ in batches]
-    random = Random(0)
-    while left := [i for i, one in enumerate(open_ones) if one is not None]:
-        i = random.choice(left)
-        step = next(open_ones[i], None)
-        if step is None:
-            open_ones[i] = None
-        else:
-            steps[i].append(step)
-        engine.generator.blocks.check()
-    for ours, wanted in zip(steps, alone, strict=True):
-        columns = zip(*ours, strict=True)
-        assert [[t for t in column if t is not None] for column in columns] == wanted
-    assert all_free(engine)
-
-
-def test_an_abandoned_generation_gives_its_blocks_back(tmp_path, device):
-    engine, _ = make_engine(tmp_path, device)
-    rows_of(engine, PROMPTS)
-    assert all_free(engine)
-    started = engine.generator.generate(PROMPTS[:2], [GREEDY] * 2, NEW_TOKENS)
-    next(started)
-    assert engine.generator.blocks.num_sequences == 2
-    del started
-    assert all_free(engine)
-    # One that is collected while a step is at work waits until that is over.
-    started = engine.generator.generate(PROMPTS[:2], [GREEDY] * 2, NEW_TOKENS)
-    next(started)
-    with engine.generator._lock:
-        del started
-        assert engine.generator.blocks.num_sequences == 2
-    rows_of(engine, PROMPTS[:1])
-    assert all_free(engine)
-
-
-def test_a_prefill_that_fails_gives_its_blocks_back(tmp_path, device, monkeypatch):
-    engine, _ = make_engine(tmp_path, device)
-    before = rows_of(engine, PROMPTS)
-
-    def fail(*_):
-        raise MemoryError
-
-    with monkeypatch.context() as broken:
-        broken.setattr(StepRunner, "prefill", fail)
-        with pytest.raises(MemoryError):
-            rows_of(engine, PROMPTS)
-    assert all_free(engine)
-    assert rows_of(engine, PROMPTS) == before
-
-
-def test_a_cache_that_cannot_grow_keeps_what_it_holds(tmp_path, device, monkeypatch):
-    engine, _ = make_engine(tmp_path, device)
-    alone = rows_of(engine, PROMPTS[:1])
-    started = engine.generator.generate(PROMPTS[:1], [GREEDY], NEW_TOKENS)
-    tokens = [next(started)[0]]
-    new, calls = KvPages._new, []
-
-    def fail_later(pages, num_blocks):
-        calls.append(num_blocks)
-        if len(calls) == 2:
-            raise MemoryError
-        return new(pages, num_blocks)
-
-    with monkeypatch.context() as broken:
-        broken.setattr(KvPages, "_new", fail_later)
-        with pytest.raises(MemoryError):
-            rows_of(engine, PROMPTS)
-    tokens += [token for (token,) in started]
-    assert [tokens] == alone
-    assert rows_of(engine, PROMPTS)[:1] == alone
-
-
-def test_a_model_that_moves_under_a_generation_is_an_error(tmp_path, device):
-    engine, _ = make_engine(tmp_path, device)
-    started = engine.generator.generate(PROMPTS[:1], [GREEDY], NEW_TOKENS)
-    next(started)
-    engine.loaded.model.bfloat16()
-    rows_of(engine, PROMPTS[:1])
-    with pytest.raises(RuntimeError, match="the model must stay on its device and in its dtype"):
-        next(started)
-    assert all_free(engine)
-
-
-def test_threads_share_an_engine(tmp_path, device):
-    engine, _ = make_engine(tmp_path, device)
-    prompts = ["the cat", "on", "the mat the mat", "cat on cat"]
-    alone = [engine.infer(prompt, NEW_TOKENS, temperature=0.8, seed=5) for prompt in prompts]
-    assert all(result.success for result in alone)
-    with ThreadPoolExecutor(4) as pool:
-        results = list(
-            pool.map(
-                lambda prompt: engine.infer(prompt, NEW_TOKENS, temperature=0.8, seed=5),
-                prompts * 6,
-            )
-        )
-    for result, wanted in zip(results, alone * 6, strict=True):
-        assert (result.text, result.error_message) == (wanted.text, None)
-        assert result.tokens_generated == wanted.tokens_generated
-    assert all_free(engine)
-
-
-def test_a_replayed_step_runs_nothing_outside_the_replay(tmp_path):
-    engine, _ = make_engine(tmp_path, torch.device("cpu"))
-    rows_of(engine, PROMPTS)
-    step = step_of(engine, len(PROMPTS))
-    names = [name for name, _ in step.recording.profile()]
-    assert (names.count("advance_step_"), names[-1]) == (1, "advance_step_")
-    with OpCounter() as counter:
-        step.run()
-    assert not counter.calls
-
-
-@pytest.mark.gpu
-def test_a_graph_is_captured_under_the_model_s_own_device(tmp_path):
-    if torch.cuda.device_count() < 2:
-        pytest.skip("needs a GPU besides the current one")
-    here, _ = make_engine(tmp_path, torch.device("cuda:0"))
-    there, _ = make_engine(tmp_path, torch.device("cuda:1"))
-    with torch.cuda.device(0):
-        wanted = rows_of(here, PROMPTS)
-        assert rows_of(there, PROMPTS) == wanted
-        with torch.cuda.stream(torch.cuda.Stream()):
-            assert rows_of(there, PROMPTS) == wanted
-    assert there.generator.decode_mode == "graph"
-
-
-@pytest.mark.gpu
-def test_an_empty_graph_is_an_error(tmp_path, monkeypatch):
-    engine, _ = make_engine(tmp_path, torch.device("cuda"))
-    monkeypatch.setattr(DecodeStep, "_run_eagerly", lambda self: None)
-    with pytest.raises(RuntimeError, match="must hold the step's kernels, got an empty one"):
-        rows_of(engine, PROMPTS)
 
 
 def test_a_prompt_in_chunks_is_the_prompt(tmp_path, device, monkeypatch):
@@ -322,6 +111,24 @@ def test_infer_and_stop_sequences(tmp_path, device):
     assert as_str.text == cut.text
     assert engine.infer_batch(["the cat", "on"], max_tokens=NEW_TOKENS)[0] == whole.text
     assert engine.infer_batch([]) == []
+
+
+def test_threads_share_an_engine(tmp_path, device):
+    engine, _ = make_engine(tmp_path, device)
+    prompts = ["the cat", "on", "the mat the mat", "cat on cat"]
+    alone = [engine.infer(prompt, NEW_TOKENS, temperature=0.8, seed=5) for prompt in prompts]
+    assert all(result.success for result in alone)
+    with ThreadPoolExecutor(4) as pool:
+        results = list(
+            pool.map(
+                lambda prompt: engine.infer(prompt, NEW_TOKENS, temperature=0.8, seed=5),
+                prompts * 6,
+            )
+        )
+    for result, wanted in zip(results, alone * 6, strict=True):
+        assert (result.text, result.error_message) == (wanted.text, None)
+        assert result.tokens_generated == wanted.tokens_generated
+    assert all_free(engine)
 
 
 def test_refusals(tmp_path, device):
