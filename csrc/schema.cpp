@@ -16,6 +16,8 @@ STABLE_TORCH_LIBRARY(llamatelemetry, m) {
   // cache: k_cache, v_cache [num_blocks, page_size, num_heads_kv, head_dim]
   m.def("append_kv_(Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor slot_mapping) -> ()");
   m.def("copy_blocks_(Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor block_pairs) -> ()");
+  m.def("slot_mapping(Tensor positions, Tensor block_table, Tensor cu_seqlens_q, int page_size) -> Tensor");
+  m.def("advance_step_(Tensor(a!) input_ids, Tensor(b!) positions, Tensor(c!) slot_mapping, Tensor(d!) cache_seqlens, Tensor(e!) offsets, Tensor next_ids, Tensor active, Tensor block_table, int page_size) -> ()");
 
   // attention: packed is [total_tokens, heads, head_dim], else [batch, seqlen, heads, head_dim]; returns out, lse; backend: a name of attention/choice.h
   m.def("flash_attn(Tensor q, Tensor k, Tensor v, Tensor? sinks, Tensor? alibi_slopes, float softmax_scale, bool causal, int window_left, int window_right, float softcap, str? backend=None) -> (Tensor, Tensor)");

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from llamatelemetry.ops.backends import ATTENTION_BACKENDS
+from llamatelemetry._native.facts import ATTENTION_BACKENDS
 
 
 def pytest_generate_tests(metafunc):

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from llamatelemetry.ops.backends import ATTENTION_BACKENDS, attention_choice, flash_why_not
+from llamatelemetry._native.facts import ATTENTION_BACKENDS
+from llamatelemetry.ops.backends import attention_choice, flash_why_not
 
 FP16, BF16, FP32 = torch.float16, torch.bfloat16, torch.float32
 
@@ -104,5 +105,5 @@ def test_splits_on_the_cpu():
 
 
 def test_names():
-    assert ATTENTION_BACKENDS == ("cpu", "sm75", "sm80", "sm90", "simt")
+    assert ATTENTION_BACKENDS == ["cpu", "sm75", "sm80", "sm90", "simt"]
     assert flash_why_not("cpu", FP16) is None

@@ -4,7 +4,12 @@ Each function computes in the dtype it is given; tests pass float64.
 """
 
 from llamatelemetry.ops.reference.attention import flash_attn, flash_attn_varlen, paged_attention
-from llamatelemetry.ops.reference.cache import append_kv_, copy_blocks_
+from llamatelemetry.ops.reference.cache import (
+    advance_step_,
+    append_kv_,
+    copy_blocks_,
+    slot_mapping,
+)
 from llamatelemetry.ops.reference.gemm import quant_linear, rounded_activations
 from llamatelemetry.ops.reference.norm import (
     fused_add_rms_norm_,
@@ -20,6 +25,7 @@ from llamatelemetry.ops.reference.quant import dequantize, quant_embedding, repa
 from llamatelemetry.ops.reference.sampling import philox4x32, sample, sampling_probabilities
 
 __all__ = [
+    "advance_step_",
     "append_kv_",
     "copy_blocks_",
     "dequantize",
@@ -40,5 +46,6 @@ __all__ = [
     "sample",
     "sampling_probabilities",
     "silu_and_mul",
+    "slot_mapping",
     "softmax",
 ]
