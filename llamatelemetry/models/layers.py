@@ -6,7 +6,6 @@ forward under transformers, ``step`` works on packed tokens without padding over
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from llamatelemetry.models.merge import merge_linears, merge_runs, unmerge_linears
+from llamatelemetry.models.pieces.base import KNOWN_TO_LAYERS, Piece, eager_attention_of, take_cache
 from llamatelemetry.models.step_input import StepInput
 from llamatelemetry.ops import _contract  # noqa: F401  (loads the library)
 
@@ -50,51 +50,6 @@ class Family:
     gate_up: tuple[str, ...] = ("gate_proj", "up_proj")
 
 
-class Piece:
-    """Stands for one module: puts its forward in the module's place, and takes it out again.
-
-    Raises: ValueError, AttributeError where the module is not of the piece's kind after all
-    """
-
-    def __init__(self, module: nn.Module, family: Family, config: Any) -> None:
-        self.module: Any = module
-        self.family, self.config = family, config
-        self.width = int(config.hidden_size)
-        self.original = module.forward
-        self._replaced = {name: module.__dict__.get(name) for name in ("forward", "_apply")}
-        self._apply_original = module._apply
-
-    def bind(self) -> None:
-        """Takes the module's tensors in hand; again whenever they have moved."""
-
-    def unbind(self) -> None:
-        """Gives back what bind took."""
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        raise NotImplementedError
-
-    def _apply(self, *args: Any, **kwargs: Any) -> Any:
-        result = self._apply_original(*args, **kwargs)
-        self.bind()
-        return result
-
-    def _loaded(self, *_: Any) -> None:
-        self.bind()
-
-    def install(self) -> None:
-        self.module.forward = self.forward
-        self.module._apply = self._apply
-        self._hook = self.module.register_load_state_dict_post_hook(self._loaded)
-
-    def remove(self) -> None:
-        self._hook.remove()
-        for name, value in self._replaced.items():
-            self.module.__dict__.pop(name, None)
-            if value is not None:
-                self.module.__dict__[name] = value
-        self.unbind()
-
-
 class RmsNorm(Piece):
     """``x / sqrt(mean(x²) + eps) * weight``."""
 
@@ -106,10 +61,11 @@ class RmsNorm(Piece):
     def bind(self) -> None:
         self.weight: Tensor = self.module.weight
 
-    def forward(self, hidden_states: Tensor) -> Tensor:
+    def forward(self, *args: Tensor, **kwargs: Tensor) -> Tensor:
         if torch.is_grad_enabled():  # ours have no gradients; the module's forward has
-            return self.original(hidden_states)
-        return _rms_norm(hidden_states.contiguous(), self.weight, self.eps)
+            return self.original(*args, **kwargs)
+        (x,) = self.named(args, kwargs).values()
+        return _rms_norm(x.contiguous(), self.weight, self.eps)
 
 
 class GatedMlp(Piece):
@@ -139,8 +95,10 @@ class GatedMlp(Piece):
     def step(self, x: Tensor) -> Tensor:
         return self.down(self.act_and_mul(self.gate_up(x)))
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.original(x) if torch.is_grad_enabled() else self.step(x)
+    def forward(self, *args: Tensor, **kwargs: Tensor) -> Tensor:
+        if torch.is_grad_enabled():
+            return self.original(*args, **kwargs)
+        return self.step(*self.named(args, kwargs).values())
 
 
 @dataclass(frozen=True)
@@ -166,6 +124,8 @@ class _Projection:
 class Attention(Piece):
     """q, k and v as one linear, rotary embedding in place, attention, the output projection."""
 
+    known = KNOWN_TO_LAYERS
+
     def __init__(self, module: nn.Module, family: Family, config: Any) -> None:
         super().__init__(module, family, config)
         self.head_dim = int(self.module.head_dim)
@@ -173,10 +133,15 @@ class Attention(Piece):
         self._num_heads = (config.num_attention_heads, num_kv, num_kv)
         self._norm_names = (family.query_norm, family.key_norm, "")
         self.scale = float(self.module.scaling)
-        self.window = sliding_window_of(self.module, family, config)
-        self.window_left = -1 if self.window is None else self.window - 1
-        self.interface_kwargs = {"sliding_window": self.window} if family.sliding_window else {}
+        self.read_window()
         self.bind()
+
+    def read_window(self) -> None:
+        self.window = sliding_window_of(self.module, self.family, self.config)
+        self.window_left = -1 if self.window is None else self.window - 1
+        self.interface_kwargs = (
+            {"sliding_window": self.window} if self.family.sliding_window else {}
+        )
 
     def bind(self) -> None:
         self.linears = [getattr(self.module, name) for name in self.family.qkv]
@@ -220,33 +185,29 @@ class Attention(Piece):
             out, _ = _paged_attention(q, *cache, starts, longest, *scores)
         return self.o(out.view(x.shape[0], -1))
 
-    def forward(
-        self,
-        hidden_states: Tensor,
-        position_embeddings: tuple[Tensor, Tensor],
-        attention_mask: Tensor | None = None,
-        past_key_values: Any = None,
-        **kwargs: Any,
-    ) -> tuple[Tensor, Tensor | None]:
+    def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
         if torch.is_grad_enabled():
-            return self.original(
-                hidden_states, position_embeddings, attention_mask, past_key_values, **kwargs
-            )
+            return self.original(*args, **kwargs)
+        call = self.named(args, kwargs)
+        hidden_states, (cos, sin) = call.pop("hidden_states"), call.pop("position_embeddings")
+        attention_mask, cache = call.pop("attention_mask", None), take_cache(call)
         batch, seqlen, hidden_size = hidden_states.shape
         q, k, v = self.project(hidden_states.reshape(-1, hidden_size))
-        cos, sin = (x.expand(batch, -1, -1).flatten(0, 1) for x in position_embeddings)
+        cos, sin = (x.expand(batch, -1, -1).flatten(0, 1) for x in (cos, sin))
         _rotary_embedding(q, k, cos, sin, None, False)
         q, k, v = (x.unflatten(0, (batch, seqlen)).transpose(1, 2) for x in (q, k, v))
-        if past_key_values is not None:
-            k, v = past_key_values.update(k, v, self.module.layer_idx)
+        if cache is not None:
+            # Modules that call it "cache" also hand it their keywords, which a paged one fills in.
+            extra = {"kwargs": call} if "cache" in self.parameters else {}
+            k, v = cache.update(k, v, self.module.layer_idx, **extra)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation,
-            sys.modules[type(self.module).__module__].eager_attention_forward,
+            eager_attention_of(self.module),
         )
         dropout = self.module.attention_dropout if self.module.training else 0.0
-        kwargs |= self.interface_kwargs
+        call |= self.interface_kwargs
         out, weights = attend(
-            self.module, q, k, v, attention_mask, dropout=dropout, scaling=self.scale, **kwargs
+            self.module, q, k, v, attention_mask, dropout=dropout, scaling=self.scale, **call
         )
         return self.o(out.reshape(batch, seqlen, -1)), weights
 
@@ -254,17 +215,20 @@ class Attention(Piece):
 class DecoderLayer(Piece):
     """Attention and MLP, each added to the residual; the sum and the next norm are one op."""
 
+    known = KNOWN_TO_LAYERS
+
     def __init__(self, module: nn.Module, family: Family, config: Any) -> None:
         super().__init__(module, family, config)
         self.norm: Any = self.module.post_attention_layernorm
-        self.window = sliding_window_of(self.module.self_attn, family, config)
         self.multiplier = number_of(module, family.residual_multiplier)
 
-    def forward(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         module = self.module
         if torch.is_grad_enabled():
-            return self.original(hidden_states, **kwargs)
-        x, _ = module.self_attn(hidden_states=module.input_layernorm(hidden_states), **kwargs)
+            return self.original(*args, **kwargs)
+        call = self.named(args, kwargs)
+        hidden_states = call.pop("hidden_states")
+        x, _ = module.self_attn(hidden_states=module.input_layernorm(hidden_states), **call)
         residual = hidden_states.clone()  # the caller may keep its tensor
         if self.multiplier != 1.0:
             x = x * self.multiplier

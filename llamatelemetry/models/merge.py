@@ -62,6 +62,27 @@ def unmerge_linears(linears: Sequence[nn.Module]) -> None:
                 setattr(linear, name, buffer.clone())
 
 
+class TensorsOf:
+    """Where the tensors of a module lie, to be put back there whatever was merged meanwhile."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._parameters = [(p, p.data) for p in module.parameters()]
+        self._buffers = [
+            (part, name, buffer)
+            for part in module.modules()
+            for name, buffer in part.named_buffers(recurse=False)
+        ]
+
+    def restore(self) -> None:
+        with _plain_tensors():
+            for parameter, data in self._parameters:
+                if parameter.data_ptr() != data.data_ptr():
+                    parameter.data = data
+            for part, name, buffer in self._buffers:
+                if getattr(part, name) is not buffer:
+                    setattr(part, name, buffer)
+
+
 @contextmanager
 def _plain_tensors() -> Iterator[None]:
     """Tensors made here can be trained later, whatever mode the caller is in."""

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from llamatelemetry.models.decoder import Block, Decoder, rope_tables
 from llamatelemetry.models.hf_attention import NAME, register
-from llamatelemetry.models.layers import Attention, DecoderLayer, Family, GatedMlp, Piece, RmsNorm
+from llamatelemetry.models.layers import Attention, DecoderLayer, Family, GatedMlp, RmsNorm
+from llamatelemetry.models.merge import TensorsOf
+from llamatelemetry.models.pieces.base import Piece
 from llamatelemetry.models.probe import disagreement, likeness
 from llamatelemetry.models.step_input import DecoderState, StepInput
 
@@ -71,57 +75,112 @@ class _Patched:
 
 
 @torch.no_grad()
-def patch(model: Any) -> PatchReport:
+def patch(model: Any, strict: bool = False) -> PatchReport:
     """Puts our ops in the place of a transformers model's modules, in place; weights are shared.
 
     Each replacement first has to give what its module gives on random input; one that does not,
-    stays out and is named in the report. Layers that differ in their weights alone are tried once.
-    While gradients are enabled a replacement hands over to the module's own forward, so call the
-    model under torch.no_grad() or torch.inference_mode(), as generate does.
+    stays out, is named in the report and, where it costs the packed forward or a whole kind of
+    piece, in a warning. Layers that differ in their weights alone are tried once. While gradients
+    are enabled a replacement hands over to the module's own forward, so call the model under
+    torch.no_grad() or torch.inference_mode(), as generate does.
 
-    model:   an instance of a class in FAMILIES, plain or with quantised linears
-    Returns: the report; a second call changes nothing and returns it again
-    Raises:  ValueError for a model of another class
+    Args:
+        model: an instance of a class in FAMILIES, plain or with quantised linears.
+        strict: whether a refused piece is an error, raised before anything is changed.
+
+    Returns:
+        The report; a second call changes nothing and returns it again.
+
+    Raises:
+        ValueError: a model of another class; with strict, a piece that is refused.
     """
     family = _family_of(model)
     if (patched := model.__dict__.get("_llamatelemetry")) is not None:
         return patched.report
     register()
-    base, report, attn_implementation = (
-        model.model,
-        PatchReport(),
-        model.config._attn_implementation,
-    )
+    attn_implementation = model.config._attn_implementation
     wanted: dict[str, type[Piece]] = {"model.norm": RmsNorm}
-    for i in range(len(base.layers)):
+    for i in range(len(model.model.layers)):
         wanted |= {f"model.layers.{i}.{name}".rstrip("."): kind for name, kind in _LAYER.items()}
-    pieces: dict[str, Piece] = {}
-    verdicts: dict[object, str | None] = {}
+    refused = _refusals(model, family, wanted)
+    if refused and strict:
+        raise ValueError(f"patch: every piece must agree with its module, got {_summary(refused)}")
+    pieces = {}
     for name, kind in wanted.items():
-        module = model.get_submodule(name)
-        piece: Piece | None = None
-        try:
-            piece = kind(module, family, model.config)
-            key = likeness(piece)
-            if key not in verdicts:
-                verdicts[key] = disagreement(piece, base.rotary_emb, base.norm.weight)
-            reason = verdicts[key]
-        except (AttributeError, ValueError) as error:
-            reason = str(error)
-        if reason is None and piece is not None:
-            pieces[name] = piece
-            report.replaced[kind.__name__] += 1
-        else:
-            report.refused[name] = reason or ""
-            if piece is not None:
-                piece.unbind()
+        if name not in refused:
+            try:
+                pieces[name] = _bound(kind, model.get_submodule(name), family, model.config)
+            except Exception as error:  # of whatever the module is made of
+                refused[name] = _reason(error)
     for piece in pieces.values():
         piece.install()
+    report = PatchReport(Counter(type(piece).__name__ for piece in pieces.values()), refused)
     if report.replaced["Attention"]:
         model.set_attn_implementation(NAME)
     decoder = _decoder(model, family, pieces)
+    if refused and (
+        decoder is None or {kind.__name__ for kind in wanted.values()} - set(report.replaced)
+    ):
+        warnings.warn(
+            f"patch: {len(refused)} of {len(wanted)} modules of this {type(model).__name__} stay "
+            f"as they were: {_summary(refused)}",
+            stacklevel=3,
+        )
     model._llamatelemetry = _Patched(report, pieces, decoder, attn_implementation)
     return report
+
+
+def _refusals(model: Any, family: Family, wanted: Mapping[str, type[Piece]]) -> dict[str, str]:
+    """Why modules may not be replaced; one of each likeness is tried, and is as it was after."""
+    verdicts: dict[object, str | None] = {}
+    refused = {}
+    for name, kind in wanted.items():
+        try:
+            module = model.get_submodule(name)
+            key = likeness(kind, module)
+            if key not in verdicts:
+                verdicts[key] = _verdict(kind, module, family, model)
+            reason = verdicts[key]
+        except Exception as error:
+            reason = _reason(error)
+        if reason is not None:
+            refused[name] = reason
+    return refused
+
+
+def _verdict(kind: type[Piece], module: nn.Module, family: Family, model: Any) -> str | None:
+    """Why kind may not stand for module, which is as it was afterwards; None if it may."""
+    tensors = TensorsOf(module)
+    try:
+        piece = kind(module, family, model.config)
+        return disagreement(piece, model.model.rotary_emb, model.model.norm.weight)
+    except Exception as error:  # of whatever the module is made of
+        return _reason(error)
+    finally:
+        tensors.restore()
+
+
+def _bound(kind: type[Piece], module: nn.Module, family: Family, config: Any) -> Piece:
+    """The piece, or the module as it was and what went wrong."""
+    tensors = TensorsOf(module)
+    try:
+        return kind(module, family, config)
+    except Exception:
+        tensors.restore()
+        raise
+
+
+def _reason(error: Exception) -> str:
+    expected = isinstance(error, (AttributeError, RuntimeError, ValueError)) and str(error)
+    return str(error) if expected else f"{type(error).__name__}: {error}"
+
+
+def _summary(refused: Mapping[str, str]) -> str:
+    """Each reason once, with the first module that it is of."""
+    first: dict[str, str] = {}
+    for name, reason in refused.items():
+        first.setdefault(reason, name)
+    return "; ".join(f"{name}: {reason}" for reason, name in first.items())
 
 
 def unpatch(model: Any) -> None:
