@@ -15,10 +15,11 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
-from llamatelemetry.models.hf_attention import NAME
-from llamatelemetry.models.layers import Attention, DecoderLayer, RmsNorm
-from llamatelemetry.models.merge import in_more_bits
+from llamatelemetry.models.pieces.attention import Attention
 from llamatelemetry.models.pieces.base import CACHE_NAMES, Piece
+from llamatelemetry.models.pieces.layer import DecoderLayer
+from llamatelemetry.models.pieces.merge import in_more_bits
+from llamatelemetry.models.pieces.norm import RmsNorm
 from llamatelemetry.ops import reference
 
 _BATCH = 2
@@ -53,7 +54,8 @@ def disagreement(piece: Piece, rotary: nn.Module, like: Tensor) -> str | None:
     ]
     AttentionInterface.register(_PROBE, _attend)
     with _short_windows(piece):
-        ours = _run(piece, piece.forward, rotary, inputs, NAME).double()
+        attention = piece.ops.attn_implementation or _PROBE
+        ours = _run(piece, piece.forward, rotary, inputs, attention).double()
         theirs = _run(piece, piece.original, rotary, inputs, _PROBE).double()
         twin = in_more_bits(piece.module, more_bits, piece.config)
         exact = _run(piece, twin, rotary, [x.to(more_bits) for x in inputs], _PROBE).double()
@@ -105,7 +107,7 @@ def _norm_disagreement(piece: RmsNorm, like: Tensor, generator: torch.Generator)
     limit = _ROUNDING_UNITS + _SUM_UNITS * (
         torch.finfo(torch.float32).eps / torch.finfo(like.dtype).eps
     )
-    twin = type(piece)(module, piece.family, piece.config)
+    twin = type(piece)(module, piece.spec, piece.config, piece.ops)
     for what, forward in (("it", twin.forward), ("the module", twin.original)):
         units = ((forward(x).double() - exact).abs() / unit).max().item()
         if not units <= limit:  # NaN is no agreement

@@ -5,12 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 import transformers
-from families import FAMILIES, VOCAB, tiny_model
+from families import FAMILIES as TINY
+from families import VOCAB, tiny_model
 from torch.nn.utils import prune
 from torch.testing import assert_close
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaMLP, LlamaRMSNorm
 
 from llamatelemetry.models import patching
+from llamatelemetry.models.families import FAMILIES
+from llamatelemetry.models.opset import NATIVE
 from llamatelemetry.models.patching import patch, unpatch
 
 LIKE_LLAMA = ("Llama", "Mistral", "Qwen2", "Qwen3", "Granite")
@@ -142,10 +145,14 @@ def test_a_forward_of_another_kind_is_refused_by_name(path, kind, reason, device
 
 @pytest.mark.parametrize("family", ["mistral", "qwen2"])
 def test_a_window_that_the_row_leaves_out_is_seen(family, device, monkeypatch):
-    """A prompt shorter than the window would not show it."""
+    """A prompt shorter than the window would not show it; the config says so before."""
     model = tiny_model(family, device)
-    name = type(model).__name__
-    monkeypatch.setitem(patching.FAMILIES, name, patching.FAMILIES["LlamaForCausalLM"])
+    monkeypatch.setitem(FAMILIES, type(model).__name__, FAMILIES["LlamaForCausalLM"])
+    with pytest.warns(UserWarning, match=r"config\.sliding_window must be None, .* got 5"):
+        report = patch(model)
+    assert not report.replaced
+    unpatch(model)
+    monkeypatch.setattr(patching, "unread_field", lambda spec, config: None)
     with pytest.warns(UserWarning, match="errs by"):
         report = patch(model)
     assert "model.layers.1.self_attn" in report.refused
@@ -202,15 +209,12 @@ def test_the_cache_is_taken_under_either_name(name, device):
     assert_close(ours, whole)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", TINY)
 def test_a_probe_leaves_no_trace(family, device):
     model = tiny_model(family, device)
+    spec = FAMILIES[type(model).__name__].spec
     config, pointers = model.config.to_dict(), [p.data_ptr() for p in model.parameters()]
-    wanted = {
-        "model.layers.0.self_attn": patching.Attention,
-        "model.layers.0.mlp": patching.GatedMlp,
-    }
-    row = patching.FAMILIES[type(model).__name__]
-    assert patching._refusals(model, row, wanted) == {}
+    wanted = patching._wanted(model, spec)
+    assert patching._refusals(model, spec, NATIVE, wanted) == {}
     assert model.config.to_dict() == config
     assert [p.data_ptr() for p in model.parameters()] == pointers

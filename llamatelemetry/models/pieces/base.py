@@ -9,6 +9,9 @@ from typing import Any
 
 from torch import nn
 
+from llamatelemetry.models.opset import NATIVE, OpSet
+from llamatelemetry.models.spec import LayerSpec
+
 # What the forward of an attention or a layer may be called with. transformers 5.24 renamed
 # past_key_values to cache; a module's own signature says which of the two it has.
 CACHE_NAMES = ("cache", "past_key_values")
@@ -37,9 +40,11 @@ class Piece:
 
     known: frozenset[str] = frozenset({"hidden_states", "x"})
 
-    def __init__(self, module: nn.Module, family: Any, config: Any) -> None:
+    def __init__(
+        self, module: nn.Module, spec: LayerSpec, config: Any, ops: OpSet = NATIVE
+    ) -> None:
         self.module: Any = module
-        self.family, self.config = family, config
+        self.spec, self.config, self.ops = spec, config, ops
         self.width = int(config.hidden_size)
         self.original = module.forward
         self.parameters = parameters_of(self.original, self.known)

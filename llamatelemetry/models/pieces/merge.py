@@ -16,9 +16,12 @@ from llamatelemetry.quantization.modules import QuantLinear, expand, merge_quant
 def merge_linears(linears: Sequence[nn.Module]) -> nn.Module | None:
     """One linear whose output is the linears' outputs side by side; None if they are not alike.
 
-    The weights stay where they were registered and become views of the merged ones, so the
-    state_dict keeps its keys and values, and loading into it reaches the merged linear.
+    One alone stays as it is. The weights stay where they were registered and become views of the
+    merged ones, so the state_dict keeps its keys and values, and loading into it reaches the
+    merged linear.
     """
+    if len(linears) == 1:
+        return linears[0]
     with _plain_tensors():
         return _merge(linears)
 
@@ -54,6 +57,8 @@ def merge_runs(linears: Sequence[nn.Module]) -> list[tuple[nn.Module, int]]:
 
 def unmerge_linears(linears: Sequence[nn.Module]) -> None:
     """Gives each linear storages of its own again."""
+    if len(linears) == 1:  # fused as it came
+        return
     with _plain_tensors():
         for linear in linears:
             for parameter in linear.parameters():
@@ -88,6 +93,16 @@ def _plain_tensors() -> Iterator[None]:
     """Tensors made here can be trained later, whatever mode the caller is in."""
     with torch.inference_mode(False), torch.no_grad():
         yield
+
+
+def rows_of(linear: Any) -> int:
+    """How many features a linear gives, by its weight's shape where that says it."""
+    return linear.weight.shape[0] if type(linear) is nn.Linear else linear.out_features
+
+
+def columns_of(linear: Any) -> int:
+    """How many features a linear takes, by its weight's shape where that says it."""
+    return linear.weight.shape[1] if type(linear) is nn.Linear else linear.in_features
 
 
 def in_more_bits(module: nn.Module, dtype: torch.dtype, config: Any) -> nn.Module:
