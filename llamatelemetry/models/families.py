@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any
 
@@ -30,10 +30,14 @@ class Family:
     gguf: Gguf | None = None
 
 
+_WINDOW = LayerSpec(window="sliding_window")
+# GLM turns pairs of neighbours, by angles that its rotary module lays out in halves.
+_GLM = LayerSpec(rope="interleaved", gate_up=("gate_up_proj",))
+
 FAMILIES: dict[str, Family] = {
     "LlamaForCausalLM": Family("llama", LayerSpec(), Gguf("llama", interleaved=True)),
-    "MistralForCausalLM": Family("mistral", LayerSpec(window="sliding_window")),
-    "Qwen2ForCausalLM": Family("qwen2", LayerSpec(window="sliding_window"), Gguf("qwen2")),
+    "MistralForCausalLM": Family("mistral", _WINDOW),
+    "Qwen2ForCausalLM": Family("qwen2", _WINDOW, Gguf("qwen2")),
     "Qwen3ForCausalLM": Family(
         "qwen3", LayerSpec(qk_norm="head", window="sliding_window"), Gguf("qwen3")
     ),
@@ -54,6 +58,30 @@ FAMILIES: dict[str, Family] = {
                 "logit_scale": "logits_scaling",
             },
         ),
+    ),
+    "ArceeForCausalLM": Family("arcee", LayerSpec(mlp_kind="own")),
+    "CwmForCausalLM": Family("cwm", _WINDOW),
+    "GlmForCausalLM": Family("glm", _GLM),
+    "Glm4ForCausalLM": Family(
+        "glm4",
+        replace(_GLM, attention_norm="post_self_attn_layernorm", mlp_norm="post_mlp_layernorm"),
+    ),
+    "HunYuanDenseV1ForCausalLM": Family(
+        "hunyuan_v1_dense",
+        LayerSpec(
+            qk_norm="head",
+            qk_norm_names=("query_layernorm", "key_layernorm"),
+            qk_norm_after_rope=True,
+        ),
+    ),
+    "HeliumForCausalLM": Family("helium", LayerSpec(rope="interleaved")),
+    "MinistralForCausalLM": Family("ministral", _WINDOW),
+    "Phi3ForCausalLM": Family(
+        "phi3", LayerSpec(qkv=("qkv_proj",), gate_up=("gate_up_proj",), window="sliding_window")
+    ),
+    "SeedOssForCausalLM": Family("seed_oss", LayerSpec()),
+    "SmolLM3ForCausalLM": Family(
+        "smollm3", LayerSpec(use_rope="use_rope", window="sliding_window")
     ),
 }
 
