@@ -59,6 +59,15 @@ FAMILIES: dict[str, Family] = {
             },
         ),
     ),
+    "ApertusForCausalLM": Family(
+        "apertus",
+        LayerSpec(
+            first_norm="attention_layernorm",
+            middle_norm="feedforward_layernorm",
+            qk_norm="head",
+            mlp_kind="own",
+        ),
+    ),
     "ArceeForCausalLM": Family("arcee", LayerSpec(mlp_kind="own")),
     "CwmForCausalLM": Family("cwm", _WINDOW),
     "GlmForCausalLM": Family("glm", _GLM),

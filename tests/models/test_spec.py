@@ -88,6 +88,8 @@ def test_neutral_fields_are_read_by_every_spec():
 @pytest.mark.parametrize(
     ("family", "fields"),
     [
+        # routed experts, which stay transformers' own
+        ("mixtral", {"mlp_kind": "own", "window": "sliding_window"}),
         # norms after attention and MLP alone, qk-norm over all heads
         (
             "olmo2",

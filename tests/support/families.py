@@ -57,6 +57,7 @@ FAMILIES = {
             "logits_scaling": 1.5,
         },
     ),
+    "apertus": ("Apertus", {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}),
     "arcee": ("Arcee", {"mlp_bias": True}),
     "cwm": ("Cwm", _SLIDING),
     "glm": ("Glm", {"attention_bias": True}),
@@ -72,6 +73,10 @@ FAMILIES = {
 # Tiny models of classes that the table of families has no row for.
 _OTHERS = {
     "olmo2": ("Olmo2", {}),
+    "mixtral": (
+        "Mixtral",
+        {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None},
+    ),
 }
 
 
