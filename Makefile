@@ -1,5 +1,6 @@
 # make demo    text from a small model, from nothing but python3 and g++
 # make test    build, the ops at every lower CPU level, then all tests
+# make test-transformers VERSION=5.24.0    the tests of patched models under another transformers
 # make lint | bench | wheel | clean
 #
 # The first of them sets up .venv: on top of the torch >= 2.10 that $(PYTHON) has, or else with the
@@ -27,7 +28,7 @@ HAS_TORCH := import torch; assert tuple(map(int, torch.__version__.split(".")[:2
 SEE_PACKAGES := import site; print("import site;", *(f"site.addsitedir({p!r});" for p in site.getsitepackages()))
 LOWER_LEVELS := from llamatelemetry._native import library; print(*library.lower_cpu_isas())
 
-.PHONY: demo test lint bench wheel clean build
+.PHONY: demo test test-transformers lint bench wheel clean build
 .SILENT:
 
 demo: .venv/demo build
@@ -41,6 +42,19 @@ test: .venv/test build
 	done
 	echo "All tests:"
 	$(BIN)/python -m pytest
+
+# An environment of its own on top of .venv: its torch, tools and build, another transformers. What
+# 16-bit dtypes change does not depend on it, so that this takes two minutes.
+test-transformers: .venv/test build
+	test -n "$(VERSION)" || { echo "make test-transformers: VERSION must be given" >&2; exit 2; }
+	env=.venv/transformers-$(VERSION); \
+	test -f $$env/done || { \
+	  $(BASE_PYTHON) -m venv --clear --system-site-packages $$env && \
+	  $(BIN)/python -c '$(SEE_PACKAGES)' > $$(echo $$env/lib/python3*/site-packages)/below.pth && \
+	  $$env/bin/python -m pip install -qq --disable-pip-version-check \
+	    transformers==$(VERSION) && touch $$env/done; } || exit 1; \
+	$$env/bin/python -m pytest -W ignore::FutureWarning -k 'not float16' \
+	  tests/models tests/inference
 
 lint: .venv/test
 	ruff check .

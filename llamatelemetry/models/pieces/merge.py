@@ -16,9 +16,12 @@ from llamatelemetry.quantization.modules import QuantLinear, expand, merge_quant
 def merge_linears(linears: Sequence[nn.Module]) -> nn.Module | None:
     """One linear whose output is the linears' outputs side by side; None if they are not alike.
 
-    The weights stay where they were registered and become views of the merged ones, so the
-    state_dict keeps its keys and values, and loading into it reaches the merged linear.
+    One alone stays as it is. The weights stay where they were registered and become views of the
+    merged ones, so the state_dict keeps its keys and values, and loading into it reaches the
+    merged linear.
     """
+    if len(linears) == 1:
+        return linears[0]
     with _plain_tensors():
         return _merge(linears)
 
@@ -54,6 +57,8 @@ def merge_runs(linears: Sequence[nn.Module]) -> list[tuple[nn.Module, int]]:
 
 def unmerge_linears(linears: Sequence[nn.Module]) -> None:
     """Gives each linear storages of its own again."""
+    if len(linears) == 1:  # fused as it came
+        return
     with _plain_tensors():
         for linear in linears:
             for parameter in linear.parameters():
@@ -62,11 +67,42 @@ def unmerge_linears(linears: Sequence[nn.Module]) -> None:
                 setattr(linear, name, buffer.clone())
 
 
+class TensorsOf:
+    """Where the tensors of a module lie, to be put back there whatever was merged meanwhile."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._parameters = [(p, p.data) for p in module.parameters()]
+        self._buffers = [
+            (part, name, buffer)
+            for part in module.modules()
+            for name, buffer in part.named_buffers(recurse=False)
+        ]
+
+    def restore(self) -> None:
+        with _plain_tensors():
+            for parameter, data in self._parameters:
+                if parameter.data_ptr() != data.data_ptr():
+                    parameter.data = data
+            for part, name, buffer in self._buffers:
+                if getattr(part, name) is not buffer:
+                    setattr(part, name, buffer)
+
+
 @contextmanager
 def _plain_tensors() -> Iterator[None]:
     """Tensors made here can be trained later, whatever mode the caller is in."""
     with torch.inference_mode(False), torch.no_grad():
         yield
+
+
+def rows_of(linear: Any) -> int:
+    """How many features a linear gives, by its weight's shape where that says it."""
+    return linear.weight.shape[0] if type(linear) is nn.Linear else linear.out_features
+
+
+def columns_of(linear: Any) -> int:
+    """How many features a linear takes, by its weight's shape where that says it."""
+    return linear.weight.shape[1] if type(linear) is nn.Linear else linear.in_features
 
 
 def in_more_bits(module: nn.Module, dtype: torch.dtype, config: Any) -> nn.Module:
