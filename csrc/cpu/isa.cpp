@@ -3,8 +3,10 @@
 #include <cstdlib>
 #include <cstring>
 
-#if defined(__x86_64__) && defined(__linux__)
+#if defined(__x86_64__)
 #include <cpuid.h>
+#endif
+#if defined(__x86_64__) && defined(__linux__)
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
@@ -14,6 +16,13 @@ namespace {
 
 constexpr const char* kNames[] = {"scalar", "avx2", "avx512", "avx512bf16", "amx"};
 
+#if defined(__x86_64__)
+// __builtin_cpu_supports("f16c") is gcc's alone.
+bool has_f16c() {
+  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+  return __get_cpuid(1, &eax, &ebx, &ecx, &edx) && (ecx & bit_F16C);
+}
+#endif
 #if defined(__x86_64__) && defined(__linux__)
 bool has_amx() {
   unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
@@ -33,8 +42,7 @@ bool may_use_amx() { return false; }
 // The highest level that the CPU has.
 Isa best_isa() {
 #if defined(__x86_64__)
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-                    __builtin_cpu_supports("f16c");
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c();
   const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
                       __builtin_cpu_supports("avx512vnni");
@@ -57,8 +65,8 @@ bool has_slow_bf16() {
 #endif
 }
 
-// LLAMATELEMETRY_CPU_ISA can only lower the level; llamatelemetry/_library.py refuses a name that
-// is none of ours or above this CPU before the library loads.
+// LLAMATELEMETRY_CPU_ISA can only lower the level; llamatelemetry/_native/library.py refuses a name
+// that is none of ours or above this CPU before the library loads.
 Isa choose_isa() {
   const Isa best = best_isa();
   const char* forced = std::getenv("LLAMATELEMETRY_CPU_ISA");
