@@ -1,4 +1,4 @@
-"""What setuptools asks of the build: build_tools/ninja.py makes the libraries of llamatelemetry/lib.
+"""What setuptools asks of the build; build_tools/ninja.py makes the libraries.
 
 Metadata and sdist need neither torch nor a compiler. README.md has the table of the switches.
 """

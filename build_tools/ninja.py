@@ -86,6 +86,15 @@ def find_nvcc() -> str | None:
     return None
 
 
+def cuda_version(nvcc: str | None) -> str | None:
+    """The CUDA that nvcc compiles for, e.g. 13.0: what the driver must serve."""
+    if nvcc is None:
+        return None
+    said = subprocess.run([nvcc, "--version"], stdout=subprocess.PIPE, text=True).stdout
+    match = re.search(r"release (\d+\.\d+)", said)
+    return match[1] if match else None
+
+
 def find_cxx() -> tuple[str, str]:
     """The C++ compiler and the flags that it alone needs."""
     cxx = os.environ.get("CXX", "g++")
@@ -153,7 +162,7 @@ def ninja_file(nvcc: str | None, archs: list[str]) -> str:
                 )
                 objects[library].append(output)
 
-    host = ("schema.cpp", *(f"{room}/**/*.cpp" for room in HOST_ROOMS), "*/**/ops*.cpp")
+    host = ("*.cpp", *(f"{room}/**/*.cpp" for room in HOST_ROOMS), "*/**/ops*.cpp")
     for pattern in host:
         add("cxx", "cpu", pattern, "host", torch_flags())
     for level, (flags, rooms) in LEVELS.items():
@@ -197,6 +206,7 @@ def build(package: Path) -> None:
                 shutil.copy2(WORK / name, package / "lib" / name)
         (package / "_build_info.py").write_text(
             f'"""What this build holds."""\n\nCUDA_ARCHS: list[str] = {archs}\n'
+            f"CUDA_VERSION: str | None = {cuda_version(nvcc)!r}\n"
             f"CPU_ISA_LEVELS: list[str] = {list(LEVELS)}\n"
             f'SOURCES = "{sources}"  # build_tools.ninja.fingerprint() of what was built\n'
         )
