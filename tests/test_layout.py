@@ -35,8 +35,9 @@ LONGER: dict[str, tuple[int, str]] = {}
 CPP = sorted(p for suffix in ("cpp", "h", "cu", "cuh") for p in CSRC.rglob(f"*.{suffix}"))
 PACKAGE = sorted(ROOT.glob("llamatelemetry/**/*.py"))
 BENCHMARKS = sorted(ROOT.glob("benchmarks/*.py"))
-PYTHON = [ROOT / "setup.py", *PACKAGE, *BENCHMARKS, *sorted(ROOT.glob("tests/**/*.py"))]
-DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
+BUILD = [ROOT / "setup.py", *sorted(ROOT.glob("build_tools/*.py"))]
+PYTHON = [*BUILD, *PACKAGE, *BENCHMARKS, *sorted(ROOT.glob("tests/**/*.py"))]
+DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/*.md"))]
 
 
 def name_of(path: Path) -> str:
@@ -174,6 +175,20 @@ def test_documents_name_what_exists():
         for where, name in quoted
         if not list(ROOT.glob(name if "/" in name else f"**/{name}"))
     ] == []
+
+
+def named_folders(text: str) -> set[str]:
+    """Every path in a document; csrc/attention/{mma,cpu} is two."""
+    found = set(re.findall(r"[\w./]+", text))
+    for stem, tails in re.findall(r"([\w./]+/)\{([\w,]+)\}", text):
+        found |= {stem + tail for tail in tails.split(",")}
+    return {name.rstrip("/.") for name in found}
+
+
+@pytest.mark.parametrize("document", ["README.md", "docs/architecture.md"])
+def test_the_map_names_every_folder(document):
+    folders = {name_of(path.parent) for path in [*CPP, *PACKAGE]}
+    assert folders - named_folders((ROOT / document).read_text()) == set()
 
 
 def test_no_machine_paths():
