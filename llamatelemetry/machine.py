@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import platform
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
-
-import torch
 
 _PACKAGES = ("transformers", "triton", "gguf", "llama-cpp-python", "flashinfer-python")
 
@@ -27,8 +26,19 @@ def driver() -> str | None:
     return next((word for word in words if word[0].isdigit() and "." in word), None)
 
 
+def _torch() -> Any:
+    """torch, or None where it is missing or broken: the rest can be said all the same."""
+    try:
+        import torch
+    except (ImportError, OSError):
+        return None
+    return torch
+
+
 def gpus() -> list[dict[str, str]]:
     """Name, compute capability and memory of every GPU that torch can use."""
+    if (torch := _torch()) is None:
+        return []
     found = []
     for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
         gpu = torch.cuda.get_device_properties(index)
@@ -44,7 +54,11 @@ def gpus() -> list[dict[str, str]]:
 
 def versions() -> dict[str, str]:
     """Installed versions of torch and of what we run beside or against."""
-    found = {"torch": torch.__version__, "python": platform.python_version()}
+    torch = _torch()
+    found = {
+        "torch": str(torch.__version__) if torch else "none that imports",
+        "python": platform.python_version(),
+    }
     for package in _PACKAGES:
         try:
             found[package] = version(package)
@@ -55,11 +69,12 @@ def versions() -> dict[str, str]:
 
 def describe() -> dict[str, Any]:
     """All of it, ready for JSON."""
+    torch = _torch()
     return {
         "cpu": cpu_name(),
-        "threads": torch.get_num_threads(),
+        "threads": torch.get_num_threads() if torch else os.cpu_count(),
         "gpus": gpus(),
         "driver": driver(),
-        "cuda": torch.version.cuda,
+        "cuda": torch.version.cuda if torch else None,
         "versions": versions(),
     }

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import settings
+
+ROOT = Path(__file__).resolve().parents[1]
+_left_out = pytest.StashKey[int]()
 
 settings.register_profile("ci", derandomize=True, deadline=None, max_examples=25)
 settings.load_profile("ci")
@@ -16,13 +21,44 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--require-gpu", action="store_true", help="skips for want of a GPU fail")
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Refuses to test a library of other sources than those that lie here."""
+    import llamatelemetry
+
+    if Path(llamatelemetry.__file__).parent != ROOT / "llamatelemetry":
+        return  # an installed wheel has no csrc beside it
+    if not (ROOT / "llamatelemetry" / "_build_info.py").exists():
+        raise pytest.UsageError("there is no library here yet: run make build")
+    from llamatelemetry import _build_info
+
+    if getattr(_build_info, "SOURCES", None) != _fingerprint():
+        raise pytest.UsageError("csrc is newer than the library: run make build")
+
+
+def _fingerprint() -> str:
+    spec = importlib.util.spec_from_file_location("ninja_file", ROOT / "build_tools" / "ninja.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.fingerprint()
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     needs = {"gpu": (0, 0), "sm80": (8, 0), "sm90": (9, 0)}
     has = torch.cuda.get_device_capability() if torch.cuda.is_available() else None
+    if has is None and not config.getoption("--require-gpu"):
+        twins = [item for item in items if any(map(item.get_closest_marker, needs))]
+        config.stash[_left_out] = len(twins)
+        config.hook.pytest_deselected(items=twins)
+        items[:] = [item for item in items if not any(map(item.get_closest_marker, needs))]
     for item in items:
         for name, capability in needs.items():
             if item.get_closest_marker(name) and (has is None or has < capability):
                 item.add_marker(pytest.mark.skip(reason=f"needs a GPU ({name}), have {has}"))
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    if count := terminalreporter.config.stash.get(_left_out, 0):
+        terminalreporter.write_line(f"{count} tests need a GPU, and there is none: left out")
 
 
 @pytest.hookimpl(hookwrapper=True)

@@ -22,6 +22,10 @@
 #define LT_ISA_AVX2
 #endif
 
+#if defined(__AMXBF16__) && !defined(__AMX_BF16__)
+#define __AMX_BF16__ 1  // as clang spells it before version 16
+#endif
+
 namespace llamatelemetry {
 
 enum class Isa : int { kScalar, kAvx2, kAvx512, kAvx512Bf16, kAmx };

@@ -6,7 +6,7 @@ import torch
 
 from llamatelemetry._native import library
 
-assert library.cpu_library  # loading defines the ops
+library.load_libraries()  # defines the ops, or raises with the cause and the way out
 
 
 def op_names() -> list[str]:

@@ -1,4 +1,7 @@
-"""python -m llamatelemetry doctor: what this machine and this build can do, and why not more."""
+"""python -m llamatelemetry doctor: what this machine and this build can do, and why not more.
+
+It answers where nothing else does: without a library that loads, and without torch.
+"""
 
 from __future__ import annotations
 
@@ -6,11 +9,8 @@ import argparse
 import json
 from typing import Any
 
-import torch
-
-from llamatelemetry import _build_info, machine
-from llamatelemetry._native import kernels, library
-from llamatelemetry.ops.backends import flash_choice
+from llamatelemetry import machine
+from llamatelemetry._native import library
 
 
 def cuda_code(capability: str, archs: list[str]) -> str | None:
@@ -25,48 +25,83 @@ def cuda_code(capability: str, archs: list[str]) -> str | None:
     return "PTX {}.{}, compiled by the driver at first use".format(*max(usable)) if usable else None
 
 
+def cuda_archs() -> list[str]:
+    """The architectures that this build's CUDA kernels are compiled for."""
+    return list(library.build_info("CUDA_ARCHS", []))
+
+
+def why_no_ops() -> str | None:
+    """Why no op can run here at all, or None when the ops are loaded."""
+    try:
+        return library.why_no_library()
+    except OSError as error:  # torch's own libraries do not load
+        return f"torch does not import: {error}"
+
+
 def why_no_cuda() -> str | None:
     """Why no CUDA kernel can run here, or None when one can."""
+    if why_no_ops():
+        return "no op runs here"
+    import torch
+
     if reason := library.why_no_cuda_library():
         return reason
     if not torch.cuda.is_available():
-        return "torch finds no GPU"
+        return library.why_old_driver() or "torch finds no GPU"
     capability = machine.gpus()[torch.cuda.current_device()]["capability"]
-    if cuda_code(capability, _build_info.CUDA_ARCHS) is None:
-        archs = ", ".join(_build_info.CUDA_ARCHS)
+    if cuda_code(capability, cuda_archs()) is None:
+        archs = ", ".join(cuda_archs())
         return f"the GPU has compute capability {capability}, this build holds {archs}"
     return None
 
 
 def cuda_kernel(op: str) -> str:
     """What serves op on the current GPU, or "none: " and the reason."""
+    import torch
+
+    from llamatelemetry._native import kernels
+    from llamatelemetry.ops.backends import flash_choice
+
     if reason := why_no_cuda() or kernels.without_cuda.get(op):
         return f"none: {reason.partition(';')[0]}"
     if op.startswith("flash_attn"):
         dtypes = (torch.float16, torch.bfloat16, torch.float32)
         return ", ".join(f"{str(dtype)[6:]} {flash_choice(dtype)}" for dtype in dtypes)
     capability = machine.gpus()[torch.cuda.current_device()]["capability"]
-    return str(cuda_code(capability, _build_info.CUDA_ARCHS))
+    return str(cuda_code(capability, cuda_archs()))
 
 
 def cpu_kernel(op: str) -> str:
+    """The level of the CPU kernel of op, or "none"."""
+    from llamatelemetry._native import kernels
+
     return library.cpu_isa() if kernels.has_kernel(op, "CPU") else "none"
+
+
+def op_kernels() -> dict[str, dict[str, str]]:
+    """What serves each op on either device; needs the ops."""
+    from llamatelemetry._native import kernels
+
+    return {op: {"cpu": cpu_kernel(op), "cuda": cuda_kernel(op)} for op in kernels.op_names()}
 
 
 def report() -> dict[str, Any]:
     """The machine, the build, and the kernel of each op, ready for JSON."""
+    why_not = why_no_ops()
+    loaded = {"cpu": why_not is None, "cuda": why_not is None and not library.why_no_cuda_library()}
     return {
         "machine": machine.describe(),
         "build": {
+            "problem": why_not,
             "libraries": {
-                name: str(library.library_path(name)) if loaded else None
-                for name, loaded in (("cpu", True), ("cuda", not library.why_no_cuda_library()))
+                name: str(library.library_path(name)) if loaded[name] else None for name in loaded
             },
-            "cuda_archs": _build_info.CUDA_ARCHS,
-            "cpu_levels": _build_info.CPU_ISA_LEVELS,
-            "cpu_level": library.cpu_isa(),
+            "cuda_archs": cuda_archs(),
+            "cuda_version": library.build_info("CUDA_VERSION", None),
+            "cpu_levels": library.build_info("CPU_ISA_LEVELS", []),
+            "cpu_level": None if why_not else library.cpu_isa(),
         },
-        "ops": {op: {"cpu": cpu_kernel(op), "cuda": cuda_kernel(op)} for op in kernels.op_names()},
+        "ops": {} if why_not else op_kernels(),
     }
 
 
@@ -74,9 +109,12 @@ def facts(found: dict[str, Any]) -> list[tuple[str, str]]:
     """The report but for its ops, as lines to read."""
     computer, build = found["machine"], found["build"]
     gpus = [f"{g['name']}, compute {g['capability']}, {g['memory']}" for g in computer["gpus"]]
+    problem = [("problem", f"no op runs here: {build['problem']}")] if build["problem"] else []
+    levels = ", ".join(build["cpu_levels"]) or "an unknown build"
     return [
+        *problem,
         ("CPU", f"{computer['cpu']}, {computer['threads']} threads"),
-        ("CPU level", f"{build['cpu_level']} of {', '.join(build['cpu_levels'])}"),
+        ("CPU level", f"{build['cpu_level'] or 'none'} of {levels}"),
         ("GPU", "; ".join(gpus) or f"none: {why_no_cuda()}"),
         ("driver", computer["driver"] or "none"),
         ("CUDA of torch", computer["cuda"] or "none"),
@@ -89,7 +127,8 @@ def facts(found: dict[str, Any]) -> list[tuple[str, str]]:
 def print_plain(found: dict[str, Any]) -> None:
     for name, value in facts(found):
         print(f"{name:<18} {value}")
-    print(f"\n{'op':<24} {'cpu':<24} cuda")
+    if found["ops"]:
+        print(f"\n{'op':<24} {'cpu':<24} cuda")
     for op, kernel in found["ops"].items():
         print(f"{op:<24} {kernel['cpu']:<24} {kernel['cuda']}")
 
@@ -97,29 +136,31 @@ def print_plain(found: dict[str, Any]) -> None:
 def print_rich(found: dict[str, Any]) -> None:
     from rich.box import SIMPLE_HEAD
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     machine_table = Table("", "", show_header=False, box=None)
     for name, value in facts(found):
-        machine_table.add_row(f"[bold]{name}", value)
+        machine_table.add_row(f"[bold]{name}", escape(value))
     ops_table = Table("op", "cpu", "cuda", box=SIMPLE_HEAD)
     for op, kernel in found["ops"].items():
         cells = (f"[dim]{k}" if k.startswith("none") else f"[green]{k}" for k in kernel.values())
         ops_table.add_row(op, *cells)
     console = Console()
-    console.print(machine_table, ops_table)
+    console.print(machine_table, *([ops_table] if found["ops"] else []))
 
 
 def run(arguments: argparse.Namespace) -> int:
+    """Exit code: 0, or 1 where no op can run; the report says why."""
     found = report()
     if arguments.json:
         print(json.dumps(found, indent=2))
-        return 0
-    try:
-        print_rich(found)
-    except ModuleNotFoundError:
-        print_plain(found)  # rich comes with the extra [hf]
-    return 0
+    else:
+        try:
+            print_rich(found)
+        except ModuleNotFoundError:
+            print_plain(found)  # rich comes with the extra [hf]
+    return 1 if found["build"]["problem"] else 0
 
 
 def add_command(commands: Any) -> None:

@@ -8,9 +8,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from llamatelemetry._native import kernels
-
-assert kernels.op_names()  # importing it loads the libraries and so defines the ops
+import llamatelemetry._native.kernels  # noqa: F401  loads the libraries, which define the ops
 
 _Fake = TypeVar("_Fake", bound=Callable[..., object])
 

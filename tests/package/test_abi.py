@@ -85,6 +85,12 @@ def test_no_cpp_of_torch_and_no_python(library):
     assert not names - allowed
 
 
+def test_nothing_of_ours_is_undefined(library):
+    """A launcher that no file defines links all the same; nothing then loads, on GPU machines."""
+    demangled = run("nm", "-D", "-u", "-C", library).splitlines()
+    assert not [line for line in demangled if "llamatelemetry::" in line]
+
+
 def test_needed_libraries(library):
     needed = set(re.findall(r"\(NEEDED\).*\[(.*)\]", run("readelf", "-d", library)))
     torch_libraries = NEEDED[library.stem.rpartition("_")[2]]

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
-from llamatelemetry import _build_info, machine
+from llamatelemetry import machine
 from llamatelemetry._native import kernels, library
 from llamatelemetry.cli import doctor
 from llamatelemetry.cli.main import main
@@ -23,8 +25,9 @@ def gpu(monkeypatch):
     def put(capability: str) -> None:
         monkeypatch.setattr(machine, "gpus", lambda: [H200 | {"capability": capability}])
 
-    monkeypatch.setattr(_build_info, "CUDA_ARCHS", ["7.5", "8.0", "9.0+PTX"])
+    monkeypatch.setattr(doctor, "cuda_archs", lambda: ["7.5", "8.0", "9.0+PTX"])
     monkeypatch.setattr(library, "why_no_cuda_library", lambda: None)
+    monkeypatch.setattr(library, "_cuda_library", lambda: None)
     monkeypatch.setattr(kernels, "without_cuda", {"softmax": "it has a CPU kernel only"})
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
@@ -86,3 +89,38 @@ def test_text(rich_installed, monkeypatch, capsys):
         assert op in text
     assert library.cpu_isa() in text
     assert torch.__version__ in text
+
+
+def test_old_driver(monkeypatch):
+    """One sentence, where torch itself finds the driver too old, and where only our kernels do."""
+    monkeypatch.setattr(library, "driver_cuda", lambda: (12, 4))
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    sentence = library.why_old_driver()
+    assert sentence == (
+        "the NVIDIA driver serves CUDA up to 12.4 and torch is built for 13.0; "
+        "update the driver to 580 or newer"
+    )
+    monkeypatch.setattr(library, "why_no_cuda_library", lambda: None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert doctor.cuda_kernel("rms_norm") == f"none: {sentence.partition(';')[0]}"
+
+    monkeypatch.setattr(torch.version, "cuda", "12.8")
+    monkeypatch.setattr(library, "library_path", lambda name: Path(__file__))
+    monkeypatch.setattr(library, "build_info", lambda name, default: "13.0")
+    assert "llamatelemetry is built for 13.0" in library.why_old_driver()
+    monkeypatch.setattr(library, "driver_cuda", lambda: (13, 0))
+    assert library.why_old_driver() is None
+    monkeypatch.setattr(library, "driver_cuda", lambda: None)
+    assert library.why_old_driver() is None
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["doctor", "--help"], ["generate", "--help"]])
+def test_help_imports_no_torch(arguments):
+    code = (
+        "import sys\nfrom llamatelemetry.cli.main import main\n"
+        f"try:\n    main({arguments})\nexcept SystemExit:\n"
+        "    print(sorted({'torch', 'transformers', 'llamatelemetry.ops'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[0].startswith("usage: ")
+    assert done.stdout.splitlines()[-1] == "[]"

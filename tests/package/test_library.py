@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -24,8 +26,12 @@ def package(tmp_path):
     return tmp_path / "llamatelemetry"
 
 
-def imported(package: Path, code: str = "import llamatelemetry", **env: str) -> str:
+def imported(package: Path, code: str = "import llamatelemetry.ops", **env: str) -> str:
     """The last line that a fresh Python prints for code."""
+    return imported_lines(package, code, **env)[-1]
+
+
+def imported_lines(package: Path, code: str, **env: str) -> list[str]:
     done = subprocess.run(
         [sys.executable, "-c", code],
         cwd=package.parent,
@@ -34,7 +40,7 @@ def imported(package: Path, code: str = "import llamatelemetry", **env: str) -> 
         text=True,
         check=False,
     )
-    return (done.stdout + done.stderr).strip().splitlines()[-1]
+    return (done.stdout + done.stderr).strip().splitlines()
 
 
 def test_missing_library(package):
@@ -53,8 +59,88 @@ def test_broken_library(package):
     assert "; reinstall with: pip install" in message
 
 
+def of_another_machine(library: Path) -> None:
+    """Rewrites the header: IBM S/390 is a machine that nobody runs these tests on."""
+    data = bytearray(library.read_bytes())
+    data[18:20] = (22).to_bytes(2, "little")
+    library.unlink()
+    library.write_bytes(data)
+
+
+def test_library_of_another_platform(package):
+    of_another_machine(package / "lib" / "libllamatelemetry_cpu.so")
+    here = platform.machine()
+    assert f"it is built for another machine, this Python runs on {here}" in imported(package)
+
+
+def remove(library: Path) -> None:
+    library.unlink()
+
+
+def damage(library: Path) -> None:
+    library.unlink()
+    library.write_text("not a library")
+
+
+@pytest.mark.parametrize(
+    ("harm", "reason"),
+    [
+        (remove, "is missing"),
+        (damage, "does not load: "),
+        (of_another_machine, "it is built for another machine"),
+    ],
+)
+def test_doctor_without_a_library(package, harm, reason):
+    """The package imports, and the doctor says what is wrong: the case that it is for."""
+    harm(package / "lib" / "libllamatelemetry_cpu.so")
+    code = (
+        "import llamatelemetry, llamatelemetry.cli.main as cli; "
+        "print(cli.main(['doctor', '--json']))"
+    )
+    *text, status = imported_lines(package, code)
+    found = json.loads("\n".join(text))
+    assert status == "1"
+    assert reason in found["build"]["problem"]
+    assert "; reinstall with: pip install" in found["build"]["problem"]
+    assert found["ops"] == {}
+    assert found["build"]["libraries"] == {"cpu": None, "cuda": None}
+    assert found["machine"]["versions"]["torch"] == torch.__version__
+    plain = imported_lines(package, code.replace(", '--json'", ""))
+    assert any(line.split()[:5] == ["problem", "no", "op", "runs", "here:"] for line in plain)
+
+
+def test_doctor_without_build_or_torch(package):
+    """As in a fresh checkout, in an environment that has no torch at all."""
+    shutil.rmtree(package / "lib")
+    (package / "_build_info.py").unlink()
+    code = (
+        "import sys; sys.modules['torch'] = None; "
+        "import llamatelemetry.cli.main as cli; print(cli.main(['doctor', '--json']))"
+    )
+    *text, status = imported_lines(package, code)
+    found = json.loads("\n".join(text))
+    assert status == "1"
+    assert "import of torch" in found["build"]["problem"]
+    assert found["machine"]["versions"]["torch"] == "none that imports"
+
+
+def test_cuda_library_that_does_not_load(package):
+    """Ops still run on the CPU; a CUDA call says what is wrong."""
+    (package / "lib" / "libllamatelemetry_cuda.so").unlink(missing_ok=True)
+    (package / "lib" / "libllamatelemetry_cuda.so").write_text("not a library")
+    code = (
+        "import torch; torch.version.cuda = '13.0'; import llamatelemetry as lt; "
+        "x = torch.randn(2, 8); lt.ops.rms_norm(x, torch.ones(8)); "
+        "key = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA); "
+        "torch.ops.llamatelemetry.rms_norm.default.redispatch(key, x, x, 1e-6)"
+    )
+    message = imported(package, code)
+    assert "rms_norm: tensors must be on the CPU, got CUDA tensors" in message
+    assert "libllamatelemetry_cuda.so does not load: " in message
+
+
 def test_torch_too_old(package):
-    code = "import torch; torch.__version__ = '2.9.1+cu128'; import llamatelemetry"
+    code = "import torch; torch.__version__ = '2.9.1+cu128'; import llamatelemetry.ops"
     assert "llamatelemetry needs torch >= 2.10, got 2.9.1+cu128" in imported(package, code)
 
 
