@@ -93,7 +93,7 @@ class GraphedForward:
 
     def _start(self) -> None:
         self._lock = threading.RLock()
-        self._entries: dict[object, _Entry | NotCapturable] = {}
+        self._entries: dict[object, _Entry | str] = {}
         self._weights: list[int] = []
         self._pool: Any = None
         self._done: Any = None
@@ -183,10 +183,10 @@ class GraphedForward:
                 try:
                     self._entries[key] = self._capture(leaves, tree, device)
                 except NotCapturable as reason:
-                    self._entries[key] = reason
+                    self._entries[key] = str(reason)
             entry = self._entries[key]
-            if isinstance(entry, NotCapturable):
-                raise entry
+            if isinstance(entry, str):
+                raise NotCapturable(entry)
             for buffer, tensor in zip(entry.buffers, tensors, strict=True):
                 buffer.copy_(tensor)
             out = _fresh(entry.graph.replay())
