@@ -94,13 +94,14 @@ def softmax_kernel(
     row = tl.program_id(0).to(tl.int64)
     start = row // inner * size * inner + row % inner
     lanes = tl.arange(0, BLOCK_SIZE).to(tl.int64)
-    x = tl.load(x_ptr + start + lanes * inner, mask=lanes < size, other=float("-inf"))
-    largest = tl.max(_wide(x), axis=0)
+    x = _wide(tl.load(x_ptr + start + lanes * inner, mask=lanes < size, other=float("-inf")))
+    largest = tl.max(x, axis=0)
     for first in range(BLOCK_SIZE, size, BLOCK_SIZE):
         columns = first + lanes
-        x = tl.load(x_ptr + start + columns * inner, mask=columns < size, other=float("-inf"))
-        largest = tl.maximum(largest, tl.max(_wide(x), axis=0))
-    total = tl.sum(tl.zeros_like(_wide(x)), axis=0)
+        mask = columns < size
+        x = _wide(tl.load(x_ptr + start + columns * inner, mask=mask, other=float("-inf")))
+        largest = tl.maximum(largest, tl.max(x, axis=0))
+    total = tl.sum(tl.zeros_like(x), axis=0)
     for first in range(0, size, BLOCK_SIZE):
         columns = first + lanes
         mask = columns < size

@@ -295,6 +295,7 @@ def test_table_of_configurations():
     assert all(TUNED[name, 75].measured_on is None for name in ("add", "layernorm", "softmax"))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not TRITON_AVAILABLE, reason="needs Triton")
 @pytest.mark.skipif(INTERPRETED, reason="this is the interpreted run")
 def test_this_file_with_the_interpreter():
