@@ -39,8 +39,16 @@ def _tensors_of(function: Callable[..., Any], inputs: Mapping[str, Any] | None) 
         yield from _tensors_in(getattr(owner, "__dict__", {}))
     plain = inspect.unwrap(getattr(function, "__func__", function))
     if inspect.isfunction(plain):
-        read = inspect.getclosurevars(plain)
-        yield from _tensors_in({**read.nonlocals, **read.globals})
+        names = plain.__code__.co_names
+        yield from _tensors_in([_cell(cell) for cell in plain.__closure__ or ()])
+        yield from _tensors_in([plain.__globals__.get(name) for name in names])
+
+
+def _cell(cell: Any) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:  # the variable has no value yet
+        return None
 
 
 def _tensors_in(value: Any) -> Iterator[Tensor]:
