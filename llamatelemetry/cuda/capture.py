@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import gc
 import inspect
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -181,14 +182,21 @@ class CUDAGraph:
             stream.wait_stream(torch.cuda.current_stream())
             torch.cuda.synchronize()
             torch.cuda.empty_cache()  # what is cached can serve the graph's pool
-            with torch.cuda.stream(stream):
+            with torch.cuda.stream(stream), _no_collection():
                 graph.capture_begin(pool, capture_error_mode=self.config.capture_error_mode)
                 try:
-                    yield
+                    try:
+                        yield
+                    except BaseException:
+                        with contextlib.suppress(RuntimeError):  # the body's exception says more
+                            graph.capture_end()
+                        raise
                     _end_capture(graph, device)
                 except BaseException:
                     self._result = None
-                    _abandon(graph, device, pool)
+                    with contextlib.suppress(RuntimeError):  # open only if capture_end failed
+                        torch._C._cuda_endAllocateToPool(device.index, pool)
+                    graph.reset()
                     raise
         self._graph = graph
 
@@ -232,13 +240,16 @@ def _end_capture(graph: torch.cuda.CUDAGraph, device: torch.device) -> None:
         warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
 
 
-def _abandon(graph: torch.cuda.CUDAGraph, device: torch.device, pool: Any) -> None:
-    """Ends a failed capture, so that the device, its allocator and the pool serve the next one."""
-    with contextlib.suppress(RuntimeError):  # the exception of the body says more
-        graph.capture_end()
-    with contextlib.suppress(RuntimeError):  # an invalidated capture leaves this to the caller
-        torch._C._cuda_endAllocateToPool(device.index, pool)
-    graph.reset()
+@contextlib.contextmanager
+def _no_collection() -> Iterator[None]:
+    """Garbage may hold another graph, and to free one during a capture spoils the capture."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def _call_with(func: Callable[..., Any], inputs: Mapping[str, Any]) -> Callable[[], Any]:

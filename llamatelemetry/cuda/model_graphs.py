@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -125,19 +125,20 @@ class GraphedForward:
         if torch.compiler.is_compiling():
             return self._original(*args, **kwargs)
         leaves, tree = pytree.tree_flatten((args, kwargs))
+        modules = modules_of(self._model)
         try:
-            device = self._check(leaves)
-            return self._graphed(leaves, tree, device)
+            device = self._check(leaves, tensors_of(modules))
+            key = _signature(leaves, tree, modules)
+            return self._graphed(key, leaves, tree, device)
         except NotCapturable as reason:
             if str(reason) not in self._reasons:
                 self._reasons.add(str(reason))
                 _log.warning("%s runs without CUDA graphs: %s", type(self._model).__name__, reason)
         return self._original(*args, **kwargs)
 
-    def _check(self, leaves: list[Any]) -> torch.device:
+    def _check(self, leaves: list[Any], weights: list[Tensor]) -> torch.device:
         """The one CUDA device of the call; also drops the graphs when a weight has moved."""
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-        weights = list(tensors_of(self._model))
         for leaf in leaves:
             if not isinstance(leaf, (*_CONSTANTS, Tensor)):
                 raise NotCapturable(f"an input holds a {type(leaf).__name__}")
@@ -157,26 +158,12 @@ class GraphedForward:
             self._weights = pointers
         return next(iter(devices))
 
-    def _signature(self, leaves: list[Any], tree: Any) -> object:
-        return (
-            tuple(
-                (leaf.shape, leaf.dtype, leaf.stride(), leaf.device)
-                if isinstance(leaf, Tensor)
-                else (type(leaf), leaf)
-                for leaf in leaves
-            ),
-            str(tree),
-            tuple(module.training for module in self._model.modules()),
-            torch.is_autocast_enabled("cuda") and torch.get_autocast_dtype("cuda"),
-        )
-
-    def _graphed(self, leaves: list[Any], tree: Any, device: torch.device) -> Any:
+    def _graphed(self, key: object, leaves: list[Any], tree: Any, device: torch.device) -> Any:
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
         with self._lock, torch.cuda.device(device), torch.no_grad():
             stream = torch.cuda.current_stream()
             if self._done is not None:
                 stream.wait_event(self._done)  # a call on another stream may still be reading
-            key = self._signature(leaves, tree)
             if key not in self._entries:
                 if len(self._entries) >= MAX_GRAPHS:
                     raise NotCapturable(f"it has {MAX_GRAPHS} graphs and this signature is new")
@@ -230,18 +217,37 @@ class GraphedForward:
         return _Entry(buffers, graph)
 
 
-def tensors_of(model: nn.Module) -> Iterator[Tensor]:
-    """Parameters and buffers; named_parameters would spend longer on names than a replay takes."""
-    waiting: list[nn.Module] = [model]
-    seen: set[int] = set()
+def _signature(leaves: list[Any], tree: Any, modules: list[nn.Module]) -> object:
+    """Equal for calls that one graph serves."""
+    return (
+        tuple(
+            (leaf.shape, leaf.dtype, leaf.stride(), leaf.device)
+            if isinstance(leaf, Tensor)
+            else (type(leaf), leaf)
+            for leaf in leaves
+        ),
+        str(tree),
+        tuple(module.training for module in modules),
+        torch.is_autocast_enabled("cuda") and torch.get_autocast_dtype("cuda"),
+    )
+
+
+def modules_of(model: nn.Module) -> list[nn.Module]:
+    """All modules; model.modules() would spend longer on names than a replay takes."""
+    found: dict[int, nn.Module] = {}
+    waiting = [model]
     while waiting:
         module = waiting.pop()
-        if id(module) in seen:
-            continue
-        seen.add(id(module))
-        for group in (module._parameters, module._buffers):
-            yield from (tensor for tensor in group.values() if tensor is not None)
-        waiting += [child for child in module._modules.values() if child is not None]
+        if id(module) not in found:
+            found[id(module)] = module
+            waiting += [child for child in module._modules.values() if child is not None]
+    return list(found.values())
+
+
+def tensors_of(modules: list[nn.Module]) -> list[Tensor]:
+    """The parameters and buffers of modules, without those of their children."""
+    groups = (group for m in modules for group in (m._parameters, m._buffers))
+    return [tensor for group in groups for tensor in group.values() if tensor is not None]
 
 
 def same_bits(a: Tensor, b: Tensor) -> bool:
