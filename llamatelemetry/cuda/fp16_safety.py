@@ -27,7 +27,13 @@ LIMIT = FLOAT16_MAX / HEADROOM
 
 @dataclass
 class Range:
-    """The largest magnitudes that a module took and gave; inf where one was not finite."""
+    """The largest magnitudes that a module took and gave; inf where one was not finite.
+
+    Attributes:
+        is_product: whether the module is a product with a weight; only then input is noted.
+        input: of the first input.
+        output: of the first output, which is the hidden state where there are several.
+    """
 
     is_product: bool
     input: float = 0.0
@@ -58,14 +64,16 @@ class Fp16Guard:
     """An applied plan, which remove takes out again."""
 
     hooks: list[Any] = field(default_factory=list)
-    replaced: list[nn.Module] = field(default_factory=list)
+    replaced: list[tuple[nn.Module, Any]] = field(default_factory=list)
 
     def remove(self) -> None:
         """Restores every module's own forward."""
         for hook in self.hooks:
             hook.remove()
-        for module in self.replaced:
-            module.__dict__.pop("forward", None)
+        for module, forward in self.replaced:
+            del module.forward
+            if forward is not None:
+                module.forward = forward
         self.hooks, self.replaced = [], []
 
 
@@ -120,7 +128,8 @@ def probe(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Range]:
     def note(module: nn.Module, args: Any, kwargs: Any, out: Any) -> None:
         name = names[module]
         seen = ranges.setdefault(name, Range(name in products))
-        seen.input = max(seen.input, _largest((args, kwargs)))
+        if seen.is_product:  # others may take masks, whose values are as large as can be
+            seen.input = max(seen.input, _largest((args, kwargs)))
         seen.output = max(seen.output, _largest(out))
 
     hooks = [m.register_forward_hook(note, with_kwargs=True) for m in names if m is not model]
@@ -177,11 +186,9 @@ def apply(model: nn.Module, plan: Fp16Plan) -> Fp16Guard:
     width = _hidden_size(model)
     for name, module in model.named_modules():
         if name in plan.scaled:
-            guard.replaced.append(module)
-            _replace_forward(module, _scaled_forward)
+            _replace_forward(guard, module, _scaled_forward)
         elif type(module) is nn.LayerNorm:
-            guard.replaced.append(module)
-            _replace_forward(module, _wide_layer_norm)
+            _replace_forward(guard, module, _wide_layer_norm)
         elif isinstance(module, nn.Embedding):
             if width in (None, module.embedding_dim):
                 guard.hooks.append(module.register_forward_hook(_to_float32))
@@ -196,7 +203,8 @@ def apply(model: nn.Module, plan: Fp16Plan) -> Fp16Guard:
     return guard
 
 
-def _replace_forward(module: Any, forward: Callable[..., Any]) -> None:
+def _replace_forward(guard: Fp16Guard, module: Any, forward: Callable[..., Any]) -> None:
+    guard.replaced.append((module, module.__dict__.get("forward")))
     module.forward = types.MethodType(forward, module)  # a method, so that it follows a deepcopy
 
 
@@ -244,14 +252,12 @@ def _cast(tree: Any, dtype: torch.dtype) -> Any:
 
 
 def _largest(tree: Any) -> float:
-    """The largest magnitude among the floating tensors of a tree; inf for what is not finite."""
-    floats = [
-        leaf
-        for leaf in pytree.tree_leaves(tree)
-        if isinstance(leaf, Tensor) and leaf.is_floating_point() and leaf.numel()
-    ]
-    largest = [leaf.abs().max().item() for leaf in floats]
-    return max((v if v == v else float("inf") for v in largest), default=0.0)
+    """The largest magnitude in the first floating tensor of a tree; inf if one is not finite."""
+    for leaf in pytree.tree_leaves(tree):
+        if isinstance(leaf, Tensor) and leaf.is_floating_point() and leaf.numel():
+            largest = leaf.abs().max().item()
+            return largest if largest == largest else float("inf")
+    return 0.0
 
 
 def _dtype_of(model: nn.Module) -> torch.dtype:

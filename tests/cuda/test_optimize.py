@@ -127,6 +127,24 @@ def test_a_model_in_range_stays_plain_float16_with_our_ops():
     unpatch(model)
 
 
+def test_a_mask_is_no_overflow():
+    model = tiny_model("llama")
+    model.set_attn_implementation("eager")  # its masks hold the least float16
+    ids = torch.randint(VOCAB, (2, 5))
+    mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
+    inputs = {"input_ids": ids, "attention_mask": mask, "use_cache": False}
+    assert not plan_for(fp16_safety.probe(model.half(), inputs))
+
+
+def test_a_patched_model_is_probed_below_our_ops():
+    model, ids = OVERFLOWS["residual"][0](), torch.randint(VOCAB, (2, 11))
+    expected = logits_of(model, ids)
+    patch(model)
+    apply_plan(model, plan_optimization(model, torch.float16, (7, 5)), CPU)
+    logits = logits_of(model, ids).float()
+    assert (logits - expected).abs().max() <= 0.01 * expected.abs().max()
+
+
 def test_the_guard_comes_out_again_and_follows_a_copy():
     model, ids = OVERFLOWS["residual"][0]().half(), torch.randint(VOCAB, (1, 5))
     found = plan_for(fp16_safety.probe(model, {"input_ids": ids, "use_cache": False}))

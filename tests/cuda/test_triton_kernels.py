@@ -74,7 +74,7 @@ def test_add_takes_strides_and_promotes(device):
     assert torch.equal(triton_add(ints, ints.int()), ints * 2)
 
 
-@pytest.mark.parametrize("width", [1, 3, 127, 128, 129, 768, 1000, 5000])
+@pytest.mark.parametrize("width", [1, 3, 127, 128, 129, 768, 1000, 1300])
 def test_layernorm_at_any_width(device, dtype, width):
     """At width 768 and mean 3 the output was scaled by 0.51: padding counted in the variance."""
     x = (torch.randn(3, width, device=device) * 2 + 3).to(dtype)
@@ -110,13 +110,13 @@ def test_softmax_over_any_dim(device, dtype, dim):
         assert_within_2x(triton_softmax(y, dim), torch.softmax(y, dim), softmax_ref(y, dim))
 
 
-@pytest.mark.parametrize("size", [1, 2, 127, 128, 129, 1000, 5000])
+@pytest.mark.parametrize("size", [1, 2, 127, 128, 129, 1000, 1300])
 def test_softmax_at_any_size(device, dtype, size):
     x = torch.randn(2, size, device=device).to(dtype)
     assert_within_2x(triton_softmax(x), torch.softmax(x, -1), softmax_ref(x, -1))
 
 
-@pytest.mark.parametrize("size", [3, 300, 5000])
+@pytest.mark.parametrize("size", [3, 300, 1300])
 def test_softmax_of_masked_and_spoiled_rows(device, dtype, size):
     """A row of all -inf gives NaN, as in torch, and touches no other row."""
     x = torch.randn(6, size, device=device).to(dtype)
@@ -138,7 +138,7 @@ def test_scalars_and_empty_tensors(device):
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(st.lists(st.integers(1, 5), min_size=1, max_size=4), st.data())
+@given(st.lists(st.integers(1, 5), min_size=1, max_size=3), st.data())
 def test_any_shape(device, shape, data):
     x = torch.randn(shape, device=device)
     y = x.permute(data.draw(st.permutations(range(x.ndim))))
@@ -212,9 +212,10 @@ def test_this_file_with_the_interpreter():
     versions = [tuple(map(int, m.__version__.split(".")[:2])) for m in (triton, numpy)]
     if versions[0] < (3, 7) and versions[1] >= (2, 4):
         pytest.skip("this Triton's interpreter cannot loop with numpy 2.4")
-    command = [sys.executable, "-m", "pytest", "-q", "-k", "not cuda-", "-p", "no:cacheprovider"]
+    chosen = "not cuda- and not compile and not opcheck"
+    command = [sys.executable, "-m", "pytest", "-k", chosen, "-p", "no:cacheprovider", __file__]
     run = subprocess.run(
-        [*command, __file__],
+        command,
         env=os.environ | {"TRITON_INTERPRET": "1"},
         capture_output=True,
         text=True,
