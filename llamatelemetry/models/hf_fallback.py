@@ -27,11 +27,14 @@ def theirs(
     kwargs: dict[str, Any],
 ) -> tuple[Tensor, Tensor | None]:
     """Torch's attention; the module's own eager one where that would leave something out."""
-    if isinstance(mask, KeyMask):
-        mask = mask.dense()
     needs_eager = (
         kwargs["softcap"] is not None or kwargs["s_aux"] is not None or wants_weights(kwargs)
     )
+    if isinstance(mask, KeyMask):
+        if not needs_eager and mask.key_layout.is_plain_causal:
+            mask, causal = None, True  # torch's kernels are fast without a mask
+        else:
+            mask = mask.dense()
     if not needs_eager:
         kwargs = {k: v for k, v in kwargs.items() if k not in ("softcap", "s_aux")}
         return sdpa_attention_forward(

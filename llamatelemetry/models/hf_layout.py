@@ -32,6 +32,19 @@ class KeyLayout(NamedTuple):
         """Whether all queries of a row see the same keys."""
         return self.seqlen_q == 1 or not (self.causal or self.left >= 0 or self.right >= 0)
 
+    @property
+    def is_plain_causal(self) -> bool:
+        """Whether it is what scaled_dot_product_attention calls is_causal."""
+        return (
+            self.causal
+            and self.left < 0
+            and self.right < 0
+            and self.tokens is None
+            and not isinstance(self.start, Tensor)
+            and self.start == 0
+            and self.seqlen_q == self.seqlen_k
+        )
+
     def dense(self, device: torch.device | str) -> Tensor:
         """The matrix of it, [batch, 1, seqlen_q, seqlen_k] bool, as sdpa_mask gives."""
         slots = torch.arange(self.seqlen_k, device=device)

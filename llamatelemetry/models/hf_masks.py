@@ -79,11 +79,10 @@ class KeyMask(Tensor):
         cls, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        moved = kwargs.get("device")
         same_dtype = kwargs.get("dtype") in (None, torch.bool)
-        if func is torch.ops.aten._to_copy.default and moved is not None and same_dtype:
+        if func is torch.ops.aten._to_copy.default and same_dtype and "device" in kwargs:
             # Accelerate sends the arguments of a layer to the layer's device.
-            return _moved(args[0].key_layout, torch.device(moved))
+            return _moved(args[0].key_layout, torch.device(kwargs["device"]))
         args, kwargs = tree_map_only(KeyMask, KeyMask.dense, (args, kwargs))
         return func(*args, **kwargs)
 
@@ -126,7 +125,7 @@ def key_mask(
 ) -> Tensor | None:
     """The mask function of our attention; arguments as transformers' sdpa_mask takes them.
 
-    Returns: None only where sdpa_mask may give None and no window of the config matters;
+    Returns: None only where every query sees every key;
              a KeyMask for causal, sliding-window and bidirectional attention with any padding;
              the same as a plain boolean tensor with a ``key_layout`` while a graph is traced;
              sdpa_mask's matrix for rules of other kinds
@@ -152,8 +151,7 @@ def key_mask(
         causal, left, right = rules
         start = q_offset - kv_offset
         layout = KeyLayout(batch_size, q_length, kv_length, start, causal, left, right, tokens)
-        skips = allow_is_causal_skip if causal else allow_is_bidirectional_skip
-        if skips and _needs_no_mask(layout, getattr(config, "sliding_window", None)):
+        if allow_is_bidirectional_skip and tokens is None and not (causal or left >= 0):
             return None
         if not symbolic:
             return KeyMask(layout, device)
@@ -187,17 +185,6 @@ def _is_symbolic(attention_mask: Tensor | None, device: torch.device) -> bool:
     if torch.compiler.is_compiling() or is_jit_tracing() or device.type == "meta":
         return True
     return attention_mask is not None and is_fake_tensor(attention_mask)
-
-
-def _needs_no_mask(layout: KeyLayout, window: int | None) -> bool:
-    """Where sdpa_mask may give None, and the window that attention may be told changes nothing."""
-    _, seqlen_q, seqlen_k, start, causal, left, right, tokens = layout
-    if tokens is not None or isinstance(start, Tensor):
-        return False
-    if not causal:
-        return left < 0 and right < 0
-    short = window is None or seqlen_k <= window
-    return short and left < 0 and seqlen_q in (1, seqlen_k) and start + seqlen_q == seqlen_k
 
 
 def _rules_of(mask_function: Any, seqlen: int) -> tuple[bool, int, int] | None:
