@@ -8,35 +8,17 @@ of the module's own file where scores are capped, sinks stand or the weights are
 
 from __future__ import annotations
 
-import warnings
-from typing import Any, NamedTuple
+from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from llamatelemetry._native import kernels
 from llamatelemetry.models.hf_fallback import theirs, wants_weights
-from llamatelemetry.models.hf_kernels import Scores, dense, padded, same_widths, shared
+from llamatelemetry.models.hf_kernels import OVERRIDES, Overrides, Scores, attend, serves
 from llamatelemetry.models.hf_layout import KeyLayout
 from llamatelemetry.models.hf_masks import KeyMask, key_mask
-from llamatelemetry.models.hf_plans import PaddedPlan, Plan, SharedPlan, plan_of_layout
 
 NAME = "llamatelemetry"
-OVERRIDES = "_llamatelemetry_overrides"  # attribute of a module: an Overrides
-MAX_HEAD_DIM = 256
-_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-_MAX_SOFTCAP = 10000.0
-_said: set[str] = set()
-
-
-class Overrides(NamedTuple):
-    """What enable_flash_attention's configuration changes in a module's attention."""
-
-    softmax_scale: float | None = None
-    dropout_p: float = 0.0
-    window: tuple[int, int] = (-1, -1)
-    causal: bool = True
 
 
 def register() -> None:
@@ -88,120 +70,52 @@ def attention_forward(
     else:
         scores = Scores(scale, False, -1, -1, 0.0)
     scores = scores._replace(softcap=softcap or 0.0)
-    if _serves(query, key, value, scores, dropout, s_aux, kwargs):
-        out = _ours(query, key, value, attention_mask, scores, s_aux)
+    has_more = kwargs.get("position_bias") is not None or wants_weights(kwargs)
+    if not has_more and serves(query, key, value, scores, dropout, s_aux):
+        out = attend(query, key, value, attention_mask, scores, s_aux)
         if out is not None:
             return out, None
     kwargs |= {"softcap": softcap, "s_aux": s_aux, "sliding_window": sliding_window}
     return theirs(module, query, key, value, attention_mask, scale, dropout, causal, kwargs)
 
 
-def _serves(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    scores: Scores,
-    dropout: float,
-    sinks: Tensor | None,
-    kwargs: dict[str, Any],
-) -> bool:
-    """Whether our kernels can, the mask aside."""
-    width = max(query.shape[-1], value.shape[-1])
-    if width > MAX_HEAD_DIM:
-        _say_once(
-            f"{NAME} attention: head_dim must be at most {MAX_HEAD_DIM}, got {width}; torch's own "
-            "attention serves these layers"
-        )
-        return False
-    tensors = [x for x in (query, key, value, sinks) if x is not None]
-    if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
-        return False
-    kind = query.device.type
-    return (
-        not dropout
-        and kwargs.get("position_bias") is None
-        and not wants_weights(kwargs)
-        and (kind == "cpu" or (kind == "cuda" and "flash_attn" not in kernels.without_cuda))
-        and query.dtype in _DTYPES
-        and query.dtype == key.dtype == value.dtype
-        and query.shape[0] == key.shape[0] == value.shape[0]
-        and query.shape[1] % key.shape[1] == 0
-        and key.shape[:3] == value.shape[:3]
-        and 0.0 <= scores.softcap <= _MAX_SOFTCAP
-    )
+def _configs_of(model: nn.Module) -> list[Any]:
+    """Every config of the transformers models in a model, sub-configs last."""
+    configs: list[Any] = []
+    waiting: list[Any] = [
+        m.config for m in model.modules() if hasattr(m, "set_attn_implementation")
+    ]
+    while waiting:
+        config = waiting.pop(0)
+        if not any(config is known for known in configs):
+            configs.append(config)
+            subs = (getattr(config, key, None) for key in config.sub_configs)
+            waiting += [sub for sub in subs if sub is not None]
+    return configs
 
 
-def _ours(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
-    scores: Scores,
-    sinks: Tensor | None,
-) -> Tensor | None:
-    """Attention by our kernels, or None where they do not serve the mask."""
-    seqlen_q, head_dim_v = query.shape[2], value.shape[-1]
-    layout, plan = _layout_of(mask, query, key)
-    if mask is not None:
-        if layout is None:
-            return None
-        scores = scores._replace(causal=layout.causal, left=layout.left, right=layout.right)
-        if layout.tokens is not None and plan is None:
-            return None
-    seqlen_k: int | Tensor = key.shape[2]
-    if layout is None:
-        # As torch's attention, which cuts off the slots of a static cache that are empty yet.
-        if scores.causal and key.shape[2] < seqlen_q:
-            return None
-        seqlen_k = seqlen_q if scores.causal else seqlen_k
-    elif plan is None and (scores.causal or scores.left >= 0 or scores.right >= 0):
-        seqlen_k = layout.start + seqlen_q
-        if isinstance(seqlen_k, Tensor):
-            if not scores.causal:
-                return None
-        elif seqlen_k > key.shape[2] or (seqlen_k < key.shape[2] and not scores.causal):
-            return None
-    if sinks is not None:
-        sinks = sinks.to(query.device, torch.float32)
-    query, key, value = same_widths(query, key, value)
-    if isinstance(plan, PaddedPlan):
-        out = padded(query, key, value, plan, scores, sinks)
-    elif isinstance(plan, SharedPlan):
-        free = scores._replace(causal=False, left=-1, right=-1)
-        out = shared(query, key, value, plan, free, sinks)
-    elif isinstance(seqlen_k, Tensor):
-        lengths = seqlen_k.int().view(1).expand(query.shape[0]).contiguous()
-        out = shared(query, key, value, SharedPlan(None, lengths), scores, sinks)
-    else:
-        key, value = key[:, :, :seqlen_k], value[:, :, :seqlen_k]
-        out = dense(query, key, value, scores, sinks)
-    return out if out.shape[-1] == head_dim_v else out[..., :head_dim_v].contiguous()
+def choose_ours(model: nn.Module) -> list[tuple[Any, Any]]:
+    """Chooses our attention in every transformers model inside; returns what was chosen before."""
+    register()
+    before = [(config, config._attn_implementation) for config in _configs_of(model)]
+    roots: list[Any] = []
+    inside: set[nn.Module] = set()
+    for module in model.modules():
+        if hasattr(module, "set_attn_implementation") and module not in inside:
+            roots.append(module)
+            inside.update(module.modules())
+    for root in roots:
+        root.set_attn_implementation(NAME)
+    return before
 
 
-def _layout_of(mask: Tensor | None, query: Tensor, key: Tensor) -> tuple[KeyLayout | None, Plan]:
-    """What key_mask knew of its mask; a boolean mask that gives each row one set of keys too."""
-    if mask is None:
-        return None, None
-    batch, seqlen_q, seqlen_k = query.shape[0], query.shape[2], key.shape[2]
-    layout: KeyLayout | None = getattr(mask, "key_layout", None)
-    if layout is not None:
-        if (layout.batch, layout.seqlen_q, layout.seqlen_k) != (batch, seqlen_q, seqlen_k):
-            return None, None
-        if isinstance(mask, KeyMask) and torch.compiler.is_compiling():
-            return layout, plan_of_layout(layout, mask.device, True)
-        return layout, mask.key_plan  # type: ignore[attr-defined]
-    if (
-        mask.dtype != torch.bool
-        or mask.ndim != 4
-        or mask.shape[0] not in (1, batch)
-        or mask.shape[1] != 1
-        or mask.shape[3] != seqlen_k
-        or not (mask.shape[2] == 1 or (mask.shape[2] == seqlen_q and mask.stride(2) == 0))
-    ):
-        return None, None
-    tokens = mask[:, 0, 0].expand(batch, -1)
-    layout = KeyLayout(batch, seqlen_q, seqlen_k, 0, False, -1, -1, tokens)
-    return layout, plan_of_layout(layout, mask.device, True)
+def lift_causality(implementations: list[tuple[Any, Any]]) -> list[tuple[Any, bool | None]]:
+    """Has transformers make masks without causality."""
+    before = []
+    for config, _ in implementations:
+        before.append((config, config.__dict__.get("is_causal")))
+        config.is_causal = False
+    return before
 
 
 def _overridden(
@@ -245,9 +159,3 @@ def _overridden(
         causal,
         KeyMask(layout._replace(causal=causal, left=left, right=right), query.device),
     )
-
-
-def _say_once(sentence: str) -> None:
-    if not torch.compiler.is_compiling() and sentence not in _said:
-        _said.add(sentence)
-        warnings.warn(sentence, stacklevel=3)

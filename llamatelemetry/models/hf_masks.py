@@ -65,6 +65,8 @@ class KeyMask(Tensor):
     @property
     def key_plan(self) -> Plan:
         """How paged_attention reads the cache; made once for all layers that share the mask."""
+        if torch.compiler.is_compiling():
+            return plan_of_layout(self.key_layout, self.device, True)
         if self._plan is None:
             self._plan = plan_of_layout(self.key_layout, self.device, is_tracing())
         return self._plan
