@@ -265,7 +265,7 @@ def _slots_as_pages(key: Tensor, value: Tensor) -> tuple[int, list[Tensor]]:
         row, slot = num_heads * num_slots * head_dim, head_dim
     num_pages = (batch - 1) * (row // slot) + num_slots
     shape, strides = (num_pages, 1, num_heads, head_dim), (slot, slot, key.stride(1), 1)
-    return row // slot, [x.as_strided(shape, strides, x.storage_offset()) for x in (key, value)]
+    return row // slot, [x.as_strided(shape, strides) for x in (key, value)]
 
 
 def _last_contiguous(x: Tensor) -> Tensor:

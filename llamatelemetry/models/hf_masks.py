@@ -140,7 +140,7 @@ def key_mask(
     rules = None
     if not use_vmap:
         rules = (
-            _traced_rules(mask_function, local_size, allow_is_causal_skip, config)
+            _traced_rules(mask_function, local_size, allow_is_causal_skip, config, kv_length)
             if symbolic
             else _rules_of(mask_function, kv_length + kv_offset)
         )
@@ -229,7 +229,7 @@ def _rules_of(mask_function: Any, seqlen: int) -> tuple[bool, int, int] | None:
 
 
 def _traced_rules(
-    mask_function: Any, local_size: int | None, may_skip: bool, config: Any
+    mask_function: Any, local_size: int | None, may_skip: bool, config: Any, kv_length: int
 ) -> tuple[bool, int, int] | None:
     """_rules_of while a graph is traced, where closures cannot be looked into."""
     if mask_function is causal_mask_function:
@@ -240,7 +240,7 @@ def _traced_rules(
     chunk = getattr(config, "attention_chunk_size", None)
     # A mask that may not be skipped has more in it than causality and the window.
     if local_size is not None and may_skip and local_size == window and local_size != chunk:
-        return True, local_size - 1, -1
+        return True, local_size - 1 if local_size < kv_length else -1, -1
     return None
 
 
