@@ -88,6 +88,9 @@ class KeyMask(Tensor):
         args, kwargs = tree_map_only(KeyMask, KeyMask.dense, (args, kwargs))
         return func(*args, **kwargs)
 
+    def __deepcopy__(self, memo: Any) -> Tensor:
+        return self.dense().clone()
+
     def __tensor_flatten__(self) -> tuple[list[str], Any]:
         names = [name for name in ("key_tokens", "key_start") if getattr(self, name) is not None]
         return names, (tuple(self.shape), self._rules, self.device)

@@ -8,7 +8,7 @@ import pytest
 import torch
 import transformers
 from families import OpCounter
-from hf_models import CASES, CAUSAL, SEQLEN, VOCAB, build, inputs_of, result
+from hf_models import CASES, CAUSAL, SEQLEN, VOCAB, build, build_exact, inputs_of, result
 from tolerance import assert_within_2x
 from torch.testing import assert_close
 
@@ -39,7 +39,7 @@ def counted(call):
 @pytest.mark.parametrize(("name", "side"), cases_and_sides())
 def test_outputs(name, side, device):
     inputs = inputs_of(name, side, device)
-    exact = result(build(name, dtype=torch.float64, device=device), inputs)
+    exact = result(build_exact(name, device=device), inputs)
     model = build(name, device=device)
     theirs = result(model, inputs)
     enable_flash_attention(model)
@@ -52,9 +52,7 @@ def test_outputs(name, side, device):
 def test_outputs_in_half_precision(name, dtype, device):
     inputs = inputs_of(name, "left", device)
     model = build(name, dtype=dtype, device=device)
-    twin = build(name, dtype=torch.float64, device=device)
-    twin.load_state_dict({k: v.double() for k, v in model.state_dict().items()})
-    exact, theirs = result(twin, inputs), result(model, inputs)
+    exact, theirs = result(build_exact(name, model, device), inputs), result(model, inputs)
     enable_flash_attention(model)
     assert_within_2x(result(model, inputs), theirs, exact)
 

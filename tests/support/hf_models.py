@@ -7,9 +7,10 @@ from typing import NamedTuple
 import torch
 import transformers
 from torch import Tensor
+from transformers.masking_utils import sdpa_mask
 
 BATCH, SEQLEN, VOCAB = 2, 12, 128
-PADDING = 5
+PADDING = 3  # fewer than a window, or padding would see no key and have no right value
 WINDOW = 4
 
 _TEXT = {
@@ -140,6 +141,55 @@ CASES = {
 CAUSAL = [name for name, case in CASES.items() if case.kind == "causal"]
 
 
+def exact_attention(
+    module,
+    query,
+    key,
+    value,
+    attention_mask,
+    scaling=None,
+    softcap=None,
+    s_aux=None,
+    position_bias=None,
+    is_causal=None,
+    **kwargs,
+):
+    """Attention that never leaves its dtype, where eager ones take the softmax in float32."""
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
+    scores = query @ key.transpose(2, 3) * (scaling or query.shape[-1] ** -0.5)
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    if position_bias is not None:
+        scores = scores + position_bias
+    if attention_mask is None and causal and query.shape[2] > 1:
+        attention_mask = torch.ones(scores.shape[2:], dtype=torch.bool, device=query.device).tril()
+    if attention_mask is not None and attention_mask.dtype == torch.bool:
+        scores = scores.masked_fill(~attention_mask, -1e300)
+    elif attention_mask is not None:
+        scores = scores + attention_mask
+    if s_aux is not None:
+        scores = torch.cat([scores, s_aux.view(1, -1, 1, 1).expand(*scores.shape[:3], 1)], -1)
+    weights = scores.softmax(-1)[..., : key.shape[2]]
+    return (weights @ value).transpose(1, 2).contiguous(), None
+
+
+transformers.AttentionInterface.register("exact", exact_attention)
+transformers.AttentionMaskInterface.register("exact", sdpa_mask)
+
+
+def build_exact(
+    name: str,
+    like: transformers.PreTrainedModel | None = None,
+    device: torch.device | str = "cpu",
+) -> transformers.PreTrainedModel:
+    """The model in float64, of the weights of another one or of its own."""
+    model = build(name, "exact", torch.float64, device)
+    if like is not None:
+        model.load_state_dict({key: x.double() for key, x in like.state_dict().items()})
+    return model
+
+
 def build(
     name: str,
     attention: str = "eager",
@@ -153,6 +203,8 @@ def build(
     with torch.inference_mode(False), torch.no_grad():
         kind = getattr(transformers, case.model)
         model = kind._from_config(config, attn_implementation=attention).eval()
+        if "num_local_experts" in case.options or "n_routed_experts" in case.options:
+            model.set_experts_implementation("eager")  # the others have no float64
         for parameter in model.parameters():
             parameter.normal_(float(parameter.ndim == 1), 0.15, generator=generator)
         return model.to(device, dtype)
