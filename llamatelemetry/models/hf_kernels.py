@@ -135,10 +135,21 @@ def bottom_right(query: Tensor, key: Tensor, value: Tensor, scores: Scores) -> T
 
 def _layout_of(mask: Tensor | None, query: Tensor, key: Tensor) -> tuple[KeyLayout | None, Plan]:
     """What key_mask knew of its mask; a boolean mask that gives each row one set of keys too."""
+    layout: KeyLayout | None
     if mask is None:
         return None, None
     batch, seqlen_q, seqlen_k = query.shape[0], query.shape[2], key.shape[2]
-    layout: KeyLayout | None = getattr(mask, "key_layout", None)
+    rules = getattr(mask, "key_rules", None)
+    if rules is not None and torch.compiler.is_compiling():
+        # Dynamo would run a KeyMask's properties once and keep what they give.
+        start, causal, left, right = rules
+        key_start, tokens = mask.key_start, mask.key_tokens  # type: ignore[attr-defined]
+        start = start if key_start is None else key_start
+        layout = KeyLayout(
+            mask.shape[0], mask.shape[2], mask.shape[3], start, causal, left, right, tokens
+        )
+        return layout, plan_of_layout(layout, mask.device, True)
+    layout = getattr(mask, "key_layout", None)
     if layout is not None:
         if (layout.batch, layout.seqlen_q, layout.seqlen_k) != (batch, seqlen_q, seqlen_k):
             return None, None

@@ -35,7 +35,7 @@ class KeyMask(Tensor):
 
     key_tokens: Tensor | None
     key_start: Tensor | None
-    _rules: tuple[int, bool, int, int]
+    key_rules: tuple[int, bool, int, int]
     _matrix: Tensor | None
     _plan: Plan | None
 
@@ -46,7 +46,7 @@ class KeyMask(Tensor):
         start = layout.start
         mask.key_tokens = layout.tokens
         mask.key_start = start if isinstance(start, Tensor) else None
-        mask._rules = (0 if isinstance(start, Tensor) else start, *layout[4:7])
+        mask.key_rules = (0 if isinstance(start, Tensor) else start, *layout[4:7])
         mask._matrix = mask._plan = None
         return mask
 
@@ -58,15 +58,13 @@ class KeyMask(Tensor):
     @property
     def key_layout(self) -> KeyLayout:
         batch, _, seqlen_q, seqlen_k = self.shape
-        first, causal, left, right = self._rules
+        first, causal, left, right = self.key_rules
         start = first if self.key_start is None else self.key_start
         return KeyLayout(batch, seqlen_q, seqlen_k, start, causal, left, right, self.key_tokens)
 
     @property
     def key_plan(self) -> Plan:
         """How paged_attention reads the cache; made once for all layers that share the mask."""
-        if torch.compiler.is_compiling():
-            return plan_of_layout(self.key_layout, self.device, True)
         if self._plan is None:
             self._plan = plan_of_layout(self.key_layout, self.device, is_tracing())
         return self._plan
@@ -93,7 +91,7 @@ class KeyMask(Tensor):
 
     def __tensor_flatten__(self) -> tuple[list[str], Any]:
         names = [name for name in ("key_tokens", "key_start") if getattr(self, name) is not None]
-        return names, (tuple(self.shape), self._rules, self.device)
+        return names, (tuple(self.shape), self.key_rules, self.device)
 
     @staticmethod
     def __tensor_unflatten__(inner: Any, meta: Any, outer_size: Any, outer_stride: Any) -> KeyMask:

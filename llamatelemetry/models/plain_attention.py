@@ -44,8 +44,8 @@ def _names_of(kind: Any) -> frozenset[str]:
     names: set[str] = set()
     seen: set[object] = set()
     for base in kind.__mro__:
-        if base.__module__.startswith("torch.") or base is object:
-            continue
+        if base is object or base.__module__.startswith(("torch.", "transformers.modeling_")):
+            continue  # what all models share mentions everything
         for function in vars(base).values():
             _gather(getattr(function, "__func__", function), names, seen, 3)
     return frozenset(names)

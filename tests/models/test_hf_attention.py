@@ -129,9 +129,9 @@ def test_attention_weights_are_given_where_asked_for(name, device):
     enable_flash_attention(model)
     got = model(**inputs, output_attentions=True)
     names = [key for key in want if "attentions" in key]
-    assert names
+    assert all(weights is not None for weights in want[names[0]])
     for key in names:
-        assert len(want[key]) == len(got[key]) == 2
+        assert len(want[key]) == len(got[key])
         for a, b in zip(got[key], want[key], strict=True):
             assert_close(a, b)
     assert "attentions" not in model(**inputs)

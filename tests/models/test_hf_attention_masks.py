@@ -64,7 +64,7 @@ def test_reads_as_the_matrix(call):
     rules, arguments = call
     ours = key_mask(**arguments)
     theirs = sdpa_mask(**arguments, allow_is_causal_skip=False)
-    assert isinstance(ours, KeyMask) == (rules in KNOWN)
+    assert isinstance(ours, KeyMask) or rules not in KNOWN
     assert ours.shape == theirs.shape
     assert ours.dtype == torch.bool
     assert torch.equal(ours & True, theirs)

@@ -134,6 +134,7 @@ CASES = {
             "d_ff": 96,
             "num_layers": 2,
             "num_heads": 4,
+            "decoder_start_token_id": 0,
         },
         "seq2seq",
     ),
@@ -242,7 +243,9 @@ def inputs_of(name: str, side: str = "none", device: torch.device | str = "cpu")
 def result(model: transformers.PreTrainedModel, inputs: dict) -> Tensor:
     """Logits or hidden states, [tokens, width], of what is not padding."""
     model_dtype = next(model.parameters()).dtype
-    inputs = {k: v.to(model_dtype) if v.is_floating_point() else v for k, v in inputs.items()}
+    if (features := inputs.get("input_features", inputs.get("pixel_values"))) is not None:
+        key = "input_features" if "input_features" in inputs else "pixel_values"
+        inputs = inputs | {key: features.to(model_dtype)}
     out = model(**inputs)[0]
     mask = inputs.get("attention_mask")
     if mask is None or mask.shape[1] != out.shape[1]:
