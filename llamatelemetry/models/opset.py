@@ -62,7 +62,9 @@ def _native_varlen(
     q: Tensor, k: Tensor, v: Tensor, starts: Tensor, longest: int, *scores: Any
 ) -> Tensor:
     # No sinks, no position biases, and the backend that the op chooses itself.
-    out, _ = _flash_attn_varlen(q, k, v, starts, starts, longest, longest, None, None, *scores, None)
+    out, _ = _flash_attn_varlen(
+        q, k, v, starts, starts, longest, longest, None, None, *scores, None
+    )
     return out
 
 
