@@ -8,7 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from llamatelemetry._native import kernels, library
+from llamatelemetry._native import kernels
+from llamatelemetry._native.facts import LIMITS
 from llamatelemetry.models.hf_layout import KeyLayout
 from llamatelemetry.models.hf_plans import (
     PaddedPlan,
@@ -21,7 +22,7 @@ from llamatelemetry.models.hf_plans import (
 from llamatelemetry.ops import _contract  # noqa: F401  (loads the library)
 
 # Up to so many queries paged_attention's split over the keys serves the CPU better.
-_FEW_QUERIES: int = library.cpu_library.lt_few_queries()
+_FEW_QUERIES: int = LIMITS["max_split_queries"]
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _MAX_SOFTCAP = 10000.0
 MAX_HEAD_DIM = 256
@@ -177,7 +178,7 @@ def _dense(
         lengths = torch.full((batch,), key.shape[2], dtype=torch.int32, device=query.device)
         return _shared(query, key, value, SharedPlan(None, lengths), scores, sinks)
     q, k, v = (_last_contiguous(x).transpose(1, 2) for x in (query, key, value))
-    return torch.ops.llamatelemetry.flash_attn.default(q, k, v, sinks, None, *scores, 0)[0]
+    return torch.ops.llamatelemetry.flash_attn.default(q, k, v, sinks, None, *scores, None)[0]
 
 
 def _paged(

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from llamatelemetry.models.hf_attention import NAME
-from llamatelemetry.ops import _contract, reference, reference_attention  # noqa: F401  (_contract loads the library)
+from llamatelemetry.ops import _contract, reference  # noqa: F401  (_contract loads the library)
 
 
 @dataclass(frozen=True)
@@ -119,9 +119,7 @@ def _exact_varlen(
     q: Tensor, k: Tensor, v: Tensor, starts: Tensor, longest: int, *scores: Any
 ) -> Tensor:
     qkv = (q.double(), k.double(), v.double())
-    return reference_attention.flash_attn_varlen(*qkv, starts, starts, **_options(*scores))[0].to(
-        q.dtype
-    )
+    return reference.flash_attn_varlen(*qkv, starts, starts, **_options(*scores))[0].to(q.dtype)
 
 
 def _exact_paged(
@@ -136,7 +134,7 @@ def _exact_paged(
 ) -> Tensor:
     tensors = (q.double(), k_cache.double(), v_cache.double())
     where = (block_table, cache_seqlens, cu_seqlens_q)
-    out, _ = reference_attention.paged_attention(*tensors, *where, **_options(*scores))
+    out, _ = reference.paged_attention(*tensors, *where, **_options(*scores))
     return out.to(q.dtype)
 
 
