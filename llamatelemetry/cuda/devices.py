@@ -29,6 +29,7 @@ def device_of(function: Callable[..., Any], inputs: Mapping[str, Any] | None) ->
 
 def _tensors_of(function: Callable[..., Any], inputs: Mapping[str, Any] | None) -> Iterator[Tensor]:
     yield from _tensors_in(dict(inputs or {}))
+    function = inspect.unwrap(function)
     while isinstance(function, functools.partial):
         yield from _tensors_in((function.args, function.keywords))
         function = function.func

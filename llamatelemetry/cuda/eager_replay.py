@@ -40,8 +40,11 @@ class _Tape(TorchDispatchMode):
     def replay(self) -> None:
         for func, args, kwargs, out in self.ops:
             new = func(*args, **kwargs)
-            if not func.is_view:
-                copy_into(out, new)
+            if not func.is_view and not copy_into(out, new):
+                raise RuntimeError(
+                    f"CUDAGraph: every op must give the shapes of its capture, got others from "
+                    f"{func}; as in a CUDA graph, shapes must not depend on values"
+                )
 
 
 class EagerReplay:

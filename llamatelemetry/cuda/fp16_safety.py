@@ -10,7 +10,7 @@ rows of its input scaled, and returns float32. Weights, attention and KV cache s
 from __future__ import annotations
 
 import types
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -33,11 +33,14 @@ class Range:
         is_product: whether the module is a product with a weight; only then input is noted.
         input: of the first input.
         output: of the first output, which is the hidden state where there are several.
+        is_parallel: whether it took the tensor that the product before it in its block took, as
+            the key's and the value's do after the query's.
     """
 
     is_product: bool
     input: float = 0.0
     output: float = 0.0
+    is_parallel: bool = False
 
 
 @dataclass(frozen=True)
@@ -124,13 +127,17 @@ def probe(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Range]:
     names = {module: name for name, module in model.named_modules()}
     products = frozenset(name for module, name in names.items() if is_product(module))
     guard = apply(model, Fp16Plan(scaled=products))
+    taken: dict[str, Any] = {}  # block -> what its last product took
 
     def note(module: nn.Module, args: Any, kwargs: Any, out: Any) -> None:
         name = names[module]
         seen = ranges.setdefault(name, Range(name in products))
         if seen.is_product:  # others may take masks, whose values are as large as can be
-            seen.input = max(seen.input, _largest((args, kwargs)))
-        seen.output = max(seen.output, _largest(out))
+            block, first = _block(name), next(iter((*args, *kwargs.values())))
+            seen.input = max(seen.input, largest_in(first))
+            seen.is_parallel = taken.get(block) is first
+            taken[block] = first
+        seen.output = max(seen.output, largest_in(out))
 
     hooks = [m.register_forward_hook(note, with_kwargs=True) for m in names if m is not model]
     try:
@@ -157,15 +164,19 @@ def plan_for(ranges: Mapping[str, Range]) -> Fp16Plan:
         return Fp16Plan()
     products = [name for name, r in ranges.items() if r.is_product]
     scaled = {name for name in products if largest[name] > LIMIT}
-    widened = set()
+    widened: set[str] = set()
     blocks: dict[str, list[str]] = {}
     for name in products:
-        blocks.setdefault(name.rpartition(".")[0], []).append(name)
-    for *before, last in blocks.values():
-        widened.add(last)  # is added to the residual
+        blocks.setdefault(_block(name), []).append(name)
+    for names in blocks.values():
+        *before, last = names
+        if ranges[last].is_parallel:  # the output product has a block of its own
+            before, last = names, ""
+        else:
+            widened.add(last)  # is added to the residual
         # What stands between the products of a block (gate times up, attention) works in the type
         # of their outputs, which then must agree.
-        if ranges[last].input > LIMIT or any(ranges[name].output > LIMIT for name in before):
+        if any(largest[name] > LIMIT for name in before) or (last and ranges[last].input > LIMIT):
             widened.update(before)
     return Fp16Plan(frozenset(scaled), frozenset(widened - scaled), (worst, largest[worst]))
 
@@ -183,8 +194,10 @@ def apply(model: nn.Module, plan: Fp16Plan) -> Fp16Guard:
     guard = Fp16Guard()
     if not plan:
         return guard
-    width = _hidden_size(model)
-    for name, module in model.named_modules():
+    modules = dict(model.named_modules())
+    everything = all(name in plan.scaled for name, m in modules.items() if is_product(m))
+    width = None if everything else _hidden_size(model)
+    for name, module in modules.items():
         if name in plan.scaled:
             _replace_forward(guard, module, _scaled_forward)
         elif type(module) is nn.LayerNorm:
@@ -251,7 +264,11 @@ def _cast(tree: Any, dtype: torch.dtype) -> Any:
     return pytree.tree_map(cast, tree)
 
 
-def _largest(tree: Any) -> float:
+def _block(name: str) -> str:
+    return name.rpartition(".")[0]
+
+
+def largest_in(tree: Any) -> float:
     """The largest magnitude in the first floating tensor of a tree; inf if one is not finite."""
     for leaf in pytree.tree_leaves(tree):
         if isinstance(leaf, Tensor) and leaf.is_floating_point() and leaf.numel():
@@ -277,7 +294,7 @@ def _text_config(model: nn.Module) -> Any:
     return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 
-def overflows(names: Sequence[str], limit: int = 3) -> str:
+def some_of(names: Collection[str], limit: int = 3) -> str:
     """Some names, and how many more there are."""
     more = f" and {len(names) - limit} more" if len(names) > limit else ""
     return ", ".join(sorted(names)[:limit]) + more

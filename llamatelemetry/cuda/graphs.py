@@ -8,8 +8,11 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+from torch.utils import _pytree as pytree
 
 from llamatelemetry.cuda.capture import CUDAGraph, GraphCaptureConfig
+from llamatelemetry.cuda.devices import device_of
+from llamatelemetry.cuda.eager_replay import copy_into
 from llamatelemetry.cuda.model_graphs import disable_cuda_graphs, enable_cuda_graphs
 
 __all__ = [
@@ -26,7 +29,8 @@ __all__ = [
 class GraphPool:
     """Named graphs that share one memory pool.
 
-    The graphs reuse each other's scratch memory, so replay them one after the other.
+    The graphs use the same scratch memory, so replay them one after the other, on one stream. Their
+    outputs lie outside of it: each stays valid until its own graph is replayed.
     """
 
     def __init__(self) -> None:
@@ -46,7 +50,8 @@ class GraphPool:
             name: what replay, get and remove take.
             func: as in CUDAGraph.capture.
             inputs: as in CUDAGraph.capture.
-            config: how to capture; where it names a memory pool, that one is used.
+            config: how to capture; where it names a memory pool, that one is used. There is at
+                least one warm-up, from which the outputs get their memory.
 
         Returns:
             name.
@@ -56,6 +61,9 @@ class GraphPool:
         config = config or GraphCaptureConfig()
         if config.pool is None:
             config = dataclasses.replace(config, pool=self._pool())
+        if device_of(func, inputs).type == "cuda":
+            config = dataclasses.replace(config, warmup_iters=max(config.warmup_iters, 1))
+            func = _with_own_outputs(func)
         graph = CUDAGraph(config)
         try:
             graph.capture(func, inputs)
@@ -106,6 +114,27 @@ class GraphPool:
         if self._handle is None or not any(g.is_captured() for g in self._graphs.values()):
             self._handle = torch.cuda.graph_pool_handle()
         return self._handle
+
+
+def _with_own_outputs(func: Callable[..., Any]) -> Callable[..., Any]:
+    """func, with results in tensors that its first call allocates.
+
+    A later graph may put its outputs where an earlier one has its scratch memory, so that a replay
+    of the earlier one would overwrite them.
+    """
+    kept: list[Any] = []
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        result = func(*args, **kwargs)
+        with torch.no_grad():
+            if not kept:
+                kept.append(pytree.tree_map_only(torch.Tensor, torch.empty_like, result))
+            if not copy_into(kept[0], result):
+                raise RuntimeError("GraphPool: func must return the same shapes at every call")
+        return kept[0]
+
+    call.__wrapped__ = func  # type: ignore[attr-defined]  # its signature and its tensors
+    return call
 
 
 def capture_graph(

@@ -119,7 +119,7 @@ def plan_optimization(
             )
     for why in sorted(set(plan.float32.values())):
         names = [name for name, reason in plan.float32.items() if reason == why]
-        plan.notes.append(f"float32 ({why}): {fp16_safety.overflows(names)}")
+        plan.notes.append(f"float32 ({why}): {fp16_safety.some_of(names)}")
     return plan
 
 
@@ -175,20 +175,26 @@ def cast(model: nn.Module, plan: OptimizationPlan) -> None:
 def _guard_float16(
     model: nn.Module, plan: OptimizationPlan, calibration: Mapping[str, Any] | None
 ) -> fp16_safety.Fp16Guard:
+    guard = fp16_safety.Fp16Guard()
     try:
         inputs = calibration or fp16_safety.calibration_inputs(model)
         found = fp16_safety.plan_for(fp16_safety.probe(model, inputs))
+        guard = fp16_safety.apply(model, found)
+        is_finite = not found or fp16_safety.largest_in(model(**inputs)) < float("inf")
     except (TypeError, ValueError, RuntimeError, NotImplementedError) as error:
-        plan.notes.append(f"not probed for float16 overflow: {error}")
-        return fp16_safety.Fp16Guard()
+        guard.remove()
+        plan.notes.append(f"not guarded against float16 overflow, as the probe failed: {error}")
+        return guard
     if found:
         name, value = found.largest
-        scaled = fp16_safety.overflows(list(found.scaled)) or "none"
+        scaled = fp16_safety.some_of(found.scaled) or "none"
         plan.notes.append(
             f"residual in float32, as {name} reaches {value:.3g} of float16's 65504; products with "
             f"scaled inputs: {scaled}"
         )
-    return fp16_safety.apply(model, found)
+    if not is_finite:
+        plan.notes.append("still not finite on the calibration prompt; use bfloat16 or float32")
+    return guard
 
 
 def _patch(model: nn.Module, plan: OptimizationPlan) -> None:
@@ -205,7 +211,7 @@ def _patch(model: nn.Module, plan: OptimizationPlan) -> None:
     replaced = ", ".join(f"{count} {name}" for name, count in sorted(report.replaced.items()))
     plan.notes.append(f"fused ops for {replaced or 'nothing'}")
     if report.refused:
-        plan.notes.append(f"not replaced: {fp16_safety.overflows(list(report.refused))}")
+        plan.notes.append(f"not replaced: {fp16_safety.some_of(report.refused)}")
 
 
 def _names_kept(model: Any, dtype: torch.dtype) -> list[str]:

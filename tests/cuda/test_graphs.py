@@ -147,6 +147,18 @@ def test_without_cuda_it_warns_and_is_not_captured(no_cuda):
         x + 1
 
 
+def test_on_the_cpu_a_block_keeps_its_shapes(no_cuda):
+    x, graph = torch.tensor([1.0, -1.0, 2.0]), CUDAGraph()
+    with graph.capture():
+        positive = x[x > 0]
+    x.copy_(torch.tensor([-1.0, 3.0, 4.0]))
+    graph.replay()
+    assert positive.tolist() == [3.0, 4.0]
+    x.fill_(1.0)
+    with pytest.raises(RuntimeError, match="every op must give the shapes of its capture"):
+        graph.replay()
+
+
 def test_on_the_cpu_a_function_runs_once(no_cuda):
     x = torch.zeros(1)
     CUDAGraph().capture(lambda: x.add_(1))

@@ -59,6 +59,19 @@ def test_graphs_of_a_pool_share_memory():
     assert reserved(4) <= reserved(1) + (4 << 20)
 
 
+def test_an_output_stays_until_its_own_graph_is_replayed():
+    """A later graph's output may lie in the scratch memory of an earlier one."""
+    x, pool = torch.ones(1 << 20, device="cuda"), GraphPool()
+    pool.capture("first", lambda: ((x * 2 + 1) * 3 - x).sum())
+    pool.capture("second", lambda: {"y": x + 1})
+    y = pool.replay("second")["y"]
+    pool.replay("first")
+    assert torch.equal(y, x + 1)
+    x.add_(1)
+    assert pool.replay("second")["y"] is y
+    assert torch.equal(y, x + 1)
+
+
 def test_an_empty_capture_is_an_error():
     graph, x = CUDAGraph(), torch.ones(2, device="cuda")
     with pytest.raises(RuntimeError, match="the captured work must use cuda:0, got no work"):

@@ -10,8 +10,8 @@ import logging
 
 import pytest
 import torch
-import transformers
 from families import VOCAB, tiny_model
+from overflow_models import BUILDS, OVERFLOWS, wide_embeddings
 from torch import nn
 
 from llamatelemetry.cuda import fp16_safety, optimize_for_tensor_cores
@@ -27,63 +27,6 @@ def _parameters_are_normal_tensors(set_threads):
     set_threads(1)
     with torch.inference_mode(False), torch.no_grad():
         yield
-
-
-def scale_(model, **factors):
-    """Multiplies the weights of every layer's modules of these names."""
-    for name, module in model.named_modules():
-        factor = factors.get(name.rpartition(".")[2])
-        if factor is not None:
-            module.weight.mul_(factor)
-    return model
-
-
-def gemma3():
-    config = transformers.Gemma3TextConfig(
-        vocab_size=VOCAB,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=16,
-        max_position_embeddings=128,
-        eos_token_id=None,
-    )
-    model = transformers.Gemma3ForCausalLM(config).eval()
-    for layer in model.model.layers:  # its trained norms reach such weights
-        layer.post_feedforward_layernorm.weight.fill_(6e4)
-    return model
-
-
-def gpt2():
-    config = transformers.GPT2Config(
-        vocab_size=VOCAB,
-        n_embd=64,
-        n_layer=2,
-        n_head=4,
-        n_positions=64,
-        bos_token_id=0,
-        eos_token_id=None,
-    )
-    model = transformers.GPT2LMHeadModel(config).eval()
-    for block in model.transformer.h:
-        block.mlp.c_fc.weight.mul_(30)
-        block.mlp.c_proj.weight.mul_(1e6)
-    return model
-
-
-# What overflows, and the products that must then have their input scaled.
-OVERFLOWS = {
-    "residual": (lambda: scale_(tiny_model("llama"), down_proj=1e5), "down_proj"),
-    "gate_times_up": (
-        lambda: scale_(tiny_model("qwen3"), gate_proj=1e3, up_proj=1e3, down_proj=1e-3),
-        "down_proj",
-    ),
-    "values": (lambda: scale_(tiny_model("qwen3"), v_proj=1e5, o_proj=1e-2), "v_proj"),
-    "norm": (gemma3, ""),
-    "conv1d": (gpt2, "c_proj"),
-}
 
 
 def logits_of(model, ids):
@@ -110,6 +53,20 @@ def test_float16_does_not_overflow(case):
     assert "no fused ops" in notice
     products = [m for m in model.modules() if fp16_safety.is_product(m)]
     assert all(m.weight.dtype == torch.float16 for m in products)
+
+
+@pytest.mark.parametrize("build", BUILDS)
+def test_the_residual_is_widened_in_every_architecture(build):
+    """Experts, fused projections, encoders, cross attention, attention apart from its output."""
+    model, ids = wide_embeddings(build), torch.randint(1, VOCAB, (2, 9))
+    inputs = {"input_ids": ids}
+    if model.config.is_encoder_decoder:
+        inputs["decoder_input_ids"] = ids
+    expected = model(**inputs)[0]
+    plan = plan_optimization(model, torch.float16, (7, 5))
+    assert apply_plan(model, plan, CPU).hooks, plan.notes
+    error = (model(**inputs)[0].float() - expected).abs().max()
+    assert error <= 0.01 * expected.abs().max()
 
 
 def test_a_model_in_range_stays_plain_float16_with_our_ops():
@@ -208,6 +165,10 @@ def test_plan():
     one = plan_for(mlp_ranges(**{"0.mlp.up": Range(True, 1, float("inf"))}))
     assert one.scaled == {"0.mlp.up"}
     assert one.widened == {"0.mlp.gate", "0.mlp.down", "head"}
+    parallel = {"0.mlp.up": Range(True, 1, LIMIT * 2), "0.mlp.down": Range(True, 1, 1, True)}
+    assert plan_for(mlp_ranges(**parallel)).widened == {"0.mlp.gate", "0.mlp.down", "head"}
+    norm = {"norm": Range(False, 0, LIMIT * 2), "0.mlp.down": Range(True, 1, 1, True)}
+    assert plan_for(mlp_ranges(**norm)).widened == {"head"}
 
 
 def test_dtype_follows_the_gpu():
@@ -259,7 +220,7 @@ def test_a_model_without_a_prompt_says_that_it_was_not_probed():
     model = nn.Sequential(nn.Linear(4, 4))
     plan = plan_optimization(model, torch.float16, (7, 5))
     apply_plan(model, plan, CPU)
-    assert any("not probed for float16 overflow" in note for note in plan.notes)
+    assert any("not guarded against float16 overflow" in note for note in plan.notes)
     assert model(torch.ones(1, 4).half()).dtype == torch.float16
 
 

@@ -115,8 +115,10 @@ def test_table_of_configurations():
 @BY_COMPILER
 @pytest.mark.parametrize("element", ["fp16", "bf16", "fp32", "fp64"])
 @pytest.mark.parametrize("arch", [75, 80, 90])
+@pytest.mark.parametrize("one", [False, True], ids=["any", "one"])
 @pytest.mark.parametrize("name", ["add", "layernorm", "softmax"])
-def test_kernels_compile_for_every_architecture(name, arch, element):
+def test_kernels_compile_for_every_architecture(name, one, arch, element):
+    """one: a size of 1, which Triton makes a constant."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -130,7 +132,10 @@ def test_kernels_compile_for_every_architecture(name, arch, element):
         ),
         "softmax": ({"x_ptr": x, "out_ptr": x, "size": number, "inner": number}, {}),
     }[name]
-    constants |= {"BLOCK_SIZE": 128}
+    constants |= {"BLOCK_SIZE": 1 if one else 128}
+    if one:
+        sizes = {"num_elements", "width", "size", "inner"} & signature.keys()
+        constants |= dict.fromkeys(sizes, 1)
     function = get_kernel(name).kernel_func
     signature |= dict.fromkeys(constants, "constexpr")
     signature = {key: signature[key] for key in function.arg_names}
