@@ -30,7 +30,55 @@ def sdpa(q: Tensor, *inputs: Tensor) -> Tensor:
     return out[0].transpose(0, 1)
 
 
+def decode(q: Tensor, *inputs: Tensor) -> Tensor:
+    """One query a sequence over pages."""
+    return paged_attention(q[:, 0], *inputs[:5], max_seqlen_q=1)[0][:, None]
+
+
+def decode_sdpa(q: Tensor, *inputs: Tensor) -> Tensor:
+    """Over the same keys, contiguous."""
+    k, v = inputs[-2:]
+    out = torch.nn.functional.scaled_dot_product_attention(q.transpose(1, 2), k, v, enable_gqa=True)
+    return out.transpose(1, 2)
+
+
+def decode_cases(device: torch.device, quick: bool) -> Iterator[Case]:
+    """Decode steps of a batch on a GPU, Llama-3-8B's heads."""
+    heads_q, heads_kv, head_dim = 32, 8, 128
+    sizes = [(1, 4096), (32, 1024)]
+    if not quick:
+        sizes = [(1, 1024), (1, 4096), (1, 32768), (8, 4096), (32, 1024), (32, 4096), (64, 8192)]
+    for batch, num_keys in sizes:
+        pages = num_keys // PAGE_SIZE
+        shape = (batch * pages, PAGE_SIZE, heads_kv, head_dim)
+        q = torch.randn(batch, 1, heads_q, head_dim, device=device, dtype=torch.bfloat16)
+        keys, values = (torch.randn(shape, device=device, dtype=q.dtype) for _ in range(2))
+        order = torch.randperm(batch * pages, device=device)
+        table = order.int().view(batch, pages)
+        contiguous = (
+            x[order].view(batch, num_keys, heads_kv, head_dim).transpose(1, 2).contiguous()
+            for x in (keys, values)
+        )
+        yield Case(
+            f"batch {batch}, 1 of {num_keys} {heads_q}/{heads_kv}x{head_dim} bfloat16",
+            inputs=(
+                q,
+                keys,
+                values,
+                table,
+                torch.full((batch,), num_keys, dtype=torch.int32, device=device),
+                torch.arange(batch + 1, dtype=torch.int32, device=device),
+                *contiguous,
+            ),
+            ours=decode,
+            baselines={"sdpa": decode_sdpa},
+            bytes_moved=keys.nbytes + values.nbytes,
+        )
+
+
 def cases(device: torch.device, quick: bool) -> Iterator[Case]:
+    if device.type == "cuda":
+        yield from decode_cases(device, quick)
     heads_q, heads_kv, head_dim = (9, 3, 64) if device.type == "cpu" else (32, 8, 128)
     dtypes = [torch.bfloat16] if quick or device.type == "cuda" else [torch.float32, torch.bfloat16]
     sizes = [(1, 1024), (128, 128)] if quick else [(1, 128), (1, 1024), (1, 4096)]

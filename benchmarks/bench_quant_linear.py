@@ -1,4 +1,5 @@
-"""quant_linear at the shapes of SmolLM2-135M against torch's linear over dense weights.
+"""quant_linear against torch's linear over dense weights: SmolLM2-135M's shapes on the CPU,
+Llama-3-8B's on a GPU.
 
 The limit for one row is a read of the packed bytes; for many rows torch's int8 matmul.
 """
@@ -27,7 +28,33 @@ def random_rows(format: QuantFormat, n: int, k: int, device: torch.device) -> to
     return torch.randint(0, 64, (n, format.row_bytes(k)), dtype=torch.uint8, device=device)
 
 
+GPU_SHAPES = [(6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336)]  # QKV, O, gate+up, down
+GPU_FORMATS = [QuantFormat.Q4_0, QuantFormat.Q4_K, QuantFormat.Q6_K, QuantFormat.Q8_0]
+
+
+def gpu_cases(quick: bool) -> Iterator[Case]:
+    for format in GPU_FORMATS[:1] if quick else GPU_FORMATS:
+        for n, k in GPU_SHAPES[:1] if quick else GPU_SHAPES:
+            data = random_rows(format, n, k, torch.device("cuda"))
+            weight = dequantize(data, format, torch.bfloat16)
+            packed = repack(data, format)
+            for m in (1, 16) if quick else (1, 4, 8, 16, 32, 64, 128):
+                x = torch.randn(m, k, device="cuda", dtype=torch.bfloat16)
+                yield Case(
+                    f"{format.name} {k}->{n} m={m}",
+                    inputs=(x, packed, weight),
+                    ours=lambda x, packed, w, format=format, n=n: quant_linear(
+                        x, packed, format, n
+                    ),
+                    baselines={"bfloat16 linear": lambda x, packed, w: linear(x, w)},
+                    bytes_moved=packed.nbytes,
+                )
+
+
 def cases(device: torch.device, quick: bool) -> Iterator[Case]:
+    if device.type == "cuda":
+        yield from gpu_cases(quick)
+        return
     for format, n, k in SHAPES[:2] if quick else SHAPES:
         data = random_rows(format, n, k, device)
         weight, packed = dequantize(data, format), repack(data, format)

@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <initializer_list>
 
+#include "attention/decode/config.h"
 #include "attention/mma/tiles.h"
 #include "attention/sm90/tiles.h"
 #include "common/dtype.h"
@@ -15,8 +16,8 @@ namespace llamatelemetry {
 constexpr int kMaxHeadDim = 256;
 constexpr int kHeadDimMultiple = 8;
 
-// At this many queries a sequence, the tensor-core prefill kernels take over from the one that
-// serves a query row a block.
+// At this many queries a sequence, the tensor-core prefill kernels take over from those that
+// split the keys (decode) or serve a query row a block (simt).
 constexpr int64_t kMinPrefillQueries = 16;
 // CPU: with at most this many queries, the keys are split across threads (split-KV).
 constexpr int64_t kMaxSplitQueries = 16;
@@ -25,22 +26,21 @@ constexpr int64_t kMaxSplitQueries = 16;
 constexpr int kMaxDecodeRows = 16;
 constexpr int64_t kMinSplitKeys = 64;  // of a part: a block of keys of cpu/decode.h
 
-enum class AttentionImpl : int { kNone, kCpu, kSm75, kSm80, kSm90, kSimt };
+enum class AttentionImpl : int { kNone, kCpu, kDecode, kSm75, kSm80, kSm90, kSimt };
 
 // What `backend` may say, and the only place that spells the names.
 struct NamedImpl {
   AttentionImpl impl;
   const char* name;
 };
-constexpr NamedImpl kNamedImpls[] = {{AttentionImpl::kCpu, "cpu"},
-                                     {AttentionImpl::kSm75, "sm75"},
-                                     {AttentionImpl::kSm80, "sm80"},
-                                     {AttentionImpl::kSm90, "sm90"},
-                                     {AttentionImpl::kSimt, "simt"}};
+constexpr NamedImpl kNamedImpls[] = {
+    {AttentionImpl::kCpu, "cpu"},   {AttentionImpl::kDecode, "decode"},
+    {AttentionImpl::kSm75, "sm75"}, {AttentionImpl::kSm80, "sm80"},
+    {AttentionImpl::kSm90, "sm90"}, {AttentionImpl::kSimt, "simt"}};
 
 // Which of an implementation's kernels and tile configurations: mma/tiles.h, sm90/tiles.h.
 enum class TileClass : int {
-  kRow,      // no tile: one query row (simt), or the few of a key head (cpu)
+  kRow,      // no tile: one query row (simt), or the few of a key head (cpu, decode)
   kLarge,    // many rows
   kFewKeys,  // sm90: few keys
   kLowSmem,  // sm80: little shared memory
@@ -54,7 +54,8 @@ struct AttentionDescriptor {
   int capability;        // of the GPU: 90 for 9.0
   int code_capability;   // of the code that runs on it: 80 where it was built for 8.0 and its PTX
   int max_shared_bytes;  // of a block
-  int num_threads;       // of the CPU
+  int num_sms;
+  int num_threads;  // of the CPU
   // The call.
   DType dtype;
   DType kv_dtype;  // of what keys and values are stored in
@@ -77,6 +78,7 @@ struct AttentionPlan {
   AttentionImpl impl;
   TileClass tile;
   int num_splits;  // parts that the keys of a sequence are cut into
+  int num_blocks;  // decode: of the grid, which share the keys of all sequences evenly; else 0
 };
 
 static inline constexpr const char* impl_name(AttentionImpl impl) {
@@ -134,6 +136,23 @@ static inline constexpr const char* why_not_sm90(const AttentionDescriptor& d) {
   return nullptr;
 }
 
+static inline constexpr const char* why_not_decode(const AttentionDescriptor& d) {
+  if (d.code_capability < 80) return "it needs a GPU of compute capability 8.0 and code for it";
+  if (d.dtype == DType::kFloat32) return "it serves float16 and bfloat16";
+  if (!d.aligned) return "rows of q, k and v must lie apart, at multiples of 16 bytes";
+  if (decode::config_of(d.head_dim).shared_bytes() > d.max_shared_bytes) {
+    return "its blocks need more shared memory than this GPU gives one";
+  }
+  const int64_t group_size = d.num_heads_kv > 0 ? d.num_heads_q / d.num_heads_kv : 0;
+  const int64_t row_tiles = (d.seqlen_q * group_size + decode::kRowTile - 1) / decode::kRowTile;
+  const int64_t segments = d.batch * d.num_heads_kv * row_tiles;
+  const int64_t tiles = d.seqlen_k / decode::kTileKeys + 2;
+  if (d.seqlen_k > INT32_MAX || (segments > 0 && tiles > INT32_MAX / segments)) {
+    return "it counts up to 2^31 - 1 tiles of keys";
+  }
+  return nullptr;
+}
+
 static inline constexpr const char* why_not_mma(AttentionImpl impl, const AttentionDescriptor& d) {
   const bool is_sm80 = impl == AttentionImpl::kSm80;
   if (is_sm80 && d.code_capability < 80) {
@@ -163,9 +182,12 @@ static inline constexpr const char* why_not(AttentionImpl impl, const AttentionD
   if (impl == AttentionImpl::kCpu && d.on_cuda) return "the tensors are on a GPU";
   if (impl != AttentionImpl::kCpu && !d.on_cuda) return "the tensors are on the CPU";
   if (d.kv_dtype != d.dtype || d.has_scales) return "keys and values must be stored in q's dtype";
-  if (d.page_size > 0 && d.has_score_terms) return "over pages there are no sinks and no ALiBi";
+  if (d.page_size > 0 && d.has_score_terms && impl != AttentionImpl::kDecode) {
+    return "over pages there are no sinks and no ALiBi";
+  }
   switch (impl) {
     case AttentionImpl::kCpu: return nullptr;
+    case AttentionImpl::kDecode: return why_not_decode(d);
     case AttentionImpl::kSm90: return why_not_sm90(d);
     case AttentionImpl::kSm80:
     case AttentionImpl::kSm75: return why_not_mma(impl, d);
@@ -179,11 +201,13 @@ static inline constexpr const char* why_not(AttentionImpl impl, const AttentionD
 
 // The first in this order that can serve the call and is worth it; kNone where none can.
 static inline constexpr AttentionImpl best_impl(const AttentionDescriptor& d) {
-  const bool decodes = d.page_size > 0 && d.seqlen_q < kMinPrefillQueries;
-  for (const AttentionImpl impl : {AttentionImpl::kCpu, AttentionImpl::kSm90, AttentionImpl::kSm80,
-                                   AttentionImpl::kSm75, AttentionImpl::kSimt}) {
-    const bool has_tiles = impl != AttentionImpl::kCpu && impl != AttentionImpl::kSimt;
-    if (decodes && has_tiles) continue;
+  const bool few_queries = d.seqlen_q < kMinPrefillQueries;
+  for (const AttentionImpl impl :
+       {AttentionImpl::kCpu, AttentionImpl::kDecode, AttentionImpl::kSm90, AttentionImpl::kSm80,
+        AttentionImpl::kSm75, AttentionImpl::kSimt}) {
+    if (impl == AttentionImpl::kDecode && !few_queries) continue;
+    const bool is_prefill = impl == AttentionImpl::kSm90 || impl == AttentionImpl::kSm80;
+    if (is_prefill && few_queries && d.page_size > 0) continue;
     if (why_not(impl, d) == nullptr) return impl;
   }
   return AttentionImpl::kNone;
@@ -210,6 +234,7 @@ static inline constexpr TileClass tile_class_of(AttentionImpl impl, const Attent
       if (!d.is_packed && d.seqlen_k <= sm90::max_few_keys(d.head_dim)) return TileClass::kFewKeys;
       return TileClass::kLarge;
     case AttentionImpl::kSm75: return TileClass::kLarge;
+    case AttentionImpl::kDecode:
     case AttentionImpl::kSimt:
     case AttentionImpl::kNone: break;
   }
@@ -218,7 +243,11 @@ static inline constexpr TileClass tile_class_of(AttentionImpl impl, const Attent
 
 // What impl runs the call with. why_not must have had nothing to say.
 static inline constexpr AttentionPlan plan_of(AttentionImpl impl, const AttentionDescriptor& d) {
-  return {impl, tile_class_of(impl, d), num_splits_of(impl, d)};
+  const bool decodes = impl == AttentionImpl::kDecode;
+  return {.impl = impl,
+          .tile = tile_class_of(impl, d),
+          .num_splits = num_splits_of(impl, d),
+          .num_blocks = decodes ? d.num_sms * decode::config_of(d.head_dim).blocks_per_sm : 0};
 }
 
 }  // namespace llamatelemetry

@@ -6,6 +6,7 @@
 
 namespace llamatelemetry {
 
+Error launch_decode(const AttentionParams& params, Stream stream);  // dense and paged
 Error launch_sm75(const AttentionParams& params, Stream stream);
 Error launch_sm80(const AttentionParams& params, Stream stream);
 Error launch_sm80_paged(const AttentionParams& params, Stream stream);

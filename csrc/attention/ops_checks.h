@@ -2,6 +2,7 @@
 // choice.h.
 #pragma once
 
+#include <atomic>
 #include <cmath>
 #include <optional>
 #include <string>
@@ -66,6 +67,7 @@ inline AttentionDescriptor this_machine() {
   d.capability = current_device().capability;
   d.code_capability = current_device().code_capability;
   d.max_shared_bytes = current_device().max_shared_bytes;
+  d.num_sms = current_device().num_sms;
 #else
   d.num_threads = num_threads();
 #endif
@@ -147,6 +149,44 @@ inline AttentionPlan plan_for(const char* op, const std::optional<std::string>& 
     check(false, op, "the call", "suit an implementation", "one that none serves" + reasons);
   }
   return plan_of(best, d);
+}
+
+// What a launch needs beside its tensors, kept until it is launched: torch's allocator hands the
+// memory on in stream order.
+struct Workspace {
+  Tensor partials;
+  Tensor flags;
+  Tensor counter;
+};
+
+// A number that no other launch of this process carries, and hardly any memory holds by chance
+// (splitmix64, a bijection of a counter).
+inline uint64_t fresh_launch_number() {
+  static std::atomic<uint64_t> count{0};
+  uint64_t x = (count.fetch_add(1, std::memory_order_relaxed) + 1) * 0x9e3779b97f4a7c15u;
+  x = (x ^ x >> 30) * 0xbf58476d1ce4e5b9u;
+  x = (x ^ x >> 27) * 0x94d049bb133111ebu;
+  return x ^ x >> 31;
+}
+
+inline Workspace allocate_workspace(const Tensor& q, AttentionParams& p) {
+  const AttentionPlan& plan = p.plan;
+  int64_t rows = 0, columns = p.head_dim;
+  if (plan.num_splits > 1) rows = plan.num_splits * p.total_q * p.num_heads_q;
+  const int64_t num_parts = int64_t{plan.num_blocks} * decode::kPartsOfBlock;
+  if (num_parts > 0) {
+    rows = num_parts * decode::kRowTile;
+    columns = decode::config_of(p.head_dim).head_dim;
+  }
+  Workspace workspace{.partials = allocate(q, {rows, columns + 2}, ScalarType::Float),
+                      .flags = allocate(q, {num_parts}, ScalarType::Long),
+                      .counter = allocate(q, {plan.impl == AttentionImpl::kSm90}, ScalarType::Int)};
+  p.partial_out = workspace.partials.mutable_data_ptr<float>();
+  p.partial_stats = p.partial_out + rows * columns;
+  p.part_flags = reinterpret_cast<uint64_t*>(workspace.flags.mutable_data_ptr());
+  p.launch_number = num_parts > 0 ? fresh_launch_number() : 0;
+  p.tile_counter = static_cast<int32_t*>(workspace.counter.mutable_data_ptr());
+  return workspace;
 }
 
 }  // namespace llamatelemetry

@@ -12,6 +12,7 @@ AttentionDescriptor gpu_of(int capability) {
   d.on_cuda = true;
   d.has_sm90_code = true;
   d.capability = d.code_capability = capability;
+  d.num_sms = 1;  // says nothing of what serves a call
   constexpr int kKiB = 1024;
   d.max_shared_bytes = (capability < 80                        ? 64
                         : capability == 80 || capability == 87 ? 163

@@ -83,9 +83,7 @@ std::tuple<Tensor, Tensor> run(const char* op, AttentionParams& params, const Te
   if (q.numel() == 0 || params.batch == 0 || params.seqlen_q == 0) return {out, lse};
   params.out = out.mutable_data_ptr();
   params.lse = lse.mutable_data_ptr<float>();
-  std::optional<Tensor> counter;
-  if (params.plan.impl == AttentionImpl::kSm90) counter = allocate(q, {1}, ScalarType::Int);
-  if (counter) params.tile_counter = counter->mutable_data_ptr<int32_t>();
+  const Workspace workspace = allocate_workspace(q, params);
   launch(op, launch_dense_attention, params, q);
   return {out, lse};
 }
@@ -95,7 +93,7 @@ std::tuple<Tensor, Tensor> flash_attn(const Tensor& q, const Tensor& k, const Te
                                       const std::optional<Tensor>& alibi_slopes,
                                       double softmax_scale, bool causal, int64_t window_left,
                                       int64_t window_right, double softcap,
-                                      const std::optional<std::string>& backend) {
+                                      std::optional<StringHandle> backend) {
   constexpr const char* op = "flash_attn";
   check_dim(op, "q", q, 4, "[batch, seqlen_q, num_heads_q, head_dim]");
   check_dim(op, "k", k, 4, "[batch, seqlen_k, num_heads_kv, head_dim]");
@@ -113,7 +111,7 @@ std::tuple<Tensor, Tensor> flash_attn(const Tensor& q, const Tensor& k, const Te
   params.total_q = batch * params.seqlen_q;
   params.total_k = batch * params.seqlen_k;
   Tensor lse = allocate(q, {batch, params.num_heads_q, params.seqlen_q}, ScalarType::Float);
-  return run(op, params, q, lse, backend);
+  return run(op, params, q, lse, take_string(backend));
 }
 
 std::tuple<Tensor, Tensor> flash_attn_varlen(const Tensor& q, const Tensor& k, const Tensor& v,
@@ -123,7 +121,7 @@ std::tuple<Tensor, Tensor> flash_attn_varlen(const Tensor& q, const Tensor& k, c
                                              const std::optional<Tensor>& alibi_slopes,
                                              double softmax_scale, bool causal, int64_t window_left,
                                              int64_t window_right, double softcap,
-                                             const std::optional<std::string>& backend) {
+                                             std::optional<StringHandle> backend) {
   constexpr const char* op = "flash_attn_varlen";
   check_dim(op, "q", q, 3, "[total_q, num_heads_q, head_dim]");
   check_dim(op, "k", k, 3, "[total_k, num_heads_kv, head_dim]");
@@ -149,7 +147,7 @@ std::tuple<Tensor, Tensor> flash_attn_varlen(const Tensor& q, const Tensor& k, c
   params.total_q = q.size(0);
   params.total_k = k.size(0);
   Tensor lse = allocate(q, {params.num_heads_q, params.total_q}, ScalarType::Float);
-  return run(op, params, q, lse, backend);
+  return run(op, params, q, lse, take_string(backend));
 }
 
 }  // namespace

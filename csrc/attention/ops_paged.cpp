@@ -73,7 +73,7 @@ std::tuple<Tensor, Tensor> paged_attention(const Tensor& q, const Tensor& k_cach
                                            int64_t max_seqlen_q, double softmax_scale, bool causal,
                                            int64_t window_left, int64_t window_right,
                                            double softcap,
-                                           const std::optional<std::string>& backend) {
+                                           std::optional<StringHandle> backend) {
   constexpr const char* op = "paged_attention";
   const DType dtype = check_floating(op, "q", q);
   check_dim(op, "q", q, 3, "[total_q, num_heads_q, head_dim]");
@@ -91,22 +91,13 @@ std::tuple<Tensor, Tensor> paged_attention(const Tensor& q, const Tensor& k_cach
   params.window_right = causal ? 0 : window_right;
   params.softmax_scale = static_cast<float>(softmax_scale);
   params.softcap = static_cast<float>(softcap);
-  params.plan = plan_for(op, backend, params);
+  params.plan = plan_for(op, take_string(backend), params);
   Tensor out = allocate(q, q.sizes());
   Tensor lse = allocate(q, {params.num_heads_q, params.total_q}, ScalarType::Float);
   if (q.numel() == 0 || params.batch == 0) return {out, lse};
   params.out = out.mutable_data_ptr();
   params.lse = lse.mutable_data_ptr<float>();
-
-  const int64_t num_splits = params.plan.num_splits;
-  const int64_t num_partials =
-      num_splits > 1 ? num_splits * params.total_q * params.num_heads_q : 0;
-  Tensor partials = allocate(q, {num_partials, params.head_dim + 2}, ScalarType::Float);
-  params.partial_out = partials.mutable_data_ptr<float>();
-  params.partial_stats = params.partial_out + num_partials * params.head_dim;
-  std::optional<Tensor> counter;
-  if (params.plan.impl == AttentionImpl::kSm90) counter = allocate(q, {1}, ScalarType::Int);
-  if (counter) params.tile_counter = counter->mutable_data_ptr<int32_t>();
+  const Workspace workspace = allocate_workspace(q, params);
   launch(op, launch_paged_attention, params, q);
   return {out, lse};
 }

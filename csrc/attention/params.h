@@ -61,8 +61,12 @@ struct AttentionParams {
   float* lse;                    // [batch, num_heads_q, seqlen_q], packed [num_heads_q, total_q]
   // Split-KV workspace (plan.num_splits > 1): unnormalised outputs, and (row max in log2 units, row
   // sum). [num_splits, total_q * num_heads_q, head_dim] and [num_splits, total_q * num_heads_q, 2].
+  // Decode (plan.num_blocks > 0): two parts a block, of 16 rows each, and a flag for each part,
+  // which counts where it is launch_number.
   float* partial_out;
   float* partial_stats;
+  uint64_t* part_flags;
+  uint64_t launch_number;
   int32_t* tile_counter;  // [1], what kSm90 schedules its tiles with; else nullptr
   int64_t block_table_stride;
   int64_t num_pages;  // of the cache

@@ -84,6 +84,10 @@ inline std::string take_string(StringHandle handle) {
   STABLE_TORCH_ERROR_CODE_CHECK(torch_delete_string(handle));
   return text;
 }
+inline std::optional<std::string> take_string(std::optional<StringHandle> handle) {
+  if (!handle) return std::nullopt;
+  return take_string(*handle);
+}
 
 // torch's own x · weightᵀ + bias.
 inline Tensor call_torch_linear(const Tensor& x, const Tensor& weight,

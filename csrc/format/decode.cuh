@@ -30,6 +30,7 @@ __device__ inline float byte_to_float(uint32_t codes, int i, int offset) {
 // four consecutive weights in each row, whose first one is first_weight(word, part) of its block.
 template <int kFormat, int kRows>
 class PackedWord {
+ public:
   static constexpr FormatDescriptor kDescriptor = kFormats[kFormat];
   static_assert(is_decodable(kDescriptor));
   static constexpr BlockLayout kLayout = block_layout(kFormat);
@@ -44,8 +45,6 @@ class PackedWord {
   static constexpr int kScale = kLayout.scale.packed;
   static constexpr int kMin = kLayout.min.packed;
   static constexpr int kOffset = unsigned_zero_point(kDescriptor);
-
- public:
   static constexpr int kBlockSize = kLayout.block_size;
   static constexpr int kPackedBytes = kTileRows * kLayout.block_bytes;
   static constexpr int kWordsPerBlock = kLayout.quants.bytes / 4;
@@ -94,6 +93,25 @@ class PackedWord {
     }
   }
 
+  __device__ float scale(int part, int r) const { return scale_[part][r]; }
+  __device__ float min(int part, int r) const { return min_[part][r]; }
+
+  // The codes of a group, one in each byte; kOffset is to be subtracted.
+  __device__ uint32_t codes(int part, int r) const {
+    const uint32_t quants = quants_.row[r];
+    if constexpr (kByteCodes) return quants ^ 0x80808080;
+    const uint32_t nibbles = quants >> (4 * part) & 0x0f0f0f0f;
+    if constexpr (kFifthInOneWord) {
+      return nibbles | (high_bits_.row[r] >> (word_ + 4 * part) & 0x01010101) << 4;
+    } else if constexpr (kFiveBits) {
+      return nibbles | (high_bits_.row[r] >> sub_block(word_, part) & 0x01010101) << 4;
+    } else if constexpr (kSixBits) {
+      const int plane = sub_block(word_, part) % 4;
+      return nibbles | (high_bits_.row[r] >> (2 * plane) & 0x03030303) << 4;
+    }
+    return nibbles;
+  }
+
  private:
   // In blocks of 256: the sub-block of 32 weights that a part of a word belongs to.
   static __device__ int sub_block(int word, int part) {
@@ -131,22 +149,6 @@ class PackedWord {
         min[r] = -1;  // this rule adds the minimum
       }
     }
-  }
-
-  // The codes of a group, one in each byte.
-  __device__ uint32_t codes(int part, int r) const {
-    const uint32_t quants = quants_.row[r];
-    if constexpr (kByteCodes) return quants ^ 0x80808080;
-    const uint32_t nibbles = quants >> (4 * part) & 0x0f0f0f0f;
-    if constexpr (kFifthInOneWord) {
-      return nibbles | (high_bits_.row[r] >> (word_ + 4 * part) & 0x01010101) << 4;
-    } else if constexpr (kFiveBits) {
-      return nibbles | (high_bits_.row[r] >> sub_block(word_, part) & 0x01010101) << 4;
-    } else if constexpr (kSixBits) {
-      const int plane = sub_block(word_, part) % 4;
-      return nibbles | (high_bits_.row[r] >> (2 * plane) & 0x03030303) << 4;
-    }
-    return nibbles;
   }
 
   int word_;

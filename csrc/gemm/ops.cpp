@@ -3,12 +3,37 @@
 #include <vector>
 
 #include "binding/launch.h"
+#include "common/device.h"
 #include "format/checks.h"
 #include "gemm/choice.h"
 #include "gemm/params.h"
 
 namespace llamatelemetry {
 namespace {
+
+QuantLinearDescriptor descriptor_of(const Tensor& x, const Rows& rows, int64_t n, int format,
+                                    DType dtype, bool exact) {
+  QuantLinearDescriptor d{
+      .m = rows.num_rows,
+      .n = n,
+      .k = rows.row_size,
+      .codes = kFormats[format].codes,
+      .dtype = dtype,
+      .aligned = false,
+      .exact = exact,
+      .on_cuda = kOnCuda,
+      .code_capability = 0,
+  };
+#ifdef LT_CUDA
+  constexpr int64_t kVector = 8;  // elements of two bytes
+  d.aligned = reinterpret_cast<uintptr_t>(x.const_data_ptr()) % 16 == 0 &&
+              (rows.num_rows <= 1 || rows.row_stride % kVector == 0);
+  d.code_capability = current_device().code_capability;
+#else
+  static_cast<void>(x);
+#endif
+  return d;
+}
 
 // The weights in the dtype of x, for torch's matmul.
 Tensor dense_linear(const char* op, const Tensor& x, const std::optional<Tensor>& bias,
@@ -36,16 +61,9 @@ Tensor quant_linear(const Tensor& x, const Tensor& packed, StringHandle format_n
   }
   const DeviceGuard guard(x);
   const auto* packed_data = static_cast<const uint8_t*>(packed.const_data_ptr());
+  const QuantLinearImpl impl = choose_quant_linear(descriptor_of(x, rows, n, format, dtype, exact));
   if constexpr (kHasDenseWeights) {
-    const QuantLinearDescriptor call{
-        .m = rows.num_rows,
-        .n = n,
-        .k = rows.row_size,
-        .codes = kFormats[format].codes,
-        .on_cuda = kOnCuda,
-        .exact = exact,
-    };
-    if (choose_quant_linear(call) == QuantLinearImpl::kDense) {
+    if (impl == QuantLinearImpl::kDense) {
       return dense_linear(op, x, bias,
                           {.packed = packed_data,
                            .weights = nullptr,
@@ -72,6 +90,7 @@ Tensor quant_linear(const Tensor& x, const Tensor& packed, StringHandle format_n
       .format = format,
       .dtype = dtype,
       .exact = exact,
+      .impl = impl,
   };
   std::optional<Tensor> workspace;
   if (const int64_t num_bytes = quant_linear_workspace_bytes(params)) {

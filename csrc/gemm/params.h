@@ -5,6 +5,7 @@
 
 #include "common/backend.h"
 #include "common/dtype.h"
+#include "gemm/choice.h"
 
 namespace llamatelemetry {
 
@@ -21,11 +22,16 @@ struct QuantLinearParams {
   int format;   // row of kFormats
   DType dtype;  // of x, bias and out
   bool exact;
+  QuantLinearImpl impl;  // kFused or kSkinny
 };
 Error launch_quant_linear(const QuantLinearParams& params, Stream stream);
 
 // What a launch needs beside its output; each backend says. workspace may still be null.
 int64_t quant_linear_workspace_bytes(const QuantLinearParams& params);
+
+// CUDA: what launch_quant_linear hands kSkinny to, by the dtype of x.
+Error launch_quant_skinny_f16(const QuantLinearParams& params, Stream stream);
+Error launch_quant_skinny_bf16(const QuantLinearParams& params, Stream stream);
 
 struct DenseWeightsParams {
   const uint8_t* packed;  // [n, k] of format in tiles

@@ -20,6 +20,10 @@ void launch(const QuantLinearParams& p, Stream stream) {
 int64_t quant_linear_workspace_bytes(const QuantLinearParams&) { return 0; }
 
 Error launch_quant_linear(const QuantLinearParams& p, Stream stream) {
+  if (p.impl == QuantLinearImpl::kSkinny) {
+    return p.dtype == DType::kFloat16 ? launch_quant_skinny_f16(p, stream)
+                                      : launch_quant_skinny_bf16(p, stream);
+  }
   dispatch_format(p.format, [&](auto format) {
     if (p.m == 1) {
       launch<format(), 1>(p, stream);

@@ -37,7 +37,8 @@ def flash_attn(
     softcap:       at most 10000; 0: off
     sinks:         [num_heads_q] float32 or None: one more score a head, without a value
     alibi_slopes:  [num_heads_q] or [batch, num_heads_q] float32 or None
-    backend:       None chooses the best that serves the call; one of "cpu", "simt", "sm75", "sm80",
+    backend:       None chooses the best that serves the call; one of "cpu", "decode", "simt", "sm75",
+                   "sm80",
                    "sm90" that this build has forces it
     Returns:       out as q, contiguous, and lse [batch, num_heads_q, seqlen_q] float32, the natural
                    log of the sum of exponentials, the sink's included. A query that sees no key
@@ -153,7 +154,9 @@ def paged_attention(
     softmax_scale: default 1 / sqrt(head_dim)
     window_size:   -1: unlimited
     softcap:       0: off
-    backend:       as in flash_attn, but for "sm75", which does not serve pages
+    backend:       as in flash_attn, but for "sm75", which does not serve pages. "decode", which
+                   serves few queries on a GPU, divides the keys of the whole batch evenly, so the
+                   last bits of a row depend on the other lengths; with "simt" they do not
     Returns:       out as q, contiguous, and lse [num_heads_q, total_q] float32, the natural log of
                    the sum of exponentials. A query that sees no key gives 0 and -inf; rows of q
                    past the last sequence are left unwritten. Lengths and tables are read when the

@@ -9,7 +9,7 @@ from llamatelemetry._native.facts import ATTENTION_BACKENDS
 
 def pytest_generate_tests(metafunc):
     if "backend" in metafunc.fixturenames:
-        marks = {"sm80": pytest.mark.sm80, "sm90": pytest.mark.sm90}
+        marks = {"decode": pytest.mark.sm80, "sm80": pytest.mark.sm80, "sm90": pytest.mark.sm90}
         metafunc.parametrize(
             "backend",
             [

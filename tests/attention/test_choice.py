@@ -62,10 +62,10 @@ def test_a_single_page_of_any_size_on_hopper():
 @pytest.mark.parametrize(
     ("capability", "dtype", "seqlen_q", "backend"),
     [
-        (90, FP16, 15, "simt"),
+        (90, FP16, 15, "decode"),
         (90, FP16, 16, "sm90"),
         (90, FP32, 64, "simt"),
-        (80, BF16, 15, "simt"),
+        (80, BF16, 15, "decode"),
         (80, BF16, 16, "sm80"),
         (75, FP16, 64, "simt"),
         (75, BF16, 64, "simt"),
@@ -105,5 +105,5 @@ def test_splits_on_the_cpu():
 
 
 def test_names():
-    assert ATTENTION_BACKENDS == ["cpu", "sm75", "sm80", "sm90", "simt"]
+    assert ATTENTION_BACKENDS == ["cpu", "decode", "sm75", "sm80", "sm90", "simt"]
     assert flash_why_not("cpu", FP16) is None

@@ -1,0 +1,317 @@
+// out[m, :] = x[m, :] . W^T + bias for few rows of x, W [n, k] packed (format/layout.h), on tensor
+// cores: bound by reading W once.
+//
+// W is the A operand of mma.m16n8k16, its 16 rows a packed tile, and rows of x are the columns of
+// B. A sum does not care about the order of its terms, so k is permuted within 16 such that one
+// word of a packed row, four consecutive weights, is a lane's share of a fragment: codes go from
+// shared memory to the fragment with a mask, two byte permutations and a subtraction. They are
+// exact in T as integers; scales and minima are applied in float32 to sums over 16 or 32 weights,
+// so each weight counts with the value that dequantize gives.
+//
+// A block has any number of warps. Each takes, in turn, a chunk of 256 weights of kRowTiles tiles,
+// through its own ring of stages filled by cp.async: a tile's chunk is one run of bytes. W does not
+// depend on the kernel before, so its first stages are fetched before the wait for it. Grid
+// [ceil(tiles / kRowTiles), ceil(m / kTokens)], block whole warps.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <type_traits>
+
+#include "format/decode.cuh"
+#include "gemm/params.h"
+#include "ptx/mma.cuh"
+#include "ptx/shared.cuh"
+#include "tile/dependent_launch.cuh"
+#include "tile/reduce.cuh"
+
+namespace llamatelemetry {
+
+// Four codes, a byte each, minus kOffset, as two pairs of T. The byte becomes the low end of a
+// mantissa: of 1024 in float16, of 128 in bfloat16, where only seven bits fit.
+template <typename T, int kOffset, bool kByteCodes>
+__device__ inline void codes_to_pairs(uint32_t codes, uint32_t& first, uint32_t& second) {
+  if constexpr (std::is_same_v<T, Half>) {
+    const __half2 offset = __float2half2_rn(1024.0f + kOffset);
+    const auto pair = [&](uint32_t selector) {
+      const uint32_t bits = __byte_perm(codes, 0x64646464, selector);
+      return __hsub2(reinterpret_cast<const __half2&>(bits), offset);
+    };
+    const __half2 a = pair(0x4140), b = pair(0x4342);
+    first = reinterpret_cast<const uint32_t&>(a);
+    second = reinterpret_cast<const uint32_t&>(b);
+  } else if constexpr (kByteCodes) {
+    float weights[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) weights[i] = byte_to_float(codes, i, kOffset);
+    first = pack_two(weights[0], weights[1], T{});
+    second = pack_two(weights[2], weights[3], T{});
+  } else {
+    const __nv_bfloat162 offset = __float2bfloat162_rn(128.0f + kOffset);
+    const auto pair = [&](uint32_t selector) {
+      const uint32_t bits = __byte_perm(codes, 0x43434343, selector);
+      return __hsub2(reinterpret_cast<const __nv_bfloat162&>(bits), offset);
+    };
+    const __nv_bfloat162 a = pair(0x4140), b = pair(0x4342);
+    first = reinterpret_cast<const uint32_t&>(a);
+    second = reinterpret_cast<const uint32_t&>(b);
+  }
+}
+
+// kTokens: rows of x in a block, 1 or a multiple of 8.
+template <typename T, int kFormat, int kTokens, int kRowTiles>
+struct QuantSkinny {
+  using Params = QuantLinearParams;
+  using Word = PackedWord<kFormat, 2>;  // of rows 2 * group and 2 * group + 1 of a tile
+  static constexpr int kCapability = 80;
+  static constexpr int kNumThreads = kTokens == 1 ? 512 : 256;  // at most
+  static constexpr int kStages =
+      2;  // more take places of other blocks, whose loads overlap as well
+  static constexpr int kMinBlocks = 1;
+  static constexpr int kTokenTiles = (kTokens + 7) / 8;
+  static constexpr int kChunk = 256;  // weights of a row
+  static constexpr int kBlocks = kChunk / Word::kBlockSize;
+  static constexpr int kChunkBytes = kBlocks * Word::kPackedBytes;
+  static constexpr int kVectorBytes = 16;
+  static constexpr int kTokenBytes = kChunk * sizeof(T) + 32;  // rows of x in different banks
+  static constexpr int kStageBytes =
+      kRowTiles * kChunkBytes + (kTokens * kTokenBytes + 127) / 128 * 128;
+  static constexpr int kRows = 16 * kRowTiles;
+  static constexpr int kColumns = 8 * kTokenTiles;
+  // Of shared memory, for each warp.
+  static constexpr int kWarpBytes =
+      std::max(kStages * kStageBytes, kRows * kColumns * static_cast<int>(sizeof(float)));
+
+  // A lane's share of x for four steps of 16 weights: b0 and b1 of each column tile.
+  using Tokens = uint2[4][kTokenTiles];
+  // The sum over 32 weights of x, for formats with a minimum.
+  using TokenSums = float[2][kTokenTiles][4];
+
+  const Params& p;
+  const int num_warps, warp, group, lane_in_group;
+  const int num_chunks, blocks_per_row;
+  const int first_tile, num_tiles;
+  const int first_token, num_tokens;
+  char* const stages;  // of this warp
+  float sums[kRowTiles][kTokenTiles][4] = {};
+
+  static __device__ void run(const Params& p) {
+    extern __shared__ __align__(128) char s_bytes[];
+    let_successors_start();
+    QuantSkinny work(p, s_bytes);
+    for (int i = 0; i < kStages - 1; ++i) work.load_weights(work.warp + i * work.num_warps, i);
+    wait_for_predecessors();
+    for (int i = 0; i < kStages - 1; ++i) work.load_tokens(work.warp + i * work.num_warps, i);
+    work.multiply();
+    work.reduce_and_store(reinterpret_cast<float*>(s_bytes));
+  }
+
+  __device__ QuantSkinny(const Params& p, char* s_bytes)
+      : p(p),
+        num_warps(blockDim.x / kWarpSize),
+        warp(threadIdx.x / kWarpSize),
+        group(threadIdx.x % kWarpSize / 4),
+        lane_in_group(threadIdx.x % 4),
+        num_chunks(static_cast<int>((p.k + kChunk - 1) / kChunk)),
+        blocks_per_row(static_cast<int>(p.k / Word::kBlockSize)),
+        first_tile(blockIdx.x * kRowTiles),
+        num_tiles(static_cast<int>((p.n + kTileRows - 1) / kTileRows)),
+        first_token(blockIdx.y * kTokens),
+        num_tokens(min(kTokens, static_cast<int>(p.m) - first_token)),
+        stages(s_bytes + warp * kWarpBytes) {}
+
+  __device__ char* stage(int i) const { return stages + i * kStageBytes; }
+  __device__ int lane() const { return threadIdx.x % kWarpSize; }
+
+  __device__ void load_weights(int chunk, int into) const {
+    if (chunk >= num_chunks) return;
+    const int blocks = min(kBlocks, blocks_per_row - chunk * kBlocks);
+    const uint32_t to = ptx::shared_address(stage(into));
+#pragma unroll
+    for (int r = 0; r < kRowTiles; ++r) {
+      if (first_tile + r >= num_tiles) break;
+      const uint8_t* from =
+          p.packed + (int64_t{first_tile + r} * blocks_per_row + int64_t{chunk} * kBlocks) *
+                         Word::kPackedBytes;
+#pragma unroll
+      for (int byte = lane() * kVectorBytes; byte < kChunkBytes; byte += kWarpSize * kVectorBytes) {
+        if (byte < blocks * Word::kPackedBytes) {
+          ptx::cp_async_16(to + r * kChunkBytes + byte, from + byte);
+        }
+      }
+    }
+  }
+  // Ends the group of copies of a stage.
+  __device__ void load_tokens(int chunk, int into) const {
+    const int column = chunk * kChunk + lane() * (kVectorBytes / static_cast<int>(sizeof(T)));
+    if (chunk < num_chunks && column < p.k) {
+      const T* from = static_cast<const T*>(p.x) + first_token * p.x_row_stride + column;
+      const uint32_t to =
+          ptx::shared_address(stage(into)) + kRowTiles * kChunkBytes + lane() * kVectorBytes;
+#pragma unroll
+      for (int token = 0; token < kTokens; ++token) {
+        if (token < num_tokens) {
+          ptx::cp_async_16(to + token * kTokenBytes, from + token * p.x_row_stride);
+        }
+      }
+    }
+    ptx::cp_async_commit();
+  }
+
+  __device__ void multiply() {
+    int current = 0;
+    for (int chunk = warp; chunk < num_chunks; chunk += num_warps) {
+      ptx::cp_async_wait<kStages - 2>();
+      __syncwarp();
+      const int free = current == 0 ? kStages - 1 : current - 1;
+      load_weights(chunk + (kStages - 1) * num_warps, free);
+      load_tokens(chunk + (kStages - 1) * num_warps, free);
+      const int blocks = min(kBlocks, blocks_per_row - chunk * kBlocks);
+#pragma unroll
+      for (int quarter = 0; quarter < 4; ++quarter)
+        multiply_quarter(stage(current), quarter, blocks);
+      current = current + 1 == kStages ? 0 : current + 1;
+      __syncwarp();  // before the stage is filled again
+    }
+  }
+
+  // Two runs of 32 weights of a chunk: neighbours, or in six-bit formats 64 apart, as the two
+  // nibbles of a word are.
+  static constexpr bool kSuperBlocks = Word::kBlockSize == kChunk;
+  static constexpr bool kScalePer16 = Word::kDescriptor.scale_rule == ScaleRule::kSubBlock16;
+  static __device__ constexpr int first_weight(int quarter, int run) {
+    if (Word::kSixBits) return 32 * (quarter / 2 * 4 + quarter % 2 + 2 * run);
+    return 64 * quarter + 32 * run;
+  }
+
+  __device__ void multiply_quarter(const char* s_stage, int quarter, int blocks) {
+    // Of a last chunk that is not whole, a run may be missing.
+    const bool exists[2] = {kSuperBlocks || 2 * quarter < blocks,
+                            kSuperBlocks || 2 * quarter + 1 < blocks};
+    Tokens x;
+    TokenSums x_sums;
+#pragma unroll
+    for (int run = 0; run < 2; ++run) {
+      if (!exists[run]) continue;
+      read_tokens(s_stage, first_weight(quarter, run), x[2 * run]);
+      read_tokens(s_stage, first_weight(quarter, run) + 16, x[2 * run + 1]);
+      if constexpr (Word::kHasMin) sum_tokens(x, run, x_sums[run]);
+    }
+    const auto* tiles = reinterpret_cast<const uint8_t*>(s_stage);
+#pragma unroll
+    for (int r = 0; r < kRowTiles; ++r) {
+      const uint8_t* tile = tiles + r * kChunkBytes;
+      if constexpr (kSuperBlocks) {
+        const int word = Word::kSixBits ? quarter / 2 * 16 + quarter % 2 * 8 : 8 * quarter;
+        const Word low(tile, word + lane_in_group, 2 * group);
+        const Word high(tile, word + lane_in_group + 4, 2 * group);
+        multiply_run(r, 0, x, x_sums, low, 0, high, 0);
+        multiply_run(r, 1, x, x_sums, low, 1, high, 1);
+      } else {
+#pragma unroll
+        for (int run = 0; run < 2; ++run) {
+          if (!exists[run]) continue;
+          const uint8_t* block = tile + (2 * quarter + run) * Word::kPackedBytes;
+          const Word low(block, lane_in_group, 2 * group);
+          if constexpr (Word::kByteCodes) {
+            const Word high(block, lane_in_group + 4, 2 * group);
+            multiply_run(r, run, x, x_sums, low, 0, high, 0);
+          } else {
+            multiply_run(r, run, x, x_sums, low, 0, low, 1);
+          }
+        }
+      }
+    }
+  }
+
+  // sums += 32 weights, the first 16 in a part of `low`, the others in one of `high`.
+  __device__ void multiply_run(int r, int run, const Tokens& x, const TokenSums& x_sums,
+                               const Word& low, int low_part, const Word& high, int high_part) {
+    uint32_t a[2][4];
+#pragma unroll
+    for (int row = 0; row < 2; ++row) {
+      codes_to_pairs<T, Word::kOffset, Word::kByteCodes>(low.codes(low_part, row), a[0][row],
+                                                         a[0][2 + row]);
+      codes_to_pairs<T, Word::kOffset, Word::kByteCodes>(high.codes(high_part, row), a[1][row],
+                                                         a[1][2 + row]);
+    }
+#pragma unroll
+    for (int n = 0; n < kTokenTiles; ++n) {
+      const uint2 first = x[2 * run][n], second = x[2 * run + 1][n];
+      constexpr float kZeros[4] = {};
+      float products[4];
+      ptx::mma_m16n8k16(products, a[0], first.x, first.y, kZeros, T{});
+      if constexpr (kScalePer16) {
+        add_scaled(sums[r][n], products, low, low_part);
+        ptx::mma_m16n8k16(products, a[1], second.x, second.y, kZeros, T{});
+        add_scaled(sums[r][n], products, high, high_part);
+      } else {
+        ptx::mma_m16n8k16(products, a[1], second.x, second.y, products, T{});
+        add_scaled(sums[r][n], products, low, low_part);
+      }
+      if constexpr (Word::kHasMin) {
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+          sums[r][n][e] = fmaf(-low.min(low_part, e / 2), x_sums[run][n][e], sums[r][n][e]);
+        }
+      }
+    }
+  }
+  static __device__ void add_scaled(float (&sum)[4], const float (&products)[4], const Word& word,
+                                    int part) {
+#pragma unroll
+    for (int e = 0; e < 4; ++e) sum[e] = fmaf(products[e], word.scale(part, e / 2), sum[e]);
+  }
+
+  __device__ void read_tokens(const char* s_stage, int column, uint2 (&x)[kTokenTiles]) const {
+    const char* rows = s_stage + kRowTiles * kChunkBytes + (column + 4 * lane_in_group) * sizeof(T);
+#pragma unroll
+    for (int n = 0; n < kTokenTiles; ++n) {
+      const int token = 8 * n + group;
+      x[n] = token < num_tokens ? *reinterpret_cast<const uint2*>(rows + token * kTokenBytes)
+                                : uint2{};
+    }
+  }
+  // A product with ones, which leaves the sums where the products with the weights have theirs.
+  static __device__ void sum_tokens(const Tokens& x, int run, float (&sum)[kTokenTiles][4]) {
+    constexpr uint32_t kOnes = std::is_same_v<T, Half> ? 0x3c003c00 : 0x3f803f80;
+    constexpr uint32_t a[4] = {kOnes, kOnes, kOnes, kOnes};
+#pragma unroll
+    for (int n = 0; n < kTokenTiles; ++n) {
+      constexpr float kZeros[4] = {};
+      ptx::mma_m16n8k16(sum[n], a, x[2 * run][n].x, x[2 * run][n].y, kZeros, T{});
+      ptx::mma_m16n8k16(sum[n], a, x[2 * run + 1][n].x, x[2 * run + 1][n].y, sum[n], T{});
+    }
+  }
+
+  // Adds the warps' sums up, in their order.
+  __device__ void reduce_and_store(float* s_sums) const {
+    ptx::cp_async_wait<0>();
+    __syncthreads();
+    // Rows 2 * group and 2 * group + 1 of a tile were rows group and group + 8 of the fragment.
+#pragma unroll
+    for (int r = 0; r < kRowTiles; ++r) {
+#pragma unroll
+      for (int n = 0; n < kTokenTiles; ++n) {
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+          const int row = kTileRows * r + 2 * group + e / 2;
+          const int token = 8 * n + 2 * lane_in_group + e % 2;
+          s_sums[(warp * kRows + row) * kColumns + token] = sums[r][n][e];
+        }
+      }
+    }
+    __syncthreads();
+    for (int i = threadIdx.x; i < kRows * kTokens; i += blockDim.x) {
+      const int row = i % kRows, token = i / kRows;
+      const int64_t column = int64_t{first_tile} * kTileRows + row;
+      if (token >= num_tokens || column >= p.n) continue;
+      float total = 0;
+      for (int w = 0; w < num_warps; ++w) total += s_sums[(w * kRows + row) * kColumns + token];
+      if (p.bias != nullptr) total += to_float(static_cast<const T*>(p.bias)[column]);
+      static_cast<T*>(p.out)[(first_token + token) * p.n + column] = from_float<T>(total);
+    }
+  }
+};
+
+}  // namespace llamatelemetry

@@ -1,0 +1,58 @@
+// The launch of quant_skinny.cuh for one dtype of x.
+#pragma once
+
+#include "gemm/choice.h"
+#include "gemm/quant_skinny.cuh"
+#include "tile/kernel_entry.cuh"
+
+namespace llamatelemetry {
+
+// Warps of a block, which share a tile's k: sixteen where there are few tiles (all blocks together
+// should have loads under way on every multiprocessor), fewer where many blocks do that. Not more
+// than there are chunks, nor than shared memory has room for.
+template <typename Kernel>
+int skinny_warps(const QuantLinearParams& p) {
+  const DeviceFacts& device = current_device();
+  const int64_t tiles = (p.n + kTileRows - 1) / kTileRows;
+  const bool is_wide = tiles >= int64_t{8} * device.num_sms;
+  int warps = std::min(Kernel::kNumThreads / kWarpSize, is_wide ? 4 : 16);
+  const int64_t chunks = (p.k + Kernel::kChunk - 1) / Kernel::kChunk;
+  while (warps > 1 &&
+         (warps / 2 >= chunks || warps * Kernel::kWarpBytes > device.max_shared_bytes)) {
+    warps /= 2;
+  }
+  return warps;
+}
+
+template <typename Kernel>
+Error launch_skinny_kernel(const QuantLinearParams& p, Stream stream, int tokens, int row_tiles) {
+  const int warps = skinny_warps<Kernel>(p);
+  const int shared_bytes = warps * Kernel::kWarpBytes;
+  if (cudaFuncSetAttribute(kernel_entry<Kernel>, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                           shared_bytes) != cudaSuccess) {
+    return last_launch_error();
+  }
+  const int64_t tiles = (p.n + kTileRows - 1) / kTileRows;
+  const dim3 grid(static_cast<unsigned>((tiles + row_tiles - 1) / row_tiles),
+                  static_cast<unsigned>((p.m + tokens - 1) / tokens));
+  launch_overlapped(kernel_entry<Kernel>, grid, warps * kWarpSize, stream, p, shared_bytes);
+  return last_launch_error();
+}
+
+template <typename T>
+Error launch_quant_skinny(const QuantLinearParams& p, Stream stream) {
+  Error error = nullptr;
+  dispatch_format(p.format, [&](auto format) {
+    constexpr int kFormat = format();
+    if (p.m == 1) {
+      error = launch_skinny_kernel<QuantSkinny<T, kFormat, 1, 1>>(p, stream, 1, 1);
+    } else if (p.m <= 8) {
+      error = launch_skinny_kernel<QuantSkinny<T, kFormat, 8, 2>>(p, stream, 8, 2);
+    } else {
+      error = launch_skinny_kernel<QuantSkinny<T, kFormat, 16, 2>>(p, stream, 16, 2);
+    }
+  });
+  return error;
+}
+
+}  // namespace llamatelemetry

@@ -1,0 +1,104 @@
+"""The kernel for few queries on GPUs: how it divides keys, and what it shares with the others."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from op_checks import assert_replays
+from paged_cases import assert_right, random_case
+from tolerance import assert_within_2x
+
+from llamatelemetry.ops import flash_attn, reference
+
+pytestmark = [pytest.mark.gpu, pytest.mark.sm80]
+DTYPES = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=lambda d: str(d)[6:])
+LENGTHS = [
+    [70_000],
+    [33_000, *[128] * 15],
+    [1, 0, 63, 64, 65, 4095, 4096, 4097],
+    [(17 * i) % 700 for i in range(300)],
+]
+
+
+@DTYPES
+@pytest.mark.parametrize("lengths", LENGTHS, ids=len)
+@pytest.mark.parametrize("heads", [(8, 2), (3, 3), (71, 1)], ids=str)
+def test_lengths(dtype, heads, lengths):
+    case = random_case("cuda", dtype, [(1, n) for n in lengths], heads, 128, page_size=16)
+    assert_right(case, backend="decode")
+
+
+@DTYPES
+@pytest.mark.parametrize("head_dim", [8, 64, 80, 96, 128, 160, 192, 256])
+@pytest.mark.parametrize("page_size", [1, 16, 100])
+def test_widths_and_pages(dtype, head_dim, page_size):
+    sequences = [(1, 900), (5, 1700), (15, 2500), (2, 1)]
+    case = random_case("cuda", dtype, sequences, (12, 2), head_dim, page_size)
+    assert_right(case, backend="decode")
+
+
+@DTYPES
+@pytest.mark.parametrize("window", [(0, 0), (20, 0), (700, 0)], ids=str)
+def test_what_a_window_hides_is_not_read(dtype, window):
+    case = random_case("cuda", dtype, [(1, 1500), (1, 40), (1, 801)], (8, 2), 64, page_size=1)
+    expected = assert_right(case, backend="decode", window_size=window)
+    for b, length in enumerate(case.cache_seqlens.tolist()):
+        hidden = case.block_table[b, : max(length - 1 - window[0], 0)]
+        case.k_cache[hidden] = torch.nan
+        case.v_cache[hidden] = torch.nan
+    for ours, theirs in zip(case.run(backend="decode", window_size=window), expected, strict=True):
+        assert torch.equal(ours, theirs)
+
+
+@DTYPES
+@pytest.mark.parametrize("softcap", [0.0, 20.0])
+@pytest.mark.parametrize("seqlens", [(1, 3000), (3, 200), (7, 7)], ids=str)
+def test_dense_keys_with_sinks_and_alibi(dtype, seqlens, softcap):
+    q, k, v = (
+        torch.randn(2, n, h, 64, device="cuda", dtype=dtype)
+        for n, h in zip((seqlens[0], seqlens[1], seqlens[1]), (6, 2, 2), strict=True)
+    )
+    options = {
+        "causal": True,
+        "softcap": softcap,
+        "sinks": torch.randn(6, device="cuda"),
+        "alibi_slopes": torch.rand(2, 6, device="cuda"),
+    }
+    ours = flash_attn(q, k, v, backend="decode", **options)
+    in_32, in_64 = (
+        reference.flash_attn(q.to(d), k.to(d), v.to(d), **options)
+        for d in (torch.float32, torch.float64)
+    )
+    assert_within_2x(ours[0], in_32[0].to(dtype), in_64[0])
+    assert_within_2x(ours[1], in_32[1], in_64[1])
+
+
+@DTYPES
+def test_it_gives_the_same_bits_each_time(dtype):
+    case = random_case("cuda", dtype, [(1, n) for n in (9000, 10, 700)], (8, 2), 128)
+    first = case.run(backend="decode")
+    for _ in range(20):
+        again = case.run(backend="decode")
+        assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+
+
+def test_a_graph_replays_with_other_lengths():
+    def case_of(lengths):
+        return random_case("cuda", torch.bfloat16, [(1, n) for n in lengths], max_blocks=300)
+
+    case, other = case_of((4000, 30, 200, 0)), case_of((5, 4700, 64, 1000))
+    num_pages = max(len(case.k_cache), len(other.k_cache))
+
+    def tensors(case):
+        pads = [
+            torch.nn.functional.pad(c, (0, 0, 0, 0, 0, 0, 0, num_pages - len(c)))
+            for c in (case.k_cache, case.v_cache)
+        ]
+        return case.q, *pads, case.block_table, case.cache_seqlens
+
+    def run(q, k_cache, v_cache, table, lengths):
+        return torch.ops.llamatelemetry.paged_attention.default(
+            q, k_cache, v_cache, table, lengths, case.cu_seqlens_q, 1, 0.125, True, -1, -1, 0.0
+        )
+
+    assert_replays(run, tensors(case), tensors(other))
