@@ -67,7 +67,8 @@ def patch(model: Any, strict: bool = False, ops: OpSet = NATIVE) -> PatchReport:
 
     Args:
         model: an instance of a class in FAMILIES, plain or with quantised linears.
-        strict: whether a refused piece is an error, raised before anything is changed.
+        strict: whether a refused piece is an error, raised before any forward is replaced and, if
+            the probe refused it, before a tensor has moved.
         ops: what the pieces compute with.
 
     Returns:
@@ -83,15 +84,17 @@ def patch(model: Any, strict: bool = False, ops: OpSet = NATIVE) -> PatchReport:
     attn_implementation = model.config._attn_implementation
     wanted = _wanted(model, spec)
     refused = _refusals(model, spec, ops, wanted)
-    if refused and strict:
-        raise ValueError(f"patch: every piece must agree with its module, got {_summary(refused)}")
     pieces = {}
     for name, kind in wanted.items():
-        if name not in refused:
+        if name not in refused and not (refused and strict):
             try:
                 pieces[name] = _bound(kind, model.get_submodule(name), spec, model.config, ops)
             except Exception as error:  # of whatever the module is made of
                 refused[name] = _reason(error)
+    if refused and strict:
+        for piece in pieces.values():
+            piece.unbind()
+        raise ValueError(f"patch: every piece must agree with its module, got {_summary(refused)}")
     for piece in pieces.values():
         piece.install()
     report = PatchReport(Counter(type(piece).__name__ for piece in pieces.values()), refused)
