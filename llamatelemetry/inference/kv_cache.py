@@ -68,7 +68,9 @@ class KVCache:
             device = k.device
             table = torch.arange(batch, dtype=torch.int32, device=device).unsqueeze(1)
             starts = torch.arange(batch + 1, dtype=torch.int32, device=device) * seqlen
-            slots = slot_mapping(positions.expand(batch, -1).reshape(-1), table, starts, limit)
+            slots = slot_mapping(
+                positions.expand(batch, -1).flatten().contiguous(), table, starts, limit
+            )
             append_kv_(k.flatten(0, 1), v.flatten(0, 1), keys, values, slots)
             self._sizes[layer_idx] = (batch, limit)
             return keys[:batch], values[:batch]
