@@ -184,6 +184,10 @@ class BlockManager:
     def tokens(self, sequence: Hashable) -> list[int]:
         return list(self._get(sequence).tokens)
 
+    def sequences(self) -> list[Hashable]:
+        """The names of all sequences."""
+        return list(self._sequences)
+
     def forget_prefixes(self) -> None:
         """Nothing that is in the cache now is shared with later sequences, as after a change of the
         model's weights."""

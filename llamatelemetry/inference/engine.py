@@ -68,12 +68,20 @@ class InferenceEngine:
             raise ValueError(f"prompt must be text, got {prompt!r}")
         with self._encoding:
             if getattr(self.tokenizer, "chat_template", None):
-                turn = [{"role": "user", "content": prompt}]
-                prompt = self.tokenizer.apply_chat_template(
-                    turn, tokenize=False, add_generation_prompt=True
-                )
+                prompt = self._as_turn(prompt)
                 return list(self.tokenizer.encode(prompt, add_special_tokens=False))
             return list(self.tokenizer.encode(prompt))
+
+    def _as_turn(self, prompt: str) -> str:
+        from jinja2 import TemplateError
+
+        turn = [{"role": "user", "content": prompt}]
+        try:
+            return str(
+                self.tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
+            )
+        except TemplateError as error:
+            raise ValueError(f"prompt: the model's chat template refuses it: {error}") from error
 
     def stream(
         self,

@@ -188,13 +188,12 @@ class StepRunner:
         Raises:
             ValueError: for a rotary embedding that has no table for so many positions.
         """
-        if self._pointers != (pointers := _pointers(self.model)):
+        pointers = _pointers(self.model)
+        num_positions = max(num_positions, self._num_positions)
+        if (pointers, num_positions) != (self._pointers, self._num_positions):
             self._steps.clear()
-            self._pointers, self._num_positions = pointers, 0
-        if num_positions > self._num_positions:
             self._rope[:] = rope_tables(self.model, num_positions)
-            self._num_positions = num_positions
-            self._steps.clear()
+            self._pointers, self._num_positions = pointers, num_positions
         if num_blocks > self.pages.num_blocks:
             self._steps.clear()
             self.pages.grow(num_blocks, keep=keep)

@@ -37,9 +37,8 @@ def flash_attn(
     softcap:       at most 10000; 0: off
     sinks:         [num_heads_q] float32 or None: one more score a head, without a value
     alibi_slopes:  [num_heads_q] or [batch, num_heads_q] float32 or None
-    backend:       None chooses the best that serves the call; one of "cpu", "decode", "simt", "sm75",
-                   "sm80",
-                   "sm90" that this build has forces it
+    backend:       None chooses the best that serves the call; one of "cpu", "decode", "simt",
+                   "sm75", "sm80", "sm90" that this build has forces it
     Returns:       out as q, contiguous, and lse [batch, num_heads_q, seqlen_q] float32, the natural
                    log of the sum of exponentials, the sink's included. A query that sees no key
                    gives 0 and -inf (the sink where there is one).

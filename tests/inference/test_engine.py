@@ -150,6 +150,14 @@ def test_refusals(tmp_path, device):
             next(engine.generator.generate(prompts, params, count))
 
 
+def test_a_chat_template_that_refuses_is_named(tmp_path):
+    engine, _ = make_engine(tmp_path, torch.device("cpu"))
+    engine.tokenizer.chat_template = "{{ raise_exception('no system turn') }}"
+    result = engine.infer("the cat")
+    assert not result.success
+    assert result.error_message == "prompt: the model's chat template refuses it: no system turn"
+
+
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [

@@ -130,6 +130,20 @@ def test_a_cache_that_cannot_grow_keeps_what_it_holds(tmp_path, device, monkeypa
     assert rows_of(engine, PROMPTS)[:1] == alone
 
 
+def test_weights_that_move_under_a_generation_are_followed(tmp_path, device):
+    engine, _ = make_engine(tmp_path, device)
+    alone = rows_of(engine, PROMPTS[2:])
+    started = engine.generator.generate(PROMPTS[2:], [GREEDY], 50)  # to the context's end
+    tokens = [next(started)[0]]
+    model = engine.loaded.model
+    other = {name: x.clone() for name, x in model.state_dict().items()}
+    model.load_state_dict(other, assign=True)
+    assert rows_of(engine, PROMPTS[2:]) == alone
+    tokens += [token for (token,) in started]
+    assert len(tokens) == 50
+    assert tokens[:NEW_TOKENS] == alone[0]
+
+
 def test_a_model_that_moves_under_a_generation_is_an_error(tmp_path, device):
     engine, _ = make_engine(tmp_path, device)
     started = engine.generator.generate(PROMPTS[:1], [GREEDY], NEW_TOKENS)

@@ -1,0 +1,139 @@
+"""Key-value caches to use by hand or in transformers' generate: contiguous, and in pages."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llamatelemetry.inference.kv_cache_config import KVCacheConfig, kv_cache_bytes
+from llamatelemetry.inference.paged_kv_cache import PagedKVCache
+from llamatelemetry.ops import append_kv_, slot_mapping
+from llamatelemetry.ops._contract import inference_only
+
+__all__ = ["KVCache", "KVCacheConfig", "PagedKVCache", "kv_cache_bytes"]
+
+
+class KVCache:
+    """Preallocated keys and values of a batch of sequences, all of one length.
+
+    Attributes:
+        keys, values: [num_layers, max_batch_size, max_seq_length, num_kv_heads, head_dim].
+    """
+
+    def __init__(self, config: KVCacheConfig) -> None:
+        self.config = config
+        shape = (
+            config.num_layers,
+            config.max_batch_size,
+            config.max_seq_length,
+            config.kv_heads,
+            config.head_dim,
+        )
+        self.keys, self.values = torch.zeros(2, *shape, dtype=config.dtype, device=config.device)
+        # [batch, length] of each layer, None while it is empty
+        self._sizes: list[tuple[int, int] | None] = [None] * config.num_layers
+
+    def length(self, layer_idx: int) -> int:
+        """Tokens of each sequence in a layer."""
+        size = self._sizes[layer_idx]
+        return size[1] if size else 0
+
+    def update(
+        self, layer_idx: int, k: Tensor, v: Tensor, positions: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Adds keys and values of a layer; nothing that was cached is copied.
+
+        Args:
+            layer_idx: which layer.
+            k, v: [batch, seqlen, num_kv_heads, head_dim], dtype and device of the cache.
+            positions: [seqlen] or [batch, seqlen] int64 on the device: where they go. They are
+                read there, so a CUDA graph or compiled code serves any positions; one outside the
+                cache is skipped. None appends.
+
+        Returns:
+            Views of all keys and values, [batch, length, num_kv_heads, head_dim]. With positions
+            the host knows no length: all max_seq_length, of which the caller masks what it has not
+            written (zeros).
+
+        Raises:
+            ValueError: for shapes, dtypes, devices and layers, by name.
+            RuntimeError: for more tokens than max_seq_length, with the numbers.
+        """
+        batch, seqlen = self._check(layer_idx, k, v)
+        limit = self.config.max_seq_length
+        keys, values = self.keys[layer_idx], self.values[layer_idx]
+        if positions is not None:
+            device = k.device
+            table = torch.arange(batch, dtype=torch.int32, device=device).unsqueeze(1)
+            starts = torch.arange(batch + 1, dtype=torch.int32, device=device) * seqlen
+            slots = slot_mapping(
+                positions.expand(batch, -1).flatten().contiguous(), table, starts, limit
+            )
+            append_kv_(k.flatten(0, 1), v.flatten(0, 1), keys, values, slots)
+            self._sizes[layer_idx] = (batch, limit)
+            return keys[:batch], values[:batch]
+        begin = self.length(layer_idx)
+        end = begin + seqlen
+        if end > limit:
+            raise RuntimeError(
+                f"KVCache.update: a sequence must fit max_seq_length = {limit}, got {begin} + "
+                f"{seqlen} tokens in layer {layer_idx}; clear() or a larger cache make room"
+            )
+        keys[:batch, begin:end].copy_(k)
+        values[:batch, begin:end].copy_(v)
+        self._sizes[layer_idx] = (batch, end)
+        return keys[:batch, :end], values[:batch, :end]
+
+    def get(self, layer_idx: int) -> tuple[Tensor, Tensor] | None:
+        """Views of a layer's keys and values, [batch, length, num_kv_heads, head_dim]; None while
+        it is empty."""
+        size = self._sizes[layer_idx]
+        if size is None:
+            return None
+        batch, length = size
+        return self.keys[layer_idx, :batch, :length], self.values[layer_idx, :batch, :length]
+
+    def clear(self) -> None:
+        """Forgets all tokens; the tensors stay."""
+        self._sizes = [None] * self.config.num_layers
+        self.keys.zero_()
+        self.values.zero_()
+
+    def reorder(self, layer_idx: int, rows: Tensor) -> None:
+        """Row b of a layer becomes what row rows[b] is, as beam search asks for."""
+        for x in (self.keys[layer_idx], self.values[layer_idx]):
+            x[: len(rows)].copy_(x.index_select(0, rows.to(x.device)))
+
+    def for_transformers(self) -> Any:
+        """A transformers Cache over this one, for ``generate(past_key_values=...)``."""
+        from llamatelemetry.inference.hf_cache import contiguous_cache
+
+        return contiguous_cache(self)
+
+    def _check(self, layer_idx: int, k: Tensor, v: Tensor) -> tuple[int, int]:
+        config, op = self.config, "KVCache.update"
+        inference_only(op, k=k, v=v)
+        if not 0 <= layer_idx < config.num_layers:
+            raise ValueError(
+                f"{op}: layer_idx must lie in [0, {config.num_layers}), got {layer_idx}"
+            )
+        size = self._sizes[layer_idx]
+        tail = (config.kv_heads, config.head_dim)
+        for name, x in (("k", k), ("v", v)):
+            if x.dim() != 4 or x.shape[2:] != tail or x.shape != k.shape:
+                raise ValueError(
+                    f"{op}: {name} must be [batch, seqlen, {tail[0]}, {tail[1]}] as k and the "
+                    f"cache are, got shape {list(x.shape)}"
+                )
+            if (x.dtype, x.device) != (self.keys.dtype, self.keys.device):
+                raise ValueError(
+                    f"{op}: {name} must be {self.keys.dtype} on {self.keys.device} as the cache "
+                    f"is, got {x.dtype} on {x.device}"
+                )
+        batch = k.shape[0]
+        if batch > config.max_batch_size or (size is not None and size[0] != batch):
+            wanted = f"at most {config.max_batch_size}" if size is None else str(size[0])
+            raise ValueError(f"{op}: batch must be {wanted}, got {batch}; clear() starts anew")
+        return batch, k.shape[1]

@@ -1,0 +1,152 @@
+"""A key-value cache in pages for sequences of any lengths."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Hashable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llamatelemetry.inference.arguments import integer
+from llamatelemetry.inference.block_manager import BlockManager
+from llamatelemetry.inference.kv_cache_config import KVCacheConfig
+from llamatelemetry.inference.kv_pages import KvPages
+from llamatelemetry.ops import append_kv_, slot_mapping
+
+
+class PagedKVCache:
+    """Keys and values of sequences of any lengths in pages, shared where they begin alike.
+
+    BlockManager says which blocks a sequence has, KvPages holds the tensors. Either a config, which
+    gives max_batch_size sequences of max_seq_length room, or sizes by keyword (block_size is
+    page_size).
+
+    Attributes:
+        blocks: BlockManager.
+        pages: KvPages; pages.layers are what paged_attention takes.
+    """
+
+    def __init__(
+        self,
+        config: KVCacheConfig | None = None,
+        page_size: int = 16,
+        *,
+        num_blocks: int | None = None,
+        block_size: int | None = None,
+        **sizes: Any,
+    ) -> None:
+        if config is not None and sizes:
+            raise ValueError(
+                f"PagedKVCache: sizes must come from config or keywords, got both: {sorted(sizes)}"
+            )
+        self.config = config = KVCacheConfig(**sizes) if config is None else config
+        size = page_size if block_size is None else block_size
+        if integer("PagedKVCache: page_size", size) < 1:
+            raise ValueError(f"PagedKVCache: page_size must be at least 1, got {size}")
+        if num_blocks is None:
+            num_blocks = config.max_batch_size * -(-config.max_seq_length // size)
+        self.blocks = BlockManager(num_blocks, size)
+        device = torch.get_default_device() if config.device is None else config.device
+        self.pages = KvPages(
+            config.num_layers,
+            num_blocks,
+            size,
+            config.kv_heads,
+            config.head_dim,
+            config.dtype,
+            device,
+        )
+        self._unknown = itertools.count(-1, -1)
+
+    def allocate(self, sequence: Hashable, tokens: Sequence[int] | int = 0) -> int:
+        """Gives a new sequence blocks for its tokens; a number stands for that many of which
+        nothing is known, so that they are never shared.
+
+        Returns:
+            How many leading tokens are in the cache already: update needs not be given them.
+
+        Raises:
+            OutOfBlocks: a RuntimeError "Out of KV cache memory: ..." with the numbers.
+        """
+        return self.blocks.allocate(sequence, self._named(tokens))
+
+    def append(self, sequence: Hashable, tokens: Sequence[int] | int = 1) -> None:
+        """Gives a sequence more tokens; its last block is copied first where others share it.
+
+        Raises:
+            OutOfBlocks: a RuntimeError "Out of KV cache memory: ..." with the numbers.
+        """
+        self.pages.copy_blocks(self.blocks.append(sequence, self._named(tokens)))
+
+    def fork(self, sequence: Hashable, child: Hashable) -> None:
+        """A second sequence that begins as the first is now."""
+        self.blocks.fork(sequence, child)
+
+    def free(self, sequence: Hashable) -> None:
+        """Ends a sequence; its full blocks stay cached until they are needed."""
+        self.blocks.free(sequence)
+
+    def commit(self, sequence: Hashable) -> None:
+        """Says that every layer's keys and values of all tokens are written, so that later
+        sequences may share them."""
+        self.blocks.commit(sequence, self.length(sequence))
+
+    def check(self) -> None:
+        """Walks every invariant; raises RuntimeError that names those that do not hold."""
+        self.blocks.check()
+
+    def clear(self) -> None:
+        """Ends every sequence and forgets what is cached."""
+        for sequence in self.blocks.sequences():
+            self.blocks.free(sequence)
+        self.blocks.forget_prefixes()
+
+    def length(self, sequence: Hashable) -> int:
+        return len(self.blocks.tokens(sequence))
+
+    def block_table(self, sequences: Sequence[Hashable]) -> Tensor:
+        """[batch, max_blocks] int32 on the cache's device, padded with -1."""
+        tables = [self.blocks.table(sequence) for sequence in sequences]
+        width = max(map(len, tables), default=0)
+        rows = [[*table, *[-1] * (width - len(table))] for table in tables]
+        table = torch.tensor(rows, dtype=torch.int32).view(len(rows), width)
+        return table.to(self.pages.device)
+
+    def slot_mapping(self, sequence: Hashable, begin: int = 0) -> Tensor:
+        """Slots of the sequence's tokens from begin on, [num_tokens] int64."""
+        device = self.pages.device
+        positions = torch.arange(begin, self.length(sequence), device=device)
+        starts = torch.tensor([0, len(positions)], dtype=torch.int32).to(device)
+        return slot_mapping(positions, self.block_table([sequence]), starts, self.pages.page_size)
+
+    def update(self, layer_idx: int, k: Tensor, v: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
+        """Writes keys and values [num_tokens, num_kv_heads, head_dim] of a layer to their slots.
+
+        Returns:
+            The layer's pages, (k, v), as paged_attention takes them.
+        """
+        k_pages, v_pages = self.pages.layers[layer_idx]
+        append_kv_(k, v, k_pages, v_pages, slots)
+        return k_pages, v_pages
+
+    def get(self, layer_idx: int, sequence: Hashable) -> tuple[Tensor, Tensor] | None:
+        """Copies of a sequence's keys and values in order, [length, num_kv_heads, head_dim]; None
+        for a sequence without tokens."""
+        slots = self.slot_mapping(sequence)
+        if not len(slots):
+            return None
+        k, v = (pages.flatten(0, 1)[slots] for pages in self.pages.layers[layer_idx])
+        return k, v
+
+    def for_transformers(self, sequences: Sequence[Hashable]) -> Any:
+        """A transformers Cache over new sequences of these names, one a row of the batch."""
+        from llamatelemetry.inference.hf_cache import paged_cache
+
+        return paged_cache(self, sequences)
+
+    def _named(self, tokens: Sequence[int] | int) -> Sequence[int]:
+        if isinstance(tokens, int):
+            return [next(self._unknown) for _ in range(tokens)]
+        return tokens
