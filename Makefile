@@ -2,6 +2,7 @@
 # make build    the libraries of this tree, after an edit in csrc
 # make t T=tests/norm [ARCH=9.0]   the CPU library (or that of one GPU too), then these tests
 # make test     build, the ops at every lower CPU level, then all tests
+# make test-transformers VERSION=5.24.0    the tests of patched models under another transformers
 # make lint | format | bench | wheel | clean
 #
 # The first of them sets up .venv: on top of the torch >= 2.10 that $(PYTHON) has, or else with the
@@ -39,7 +40,7 @@ HAS_GPU := $(shell command -v nvidia-smi || ls /proc/driver/nvidia/version 2>/de
 HAS_CUDA_LIBRARY := $(wildcard llamatelemetry/lib/libllamatelemetry_cuda.so)
 DEMO_CUDA := $(if $(HAS_GPU)$(HAS_CUDA_LIBRARY),auto,0)
 
-.PHONY: demo build t test lint format bench wheel clean
+.PHONY: demo build t test test-transformers lint format bench wheel clean
 .SILENT:
 
 demo: export LLAMATELEMETRY_CUDA := $(or $(LLAMATELEMETRY_CUDA),$(DEMO_CUDA))
@@ -54,6 +55,19 @@ test: .venv/test build
 	done
 	echo "All tests:"
 	$(BIN)/python -m pytest
+
+# An environment of its own on top of .venv: its torch, tools and build, another transformers. What
+# 16-bit dtypes change does not depend on it, so that this takes two minutes.
+test-transformers: .venv/test build
+	test -n "$(VERSION)" || { echo "make test-transformers: VERSION must be given" >&2; exit 2; }
+	env=.venv/transformers-$(VERSION); \
+	test -f $$env/done || { \
+	  $(BASE_PYTHON) -m venv --clear --system-site-packages $$env && \
+	  $(BIN)/python -c '$(SEE_PACKAGES)' > $$(echo $$env/lib/python3*/site-packages)/below.pth && \
+	  $$env/bin/python -m pip install -qq --disable-pip-version-check \
+	    transformers==$(VERSION) && touch $$env/done; } || exit 1; \
+	$$env/bin/python -m pytest -W ignore::FutureWarning -k 'not float16' \
+	  tests/models tests/inference
 
 t: export LLAMATELEMETRY_CUDA := $(if $(ARCH),1,0)
 t: export LLAMATELEMETRY_CUDA_ARCHS := $(ARCH)

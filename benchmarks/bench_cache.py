@@ -1,4 +1,5 @@
-"""Cache writes against torch's index_copy_, which needs no skipping: all slots are used."""
+"""Cache writes against torch's index_copy_, which needs no skipping: all slots are used; slots
+against the few torch ops that would compute them."""
 
 from __future__ import annotations
 
@@ -61,6 +62,60 @@ def copy_blocks(device: torch.device, num_pairs: int, heads: int, head_dim: int)
     )
 
 
+def slot_mapping(device: torch.device, batch: int, tokens_each: int) -> Case:
+    max_blocks = -(-tokens_each // PAGE_SIZE)
+    table = torch.randperm(batch * max_blocks, device=device).int().view(batch, max_blocks)
+    positions = torch.arange(tokens_each, device=device).repeat(batch)
+    starts = torch.arange(batch + 1, device=device, dtype=torch.int32) * tokens_each
+
+    def ours(positions: Tensor, table: Tensor, starts: Tensor) -> Tensor:
+        return ops.slot_mapping(positions, table, starts, PAGE_SIZE)
+
+    def theirs(positions: Tensor, table: Tensor, starts: Tensor) -> Tensor:
+        tokens = torch.arange(batch * tokens_each, device=device)
+        rows = torch.searchsorted(starts.long(), tokens, right=True) - 1
+        blocks = table[rows, positions // PAGE_SIZE].long()
+        return blocks * PAGE_SIZE + positions % PAGE_SIZE
+
+    return Case(
+        f"slot_mapping {batch}x{tokens_each}",
+        inputs=(positions, table, starts),
+        ours=ours,
+        baselines={"torch": theirs},
+        bytes_moved=2 * positions.nbytes,
+    )
+
+
+def advance_step(device: torch.device, batch: int, max_blocks: int) -> Case:
+    ids, next_ids, positions = torch.randint(100, (3, batch), device=device)
+    table = torch.randperm(batch * max_blocks, device=device).int().view(batch, max_blocks)
+    inputs = (ids, positions, positions + 0, positions.int() + 1, positions * 0, next_ids)
+    active = torch.ones(batch, dtype=torch.bool, device=device)
+
+    def ours(*args: Tensor) -> tuple[Tensor, ...]:
+        ops.advance_step_(*args, PAGE_SIZE)
+        return args[:5]
+
+    def theirs(*args: Tensor) -> tuple[Tensor, ...]:
+        ids, positions, slots, lengths, offsets, next_ids, active, table = args
+        ids.copy_(next_ids)
+        for counter in (positions, lengths, offsets):
+            counter.add_(active)
+        index = (positions // PAGE_SIZE).clamp(max=max_blocks - 1).unsqueeze(1)
+        blocks = table.gather(1, index).squeeze(1).long()
+        inside = active & (positions < max_blocks * PAGE_SIZE)
+        slots.copy_(torch.where(inside, blocks * PAGE_SIZE + positions % PAGE_SIZE, -1))
+        return args[:5]
+
+    return Case(
+        f"advance_step_ {batch}",
+        inputs=(*inputs, active, table),
+        ours=ours,
+        baselines={"torch": theirs},
+        bytes_moved=2 * sum(x.nbytes for x in inputs),
+    )
+
+
 def cases(device: torch.device, quick: bool) -> Iterator[Case]:
     for num_tokens, heads, head_dim in [(1, 3, 64), (128, 3, 64), (64, 8, 128), (4096, 8, 128)]:
         yield append_kv(device, num_tokens, heads, head_dim)
@@ -68,6 +123,10 @@ def cases(device: torch.device, quick: bool) -> Iterator[Case]:
             return
     for num_pairs in (1, 64):
         yield copy_blocks(device, num_pairs, 8, 128)
+    for batch, tokens_each in [(1, 128), (8, 2048)]:
+        yield slot_mapping(device, batch, tokens_each)
+    for batch in (1, 64):
+        yield advance_step(device, batch, 4096 // PAGE_SIZE)
 
 
 if __name__ == "__main__":

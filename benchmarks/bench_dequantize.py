@@ -9,24 +9,22 @@ from gguf import GGMLQuantizationType, quants
 from harness import Case, main
 from torch import Tensor
 
-from llamatelemetry.ops import dequantize, reference
-from llamatelemetry.ops.quant import GGUF_BLOCKS
+from llamatelemetry.ops import QuantFormat, dequantize, reference
 
 
-def in_numpy(data: Tensor, format: int) -> Tensor:
-    return torch.from_numpy(quants.dequantize(data.numpy(), GGMLQuantizationType(format)))
+def in_numpy(data: Tensor, format: QuantFormat) -> Tensor:
+    return torch.from_numpy(quants.dequantize(data.numpy(), GGMLQuantizationType[format.name]))
 
 
 def cases(device: torch.device, quick: bool) -> Iterator[Case]:
     on_cpu = device.type == "cpu"
     n, k = (576, 1536) if on_cpu else (14336, 4096)
-    for format in [3, 12] if quick else GGUF_BLOCKS:
-        weights, num_bytes = GGUF_BLOCKS[format]
+    for format in [QuantFormat.Q4_1, QuantFormat.Q4_K] if quick else QuantFormat:
         # Bytes below 64 keep every float16 scale finite and positive.
-        data = torch.randint(0, 64, (n, k // weights * num_bytes), dtype=torch.uint8, device=device)
+        data = torch.randint(0, 64, (n, format.row_bytes(k)), dtype=torch.uint8, device=device)
         for dtype in [torch.float32] if on_cpu else [torch.float32, torch.bfloat16]:
             yield Case(
-                f"{GGMLQuantizationType(format).name} {n}x{k} {str(dtype)[6:]}",
+                f"{format.name} {n}x{k} {str(dtype)[6:]}",
                 inputs=(data, format),
                 ours=lambda data, format, dtype=dtype: dequantize(data, format, dtype),
                 baselines={"numpy": in_numpy} if on_cpu else {"torch": reference.dequantize},

@@ -32,13 +32,14 @@ def main() -> None:
 
     engine = InferenceEngine(load_model(str(find_model(arguments.model)), device="cpu"))
     ids = engine.tokenizer.encode(TEXT, add_special_tokens=False)[:PROMPT_TOKENS]
-    tokens = engine.generator.generate([ids], [GREEDY], 2 * steps + 2)
+    tokens = engine.generator.generate([ids], [GREEDY], 3 * steps + 2)
     next(tokens), next(tokens)
-    step = engine.generator.step
-    assert step is not None
+    runner = engine.generator.runner
+    assert runner is not None
+    step = runner.decode_step(1, 1)
     assert step.recording is not None, step.mode
     half = [harness.timed_us(lambda: next(tokens)) for _ in range(steps)]
-    profiles = [step.recording.profile() for _ in range(steps)]  # of the step in the middle
+    profiles = [step.recording.profile() for _ in range(steps)]  # each a step of its own
     whole_us = half + [harness.timed_us(lambda: next(tokens)) for _ in range(steps)]
 
     durations = [[us for _, us in profile] for profile in profiles]

@@ -16,7 +16,11 @@ from statistics import median
 import harness
 
 ROOT = Path(__file__).resolve().parent.parent
-DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "benchmarks").rglob("*.md"))]
+DOCUMENTS = [
+    ROOT / "README.md",
+    *sorted((ROOT / "benchmarks").rglob("*.md")),
+    *sorted((ROOT / "docs").glob("*.md")),
+]
 MARKED = re.compile(r"(<!-- table: ([\w-]+)(?: \((.*?)\))? -->\n).*?(<!-- end -->)", re.DOTALL)
 
 

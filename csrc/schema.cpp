@@ -16,20 +16,22 @@ STABLE_TORCH_LIBRARY(llamatelemetry, m) {
   // cache: k_cache, v_cache [num_blocks, page_size, num_heads_kv, head_dim]
   m.def("append_kv_(Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor slot_mapping) -> ()");
   m.def("copy_blocks_(Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor block_pairs) -> ()");
+  m.def("slot_mapping(Tensor positions, Tensor block_table, Tensor cu_seqlens_q, int page_size) -> Tensor");
+  m.def("advance_step_(Tensor(a!) input_ids, Tensor(b!) positions, Tensor(c!) slot_mapping, Tensor(d!) cache_seqlens, Tensor(e!) offsets, Tensor next_ids, Tensor active, Tensor block_table, int page_size) -> ()");
 
-  // attention: packed is [total_tokens, heads, head_dim], else [batch, seqlen, heads, head_dim]; returns out, lse
-  m.def("flash_attn(Tensor q, Tensor k, Tensor v, Tensor? sinks, Tensor? alibi_slopes, float softmax_scale, bool causal, int window_left, int window_right, float softcap, int backend) -> (Tensor, Tensor)");
-  m.def("flash_attn_varlen(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor cu_seqlens_k, int max_seqlen_q, int max_seqlen_k, Tensor? sinks, Tensor? alibi_slopes, float softmax_scale, bool causal, int window_left, int window_right, float softcap, int backend) -> (Tensor, Tensor)");
-  m.def("paged_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor block_table, Tensor cache_seqlens, Tensor cu_seqlens_q, int max_seqlen_q, float softmax_scale, bool causal, int window_left, int window_right, float softcap) -> (Tensor, Tensor)");
+  // attention: packed is [total_tokens, heads, head_dim], else [batch, seqlen, heads, head_dim]; returns out, lse; backend: a name of attention/choice.h
+  m.def("flash_attn(Tensor q, Tensor k, Tensor v, Tensor? sinks, Tensor? alibi_slopes, float softmax_scale, bool causal, int window_left, int window_right, float softcap, str? backend=None) -> (Tensor, Tensor)");
+  m.def("flash_attn_varlen(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor cu_seqlens_k, int max_seqlen_q, int max_seqlen_k, Tensor? sinks, Tensor? alibi_slopes, float softmax_scale, bool causal, int window_left, int window_right, float softcap, str? backend=None) -> (Tensor, Tensor)");
+  m.def("paged_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor block_table, Tensor cache_seqlens, Tensor cu_seqlens_q, int max_seqlen_q, float softmax_scale, bool causal, int window_left, int window_right, float softcap, str? backend=None) -> (Tensor, Tensor)");
 
-  // quant: format is the GGML type number; packed is what repack returns
-  m.def("dequantize(Tensor data, int format, ScalarType dtype) -> Tensor");
-  m.def("repack(Tensor data, int format) -> Tensor");
-  m.def("unpack(Tensor packed, int format, int n, int k) -> Tensor");
-  m.def("quant_embedding(Tensor ids, Tensor packed, int format, int n, int k, ScalarType dtype) -> Tensor");
+  // quant: format is a name of format/format.h; packed is what repack returns
+  m.def("dequantize(Tensor data, str format, ScalarType dtype, Tensor? scales=None, Tensor? zeros=None, Tensor? perm=None) -> Tensor");
+  m.def("repack(Tensor data, str format, str layout=\"rows16\") -> Tensor");
+  m.def("unpack(Tensor packed, str format, int n, int k, str layout=\"rows16\") -> Tensor");
+  m.def("quant_embedding(Tensor ids, Tensor packed, str format, int n, int k, ScalarType dtype, Tensor? scales=None, Tensor? zeros=None, Tensor? perm=None) -> Tensor");
 
   // gemm: x [..., k], packed holds [n, k]
-  m.def("quant_linear(Tensor x, Tensor packed, int format, int n, Tensor? bias, bool exact) -> Tensor");
+  m.def("quant_linear(Tensor x, Tensor packed, str format, int n, Tensor? bias=None, bool exact=False, Tensor? scales=None, Tensor? zeros=None, Tensor? perm=None) -> Tensor");
 
   // sampling: a parameter per row
   m.def("sample(Tensor logits, Tensor temperature, Tensor top_k, Tensor top_p, Tensor min_p, Tensor seed, Tensor offset) -> Tensor");

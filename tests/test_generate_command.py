@@ -77,5 +77,5 @@ def test_running_out_of_memory_is_said(capsys, tmp_path, monkeypatch, error):
         raise error
 
     write_model(tmp_path / "tiny.gguf", "llama")
-    monkeypatch.setattr(generation, "DecodeStep", allocate)
+    monkeypatch.setattr(generation, "StepRunner", allocate)
     assert "memory" in refused(capsys, "--model", tmp_path / "tiny.gguf", "--max-tokens", 4)

@@ -50,6 +50,11 @@ def copy_blocks(k_cache, v_cache, pairs):
     return k_cache, v_cache
 
 
+def advance_step(*args):
+    ops.advance_step_(*args, 7)
+    return args[:5]
+
+
 def paged_attention(q, k_cache, v_cache, table, lengths, starts):
     return ops.paged_attention(q, k_cache, v_cache, table, lengths, starts, max_seqlen_q=5)
 
@@ -117,6 +122,17 @@ CASES = {
     "copy_blocks_": lambda: (
         *(copy_blocks, randn(4, 7, 2, 24), randn(4, 7, 2, 24)),
         torch.tensor([[0, 3], [1, 2]]),
+    ),
+    "slot_mapping": lambda: (
+        *(lambda *args: ops.slot_mapping(*args, 7), torch.tensor([0, 13, 6, 14, 3])),
+        torch.tensor([[3, 0], [-1, 1]], dtype=torch.int32),
+        torch.tensor([0, 2, 4], dtype=torch.int32),
+    ),
+    "advance_step_": lambda: (
+        *(advance_step, *(torch.tensor([5, 6, 13]) for _ in range(3))),
+        *(torch.tensor([6, 7, 14], dtype=torch.int32), torch.tensor([0, 3, 9])),
+        *(torch.tensor([90, 91, 92]), torch.tensor([True, False, True])),
+        torch.tensor([[3, 0], [2, 1], [4, 5]], dtype=torch.int32),
     ),
     **{
         f"flash_attn {name} {head_dim} {options}": flash_case(name, dtype, head_dim, options)

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <initializer_list>
+#include <optional>
 #include <stdexcept>
 #include <string>
 
@@ -27,6 +28,8 @@ inline const char* dtype_text(ScalarType dtype) {
     case ScalarType::Float: return "float32";
     case ScalarType::Half: return "float16";
     case ScalarType::BFloat16: return "bfloat16";
+    case ScalarType::Float8_e4m3fn: return "float8_e4m3fn";
+    case ScalarType::Float8_e5m2: return "float8_e5m2";
     case ScalarType::Double: return "float64";
     case ScalarType::Byte: return "uint8";
     case ScalarType::Char: return "int8";
@@ -42,16 +45,23 @@ inline std::string device_text(const Tensor& x) {
   return x.is_cpu() ? "cpu" : "device " + std::to_string(x.get_device_index());
 }
 
-// float32, float16 or bfloat16.
-inline DType check_floating(const char* op, const char* arg, ScalarType dtype) {
+// Ours for torch's; nothing where no kernel of any op takes it.
+inline std::optional<DType> dtype_of(ScalarType dtype) {
   switch (dtype) {
     case ScalarType::Float: return DType::kFloat32;
     case ScalarType::Half: return DType::kFloat16;
     case ScalarType::BFloat16: return DType::kBFloat16;
-    default: break;
+    case ScalarType::Float8_e4m3fn: return DType::kFloat8E4M3;
+    case ScalarType::Float8_e5m2: return DType::kFloat8E5M2;
+    case ScalarType::Char: return DType::kInt8;
+    default: return std::nullopt;
   }
-  check(false, op, arg, "be float32, float16 or bfloat16", dtype_text(dtype));
-  return DType::kFloat32;
+}
+
+inline DType check_floating(const char* op, const char* arg, ScalarType dtype) {
+  const std::optional<DType> ours = dtype_of(dtype);
+  check(ours && is_floating(*ours), op, arg, "be float32, float16 or bfloat16", dtype_text(dtype));
+  return *ours;
 }
 
 inline DType check_floating(const char* op, const char* arg, const Tensor& x) {
@@ -137,15 +147,6 @@ inline Rows rows_of(const char* op, const char* arg, const Tensor& x) {
   check(even || rows.num_rows == 0, op, arg, "have evenly spaced rows",
         "strides that fold into no single row stride; call .contiguous()");
   return rows;
-}
-
-// Runs a launcher on the current stream and raises what it returns.
-template <typename Params>
-void launch(const char* op, Error (*launcher)(const Params&, Stream), const Params& params,
-            const Tensor& on) {
-  if (const Error error = launcher(params, current_stream(on))) {
-    refuse(std::string(op) + ": " + error);
-  }
 }
 
 }  // namespace llamatelemetry

@@ -4,6 +4,7 @@
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/c/shim.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -11,6 +12,7 @@
 
 #include <array>
 #include <optional>
+#include <string>
 
 #include "common/backend.h"
 #include "common/dtype.h"
@@ -70,8 +72,22 @@ inline Tensor allocate(const Tensor& like, IntArrayRef sizes) {
   return allocate(like, sizes, like.scalar_type());
 }
 
-// torch's x · weightᵀ + bias.
-inline Tensor linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
+// A str argument of an op. Its kernel takes a StringHandle and hands it to this at once; the handle
+// is gone then. Not std::string: torch's conversion to one leaks a copy at every call (still
+// in 2.13).
+inline std::string take_string(StringHandle handle) {
+  size_t length = 0;
+  const char* data = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_string_length(handle, &length));
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_string_c_str(handle, &data));
+  std::string text(data, length);
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_delete_string(handle));
+  return text;
+}
+
+// torch's own x · weightᵀ + bias.
+inline Tensor call_torch_linear(const Tensor& x, const Tensor& weight,
+                                const std::optional<Tensor>& bias) {
   using torch::stable::detail::from;
   std::array<StableIValue, 3> stack{from(x), from(weight), from(bias)};
   STABLE_TORCH_ERROR_CODE_CHECK(

@@ -1,7 +1,8 @@
-// Cache writes: checks and Params, compiled once for each library.
+// Cache writes and slots: checks and Params, compiled once for each library.
 #include <utility>
 
 #include "binding/checks.h"
+#include "binding/launch.h"
 #include "cache/params.h"
 
 namespace llamatelemetry {
@@ -112,11 +113,89 @@ void copy_blocks_(Tensor k_cache, Tensor v_cache, const Tensor& block_pairs) {
   launch(op, launch_copy_blocks, params, k_cache);
 }
 
+// One number a row, or a token: [size], contiguous, on the device of positions.
+void check_column(const char* op, const char* arg, const Tensor& x, const char* meaning,
+                  int64_t size, ScalarType dtype, const Tensor& positions) {
+  check_shape(op, arg, x, meaning, {size});
+  check_dtype(op, arg, x, dtype);
+  check_device(op, arg, x, "positions", positions);
+  check_contiguous(op, arg, x);
+}
+
+BlockTable checked_table(const char* op, const Tensor& block_table, int64_t page_size,
+                         const Tensor& positions) {
+  check_dim(op, "block_table", block_table, 2, "[batch, max_blocks]");
+  check_dtype(op, "block_table", block_table, ScalarType::Int);
+  check_device(op, "block_table", block_table, "positions", positions);
+  check_last_contiguous(op, "block_table", block_table);
+  check(page_size >= 1, op, "page_size", "be at least 1", std::to_string(page_size));
+  return {.blocks = block_table.const_data_ptr<int32_t>(),
+          .batch = block_table.size(0),
+          .max_blocks = block_table.size(1),
+          .row_stride = block_table.stride(0),
+          .page_size = page_size};
+}
+
+Tensor slot_mapping(const Tensor& positions, const Tensor& block_table, const Tensor& cu_seqlens_q,
+                    int64_t page_size) {
+  constexpr const char* op = "slot_mapping";
+  check_dim(op, "positions", positions, 1, "[num_tokens]");
+  const int64_t num_tokens = positions.size(0);
+  check_column(op, "positions", positions, "[num_tokens]", num_tokens, ScalarType::Long, positions);
+  const BlockTable table = checked_table(op, block_table, page_size, positions);
+  check_column(op, "cu_seqlens_q", cu_seqlens_q, "[batch + 1]", table.batch + 1, ScalarType::Int,
+               positions);
+  const DeviceGuard guard(positions);
+  Tensor out = allocate(positions, {num_tokens});
+  if (num_tokens == 0) return out;
+  const SlotMappingParams params{
+      .positions = positions.const_data_ptr<int64_t>(),
+      .cu_seqlens_q = cu_seqlens_q.const_data_ptr<int32_t>(),
+      .out = out.mutable_data_ptr<int64_t>(),
+      .num_tokens = num_tokens,
+      .table = table,
+  };
+  launch(op, launch_slot_mapping, params, positions);
+  return out;
+}
+
+void advance_step_(Tensor input_ids, Tensor positions, Tensor slot_mapping, Tensor cache_seqlens,
+                   Tensor offsets, const Tensor& next_ids, const Tensor& active,
+                   const Tensor& block_table, int64_t page_size) {
+  constexpr const char* op = "advance_step_";
+  const BlockTable table = checked_table(op, block_table, page_size, positions);
+  const auto column = [&](const char* arg, const Tensor& x, ScalarType dtype) {
+    check_column(op, arg, x, "[batch] as block_table", table.batch, dtype, positions);
+  };
+  column("input_ids", input_ids, ScalarType::Long);
+  column("positions", positions, ScalarType::Long);
+  column("slot_mapping", slot_mapping, ScalarType::Long);
+  column("cache_seqlens", cache_seqlens, ScalarType::Int);
+  column("offsets", offsets, ScalarType::Long);
+  column("next_ids", next_ids, ScalarType::Long);
+  column("active", active, ScalarType::Bool);
+  const DeviceGuard guard(positions);
+  if (table.batch == 0) return;
+  const AdvanceStepParams params{
+      .input_ids = input_ids.mutable_data_ptr<int64_t>(),
+      .positions = positions.mutable_data_ptr<int64_t>(),
+      .slot_mapping = slot_mapping.mutable_data_ptr<int64_t>(),
+      .cache_seqlens = cache_seqlens.mutable_data_ptr<int32_t>(),
+      .offsets = offsets.mutable_data_ptr<int64_t>(),
+      .next_ids = next_ids.const_data_ptr<int64_t>(),
+      .active = static_cast<const bool*>(active.const_data_ptr()),
+      .table = table,
+  };
+  launch(op, launch_advance_step, params, positions);
+}
+
 }  // namespace
 
 LT_IMPL(m) {
   m.impl("append_kv_", TORCH_BOX(&append_kv_));
   m.impl("copy_blocks_", TORCH_BOX(&copy_blocks_));
+  m.impl("slot_mapping", TORCH_BOX(&slot_mapping));
+  m.impl("advance_step_", TORCH_BOX(&advance_step_));
 }
 
 }  // namespace llamatelemetry

@@ -1,8 +1,9 @@
-// What the launchers of csrc/cache/ take. Nothing is computed here, so elements are bytes.
+// What the launchers of csrc/cache/ take. Keys and values are only copied, so theirs are bytes.
 #pragma once
 
 #include <cstdint>
 
+#include "cache/block_table.h"
 #include "common/backend.h"
 
 namespace llamatelemetry {
@@ -40,5 +41,40 @@ struct CopyBlocksParams {
   int copy_bytes;  // divides row_bytes, every stride and every address
 };
 Error launch_copy_blocks(const CopyBlocksParams& params, Stream stream);
+
+struct SlotMappingParams {
+  const int64_t* positions;     // [num_tokens]
+  const int32_t* cu_seqlens_q;  // [batch + 1]; a token outside them all gets -1
+  int64_t* out;                 // [num_tokens]
+  int64_t num_tokens;
+  BlockTable table;
+};
+Error launch_slot_mapping(const SlotMappingParams& params, Stream stream);
+
+struct AdvanceStepParams {
+  int64_t* input_ids;       // [batch], as all that follow
+  int64_t* positions;       // of input_ids
+  int64_t* slot_mapping;    // of positions
+  int32_t* cache_seqlens;   // positions + 1
+  int64_t* offsets;         // tokens drawn so far
+  const int64_t* next_ids;  // what the step has drawn
+  const bool* active;
+  BlockTable table;
+};
+Error launch_advance_step(const AdvanceStepParams& params, Stream stream);
+
+// One sequence's part of advance_step_. One that is not active writes no keys in the next step.
+static inline constexpr void advance_row(const AdvanceStepParams& p, int64_t row) {
+  if (!p.active[row]) {
+    p.slot_mapping[row] = -1;
+    return;
+  }
+  const int64_t position = p.positions[row] + 1;
+  p.input_ids[row] = p.next_ids[row];
+  p.positions[row] = position;
+  p.slot_mapping[row] = slot_of(p.table, row, position);
+  p.cache_seqlens[row] += 1;
+  p.offsets[row] += 1;
+}
 
 }  // namespace llamatelemetry

@@ -1,6 +1,7 @@
-// What differs between the two libraries, in one place. The sources of a room's ops are compiled
-// once for each: without LT_CUDA into libllamatelemetry_cpu.so, with it into
-// libllamatelemetry_cuda.so. Free of torch, so kernel files include it too.
+// Streams, errors and the dispatch key of the two libraries. The sources of a room's ops are
+// compiled once for each: without LT_CUDA into libllamatelemetry_cpu.so, with it into
+// libllamatelemetry_cuda.so. Free of torch, so kernel files include it too. What else differs by
+// LT_CUDA: the guard and the allocation (binding/stable.h) and the 16-bit types (dtype.h).
 #pragma once
 
 #ifdef LT_CUDA

@@ -14,8 +14,6 @@
 namespace llamatelemetry {
 namespace {
 
-constexpr const char* kNames[] = {"scalar", "avx2", "avx512", "avx512bf16", "amx"};
-
 #if defined(__x86_64__)
 // __builtin_cpu_supports("f16c") is gcc's alone.
 bool has_f16c() {
@@ -72,7 +70,7 @@ Isa choose_isa() {
   const char* forced = std::getenv("LLAMATELEMETRY_CPU_ISA");
   for (int level = 0; forced != nullptr && level <= static_cast<int>(best); ++level) {
     const auto isa = static_cast<Isa>(level);
-    if (std::strcmp(forced, kNames[level]) == 0 && isa != Isa::kAmx) return isa;
+    if (std::strcmp(forced, kIsaNames[level]) == 0 && isa != Isa::kAmx) return isa;
   }
   if (best == Isa::kAmx && may_use_amx()) return best;
   if (best < Isa::kAvx512Bf16) return best;
@@ -86,7 +84,7 @@ Isa cpu_isa() {
   return isa;
 }
 
-const char* cpu_isa_name() { return kNames[static_cast<int>(cpu_isa())]; }
+const char* cpu_isa_name() { return kIsaNames[static_cast<int>(cpu_isa())]; }
 
 }  // namespace llamatelemetry
 

@@ -29,6 +29,7 @@
 namespace llamatelemetry {
 
 enum class Isa : int { kScalar, kAvx2, kAvx512, kAvx512Bf16, kAmx };
+constexpr const char* kIsaNames[] = {"scalar", "avx2", "avx512", "avx512bf16", "amx"};
 
 // The level in use: the fastest on this CPU, or LLAMATELEMETRY_CPU_ISA.
 Isa cpu_isa();

@@ -14,7 +14,10 @@ using Body = void (*)(const void* params, int64_t begin, int64_t end);
 
 struct Work {
   int64_t num_items;
-  double item_ns;  // rough time of one item on one core: too little work is not worth a second core
+  // Rough time of one item on one core. Launchers write a constant for the item plus ns a value;
+  // the order of magnitude is what counts: it says how many items are worth a second core (8 us of
+  // work, kForkJoinNs) and from where on items are taken one by one (kLongItemNs).
+  double item_ns;
 };
 
 void parallel_launch(const char* name, Body body, const void* params, size_t params_bytes,

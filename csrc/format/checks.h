@@ -1,21 +1,54 @@
-// The checks of packed weights that rooms share.
+// The checks of quantised weights that rooms share.
 #pragma once
 
+#include <optional>
+#include <string>
+
 #include "binding/checks.h"
-#include "format/layout.h"
+#include "format/format.h"
 
 namespace llamatelemetry {
 
-inline QuantLayout check_format(const char* op, int64_t format) {
-  check(GgufFormats::contains(format), op, "format",
-        "be a GGML type number of " + GgufFormats::text(), std::to_string(format));
-  return quant_layout(static_cast<int>(format));
+// The row of kFormats with the name that an op was given.
+inline int check_format(const char* op, const std::string& name) {
+  for (int format = 0; format < kNumFormats; ++format) {
+    if (name == kFormats[format].name) return format;
+  }
+  std::string names;
+  for (const FormatDescriptor& format : kFormats) {
+    names += (names.empty() ? "{" : ", ") + std::string(format.name);
+  }
+  check(false, op, "format", "be one of " + names + "}", name);
+  return 0;
+}
+
+// How packed weights are arranged, format/layout.h.
+inline void check_packed_layout(const char* op, const std::string& layout) {
+  check(layout == kPackedLayouts[0], op, "layout",
+        std::string("be one of {") + kPackedLayouts[0] + "}", layout);
+}
+
+// Tensors beside the blocks: there where the format takes them, and only there.
+inline void check_side_tensors(const char* op, int format, const std::optional<Tensor>& scales,
+                               const std::optional<Tensor>& zeros,
+                               const std::optional<Tensor>& perm) {
+  const FormatDescriptor& descriptor = kFormats[format];
+  const auto check_one = [&](const char* arg, const std::optional<Tensor>& tensor, bool takes) {
+    check(tensor.has_value() == takes, op, arg,
+          std::string(takes ? "be given for " : "be None for ") + descriptor.name +
+              (takes ? "" : ", whose blocks hold all that it needs"),
+          tensor ? "a tensor of shape " + shape_text(*tensor) : "None");
+  };
+  check_one("scales", scales, descriptor.takes_scales);
+  check_one("zeros", zeros, descriptor.takes_zeros);
+  check_one("perm", perm, descriptor.takes_perm);
 }
 
 // Bytes of a row of k weights.
-inline int64_t check_row_bytes(const char* op, const QuantLayout& layout, int64_t k) {
+inline int64_t check_row_bytes(const char* op, int format, int64_t k) {
+  const BlockLayout& layout = kFormats[format].fields;
   check(k >= 0 && k % layout.block_size == 0, op, "k",
-        "be a multiple of " + std::to_string(layout.block_size) + " for " + layout.name,
+        "be a multiple of " + std::to_string(layout.block_size) + " for " + kFormats[format].name,
         std::to_string(k));
   return k / layout.block_size * layout.block_bytes;
 }
@@ -23,12 +56,11 @@ inline int64_t check_row_bytes(const char* op, const QuantLayout& layout, int64_
 inline int64_t num_tiles(int64_t n) { return (n + kTileRows - 1) / kTileRows; }
 
 // packed is what repack makes of [n, k] weights.
-inline void check_packed(const char* op, const Tensor& packed, const QuantLayout& layout, int64_t n,
-                         int64_t k) {
+inline void check_packed(const char* op, const Tensor& packed, int format, int64_t n, int64_t k) {
   check(n >= 0, op, "n", "be at least 0", std::to_string(n));
   check_dtype(op, "packed", packed, ScalarType::Byte);
   check_shape(op, "packed", packed, "[ceil(n / 16), 16 * row_bytes]",
-              {num_tiles(n), kTileRows * check_row_bytes(op, layout, k)});
+              {num_tiles(n), kTileRows * check_row_bytes(op, format, k)});
   check_contiguous(op, "packed", packed);
   const auto misaligned = reinterpret_cast<uintptr_t>(packed.const_data_ptr()) % 16;
   check(misaligned == 0, op, "packed", "start at a multiple of 16 bytes",

@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-#include "format/layout.h"
+#include "format/format.h"
 #include "tile/convert.cuh"
 
 namespace llamatelemetry {
@@ -30,31 +30,29 @@ __device__ inline float byte_to_float(uint32_t codes, int i, int offset) {
 // four consecutive weights in each row, whose first one is first_weight(word, part) of its block.
 template <int kFormat, int kRows>
 class PackedWord {
-  static constexpr bool kQ8 = kFormat == kQ8_0;
-  static constexpr bool kFifthInOneWord = kFormat == kQ5_0 || kFormat == kQ5_1;
-  static constexpr bool kFiveBitsK = kFormat == kQ5_K;
-  static constexpr bool kSixBits = kFormat == kQ6_K;
-  static constexpr bool kSixBitScales = kFormat == kQ4_K || kFiveBitsK;
-  static constexpr bool kHasMin = quant_layout(kFormat).min.bytes > 0;
-  static constexpr int kQuants = quant_layout(kFormat).quants.packed;
-  static constexpr int kHighBits = quant_layout(kFormat).high_bits.packed;
-  static constexpr int kSubScales = quant_layout(kFormat).sub_scales.packed;
-  static constexpr int kScale = quant_layout(kFormat).scale.packed;
-  static constexpr int kMin = quant_layout(kFormat).min.packed;
-  static constexpr int kOffset = kFormat == kQ4_0   ? 8
-                                 : kFormat == kQ5_0 ? 16
-                                 : kSixBits         ? 32
-                                 : kQ8              ? 128  // int8 with its sign bit flipped
-                                                    : 0;
+  static constexpr FormatDescriptor kDescriptor = kFormats[kFormat];
+  static_assert(is_decodable(kDescriptor));
+  static constexpr BlockLayout kLayout = block_layout(kFormat);
+  static constexpr bool kByteCodes = kDescriptor.codes == CodeFamily::kS8;
+  static constexpr bool kSixBits = kDescriptor.codes == CodeFamily::kU6;
+  static constexpr bool kFiveBits = kDescriptor.codes == CodeFamily::kU5;
+  static constexpr bool kFifthInOneWord = kFiveBits && has_fifth_bits_word(kLayout);
+  static constexpr bool kHasMin = kLayout.min.bytes > 0;
+  static constexpr int kQuants = kLayout.quants.packed;
+  static constexpr int kHighBits = kLayout.high_bits.packed;
+  static constexpr int kSubScales = kLayout.sub_scales.packed;
+  static constexpr int kScale = kLayout.scale.packed;
+  static constexpr int kMin = kLayout.min.packed;
+  static constexpr int kOffset = unsigned_zero_point(kDescriptor);
 
  public:
-  static constexpr int kBlockSize = quant_layout(kFormat).block_size;
-  static constexpr int kPackedBytes = kTileRows * quant_layout(kFormat).block_bytes;
-  static constexpr int kWordsPerBlock = quant_layout(kFormat).quants.bytes / 4;
-  static constexpr int kParts = kQ8 ? 1 : 2;
+  static constexpr int kBlockSize = kLayout.block_size;
+  static constexpr int kPackedBytes = kTileRows * kLayout.block_bytes;
+  static constexpr int kWordsPerBlock = kLayout.quants.bytes / 4;
+  static constexpr int kParts = kByteCodes ? 1 : 2;
 
   static __device__ int first_weight(int word, int part) {
-    if constexpr (kQ8) return 4 * word;
+    if constexpr (kByteCodes) return 4 * word;
     if constexpr (kBlockSize == 32) return 4 * word + 16 * part;
     return 32 * sub_block(word, part) + 4 * (word % 8);
   }
@@ -63,7 +61,7 @@ class PackedWord {
     quants_ = load_row_units<uint32_t, kRows>(block + kQuants, word, row);
     if constexpr (kFifthInOneWord) {
       high_bits_ = load_row_units<uint32_t, kRows>(block + kHighBits, 0, row);
-    } else if constexpr (kFiveBitsK) {
+    } else if constexpr (kFiveBits) {
       high_bits_ = load_row_units<uint32_t, kRows>(block + kHighBits, word % 8, row);
     } else if constexpr (kSixBits) {
       high_bits_ =
@@ -97,7 +95,7 @@ class PackedWord {
   }
 
  private:
-  // K formats: the sub-block of 32 weights that a part of a word belongs to.
+  // In blocks of 256: the sub-block of 32 weights that a part of a word belongs to.
   static __device__ int sub_block(int word, int part) {
     if constexpr (kSixBits) return word / 16 * 4 + word / 8 % 2 + 2 * part;
     return word / 8 * 2 + part;
@@ -106,7 +104,7 @@ class PackedWord {
   // The integers that scale and min of the block are multiplied with.
   __device__ void sub_scales(const uint8_t* block, int row, int part, int (&scale)[kRows],
                              int (&min)[kRows]) const {
-    if constexpr (kSixBitScales) {
+    if constexpr (kDescriptor.scale_rule == ScaleRule::kSubBlock32) {
       const int sub = sub_block(word_, part);
       const int shift = 8 * (sub % 4);
       const auto a = load_row_units<uint32_t, kRows>(block + kSubScales, 0, row);
@@ -119,7 +117,7 @@ class PackedWord {
         scale[r] = sub < 4 ? low & 0x3f : (high & 0x0f) | (low >> 2 & 0x30);
         min[r] = sub < 4 ? low_min & 0x3f : (high >> 4 & 0x0f) | (low_min >> 2 & 0x30);
       }
-    } else if constexpr (kSixBits) {
+    } else if constexpr (kDescriptor.scale_rule == ScaleRule::kSubBlock16) {
       const int sixteen = 2 * sub_block(word_, part) + word_ % 8 / 4;
       const auto words = load_row_units<uint32_t, kRows>(block + kSubScales, sixteen / 4, row);
 #pragma unroll
@@ -130,7 +128,7 @@ class PackedWord {
 #pragma unroll
       for (int r = 0; r < kRows; ++r) {
         scale[r] = 1;
-        min[r] = -1;  // these formats add their minimum
+        min[r] = -1;  // this rule adds the minimum
       }
     }
   }
@@ -138,11 +136,11 @@ class PackedWord {
   // The codes of a group, one in each byte.
   __device__ uint32_t codes(int part, int r) const {
     const uint32_t quants = quants_.row[r];
-    if constexpr (kQ8) return quants ^ 0x80808080;
+    if constexpr (kByteCodes) return quants ^ 0x80808080;
     const uint32_t nibbles = quants >> (4 * part) & 0x0f0f0f0f;
     if constexpr (kFifthInOneWord) {
       return nibbles | (high_bits_.row[r] >> (word_ + 4 * part) & 0x01010101) << 4;
-    } else if constexpr (kFiveBitsK) {
+    } else if constexpr (kFiveBits) {
       return nibbles | (high_bits_.row[r] >> sub_block(word_, part) & 0x01010101) << 4;
     } else if constexpr (kSixBits) {
       const int plane = sub_block(word_, part) % 4;

@@ -1,10 +1,10 @@
-// A packed block (format/layout.h) as codes and scales of 16 rows at a time: the one place on
-// the CPU that knows how a format's bits become weights.
+// A packed block (format/layout.h) as codes and scales of 16 rows at a time: how every
+// kernel over packed weights decodes them on the CPU. (Whole rows of a file: format/gguf.h.)
 //
 //   weight = scale * (code - kZeroPoint) + min     in sub-blocks of 32 weights
 #pragma once
 
-#include "format/layout.h"
+#include "format/format.h"
 #include "format/tile_rows_cpu.h"
 
 namespace llamatelemetry {
@@ -17,18 +17,16 @@ constexpr int kGroups = kSubBlock / 4;  // words of codes in a sub-block
 
 template <int kFormat>
 struct PackedBlock {
-  static constexpr QuantLayout kLayout = quant_layout(kFormat);
+  static constexpr FormatDescriptor kDescriptor = kFormats[kFormat];
+  static_assert(is_decodable(kDescriptor));
+  static constexpr BlockLayout kLayout = block_layout(kFormat);
   static constexpr int kBytes = kTileRows * kLayout.block_bytes;
   static constexpr int kSubBlocks = kLayout.block_size / kSubBlock;
   static constexpr bool kHasMin = kLayout.min.bytes != 0;
-  static constexpr bool kHasSubScales = kLayout.sub_scales.bytes != 0;
-  static constexpr int kScalesPerSubBlock = kFormat == kQ6_K ? 2 : 1;
-  static constexpr int kZeroPoint = kFormat == kQ4_0   ? 8
-                                    : kFormat == kQ5_0 ? 16
-                                    : kFormat == kQ6_K ? 32
-                                    : kFormat == kQ8_0 ? 128
-                                                       : 0;
-  static constexpr int kCodeBits = kFormat == kQ8_0 ? 8 : 6;  // at most
+  static constexpr int kScalesPerSubBlock =
+      kDescriptor.scale_rule == ScaleRule::kSubBlock16 ? 2 : 1;
+  static constexpr int kZeroPoint = unsigned_zero_point(kDescriptor);
+  static constexpr int kCodeBits = kDescriptor.codes == CodeFamily::kS8 ? 8 : 6;  // at most
 
   const uint8_t* bytes;
   Floats scales[kSubBlocks * kScalesPerSubBlock];
@@ -36,12 +34,12 @@ struct PackedBlock {
 
   explicit LT_MEMBER PackedBlock(const uint8_t* block) : bytes(block) {
     const Floats d = halves(kLayout.scale);
-    if constexpr (kFormat == kQ6_K) {
+    if constexpr (kDescriptor.scale_rule == ScaleRule::kSubBlock16) {
 #pragma GCC unroll 16
       for (int i = 0; i < kSubBlocks * kScalesPerSubBlock; ++i) {
         scales[i] = d * words_to_float(words_signed_byte(word(kLayout.sub_scales, i / 4), i % 4));
       }
-    } else if constexpr (kHasSubScales) {
+    } else if constexpr (kDescriptor.scale_rule == ScaleRule::kSubBlock32) {
       const Words a = word(kLayout.sub_scales, 0);
       const Words b = word(kLayout.sub_scales, 1);
       const Words c = word(kLayout.sub_scales, 2);
@@ -65,7 +63,7 @@ struct PackedBlock {
   // The codes of one sub-block, unsigned: byte i of code[g] belongs to weight 4g + i.
   LT_MEMBER void codes(int sub_block, Words (&code)[kGroups]) const {
     const Words nibble = words_set(0x0f0f0f0f);
-    if constexpr (kFormat == kQ8_0) {
+    if constexpr (kDescriptor.codes == CodeFamily::kS8) {
       const Words sign = words_set(static_cast<int32_t>(0x80808080));
 #pragma GCC unroll 8
       for (int g = 0; g < kGroups; ++g) code[g] = word(kLayout.quants, g) ^ sign;
@@ -84,7 +82,7 @@ struct PackedBlock {
           code[g] = code[g] | ((g < 4 ? fifth << (4 - g) : fifth >> (g - 4)) & bit_four);
         }
       }
-    } else if constexpr (kFormat == kQ6_K) {
+    } else if constexpr (kDescriptor.codes == CodeFamily::kU6) {
       const int half = sub_block / 4, quarter = sub_block % 4;
 #pragma GCC unroll 8
       for (int g = 0; g < kGroups; ++g) {

@@ -1,6 +1,6 @@
-// A weight's code and scale in the bytes of its raw GGUF block (fields: format/layout.h).
+// A weight's code and scale in the bytes of its block as the file has it (fields: format/format.h).
 //
-//   weight = (d * scale) * code - m * minimum
+//   weight = (d * scale) * (code - zero_point) - m * minimum
 //
 // Every format is read in runs of 16 consecutive weights, which share one scale and take their
 // codes from 16 consecutive bytes by one shift. (d * scale) * code is exact in float32 for every
@@ -10,7 +10,7 @@
 
 #include <cstdint>
 
-#include "format/layout.h"
+#include "format/format.h"
 
 #ifdef __CUDACC__
 #define LT_BLOCK __host__ __device__ static inline
@@ -35,53 +35,54 @@ LT_BLOCK uint16_t read_u16(const uint8_t* p) { return static_cast<uint16_t>(p[0]
 
 template <int kFormat>
 class Block {
-  static constexpr bool kSixBitScales = kFormat == kQ4_K || kFormat == kQ5_K;
-  static constexpr int kQuants = quant_layout(kFormat).quants.offset;
-  static constexpr int kHighBits = quant_layout(kFormat).high_bits.offset;
-  static constexpr int kSubScales = quant_layout(kFormat).sub_scales.offset;
-  static constexpr int kScale = quant_layout(kFormat).scale.offset;
-  static constexpr int kMin = quant_layout(kFormat).min.offset;
+  static constexpr FormatDescriptor kDescriptor = kFormats[kFormat];
+  static_assert(is_decodable(kDescriptor));
+  static constexpr BlockLayout kLayout = kDescriptor.fields;
+  static constexpr CodeFamily kCodes = kDescriptor.codes;
+  static constexpr ScaleRule kScaleRule = kDescriptor.scale_rule;
+  static constexpr int kZeroPoint = kDescriptor.zero_point;
+  static constexpr int kHighBits = kLayout.high_bits.offset;
 
  public:
-  static constexpr int kBytes = quant_layout(kFormat).block_bytes;
-  static constexpr int kWeights = quant_layout(kFormat).block_size;
-  static constexpr bool kHasMinimum = quant_layout(kFormat).min.bytes > 0;
+  static constexpr int kBytes = kLayout.block_bytes;
+  static constexpr int kWeights = kLayout.block_size;
+  static constexpr bool kHasMinimum = kLayout.min.bytes > 0;
 
-  // Of weight 16 * run + i.
+  // code - zero_point of weight 16 * run + i.
   LT_BLOCK int code(const uint8_t* b, int run, int i) {
-    const uint8_t* q = b + kQuants;
-    if constexpr (kFormat == kQ8_0) {
-      return static_cast<int8_t>(q[16 * run + i]);
-    } else if constexpr (kFormat == kQ6_K) {  // halves of 64 bytes: 64 low nibbles, 64 high ones
+    const uint8_t* q = b + kLayout.quants.offset;
+    if constexpr (kCodes == CodeFamily::kS8) {
+      return static_cast<int8_t>(q[16 * run + i]) - kZeroPoint;
+    } else if constexpr (kCodes == CodeFamily::kU6) {  // halves: 64 low nibbles, 64 high ones
       const int half = run / 8;
       const int two_bits = b[kHighBits + 32 * half + 16 * (run % 2) + i] >> (2 * (run % 8 / 2)) & 3;
-      return (nibble(q[64 * half + 16 * (run % 4) + i], run % 8 / 4) | two_bits << 4) - 32;
-    } else if constexpr (kSixBitScales) {  // quarters of 32 bytes: 32 low nibbles, 32 high ones
+      return (nibble(q[64 * half + 16 * (run % 4) + i], run % 8 / 4) | two_bits << 4) - kZeroPoint;
+    } else if constexpr (kWeights == 256) {  // quarters: 32 low nibbles, 32 high ones
       const int low = nibble(q[32 * (run / 4) + 16 * (run % 2) + i], run / 2 % 2);
-      if constexpr (kFormat == kQ4_K) return low;
-      return low | (b[kHighBits + 16 * (run % 2) + i] >> (run / 2) & 1) << 4;
-    } else if constexpr (kFormat == kQ5_0 || kFormat == kQ5_1) {  // one word of fifth bits
+      if constexpr (kCodes == CodeFamily::kU4) return low - kZeroPoint;
+      return (low | (b[kHighBits + 16 * (run % 2) + i] >> (run / 2) & 1) << 4) - kZeroPoint;
+    } else if constexpr (kCodes == CodeFamily::kU5) {  // one word of fifth bits
       const uint8_t* high = b + kHighBits;
       const uint32_t word = read_u16(high) | static_cast<uint32_t>(read_u16(high + 2)) << 16;
       const int fifth = static_cast<int>(word >> (16 * run + i) & 1) << 4;
-      return (nibble(q[i], run) | fifth) - (kFormat == kQ5_0 ? 16 : 0);
+      return (nibble(q[i], run) | fifth) - kZeroPoint;
     } else {
-      return nibble(q[i], run) - (kFormat == kQ4_0 ? 8 : 0);
+      return nibble(q[i], run) - kZeroPoint;
     }
   }
 
   LT_BLOCK RunScale scale(const uint8_t* b, int run) {
-    const uint16_t d = read_u16(b + kScale);
-    const uint16_t m = kHasMinimum ? read_u16(b + kMin) : 0;
-    const uint8_t* s = b + kSubScales;
-    if constexpr (kFormat == kQ6_K) {
+    const uint16_t d = read_u16(b + kLayout.scale.offset);
+    const uint16_t m = kHasMinimum ? read_u16(b + kLayout.min.offset) : 0;
+    const uint8_t* s = b + kLayout.sub_scales.offset;
+    if constexpr (kScaleRule == ScaleRule::kSubBlock16) {
       return {d, m, static_cast<int8_t>(s[run]), 0};
-    } else if constexpr (kSixBitScales) {
+    } else if constexpr (kScaleRule == ScaleRule::kSubBlock32) {
       const int j = run / 2 % 4;  // sub-blocks 4 to 7 borrow the top bits of 0 to 3
       if (run < 8) return {d, m, s[j] & 63, s[j + 4] & 63};
       return {d, m, (s[j + 8] & 15) | (s[j] >> 6 << 4), (s[j + 8] >> 4) | (s[j + 4] >> 6 << 4)};
     } else {
-      return {d, m, 1, -1};  // these formats add their minimum
+      return {d, m, 1, -1};  // this rule adds the minimum
     }
   }
 

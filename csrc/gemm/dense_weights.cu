@@ -6,7 +6,7 @@ namespace llamatelemetry {
 
 Error launch_dense_weights(const DenseWeightsParams& p, Stream stream) {
   constexpr int kNumThreads = 256;
-  GgufFormats::dispatch(p.format, [&](auto format) {
+  dispatch_format(p.format, [&](auto format) {
     dispatch_dtype(p.dtype, [&](auto type) {
       using T = typename decltype(type)::type;
       using Word = PackedWord<format(), 4>;

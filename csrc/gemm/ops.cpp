@@ -2,19 +2,32 @@
 #include <optional>
 #include <vector>
 
+#include "binding/launch.h"
 #include "format/checks.h"
+#include "gemm/choice.h"
 #include "gemm/params.h"
 
 namespace llamatelemetry {
 namespace {
 
-Tensor quant_linear(const Tensor& x, const Tensor& packed, int64_t format, int64_t n,
-                    std::optional<Tensor> bias, bool exact) {
+// The weights in the dtype of x, for torch's matmul.
+Tensor dense_linear(const char* op, const Tensor& x, const std::optional<Tensor>& bias,
+                    DenseWeightsParams params) {
+  Tensor weights = allocate(x, {params.n, params.k});
+  params.weights = weights.mutable_data_ptr();
+  launch(op, launch_dense_weights, params, x);
+  return call_torch_linear(x, weights, bias);
+}
+
+Tensor quant_linear(const Tensor& x, const Tensor& packed, StringHandle format_name, int64_t n,
+                    std::optional<Tensor> bias, bool exact, std::optional<Tensor> scales,
+                    std::optional<Tensor> zeros, std::optional<Tensor> perm) {
   constexpr const char* op = "quant_linear";
-  const QuantLayout layout = check_format(op, format);
+  const int format = check_format(op, take_string(format_name));
+  check_side_tensors(op, format, scales, zeros, perm);
   const DType dtype = check_floating(op, "x", x);
   const Rows rows = rows_of(op, "x", x);
-  check_packed(op, packed, layout, n, rows.row_size);
+  check_packed(op, packed, format, n, rows.row_size);
   check_device(op, "packed", packed, "x", x);
   if (bias) {
     check_shape(op, "bias", *bias, "[n]", {n});
@@ -23,19 +36,23 @@ Tensor quant_linear(const Tensor& x, const Tensor& packed, int64_t format, int64
   }
   const DeviceGuard guard(x);
   const auto* packed_data = static_cast<const uint8_t*>(packed.const_data_ptr());
-  if constexpr (kOnCuda) {
-    if (!exact && rows.num_rows > kMaxFusedRows && n > 0 && rows.row_size > 0) {
-      Tensor weights = allocate(x, {n, rows.row_size});
-      const DenseWeightsParams params{
-          .packed = packed_data,
-          .weights = weights.mutable_data_ptr(),
-          .n = n,
-          .k = rows.row_size,
-          .format = layout.format,
-          .dtype = dtype,
-      };
-      launch(op, launch_dense_weights, params, x);
-      return linear(x, weights, bias);
+  if constexpr (kHasDenseWeights) {
+    const QuantLinearDescriptor call{
+        .m = rows.num_rows,
+        .n = n,
+        .k = rows.row_size,
+        .codes = kFormats[format].codes,
+        .on_cuda = kOnCuda,
+        .exact = exact,
+    };
+    if (choose_quant_linear(call) == QuantLinearImpl::kDense) {
+      return dense_linear(op, x, bias,
+                          {.packed = packed_data,
+                           .weights = nullptr,
+                           .n = n,
+                           .k = rows.row_size,
+                           .format = format,
+                           .dtype = dtype});
     }
   }
   std::vector<int64_t> sizes(x.sizes().begin(), x.sizes().end());
@@ -52,7 +69,7 @@ Tensor quant_linear(const Tensor& x, const Tensor& packed, int64_t format, int64
       .n = n,
       .k = rows.row_size,
       .x_row_stride = rows.row_stride,
-      .format = layout.format,
+      .format = format,
       .dtype = dtype,
       .exact = exact,
   };

@@ -18,7 +18,7 @@ struct QuantLinearParams {
   int64_t n;
   int64_t k;
   int64_t x_row_stride;
-  int format;
+  int format;   // row of kFormats
   DType dtype;  // of x, bias and out
   bool exact;
 };
@@ -27,16 +27,12 @@ Error launch_quant_linear(const QuantLinearParams& params, Stream stream);
 // What a launch needs beside its output; each backend says. workspace may still be null.
 int64_t quant_linear_workspace_bytes(const QuantLinearParams& params);
 
-// CUDA alone: from more rows on, a matmul over dense weights beats decoding them anew for every
-// kMaxFusedRows rows.
-constexpr int kMaxFusedRows = 8;
-
 struct DenseWeightsParams {
   const uint8_t* packed;  // [n, k] of format in tiles
   void* weights;          // [n, k], contiguous
   int64_t n;
   int64_t k;
-  int format;
+  int format;   // row of kFormats
   DType dtype;  // of weights
 };
 Error launch_dense_weights(const DenseWeightsParams& params, Stream stream);

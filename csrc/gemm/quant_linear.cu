@@ -1,3 +1,4 @@
+#include "gemm/choice.h"
 #include "gemm/quant_linear.cuh"
 
 namespace llamatelemetry {
@@ -19,7 +20,7 @@ void launch(const QuantLinearParams& p, Stream stream) {
 int64_t quant_linear_workspace_bytes(const QuantLinearParams&) { return 0; }
 
 Error launch_quant_linear(const QuantLinearParams& p, Stream stream) {
-  GgufFormats::dispatch(p.format, [&](auto format) {
+  dispatch_format(p.format, [&](auto format) {
     if (p.m == 1) {
       launch<format(), 1>(p, stream);
     } else {

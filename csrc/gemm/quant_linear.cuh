@@ -24,6 +24,7 @@ __device__ inline void load_x(const QuantLinearParams& p, int64_t first, bool al
     case DType::kFloat16: return load_four(static_cast<const Half*>(p.x) + first, aligned, values);
     case DType::kBFloat16:
       return load_four(static_cast<const BFloat16*>(p.x) + first, aligned, values);
+    default: break;  // check_floating refuses the others
   }
 }
 
@@ -102,6 +103,7 @@ __global__ void __launch_bounds__(kNumThreads)
     case DType::kFloat32: return store_with_bias<float>(p, first_row + m, column, total);
     case DType::kFloat16: return store_with_bias<Half>(p, first_row + m, column, total);
     case DType::kBFloat16: return store_with_bias<BFloat16>(p, first_row + m, column, total);
+    default: break;
   }
 }
 

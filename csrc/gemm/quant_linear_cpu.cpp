@@ -118,8 +118,7 @@ void prepare_items(const QuantLinearParams& p, int64_t begin, int64_t end) {
   dispatch_dtype(p.dtype, [&](auto type) {
     using T = typename decltype(type)::type;
     if (p.exact) return widen_tokens<T>(p, begin, end);
-    GgufFormats::dispatch(p.format,
-                          [&](auto format) { quantize_tokens<format(), T>(p, begin, end); });
+    dispatch_format(p.format, [&](auto format) { quantize_tokens<format(), T>(p, begin, end); });
   });
 }
 
@@ -243,7 +242,7 @@ void linear_tiles(const QuantLinearParams& p, int64_t begin, int64_t end) {
 }
 
 void linear_items(const QuantLinearParams& p, int64_t begin, int64_t end) {
-  GgufFormats::dispatch(p.format, [&](auto format) { linear_tiles<format()>(p, begin, end); });
+  dispatch_format(p.format, [&](auto format) { linear_tiles<format()>(p, begin, end); });
 }
 
 }  // namespace

@@ -1,5 +1,5 @@
 // One row for one block: loaded once, kept in registers, read again only where it is wider than
-// they hold. Thread i has vectors i, i + blockDim.x, ...; the first kHeld of them it keeps.
+// they hold. Thread i has vectors i, i + blockDim.x, ...; the first kHeld of them in registers.
 #pragma once
 
 #include <cstdint>
@@ -12,16 +12,17 @@
 
 namespace llamatelemetry {
 
-// A row of which a thread holds fewer vectors than this is held whole, by at most kFewWarps warps.
-constexpr int kMostHeld = 4;
+// kHeld < kMaxHeld: the whole row is in registers, of at most kFewWarps warps.
+constexpr int kMaxHeld = 4;
 constexpr int kFewWarps = 8;
 
-// kWhole: the row is exactly what at most kFewWarps warps hold.
+// kHeld: vectors of the row in a thread's registers.
+// kWhole: the row fills the registers of at most kFewWarps warps exactly, so nothing checks bounds.
 template <typename V, int kHeld, bool kWhole = false>
 struct BlockRow {
-  static constexpr int kWarps = kWhole || kHeld < kMostHeld ? kFewWarps : kMaxWarps;  // at most
+  static constexpr int kWarps = kWhole || kHeld < kMaxHeld ? kFewWarps : kMaxWarps;  // at most
 
-  const V* row;  // where vectors that are not held are read
+  const V* row;  // where vectors that are not in registers are read
   int num_vectors;
   V held[kHeld > 0 ? kHeld : 1];
 
@@ -45,7 +46,7 @@ struct BlockRow {
       const int i = h * blockDim.x + threadIdx.x;
       if (kWhole || i < num_vectors) body(i, h, held[h]);
     }
-    if constexpr (kHeld == kMostHeld && !kWhole) {
+    if constexpr (kHeld == kMaxHeld && !kWhole) {
       for (int i = kHeld * blockDim.x + threadIdx.x; i < num_vectors; i += blockDim.x) {
         V vector = row[i];
         body(i, kHeld, vector);
@@ -57,10 +58,10 @@ struct BlockRow {
   __device__ V at(int i, int h) const { return h < kHeld ? held[h] : row[i]; }
 };
 
-// A row of weights beside one of which kHeld vectors are held: none of these where that takes more
-// registers than there are.
+// A row of weights beside one of which kHeld vectors are in registers: none of its own are where
+// that takes more registers than there are.
 template <typename V, int kHeld>
-using WeightRow = BlockRow<V, kHeld == kMostHeld ? 0 : kHeld>;
+using WeightRow = BlockRow<V, kHeld == kMaxHeld ? 0 : kHeld>;
 
 // How many of a row's elements the threads of this warp have together: no warp has none.
 template <typename V>
@@ -81,23 +82,24 @@ __device__ inline void prefetch_row(const void* row, int row_size) {
   }
 }
 
-// Calls start(Type<V>, integral_constant<kHeld>, num_threads) with what suits a row of row_size Ts.
+// Calls start(Type<V>, integral_constant<kHeld>, num_threads) with what suits a row of row_size Ts:
+// a callback, because V and kHeld are template arguments of the kernel.
 template <typename T, typename Start>
 void with_block_row(int64_t row_size, bool wide, Start start) {
   const int64_t num_vectors = wide ? row_size / WideVector<T>::kElements : row_size;
   // Few vectors a thread shorten a single row; past kFewWarps more of them keep blocks small, so
   // that several share a multiprocessor and one's loads hide another's reduction.
   constexpr int kFewThreads = kFewWarps * kWarpSize;
-  const int held = !wide || num_vectors > 2 * kFewThreads ? kMostHeld
+  const int held = !wide || num_vectors > 2 * kFewThreads ? kMaxHeld
                    : num_vectors > kFewThreads            ? 2
                                                           : 1;
   const int64_t warps = (num_vectors + held * kWarpSize - 1) / (held * kWarpSize);
   const auto num_threads =
       static_cast<unsigned>(kWarpSize * (warps < kMaxWarps ? warps : kMaxWarps));
   if (!wide) {
-    start(Type<Vector<T, 1>>{}, std::integral_constant<int, kMostHeld>{}, num_threads);
+    start(Type<Vector<T, 1>>{}, std::integral_constant<int, kMaxHeld>{}, num_threads);
   } else {
-    IntMenu<1, 2, kMostHeld>::dispatch(
+    IntMenu<1, 2, kMaxHeld>::dispatch(
         held, [&](auto kHeld) { start(Type<WideVector<T>>{}, kHeld, num_threads); });
   }
 }

@@ -14,8 +14,8 @@ Error launch_layer_norm(const LayerNormParams& p, Stream stream) {
         launch_overlapped(kernel, grid, num_threads, stream, p);
       };
       // Two rows a block where there are enough for every multiprocessor, and so long that weight
-      // and bias are not held.
-      if constexpr (held() == kMostHeld && V::kElements > 1) {
+      // and bias are not in registers.
+      if constexpr (held() == kMaxHeld && V::kElements > 1) {
         const bool whole = num_threads <= kFewWarps * kWarpSize &&
                            p.hidden_size == int64_t{num_threads} * held() * V::kElements;
         if (whole && p.weight && p.bias && p.num_tokens >= 8 * current_device().num_sms) {

@@ -1,11 +1,9 @@
 // out[t, :] = (x[t, :] - mean) / sqrt(variance + eps) * weight + bias       (Ba et al. 2016)
-// Each warp takes about the mean of what it holds, then sums the distances from it and their
-// squares in a second pass over registers; one exchange between the warps makes the row's mean and
-// variance of these (Chan, Golub & LeVeque 1979). No cancellation, whatever the mean and wherever
-// outliers are. Bandwidth bound, or for a few rows bound by latency. A block takes
-// kRows rows; more than one where these are whole (block_row.cuh) and there are both weight and
-// bias, which are then read once for them.
-// Grid [num_tokens / kRows], rounded up.
+// Pass 1: an approximate mean per warp. Pass 2, over registers: sums of x - mean and of its square.
+// One exchange merges the warps' moments (Chan, Golub & LeVeque 1979): no cancellation, whatever
+// the mean and wherever outliers are. Bandwidth bound, or for a few rows bound by latency. A block
+// takes kRows rows; more than one where these are whole (block_row.cuh) and there are both weight
+// and bias, which are then read once for them. Grid [num_tokens / kRows], rounded up.
 #pragma once
 
 #include "norm/block_row.cuh"

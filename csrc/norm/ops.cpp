@@ -2,14 +2,15 @@
 #include <optional>
 
 #include "binding/checks.h"
+#include "binding/launch.h"
 #include "norm/params.h"
 
 namespace llamatelemetry {
 namespace {
 
 // A vector over the last dimension of x, or nullptr where an optional one is left out.
-const void* per_column(const char* op, const char* arg, const std::optional<Tensor>& vector,
-                       const Tensor& x, int64_t row_size) {
+const void* checked_vector(const char* op, const char* arg, const std::optional<Tensor>& vector,
+                           const Tensor& x, int64_t row_size) {
   if (!vector) return nullptr;
   check_shape(op, arg, *vector, "[hidden_size]", {row_size});
   check_like(op, arg, *vector, "x", x);
@@ -28,7 +29,7 @@ Tensor rms_norm(const Tensor& x, const Tensor& weight, double eps) {
   constexpr const char* op = "rms_norm";
   const DType dtype = check_floating(op, "x", x);
   const Rows rows = rows_of(op, "x", x);  // leading dimensions folded
-  const void* weight_data = per_column(op, "weight", weight, x, rows.row_size);
+  const void* weight_data = checked_vector(op, "weight", weight, x, rows.row_size);
   const DeviceGuard guard(x);
   Tensor out = allocate(x, x.sizes());
   if (x.numel() == 0) return out;  // an empty grid is a launch error
@@ -59,7 +60,7 @@ void fused_add_rms_norm_(Tensor x, Tensor residual, const Tensor& weight, double
   const Rows residual_rows = rows_of(op, "residual", residual);
   check_apart(op, "x", rows.num_rows, rows.row_stride, rows.row_size);
   check_apart(op, "residual", rows.num_rows, residual_rows.row_stride, rows.row_size);
-  const void* weight_data = per_column(op, "weight", weight, x, rows.row_size);
+  const void* weight_data = checked_vector(op, "weight", weight, x, rows.row_size);
   const DeviceGuard guard(x);
   if (x.numel() == 0) return;
   check(x.const_data_ptr() != residual.const_data_ptr(), op, "residual", "be another tensor than x",
@@ -85,8 +86,8 @@ Tensor layer_norm(const Tensor& x, std::optional<Tensor> weight, std::optional<T
   constexpr const char* op = "layer_norm";
   const DType dtype = check_floating(op, "x", x);
   const Rows rows = rows_of(op, "x", x);
-  const void* weight_data = per_column(op, "weight", weight, x, rows.row_size);
-  const void* bias_data = per_column(op, "bias", bias, x, rows.row_size);
+  const void* weight_data = checked_vector(op, "weight", weight, x, rows.row_size);
+  const void* bias_data = checked_vector(op, "bias", bias, x, rows.row_size);
   const DeviceGuard guard(x);
   Tensor out = allocate(x, x.sizes());
   if (x.numel() == 0) return out;

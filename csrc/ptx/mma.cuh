@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include "common/dtype.h"
+#include "ptx/shared.cuh"
 
 namespace llamatelemetry::ptx {
 

@@ -8,12 +8,9 @@
 
 #include <cstdint>
 
-namespace llamatelemetry::ptx {
+#include "ptx/shared.cuh"
 
-// The address of shared memory that the instructions below take.
-__device__ inline uint32_t shared_address(const void* p) {
-  return static_cast<uint32_t>(__cvta_generic_to_shared(p));
-}
+namespace llamatelemetry::ptx {
 
 // #parallel-synchronization-and-communication-instructions-mbarrier-init
 __device__ inline void mbarrier_init(uint32_t barrier, uint32_t num_arrivals) {

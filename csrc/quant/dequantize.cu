@@ -5,9 +5,9 @@ namespace llamatelemetry {
 
 Error launch_dequantize(const DequantizeParams& p, Stream stream) {
   constexpr int kNumThreads = 256;
-  GgufFormats::dispatch(p.format, [&](auto number) {
+  dispatch_format(p.format, [&](auto format) {
     dispatch_dtype(p.dtype, [&](auto type) {
-      using Format = Block<number()>;
+      using Format = Block<format()>;
       using T = typename decltype(type)::type;
       const int64_t quads_per_row = p.blocks_per_row * Format::kWeights / 4;
       const int64_t num_quads = p.num_rows * quads_per_row;

@@ -39,9 +39,9 @@ void dequantize_blocks(const DequantizeParams& p, int64_t begin, int64_t end) {
 }
 
 void dequantize_items(const DequantizeParams& p, int64_t begin, int64_t end) {
-  GgufFormats::dispatch(p.format, [&](auto number) {
+  dispatch_format(p.format, [&](auto format) {
     dispatch_dtype(p.dtype, [&](auto type) {
-      dequantize_blocks<Block<number()>, typename decltype(type)::type>(p, begin, end);
+      dequantize_blocks<Block<format()>, typename decltype(type)::type>(p, begin, end);
     });
   });
 }
@@ -49,7 +49,8 @@ void dequantize_items(const DequantizeParams& p, int64_t begin, int64_t end) {
 }  // namespace
 
 Error launch_dequantize(const DequantizeParams& params, Stream) {
-  const double item_ns = params.format >= 10 ? 60.0 : 8.0;  // 256 or 32 weights
+  const int block_size = kFormats[params.format].fields.block_size;
+  const double item_ns = 0.24 * block_size;
   const Work work{params.num_rows * params.blocks_per_row, item_ns};
   parallel_over<dequantize_items>("dequantize", work, params);
   return nullptr;

@@ -5,7 +5,7 @@
 
 #include "common/backend.h"
 #include "common/dtype.h"
-#include "format/layout.h"
+#include "format/format.h"
 
 namespace llamatelemetry {
 
@@ -15,21 +15,33 @@ struct DequantizeParams {
   int64_t num_rows;
   int64_t blocks_per_row;
   int64_t row_stride_bytes;
-  int format;
+  int format;  // row of kFormats
   DType dtype;
 };
 Error launch_dequantize(const DequantizeParams& params, Stream stream);
 
-struct RepackParams {
-  uint8_t* rows;    // GGUF, [n, blocks_per_row * layout.block_bytes], rows row_stride_bytes apart
-  uint8_t* packed;  // [ceil(n / 16), 16 * blocks_per_row * layout.block_bytes]
+// Rows of blocks as a file has them, [n, blocks_per_row * layout.block_bytes], row_stride_bytes
+// apart; packed they are [ceil(n / 16), 16 * blocks_per_row * layout.block_bytes].
+struct RepackSizes {
   int64_t n;
   int64_t blocks_per_row;
   int64_t row_stride_bytes;
-  QuantLayout layout;
+  BlockLayout layout;
 };
-Error launch_repack(const RepackParams& params, Stream stream);  // writes packed
-Error launch_unpack(const RepackParams& params, Stream stream);  // writes rows
+
+struct RepackParams {
+  const uint8_t* rows;
+  uint8_t* packed;
+  RepackSizes sizes;
+};
+Error launch_repack(const RepackParams& params, Stream stream);
+
+struct UnpackParams {
+  uint8_t* rows;
+  const uint8_t* packed;
+  RepackSizes sizes;
+};
+Error launch_unpack(const UnpackParams& params, Stream stream);
 
 struct QuantEmbeddingParams {
   const void* ids;        // [num_ids], int64 or int32, contiguous
@@ -38,7 +50,7 @@ struct QuantEmbeddingParams {
   int64_t num_ids;
   int64_t n;
   int64_t k;
-  int format;
+  int format;   // row of kFormats
   DType dtype;  // of out
   bool ids_are_int64;
 };

@@ -4,7 +4,7 @@ namespace llamatelemetry {
 
 Error launch_quant_embedding(const QuantEmbeddingParams& p, Stream stream) {
   constexpr int kNumThreads = 128;
-  GgufFormats::dispatch(p.format, [&](auto format) {
+  dispatch_format(p.format, [&](auto format) {
     dispatch_dtype(p.dtype, [&](auto type) {
       using T = typename decltype(type)::type;
       using Word = PackedWord<format(), 1>;

@@ -1,4 +1,4 @@
-// repack: GGUF rows into tiles of 16 rows (format/layout.h); unpack: the exact inverse.
+// repack: rows of a file into tiles of 16 rows (format/layout.h); unpack: the exact inverse.
 // Runs once per weight, so it is kept plain: a thread moves one block of one row, whose bytes L1
 // holds; 16 threads together read or write whole sectors of the tile.
 // Grid [blocks that hold a thread per row and block, rows padded to whole tiles], block
@@ -6,12 +6,13 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 #include "quant/params.h"
 
 namespace llamatelemetry {
 
-// Unit is what the field is transposed by. GGUF rows have no alignment: they go byte by byte.
+// Unit is what the field is transposed by. Rows of a file have no alignment: they go byte by byte.
 template <typename Unit>
 __device__ inline void pack_field(const QuantField& field, const uint8_t* block, uint8_t* packed,
                                   bool in_matrix, bool fifth_bits) {
@@ -38,24 +39,26 @@ __device__ inline void unpack_field(const QuantField& field, uint8_t* block, con
   }
 }
 
-template <bool kPack, int kNumThreads>
-__global__ void __launch_bounds__(kNumThreads) repack_kernel(const RepackParams p) {
-  const QuantLayout& layout = p.layout;
+// Params is RepackParams or UnpackParams.
+template <typename Params, int kNumThreads>
+__global__ void __launch_bounds__(kNumThreads) repack_kernel(const Params p) {
+  constexpr bool kPack = std::is_same_v<Params, RepackParams>;
+  const auto& [n, blocks_per_row, row_stride_bytes, layout] = p.sizes;
   const int64_t index = static_cast<int64_t>(blockIdx.x) * kNumThreads + threadIdx.x;
   const int64_t packed_block = index / kTileRows;  // counted through all tiles
-  const int64_t tile = packed_block / p.blocks_per_row;
+  const int64_t tile = packed_block / blocks_per_row;
   const int row_in_tile = static_cast<int>(index % kTileRows);
   const int64_t row = tile * kTileRows + row_in_tile;
-  if (tile >= (p.n + kTileRows - 1) / kTileRows || (!kPack && row >= p.n)) return;
+  if (tile >= (n + kTileRows - 1) / kTileRows || (!kPack && row >= n)) return;
 
-  uint8_t* block = p.rows + row * p.row_stride_bytes +
-                   (packed_block - tile * p.blocks_per_row) * layout.block_bytes;
-  uint8_t* packed = p.packed + packed_block * kTileRows * layout.block_bytes;
-  uint8_t* packed_words = packed + row_in_tile * sizeof(uint32_t);
-  uint8_t* packed_halves = packed + row_in_tile * sizeof(uint16_t);
-  const bool fifth_bits = layout.high_bits.bytes == sizeof(uint32_t);
+  const int64_t block_of_row = packed_block - tile * blocks_per_row;
+  auto* block = p.rows + row * row_stride_bytes + block_of_row * layout.block_bytes;
+  auto* packed = p.packed + packed_block * kTileRows * layout.block_bytes;
+  auto* packed_words = packed + row_in_tile * sizeof(uint32_t);
+  auto* packed_halves = packed + row_in_tile * sizeof(uint16_t);
+  const bool fifth_bits = has_fifth_bits_word(layout);
   if constexpr (kPack) {
-    const bool in_matrix = row < p.n;
+    const bool in_matrix = row < n;
     pack_field<uint32_t>(layout.quants, block, packed_words, in_matrix, false);
     pack_field<uint32_t>(layout.high_bits, block, packed_words, in_matrix, fifth_bits);
     pack_field<uint32_t>(layout.sub_scales, block, packed_words, in_matrix, false);

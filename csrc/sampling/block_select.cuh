@@ -7,7 +7,7 @@
 
 #include "tile/reduce.cuh"
 
-namespace llamatelemetry {
+namespace llamatelemetry::sampling {
 
 using Weight = unsigned long long;  // the uint64_t that atomicAdd takes
 
@@ -162,4 +162,4 @@ __device__ inline bool arrives_last(uint32_t& counter, uint32_t num_blocks) {
   return s_last;
 }
 
-}  // namespace llamatelemetry
+}  // namespace llamatelemetry::sampling

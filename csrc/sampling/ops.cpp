@@ -1,5 +1,6 @@
 // Sampling: checks, allocation and Params, compiled once for each library.
 #include "binding/checks.h"
+#include "binding/launch.h"
 #include "sampling/params.h"
 
 namespace llamatelemetry {

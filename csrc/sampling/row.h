@@ -38,7 +38,7 @@ static inline constexpr SampleRow sample_row(const SampleParams& p, int64_t row)
 }
 
 constexpr float kWeightScale = 0x1p40f;
-// e^score below half of 2^-40 weighs nothing.
+// e^score below half of 2^-40 has weight 0.
 constexpr float kSmallestScore = -28.5f;
 
 // Top-p keeps the best tokens up to the one that reaches this weight. What a float32 top_p may have

@@ -2,6 +2,10 @@
 
 namespace llamatelemetry {
 
+using namespace sampling;
+
+int64_t sample_workspace_bytes(int64_t vocab_size) { return row_workspace_bytes(vocab_size); }
+
 Error launch_sample(const SampleParams& p, Stream stream) {
   const int64_t slices = num_slices(p.vocab_size);
   const dim3 grid(static_cast<unsigned>(p.batch * slices));

@@ -19,7 +19,7 @@
 #include "sampling/sample_row.cuh"
 #include "tile/dependent_launch.cuh"
 
-namespace llamatelemetry {
+namespace llamatelemetry::sampling {
 
 __device__ inline Weight largest_of(const float (&logits)[kPerThread], int first) {
   Weight largest = 0;
@@ -206,7 +206,7 @@ __device__ void add_to_bins(BinScratch& s_bins, const Row<T>& row,
     const int bin = row.bin(score);
     if (bin == kNumBins) continue;
     atomicAdd(&s_bins.count[bin], 1);
-    if (row.bins_weigh()) add_weight(&s_bins.low[bin], &s_bins.high[bin], row.weight(score));
+    if (row.bins_have_weights()) add_weight(&s_bins.low[bin], &s_bins.high[bin], row.weight(score));
   }
   __syncthreads();
   for (int bin = threadIdx.x; bin < kNumBins; bin += kNumThreads) {
@@ -493,4 +493,4 @@ __global__ void __launch_bounds__(kNumThreads)
   if (threadIdx.x == 0) p.out[row_index] = token;
 }
 
-}  // namespace llamatelemetry
+}  // namespace llamatelemetry::sampling

@@ -9,6 +9,7 @@
 //   tokens sample_tokens   item = row: gather, filter, draw
 #include "cpu/parallel.h"
 #include "sampling/row.h"
+#include "sampling/workspace_cpu.h"
 #include "vec/vec.h"
 
 namespace llamatelemetry {
@@ -50,7 +51,7 @@ struct Row : SampleRow {
     logits = static_cast<const T*>(p.logits) + row * p.logits_row_stride;
     vocab_size = p.vocab_size;
     char* workspace = static_cast<char*>(p.workspace);
-    workspace += row * sample_workspace_bytes(vocab_size);
+    workspace += row * row_workspace_bytes(vocab_size);
     segment_weight = reinterpret_cast<uint64_t*>(workspace);
     group_max = reinterpret_cast<float*>(segment_weight + num_segments(vocab_size));
     scores = group_max + num_groups(vocab_size);
@@ -118,7 +119,7 @@ void weights_of_segments(const SampleParams& p, int64_t begin, int64_t end) {
     float exps[kSegment];
     for (int64_t i = 0; i < size; i += kLanes) {
       const Vec score = load_of(r.logits + first + i, size - i) / vec_set(r.temperature);
-      // NaN becomes -inf, which weighs nothing.
+      // NaN becomes -inf, whose weight is 0.
       vec_store(exps + i, vec_exp(vec_max(score - vec_set(r.best), vec_set(-INFINITY))));
     }
     r.segment_weight[item % segments] = total_weight(exps, size);
@@ -151,15 +152,15 @@ Selected select(int64_t size, KeyOf key_of, WeightOf weight_of, uint64_t budget)
 uint32_t rank_of(float score) { return rank_of_bits(float_to_bits(score + 0.0f)); }
 
 template <typename T>
-void weigh(const Row<T>& r, int64_t size) {
+void exponentiate(const Row<T>& r, int64_t size) {
   for (int64_t i = size; i < size + kLanes; ++i) r.scores[i] = -INFINITY;
   for (int64_t i = 0; i < size; i += kLanes) {
     vec_store(r.exps + i, vec_exp(vec_load(r.scores + i) - vec_set(r.best)));
   }
 }
 
-// Gathers and weighs the tokens of [begin, end), whole groups, with score - best >= floor; returns
-// how many.
+// Gathers and exponentiates the tokens of [begin, end), whole groups, with score - best >= floor;
+// returns how many.
 template <typename T>
 int64_t gather(const Row<T>& r, int64_t begin, int64_t end, float floor) {
   int64_t size = 0;
@@ -178,11 +179,11 @@ int64_t gather(const Row<T>& r, int64_t begin, int64_t end, float floor) {
       }
     }
   }
-  weigh(r, size);
+  exponentiate(r, size);
   return size;
 }
 
-// Gathers ever deeper below the best score until enough(size) holds, or all that weighs anything.
+// Gathers ever deeper below the best score until enough(size) holds, or all whose weight is not 0.
 template <typename T, typename Enough>
 int64_t gather_until(const Row<T>& r, Enough enough) {
   for (float floor = -4.0f;; floor *= 2.0f) {
@@ -335,7 +336,7 @@ void sample_tokens(const SampleParams& p, int64_t begin, int64_t end) {
 Error launch_sample(const SampleParams& p, Stream) {
   const int64_t items = p.batch * num_segments(p.vocab_size);
   parallel_over<sample_maxima>("sample_maxima", Work{items, 600.0}, p);
-  // Mostly nothing to do: a lower guess than the work of rows that need it.
+  // Deliberately low: most rows have no work here.
   parallel_over<sample_weights>("sample_weights", Work{items, 200.0}, p);
   const double row_ns = 2000.0 + 0.05 * static_cast<double>(p.vocab_size);
   parallel_over<sample_tokens>("sample_tokens", Work{p.batch, row_ns}, p);
@@ -343,6 +344,13 @@ Error launch_sample(const SampleParams& p, Stream) {
 }
 
 }  // namespace LT_ISA
+
+#if defined(LT_ISA_SCALAR)
+int64_t sample_workspace_bytes(int64_t vocab_size) {  // the same at every level
+  return row_workspace_bytes(vocab_size);
+}
+#endif
+
 }  // namespace llamatelemetry
 
 LT_CPU_LAUNCHER(launch_sample, SampleParams)

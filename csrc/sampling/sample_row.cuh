@@ -1,14 +1,15 @@
 // A row of logits as the blocks of the sampling kernels see it: where its workspace lies, what its
-// tokens score and weigh, and which bin of scores they are in.
+// tokens score and what weight they have, and which bin of scores they are in.
 #pragma once
 
 #include <cstdint>
 
 #include "sampling/block_select.cuh"
 #include "sampling/row.h"
+#include "sampling/workspace.cuh"
 #include "tile/vector.cuh"
 
-namespace llamatelemetry {
+namespace llamatelemetry::sampling {
 
 static_assert(kSlice == kBlockValues);
 static_assert(kMaxVocabSize <= int64_t{kSlice} * kBlockValues, "draw scans the slices once");
@@ -69,7 +70,7 @@ struct Row : SampleRow {
     logits = static_cast<const T*>(p.logits) + row * p.logits_row_stride;
     vocab_size = static_cast<int>(p.vocab_size);
     char* workspace = static_cast<char*>(p.workspace);
-    state = reinterpret_cast<SampleRowState*>(workspace + row * sample_workspace_bytes(vocab_size));
+    state = reinterpret_cast<SampleRowState*>(workspace + row * row_workspace_bytes(vocab_size));
     bin_weights = reinterpret_cast<Weight*>(state + 1);
     slice_largest = bin_weights + kNumBins;
     slice_weights = slice_largest + slices();
@@ -79,7 +80,7 @@ struct Row : SampleRow {
 
   __device__ int slices() const { return (vocab_size + kSlice - 1) / kSlice; }
   __device__ bool top_k_on() const { return top_k < vocab_size; }
-  __device__ bool bins_weigh() const { return top_p_on && top_k > kMaxListedTopK; }
+  __device__ bool bins_have_weights() const { return top_p_on && top_k > kMaxListedTopK; }
 
   // True where the largest logit is all that matters.
   __device__ bool is_settled_by(Weight largest) {
@@ -99,7 +100,7 @@ struct Row : SampleRow {
     const float relative = expf(score - best);
     return min_p_on && relative < min_p ? 0 : __float2ull_rn(relative * kWeightScale);
   }
-  // Not smaller for a smaller score; kNumBins for those that weigh nothing for sure.
+  // Not smaller for a smaller score; kNumBins for those whose weight is 0 for sure.
   __device__ int bin(float score) const {
     const float depth = best - score;
     return depth < -kSmallestScore ? static_cast<int>(depth * kBinsPerUnit) : kNumBins;
@@ -129,4 +130,4 @@ __device__ inline int first_of_thread(int slice) {
   return slice * kSlice + static_cast<int>(threadIdx.x) * kPerThread;
 }
 
-}  // namespace llamatelemetry
+}  // namespace llamatelemetry::sampling

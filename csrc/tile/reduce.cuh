@@ -26,6 +26,13 @@ __device__ inline float warp_reduce(float value) {
   return value;
 }
 
+// Of the four lanes that share a row of an accumulator of mma.sync or wgmma.
+template <typename Combine>
+__device__ inline float quad_reduce(float value) {
+  value = Combine{}(value, __shfl_xor_sync(0xffffffff, value, 1));
+  return Combine{}(value, __shfl_xor_sync(0xffffffff, value, 2));
+}
+
 // Every thread of the block must call it; the block is whole warps.
 template <typename Combine>
 __device__ inline float block_reduce(float value) {

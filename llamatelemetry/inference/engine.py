@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from llamatelemetry.inference.generation import TokenGenerator
 from llamatelemetry.inference.sampling import GREEDY, SamplingParams
@@ -46,8 +48,10 @@ class GenerationStats:
 class InferenceEngine:
     """Generates text with a model that ``load_model`` returned; patches the model.
 
+    Threads may share it: their generations take turns, a step each, and none changes another's.
+
     model: LoadedModel; its transformers model is patched in place
-    stats: GenerationStats of the last generation
+    stats: GenerationStats of the generation that began last
     """
 
     def __init__(self, model: LoadedModel) -> None:
@@ -56,32 +60,49 @@ class InferenceEngine:
         self.patch_report = patch(model.model)
         self.generator = TokenGenerator(model.model)
         self.stats = GenerationStats()
+        self._encoding = threading.Lock()  # transformers sets up a tokenizer anew for each call
 
     def encode(self, prompt: str) -> list[int]:
         """Token ids of a prompt, as a user's turn where the model has a chat template."""
-        if getattr(self.tokenizer, "chat_template", None):
-            turn = [{"role": "user", "content": prompt}]
-            prompt = self.tokenizer.apply_chat_template(
-                turn, tokenize=False, add_generation_prompt=True
-            )
-            return list(self.tokenizer.encode(prompt, add_special_tokens=False))
-        return list(self.tokenizer.encode(prompt))
+        if not isinstance(prompt, str):
+            raise ValueError(f"prompt must be text, got {prompt!r}")
+        with self._encoding:
+            if getattr(self.tokenizer, "chat_template", None):
+                turn = [{"role": "user", "content": prompt}]
+                prompt = self.tokenizer.apply_chat_template(
+                    turn, tokenize=False, add_generation_prompt=True
+                )
+                return list(self.tokenizer.encode(prompt, add_special_tokens=False))
+            return list(self.tokenizer.encode(prompt))
 
     def stream(
         self,
         prompt: str | Sequence[int],
         params: SamplingParams | None = None,
         max_tokens: int = 128,
-        stop_sequences: Sequence[str] = (),
+        stop_sequences: str | Sequence[str] = (),
     ) -> Iterator[str]:
         """Yields text as it comes, until max_tokens, the end of the turn or a stop sequence.
 
-        prompt:  text, or token ids that go to the model as they are
-        params:  SamplingParams; None is greedy
-        Raises:  ValueError for a prompt that is empty or longer than the context
+        prompt:         text, or token ids that go to the model as they are
+        params:         SamplingParams; None is greedy
+        stop_sequences: a str is one stop sequence
+        Raises:         ValueError for a prompt that is empty or longer than the context, and for
+                        arguments of another type, by name
         """
-        ids = self.encode(prompt) if isinstance(prompt, str) else list(prompt)
-        stats = self.stats = GenerationStats(prompt_tokens=len(ids))
+        return self._stream(prompt, params, max_tokens, stop_sequences, GenerationStats())
+
+    def _stream(
+        self,
+        prompt: str | Sequence[int],
+        params: SamplingParams | None,
+        max_tokens: int,
+        stop_sequences: str | Sequence[str],
+        stats: GenerationStats,
+    ) -> Iterator[str]:
+        ids = self.encode(prompt) if isinstance(prompt, str) else token_ids(prompt)
+        stats.prompt_tokens = len(ids)
+        self.stats = stats
         text = TextStream(self.tokenizer, stop_sequences)
         start = time.perf_counter()
         steps = self.generator.generate([ids], [params or GREEDY], max_tokens, self.loaded.eos_ids)
@@ -107,21 +128,22 @@ class InferenceEngine:
         top_p: float = 0.9,
         top_k: int = 40,
         seed: int = 0,
-        stop_sequences: Sequence[str] | None = None,
+        stop_sequences: str | Sequence[str] | None = None,
     ) -> InferResult:
         """Generates and returns the whole text; refused input comes back as error_message."""
         start = time.perf_counter()
+        stats = GenerationStats()
         try:
             params = SamplingParams(temperature=temperature, top_p=top_p, top_k=top_k, seed=seed)
-            text = "".join(self.stream(prompt, params, max_tokens, stop_sequences or ()))
+            text = "".join(self._stream(prompt, params, max_tokens, stop_sequences or (), stats))
         except ValueError as error:
             return InferResult(False, "", 0, _ms_since(start), 0.0, str(error))
         return InferResult(
             True,
             text,
-            self.stats.generated_tokens,
+            stats.generated_tokens,
             _ms_since(start),
-            self.stats.generated_tokens / (time.perf_counter() - start),
+            stats.generated_tokens / (time.perf_counter() - start),
         )
 
     def infer_batch(
@@ -131,6 +153,10 @@ class InferenceEngine:
         max_tokens: int = 128,
     ) -> list[str]:
         """One text a prompt, decoded together as one ragged batch without padding."""
+        if isinstance(prompts, str):
+            raise ValueError(f"prompts must be a list of texts, got the text {prompts!r}")
+        if not prompts:
+            return []
         ids = [self.encode(prompt) for prompt in prompts]
         texts = [TextStream(self.tokenizer) for _ in prompts]
         rows = [params or GREEDY] * len(prompts)
@@ -142,6 +168,17 @@ class InferenceEngine:
         for text in texts:
             text.finish()
         return [text.text for text in texts]
+
+
+def token_ids(prompt: Any) -> list[int]:
+    """A prompt that is not text, as a list.
+
+    Raises:
+        ValueError: for what is no sequence.
+    """
+    if not isinstance(prompt, Iterable) or isinstance(prompt, bytes):
+        raise ValueError(f"prompt must be text or a sequence of token ids, got {prompt!r}")
+    return list(prompt)
 
 
 def _ms_since(start: float) -> float:

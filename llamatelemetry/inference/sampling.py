@@ -8,6 +8,7 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
+from llamatelemetry.inference.arguments import integer, real
 from llamatelemetry.ops import sample
 
 
@@ -35,6 +36,11 @@ class SamplingParams:
                 value = getattr(self, name)
                 raise ValueError(f"SamplingParams: {name} must {rule}, got {value!r}")
 
+        for name in ("temperature", "top_p", "min_p"):
+            value = real(f"SamplingParams: {name}", getattr(self, name))
+            object.__setattr__(self, name, value)
+        for name in ("top_k", "seed"):
+            object.__setattr__(self, name, integer(f"SamplingParams: {name}", getattr(self, name)))
         finite = 0 <= self.temperature < float("inf")
         check(finite, "temperature", "be finite and at least 0 (0 is greedy)")
         check(0 <= self.top_k < 2**31, "top_k", "be at least 0 (0 keeps all)")

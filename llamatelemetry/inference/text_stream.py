@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from tokenizers.decoders import DecodeStream
@@ -12,10 +12,17 @@ class TextStream:
     """Decodes one sequence incrementally; holds back what may be the start of a stop string.
 
     tokenizer:    a transformers fast tokenizer
-    stop_strings: the text ends before the first that appears; ``stopped`` is then True
+    stop_strings: the text ends before the first that appears; ``stopped`` is then True. A str is
+                  one stop string
     """
 
-    def __init__(self, tokenizer: Any, stop_strings: Sequence[str] = ()) -> None:
+    def __init__(self, tokenizer: Any, stop_strings: str | Sequence[str] = ()) -> None:
+        if isinstance(stop_strings, str):
+            stop_strings = (stop_strings,)
+        if not isinstance(stop_strings, Iterable) or not all(
+            isinstance(stop, str) for stop in stop_strings
+        ):
+            raise ValueError(f"stop_strings must be strings, got {stop_strings!r}")
         if any(not stop for stop in stop_strings):
             raise ValueError("stop_strings must not hold an empty string, which stops everything")
         self.text = ""

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llamatelemetry.ops.formats import GGUF_BLOCKS, QuantFormat
+from llamatelemetry.ops.formats import GGUF_FORMATS, QuantFormat
 
 Metadata = dict[str, Any]
 
@@ -58,7 +58,7 @@ class GgufTensor:
     @property
     def format(self) -> QuantFormat | None:
         """None where the tensor is not quantised."""
-        return QuantFormat(self.type) if self.type in GGUF_BLOCKS else None
+        return GGUF_FORMATS.get(self.type)
 
 
 class GgufFile:
@@ -152,10 +152,11 @@ class GgufFile:
     ) -> GgufTensor:
         if number in _DENSE:
             weights, block_bytes = 1, _DENSE[number].itemsize
-        elif number in GGUF_BLOCKS:
-            weights, block_bytes = GGUF_BLOCKS[number]
+        elif number in GGUF_FORMATS:
+            format = GGUF_FORMATS[number]
+            weights, block_bytes = format.block_size, format.block_bytes
         else:
-            supported = ", ".join(_type_name(n) for n in (*_DENSE, *GGUF_BLOCKS))
+            supported = ", ".join(_type_name(n) for n in (*_DENSE, *GGUF_FORMATS))
             raise self.error(
                 f"tensor {name} has type {_type_name(number)}, which no kernel reads; "
                 f"supported: {supported}"

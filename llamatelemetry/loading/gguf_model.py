@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from types import MappingProxyType
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,37 +12,12 @@ from torch import Tensor, nn
 from llamatelemetry import ops
 from llamatelemetry.loading.gguf_file import GgufFile, GgufTensor
 from llamatelemetry.loading.tokenizer import eos_ids, special_ids
+from llamatelemetry.models.families import Gguf, architectures
 from llamatelemetry.quantization.modules import QuantEmbedding, QuantLinear
 
 Progress = Callable[[int, int], None]
 
 
-@dataclass(frozen=True)
-class Family:
-    """What a GGUF architecture is in transformers."""
-
-    model_type: str
-    # Rows of q and k come in the order of interleaved rotary embedding; transformers' is neox.
-    interleaved: bool = False
-    # metadata keys, less the architecture, that only this family has -> config fields
-    keys: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
-
-
-FAMILIES = {
-    "llama": Family("llama", interleaved=True),
-    "qwen2": Family("qwen2"),
-    "qwen3": Family("qwen3"),
-    "granite": Family(
-        "granite",
-        interleaved=True,
-        keys={
-            "attention.scale": "attention_multiplier",
-            "embedding_scale": "embedding_multiplier",
-            "residual_scale": "residual_multiplier",
-            "logit_scale": "logits_scaling",
-        },
-    ),
-}
 # metadata keys, less the architecture -> config fields
 _SIZES = {
     "block_count": "num_hidden_layers",
@@ -105,8 +78,8 @@ def build_model(
     """
     from transformers import AutoModelForCausalLM
 
-    family = _family(file)
-    config = _config(file, family)
+    model_type, family = _family(file)
+    config = _config(file, model_type, family)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     waiting = {name for name, _ in model.named_parameters()}
@@ -136,16 +109,19 @@ def build_model(
     return model.eval()
 
 
-def _family(file: GgufFile) -> Family:
-    architecture = file.value("general.architecture", str)
-    if architecture not in FAMILIES:
+def _family(file: GgufFile) -> tuple[str, Gguf]:
+    """transformers' model_type for the file's architecture, and what is particular in files."""
+    architecture, known = file.value("general.architecture", str), architectures()
+    if architecture not in known:
         raise file.error(
-            f"general.architecture must be one of {', '.join(FAMILIES)}, got {architecture}"
+            f"general.architecture must be one of {', '.join(known)}, got {architecture}"
         )
-    return FAMILIES[architecture]
+    family = known[architecture]
+    assert family.gguf is not None
+    return family.model_type, family.gguf
 
 
-def _config(file: GgufFile, family: Family) -> Any:
+def _config(file: GgufFile, model_type: str, family: Gguf) -> Any:
     from transformers import AutoConfig
 
     prefix = file.metadata["general.architecture"] + "."
@@ -169,7 +145,7 @@ def _config(file: GgufFile, family: Family) -> Any:
     if embedding is None:
         raise file.error("tensor token_embd.weight is missing")
     return AutoConfig.for_model(
-        family.model_type,
+        model_type,
         **fields,
         num_key_value_heads=file.value(prefix + "attention.head_count_kv", int, heads),
         head_dim=head_dim,
@@ -205,7 +181,7 @@ def _parameter_name(file: GgufFile, tensor: GgufTensor) -> str:
     return f"{layer}{module}.{attribute}"
 
 
-def _interleaved_heads(family: Family, config: Any, name: str) -> int:
+def _interleaved_heads(family: Gguf, config: Any, name: str) -> int:
     """Heads in the rows of a tensor whose rows must be reordered, else 0."""
     if not family.interleaved:
         return 0

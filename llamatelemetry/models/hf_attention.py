@@ -2,27 +2,23 @@
 
 Transformers' caches ``[batch, heads, slots, head_dim]`` are paged ones too: a page a row where all
 rows' tokens begin at the first slot, else a page a slot, so that the table leaves padding out.
-Neither copies.
+Neither copies. What our kernels do not serve goes to torch's attention, or to the eager attention
+of the module's own file where scores are capped, sinks stand or the weights are asked for.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from llamatelemetry._native import library
-from llamatelemetry.models.hf_masks import PaddedLayout, dense_mask, key_mask, padded_layout
-from llamatelemetry.ops import _contract  # noqa: F401  (loads the library)
+from llamatelemetry.models.hf_fallback import theirs, wants_weights
+from llamatelemetry.models.hf_kernels import OVERRIDES, Overrides, Scores, attend, serves
+from llamatelemetry.models.hf_layout import KeyLayout
+from llamatelemetry.models.hf_masks import KeyMask, key_mask
 
 NAME = "llamatelemetry"
-_paged_attention = torch.ops.llamatelemetry.paged_attention.default
-_flash_attn = torch.ops.llamatelemetry.flash_attn.default
-# Up to so many queries paged_attention's split over the keys serves the CPU better.
-_FEW_QUERIES: int = library.cpu_library.lt_few_queries()
 
 
 def register() -> None:
@@ -42,137 +38,124 @@ def attention_forward(
     sliding_window: int | None = None,
     softcap: float | None = None,
     is_causal: bool | None = None,
+    s_aux: Tensor | None = None,
     **kwargs: Any,
-) -> tuple[Tensor, None]:
-    """transformers' attention function: ``softmax(q kᵀ * scaling) v`` by flash_attn where no mask
-    hides a key (and on the CPU the queries are many), else by paged_attention.
+) -> tuple[Tensor, Tensor | None]:
+    """transformers' attention function: ``softmax(q kᵀ * scaling) v``.
 
-    query:     [batch, num_heads_q, seqlen_q, head_dim]
-    key, value: [batch, num_heads_kv, seqlen_k, head_dim], any strides
-    attention_mask: key_mask's, or anything that scaled_dot_product_attention takes
-    Returns:   [batch, seqlen_q, num_heads_q, head_dim]; None
-    Torch's attention serves where ours cannot: gradients, dropout, foreign masks, position biases,
-    windows over padding.
+    A mask says all of causality and windows, as with eager attention; is_causal and
+    sliding_window count where there is none.
+
+    Args:
+        query: [batch, num_heads_q, seqlen_q, head_dim]
+        key: [batch, num_heads_kv, seqlen_k, head_dim], any strides
+        value: [batch, num_heads_kv, seqlen_k, head_dim_v], any strides
+        attention_mask: key_mask's, or what scaled_dot_product_attention takes
+        s_aux: [num_heads_q], one more score a head, without a value
+
+    Returns:
+        [batch, seqlen_q, num_heads_q, head_dim_v], contiguous, and the weights or None. Gradients,
+        dropout, additive masks and position biases go to torch's attention.
     """
-    softmax_scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    ours = attention_mask is None or attention_mask.dtype in (torch.uint8, torch.int32)
-    layout = None
-    if ours and attention_mask is not None and attention_mask.dtype == torch.uint8:
-        layout = getattr(attention_mask, "padded_layout", None)
-        if layout is None:
-            layout = padded_layout(attention_mask, query.shape[0], query.shape[2])
-    extras = [name for name in ("position_bias", "s_aux") if kwargs.get(name) is not None]
-    if (
-        not ours
-        or torch.is_grad_enabled()
-        or dropout
-        or extras
-        or (layout is not None and not _serves(layout, sliding_window))
-        or query.shape[-1] % 8
-        or query.shape[-1] > 256
-    ):
-        if softcap or "s_aux" in extras:
-            raise ValueError(
-                f"{NAME} attention: softcap and sinks must be off where gradients, dropout or a "
-                'mask of another kind are asked for; use attn_implementation="eager"'
-            )
-        if ours and causal:
-            attention_mask = dense_mask(
-                attention_mask, query.shape[2], key.shape[2], sliding_window, key.device
-            )
-        return sdpa_attention_forward(
-            module,
-            query,
-            key,
-            value,
-            attention_mask,
-            dropout=dropout,
-            scaling=softmax_scale,
-            is_causal=causal,
-            **kwargs,
+    overrides = module.__dict__.get(OVERRIDES)
+    if overrides is not None:
+        scale, dropout, causal, attention_mask = _overridden(
+            overrides, module, query, key, attention_mask, scale, dropout, causal, sliding_window
         )
-    options = (
-        softmax_scale,
-        causal,
-        -1 if sliding_window is None else sliding_window - 1,
-        -1,
-        softcap or 0.0,
-    )
-    if attention_mask is None and (query.is_cuda or query.shape[2] > _FEW_QUERIES):
-        q, k, v = (
-            x.transpose(1, 2) for x in (query, _last_contiguous(key), _last_contiguous(value))
-        )
-        out, _ = _flash_attn(q, k, v, None, None, *options, 0)
-        return out, None
+    window = -1 if sliding_window is None else sliding_window - 1
+    if attention_mask is None:
+        scores = Scores(scale, causal and query.shape[2] > 1, window if causal else -1, -1, 0.0)
+    else:
+        scores = Scores(scale, False, -1, -1, 0.0)
+    scores = scores._replace(softcap=softcap or 0.0)
+    has_more = kwargs.get("position_bias") is not None or wants_weights(kwargs)
+    if not has_more and serves(query, key, value, scores, dropout, s_aux):
+        out = attend(query, key, value, attention_mask, scores, s_aux)
+        if out is not None:
+            return out, None
+    kwargs |= {"softcap": softcap, "s_aux": s_aux, "sliding_window": sliding_window}
+    return theirs(module, query, key, value, attention_mask, scale, dropout, causal, kwargs)
+
+
+def _configs_of(model: nn.Module) -> list[Any]:
+    """Every config of the transformers models in a model, sub-configs last."""
+    configs: list[Any] = []
+    waiting: list[Any] = [
+        m.config for m in model.modules() if hasattr(m, "set_attn_implementation")
+    ]
+    while waiting:
+        config = waiting.pop(0)
+        if not any(config is known for known in configs):
+            configs.append(config)
+            subs = (getattr(config, key, None) for key in config.sub_configs)
+            waiting += [sub for sub in subs if sub is not None]
+    return configs
+
+
+def choose_ours(model: nn.Module) -> list[tuple[Any, Any]]:
+    """Chooses our attention in every transformers model inside; returns what was chosen before."""
+    register()
+    before = [(config, config._attn_implementation) for config in _configs_of(model)]
+    roots: list[Any] = []
+    inside: set[nn.Module] = set()
+    for module in model.modules():
+        if hasattr(module, "set_attn_implementation") and module not in inside:
+            roots.append(module)
+            inside.update(module.modules())
+    for root in roots:
+        root.set_attn_implementation(NAME)
+    return before
+
+
+def lift_causality(implementations: list[tuple[Any, Any]]) -> list[tuple[Any, bool | None]]:
+    """Has transformers make masks without causality."""
+    before = []
+    for config, _ in implementations:
+        before.append((config, config.__dict__.get("is_causal")))
+        config.is_causal = False
+    return before
+
+
+def _overridden(
+    overrides: Overrides,
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    mask: Tensor | None,
+    scale: float,
+    dropout: float,
+    causal: bool,
+    sliding_window: int | None,
+) -> tuple[float, float, bool, Tensor | None]:
+    """Scale, dropout, causality and mask as a configuration changes them."""
+    if overrides.softmax_scale is not None:
+        scale = overrides.softmax_scale
+    if overrides.dropout_p and module.training:
+        dropout = overrides.dropout_p
+    if overrides.causal and overrides.window == (-1, -1):
+        return scale, dropout, causal, mask
+    batch, seqlen_q, seqlen_k = query.shape[0], query.shape[2], key.shape[2]
+    layout: KeyLayout | None = getattr(mask, "key_layout", None)
+    if mask is None:
+        # Without a mask causal queries stand at the first slots, as torch's attention has them.
+        start = 0 if causal and seqlen_q > 1 else seqlen_k - seqlen_q
+        left = sliding_window - 1 if sliding_window is not None and causal else -1
+        layout = KeyLayout(batch, seqlen_q, seqlen_k, start, causal, left, -1, None)
     if layout is None:
-        return _rows_from_first_slot(query, key, value, attention_mask, options), None
-    return _rows_with_padding(query, key, value, layout, options), None
-
-
-def _rows_from_first_slot(
-    query: Tensor, key: Tensor, value: Tensor, num_tokens: Tensor | None, options: tuple[Any, ...]
-) -> Tensor:
-    """Attention where every row of the cache is one page, tokens first."""
-    batch, num_heads, seqlen_q, head_dim = query.shape
-    rows = torch.arange(batch + 1, dtype=torch.int32, device=query.device)
-    if num_tokens is None:
-        lengths = rows.new_full((batch,), key.shape[2])
-    else:
-        lengths = num_tokens.view(1).expand(batch).contiguous()
-    out, _ = _paged_attention(
-        query.transpose(1, 2).reshape(-1, num_heads, head_dim),
-        _last_contiguous(key).transpose(1, 2),
-        _last_contiguous(value).transpose(1, 2),
-        rows[:batch, None],
-        lengths,
-        rows * seqlen_q,
-        seqlen_q,
-        *options,
+        raise ValueError(
+            f"{NAME} attention: causal and window_size of the configuration must be left alone for "
+            f"a model that makes masks of its own, got them for {type(module).__name__}"
+        )
+    left, right = (
+        b if a < 0 else a if b < 0 else min(a, b)
+        for a, b in zip(layout[5:7], overrides.window, strict=True)
     )
-    return out.view(batch, seqlen_q, num_heads, head_dim)
-
-
-def _serves(layout: PaddedLayout, window: int | None) -> bool:
-    """Whether _rows_with_padding can: a window counts positions, and padding has none."""
-    return not layout.uneven and (window is None or not (layout.has_gap or layout.pads_see))
-
-
-def _rows_with_padding(
-    query: Tensor, key: Tensor, value: Tensor, layout: PaddedLayout, options: tuple[Any, ...]
-) -> Tensor:
-    """Attention where every slot of the cache is a page, so that the table can leave any out."""
-    batch, num_heads, seqlen_q, head_dim = query.shape
-    pages_per_row, cache = _slots_as_pages(key, value)
-    first_pages = torch.arange(batch, device=query.device).mul_(pages_per_row).unsqueeze(1)
-    table = (layout.slots + first_pages).int()
-    q = query.transpose(1, 2).reshape(-1, num_heads, head_dim)[layout.order]
-    tokens, pads = q[: layout.num_tokens], q[layout.num_tokens :]
-    scale, causal, *rest = options
-    lengths = (layout.cache_seqlens, layout.cu_seqlens_q, seqlen_q)
-    out, _ = _paged_attention(tokens, *cache, table, *lengths, scale, causal, *rest)
-    if layout.pads_see:
-        lengths = (layout.pad_seqlens, layout.cu_pads, seqlen_q)
-        pads_out, _ = _paged_attention(pads, *cache, table, *lengths, scale, False, *rest)
-    else:
-        pads_out = torch.zeros_like(pads)
-    return torch.cat([out, pads_out])[layout.places].view(batch, seqlen_q, num_heads, head_dim)
-
-
-def _slots_as_pages(key: Tensor, value: Tensor) -> tuple[int, list[Tensor]]:
-    """K and V [batch, heads, slots, head_dim] as [pages, 1, heads, head_dim], and a row's pages.
-
-    Pages overlap in memory where heads are further apart than slots: nothing writes through them.
-    """
-    batch, num_heads, num_slots, head_dim = key.shape
-    row, _, slot, last = key.stride()
-    if key.stride() != value.stride() or last != 1 or slot <= 0 or row % slot or num_slots == 1:
-        key, value = (x.clone(memory_format=torch.contiguous_format) for x in (key, value))
-        row, slot = num_heads * num_slots * head_dim, head_dim
-    num_pages = (batch - 1) * (row // slot) + num_slots
-    shape, strides = (num_pages, 1, num_heads, head_dim), (slot, slot, key.stride(1), 1)
-    return row // slot, [x.as_strided(shape, strides) for x in (key, value)]
-
-
-def _last_contiguous(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()
+    causal = layout.causal and overrides.causal
+    return (
+        scale,
+        dropout,
+        causal,
+        KeyMask(layout._replace(causal=causal, left=left, right=right), query.device),
+    )

@@ -1,43 +1,113 @@
-"""The mask of our attention under transformers: which slots of a cache hold tokens.
+"""The mask of our attention under transformers: rules for which key a query sees, not a matrix.
 
-Transformers pads a batch left or right, and hands attention functions caches that are padded with
-it and perhaps longer than what was seen. It asks a mask function once a forward what to make of
-that; without one under the attention's name it would drop the padding silently.
+Transformers asks a mask function once a forward what to make of a cache that is padded left or
+right and perhaps longer than what was seen; without one under the attention's name it would drop
+the padding silently. Ours answers with a KeyMask: to a model that reads its mask itself it is
+sdpa_mask's boolean matrix, written out when something reads it; to our attention it is a KeyLayout.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from torch import Tensor, nn
-from transformers.masking_utils import causal_mask_function, prepare_padding_mask, sdpa_mask
-from transformers.utils.import_utils import is_tracing
+from torch import Tensor
+from torch.utils._pytree import tree_map_only
+from transformers import masking_utils
+from transformers.masking_utils import (
+    bidirectional_mask_function,
+    causal_mask_function,
+    prepare_padding_mask,
+    sdpa_mask,
+)
+from transformers.utils.import_utils import is_fake_tensor, is_jit_tracing, is_tracing
 
-# Bits of a key mask's bytes, one byte for each slot of keys and values.
-_TOKEN = 1  # holds a token, not padding
-_QUERY = 2  # holds what this forward asks with
+from llamatelemetry.models.hf_layout import KeyLayout
+from llamatelemetry.models.hf_plans import Plan, plan_of_layout
 
 
-class PaddedLayout(NamedTuple):
-    """How paged_attention reads a padded cache: twice, for queries that are tokens and for padding.
+class KeyMask(Tensor):
+    """A KeyLayout that reads as the boolean matrix it stands for.
 
-    A query that is padding sees the tokens before it, as with torch's attention: where a prompt is
-    padded on the right, transformers takes the first new token from there.
+    No memory is behind it until an operation reads it; the result of any is a plain tensor.
     """
 
-    slots: Tensor  # [batch, num_slots] the slots of each row that hold tokens, then the others
-    cache_seqlens: Tensor  # [batch] int32, tokens in the cache
-    cu_seqlens_q: Tensor  # [batch + 1] int32, of the queries that are tokens
-    pad_seqlens: Tensor  # [batch] int32, tokens that padding sees
-    cu_pads: Tensor  # [batch + 1] int32, of the queries that are padding
-    order: Tensor  # [batch * seqlen_q] the queries that are tokens, then the others
-    places: Tensor  # [batch * seqlen_q] its inverse
-    num_tokens: int  # queries that are tokens
-    pads_see: bool  # some padding comes after a token
-    has_gap: bool  # padding between tokens: slots are further apart than positions
-    uneven: bool  # of one row, padding sees different tokens
+    key_tokens: Tensor | None
+    key_start: Tensor | None
+    key_rules: tuple[int, bool, int, int]
+    _matrix: Tensor | None
+    _plan: Plan | None
+
+    @staticmethod
+    def __new__(cls, layout: KeyLayout, device: torch.device) -> KeyMask:
+        shape = (layout.batch, 1, layout.seqlen_q, layout.seqlen_k)
+        mask = Tensor._make_wrapper_subclass(cls, shape, dtype=torch.bool, device=device)
+        start = layout.start
+        mask.key_tokens = layout.tokens
+        mask.key_start = start if isinstance(start, Tensor) else None
+        mask.key_rules = (0 if isinstance(start, Tensor) else start, *layout[4:7])
+        mask._matrix = mask._plan = None
+        return mask
+
+    def __init__(self, layout: KeyLayout, device: torch.device) -> None:
+        super().__init__()
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+    @property
+    def key_layout(self) -> KeyLayout:
+        batch, _, seqlen_q, seqlen_k = self.shape
+        first, causal, left, right = self.key_rules
+        start = first if self.key_start is None else self.key_start
+        return KeyLayout(batch, seqlen_q, seqlen_k, start, causal, left, right, self.key_tokens)
+
+    @property
+    def key_plan(self) -> Plan:
+        """How paged_attention reads the cache; made once for all layers that share the mask."""
+        if self._plan is None:
+            self._plan = plan_of_layout(self.key_layout, self.device, is_tracing())
+        return self._plan
+
+    def dense(self) -> Tensor:
+        if self._matrix is None:
+            self._matrix = self.key_layout.dense(self.device)
+        return self._matrix
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        same_dtype = kwargs.get("dtype") in (None, torch.bool)
+        if func is torch.ops.aten._to_copy.default and same_dtype and "device" in kwargs:
+            # Accelerate sends the arguments of a layer to the layer's device.
+            return _moved(args[0].key_layout, torch.device(kwargs["device"]))
+        args, kwargs = tree_map_only(KeyMask, KeyMask.dense, (args, kwargs))
+        return func(*args, **kwargs)
+
+    def __deepcopy__(self, memo: Any) -> Tensor:
+        return self.dense().clone()
+
+    def __tensor_flatten__(self) -> tuple[list[str], Any]:
+        names = [name for name in ("key_tokens", "key_start") if getattr(self, name) is not None]
+        return names, (tuple(self.shape), self.key_rules, self.device)
+
+    @staticmethod
+    def __tensor_unflatten__(inner: Any, meta: Any, outer_size: Any, outer_stride: Any) -> KeyMask:
+        (batch, _, seqlen_q, seqlen_k), (start, causal, left, right), device = meta
+        start, tokens = inner.get("key_start", start), inner.get("key_tokens")
+        layout = KeyLayout(batch, seqlen_q, seqlen_k, start, causal, left, right, tokens)
+        return KeyMask(layout, device)
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
+        return f"KeyMask({self.key_layout})"
+
+
+def _moved(layout: KeyLayout, device: torch.device) -> KeyMask:
+    start = layout.start.to(device) if isinstance(layout.start, Tensor) else layout.start
+    tokens = None if layout.tokens is None else layout.tokens.to(device)
+    return KeyMask(layout._replace(start=start, tokens=tokens), device)
 
 
 def key_mask(
@@ -50,107 +120,138 @@ def key_mask(
     attention_mask: Tensor | None = None,
     local_size: int | None = None,
     allow_is_causal_skip: bool = True,
+    allow_is_bidirectional_skip: bool = False,
     use_vmap: bool = False,
     config: Any = None,
     device: torch.device | str = "cpu",
     **kwargs: Any,
 ) -> Tensor | None:
-    """What attention_forward needs of a mask: which slots hold tokens, and which hold queries.
+    """The mask function of our attention; arguments as transformers' sdpa_mask takes them.
 
-    It has four dimensions, for transformers hands such masks on as they are, and its layout, which
-    all layers share, as an attribute.
-
-    Returns: None where every slot holds a token and the last ones are the queries;
-             [1, 1, 1, 1] int32, where that many first slots of every row hold tokens;
-             [batch_size, 1, 1, kv_length] uint8 where rows have padding;
-             sdpa_mask's mask for anything but causal or sliding-window attention, and for padding
-             while a graph is traced or captured
+    Returns: None only where every query sees every key;
+             a KeyMask for causal, sliding-window and bidirectional attention with any padding;
+             the same as a plain boolean tensor with a ``key_layout`` while a graph is traced;
+             sdpa_mask's matrix for rules of other kinds
     """
-    window = getattr(config, "sliding_window", None)
-    causal = mask_function is causal_mask_function if local_size is None else local_size == window
-    if attention_mask is not None and not is_tracing(attention_mask) and attention_mask.all():
-        attention_mask = None
-    # A mask that may not be skipped has more in it than causality, unless it is a static decode's.
-    special = use_vmap or not causal or not (allow_is_causal_skip or q_length == 1)
-    if special or (attention_mask is not None and is_tracing(attention_mask)):
-        return sdpa_mask(
-            batch_size,
-            q_length,
-            kv_length,
-            q_offset,
-            kv_offset,
-            mask_function,
-            attention_mask,
-            local_size,
-            allow_is_causal_skip=False,
-            use_vmap=use_vmap,
-            device=device,
-            **kwargs,
+    device = torch.device(device)
+    symbolic = _is_symbolic(attention_mask, device)
+    if attention_mask is not None and not is_tracing(attention_mask) and not symbolic:
+        reaches = attention_mask.shape[-1] >= kv_length + kv_offset
+        attention_mask = None if reaches and bool(attention_mask.all()) else attention_mask
+    rules = None
+    if not use_vmap:
+        rules = (
+            _traced_rules(mask_function, local_size, allow_is_causal_skip, config, kv_length)
+            if symbolic
+            else _rules_of(mask_function, kv_length + kv_offset)
         )
-    seen = q_offset + q_length - kv_offset
-    if attention_mask is None:
-        if isinstance(seen, Tensor):
-            return seen.int().view(1, 1, 1, 1)
-        return None if seen == kv_length else torch.full((1, 1, 1, 1), seen, device=device).int()
-    padding: Any = prepare_padding_mask(attention_mask, kv_length, kv_offset)
-    slots = torch.arange(kv_length, device=device)
-    tokens = padding[:, kv_offset : kv_offset + kv_length] & (slots < seen)
-    queries = (slots >= seen - q_length) & (slots < seen)
-    mask = (tokens * _TOKEN + queries * _QUERY).to(torch.uint8)[:, None, None]
-    mask.padded_layout = padded_layout(mask, batch_size, q_length)
+    layout = None
+    if rules is not None:
+        tokens = None
+        if attention_mask is not None:
+            padding: Any = prepare_padding_mask(attention_mask, kv_length, kv_offset)
+            tokens = padding[:, kv_offset : kv_offset + kv_length]
+        causal, left, right = rules
+        start = q_offset - kv_offset
+        layout = KeyLayout(batch_size, q_length, kv_length, start, causal, left, right, tokens)
+        if allow_is_bidirectional_skip and tokens is None and not (causal or left >= 0):
+            return None
+        if not symbolic:
+            return KeyMask(layout, device)
+    mask = sdpa_mask(
+        batch_size,
+        q_length,
+        kv_length,
+        q_offset,
+        kv_offset,
+        mask_function,
+        attention_mask,
+        local_size,
+        allow_is_causal_skip=False,
+        allow_is_bidirectional_skip=False,
+        use_vmap=use_vmap,
+        device=device,
+        **kwargs,
+    )
+    if q_length == 1:
+        # Whatever the rules are, one query sees one set of keys.
+        row = mask[:, 0, 0].expand(batch_size, -1)
+        layout = KeyLayout(batch_size, 1, kv_length, 0, False, -1, -1, row)
+    if layout is not None and mask.shape[1] == 1:
+        mask.key_layout = layout
+        mask.key_plan = plan_of_layout(layout, device, True)
     return mask
 
 
-def padded_layout(mask: Tensor, batch: int, seqlen_q: int) -> PaddedLayout:
-    """The layout of key_mask's mask; waits for the device once."""
-    bits = mask[:, 0, 0].expand(batch, -1)
-    tokens = (bits & _TOKEN).bool()
-    first_query = (bits[0] & _QUERY).argmax()
-    queries = first_query + torch.arange(seqlen_q, device=mask.device)
-    is_token = tokens.index_select(1, queries)
-    seen = tokens.cumsum(1).index_select(1, queries)
-    most = seen.masked_fill(is_token, 0).amax(1)
-    least = seen.masked_fill(is_token, tokens.shape[1]).amin(1)
-    runs = tokens[:, 0] + (tokens[:, 1:] & ~tokens[:, :-1]).sum(1)
-    order = is_token.logical_not().flatten().sort(stable=True).indices
-    num_tokens, pads_see, has_gap, uneven = torch.stack(
-        [is_token.sum(), most.amax(), (runs > 1).sum(), (most > least).sum()]
-    ).tolist()
-    return PaddedLayout(
-        slots=tokens.logical_not().sort(dim=1, stable=True).indices,
-        cache_seqlens=tokens.sum(1, dtype=torch.int32),
-        cu_seqlens_q=_starts(is_token.sum(1)),
-        pad_seqlens=most.int(),
-        cu_pads=_starts(is_token.logical_not().sum(1)),
-        order=order,
-        places=order.argsort(),
-        num_tokens=num_tokens,
-        pads_see=pads_see > 0,
-        has_gap=has_gap > 0,
-        uneven=uneven > 0,
-    )
+def _is_symbolic(attention_mask: Tensor | None, device: torch.device) -> bool:
+    """Whether the mask becomes part of a traced graph, where a KeyMask would be a stranger."""
+    if torch.compiler.is_compiling() or is_jit_tracing() or device.type == "meta":
+        return True
+    return attention_mask is not None and is_fake_tensor(attention_mask)
 
 
-def _starts(lengths: Tensor) -> Tensor:
-    return nn.functional.pad(lengths.cumsum(0), (1, 0)).int()
+def _rules_of(mask_function: Any, seqlen: int) -> tuple[bool, int, int] | None:
+    """(causal, left, right) of a mask function of transformers, or None for another kind of rule.
+
+    transformers composes closures; they are taken apart again, so that nothing is guessed.
+    A chunk or window that no sequence of seqlen tokens leaves is no rule.
+    """
+    if mask_function is causal_mask_function:
+        return True, -1, -1
+    if mask_function is bidirectional_mask_function:
+        return False, -1, -1
+    if getattr(mask_function, "__module__", None) != masking_utils.__name__:
+        return None
+    cells = (cell.cell_contents for cell in mask_function.__closure__ or ())
+    values = dict(zip(mask_function.__code__.co_freevars, cells, strict=True))
+    kind = mask_function.__qualname__.partition(".")[0]
+    if kind == "and_masks":
+        causal, left, right = False, -1, -1
+        for part in values["mask_functions"]:
+            rules = _rules_of(part, seqlen)
+            if rules is None:
+                return None
+            causal = causal or rules[0]
+            left, right = (
+                b if a < 0 else a if b < 0 else min(a, b)
+                for a, b in zip((left, right), rules[1:], strict=True)
+            )
+        return causal, left, right
+    if kind == "sliding_window_overlay":
+        window = int(values["sliding_window"])
+        return False, window - 1 if window < seqlen else -1, -1
+    if kind == "sliding_window_bidirectional_overlay":
+        window = int(values["sliding_window"])
+        reach = window if window + 1 < seqlen else -1
+        return False, reach, reach
+    if kind == "chunked_overlay" and seqlen <= int(values["chunk_size"]):
+        return False, -1, -1
+    return None
+
+
+def _traced_rules(
+    mask_function: Any, local_size: int | None, may_skip: bool, config: Any, kv_length: int
+) -> tuple[bool, int, int] | None:
+    """_rules_of while a graph is traced, where closures cannot be looked into."""
+    if mask_function is causal_mask_function:
+        return True, -1, -1
+    if mask_function is bidirectional_mask_function:
+        return False, -1, -1
+    window = getattr(config, "sliding_window", None)
+    chunk = getattr(config, "attention_chunk_size", None)
+    # A mask that may not be skipped has more in it than causality and the window.
+    if local_size is not None and may_skip and local_size == window and local_size != chunk:
+        return True, local_size - 1 if local_size < kv_length else -1, -1
+    return None
 
 
 def dense_mask(
     mask: Tensor | None, seqlen_q: int, seqlen_k: int, window: int | None, device: torch.device
 ) -> Tensor:
-    """Which key each query sees, [batch or 1, 1, seqlen_q, seqlen_k] bool, of key_mask's mask."""
-    slots = torch.arange(seqlen_k, device=device)
-    if mask is not None and mask.dtype == torch.uint8:
-        tokens = (mask & _TOKEN).bool()
-        first_query = (mask[0, 0, 0] & _QUERY).argmax()
-    else:
-        num_tokens = slots.new_tensor(seqlen_k) if mask is None else mask.view(())
-        tokens = slots < num_tokens
-        first_query = num_tokens - seqlen_q
-    queries = (first_query + torch.arange(seqlen_q, device=device)).unsqueeze(1)
-    seen = slots <= queries
-    if window is not None:
-        seen = seen & (slots > queries - window)
-    return (
-        (seen & tokens).expand(-1, 1, -1, -1) if tokens.ndim == 4 else (seen & tokens)[None, None]
-    )
+    """Which key each query sees, [batch or 1, 1, seqlen_q, seqlen_k] bool: key_mask's mask written
+    out, or without one the last seqlen_q slots' causal attention in a window."""
+    if mask is not None:
+        return mask.dense() if isinstance(mask, KeyMask) else mask
+    left = -1 if window is None else window - 1
+    layout = KeyLayout(1, seqlen_q, seqlen_k, seqlen_k - seqlen_q, True, left, -1, None)
+    return layout.dense(device)

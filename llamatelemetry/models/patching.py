@@ -1,18 +1,28 @@
-"""The table that maps Hugging Face classes to our ops, and putting it in place and out again."""
+"""Putting our pieces in the place of a transformers model's modules, and out again."""
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from llamatelemetry.models.decoder import Block, Decoder, rope_tables
-from llamatelemetry.models.hf_attention import NAME, register
-from llamatelemetry.models.layers import Attention, DecoderLayer, Family, GatedMlp, Piece, RmsNorm
+from llamatelemetry.models.families import FAMILIES, family_of
+from llamatelemetry.models.hf_attention import register
+from llamatelemetry.models.opset import NATIVE, OpSet
+from llamatelemetry.models.pieces.attention import Attention
+from llamatelemetry.models.pieces.base import Piece
+from llamatelemetry.models.pieces.layer import DecoderLayer, norm_of, unserved
+from llamatelemetry.models.pieces.merge import TensorsOf
+from llamatelemetry.models.pieces.mlp import GatedMlp
+from llamatelemetry.models.pieces.norm import RmsNorm
 from llamatelemetry.models.probe import disagreement, likeness
+from llamatelemetry.models.spec import LayerSpec, unread_field
 from llamatelemetry.models.step_input import DecoderState, StepInput
 
 __all__ = [
@@ -23,31 +33,6 @@ __all__ = [
     "rope_tables",
     "unpatch",
 ]
-
-# A row a family: the attributes where it goes beyond Llama.
-FAMILIES = {
-    "LlamaForCausalLM": Family(),
-    "MistralForCausalLM": Family(sliding_window="sliding_window"),
-    "Qwen2ForCausalLM": Family(sliding_window="sliding_window"),
-    "Qwen3ForCausalLM": Family(
-        query_norm="q_norm", key_norm="k_norm", sliding_window="sliding_window"
-    ),
-    "GraniteForCausalLM": Family(
-        residual_multiplier="residual_multiplier",
-        embedding_multiplier="embedding_multiplier",
-        logits_scaling="logits_scaling",
-    ),
-}
-
-
-# What stands for what in a decoder layer; "" is the layer itself.
-_LAYER: dict[str, type[Piece]] = {
-    "input_layernorm": RmsNorm,
-    "post_attention_layernorm": RmsNorm,
-    "self_attn": Attention,
-    "mlp": GatedMlp,
-    "": DecoderLayer,
-}
 
 
 @dataclass
@@ -71,57 +56,131 @@ class _Patched:
 
 
 @torch.no_grad()
-def patch(model: Any) -> PatchReport:
+def patch(model: Any, strict: bool = False, ops: OpSet = NATIVE) -> PatchReport:
     """Puts our ops in the place of a transformers model's modules, in place; weights are shared.
 
     Each replacement first has to give what its module gives on random input; one that does not,
-    stays out and is named in the report. Layers that differ in their weights alone are tried once.
-    While gradients are enabled a replacement hands over to the module's own forward, so call the
-    model under torch.no_grad() or torch.inference_mode(), as generate does.
+    stays out, is named in the report and, where it costs the packed forward or a whole kind of
+    piece, in a warning. Layers that differ in their weights alone are tried once. While gradients
+    are enabled a replacement hands over to the module's own forward, so call the model under
+    torch.no_grad() or torch.inference_mode(), as generate does.
 
-    model:   an instance of a class in FAMILIES, plain or with quantised linears
-    Returns: the report; a second call changes nothing and returns it again
-    Raises:  ValueError for a model of another class
+    Args:
+        model: an instance of a class in FAMILIES, plain or with quantised linears.
+        strict: whether a refused piece is an error, raised before anything is changed.
+        ops: what the pieces compute with.
+
+    Returns:
+        The report; a second call changes nothing and returns it again.
+
+    Raises:
+        ValueError: a model of another class; with strict, a piece that is refused.
     """
-    family = _family_of(model)
+    spec = family_of(model).spec
     if (patched := model.__dict__.get("_llamatelemetry")) is not None:
         return patched.report
     register()
-    base, report, attn_implementation = (
-        model.model,
-        PatchReport(),
-        model.config._attn_implementation,
-    )
-    wanted: dict[str, type[Piece]] = {"model.norm": RmsNorm}
-    for i in range(len(base.layers)):
-        wanted |= {f"model.layers.{i}.{name}".rstrip("."): kind for name, kind in _LAYER.items()}
-    pieces: dict[str, Piece] = {}
-    verdicts: dict[object, str | None] = {}
+    attn_implementation = model.config._attn_implementation
+    wanted = _wanted(model, spec)
+    refused = _refusals(model, spec, ops, wanted)
+    if refused and strict:
+        raise ValueError(f"patch: every piece must agree with its module, got {_summary(refused)}")
+    pieces = {}
     for name, kind in wanted.items():
-        module = model.get_submodule(name)
-        piece: Piece | None = None
-        try:
-            piece = kind(module, family, model.config)
-            key = likeness(piece)
-            if key not in verdicts:
-                verdicts[key] = disagreement(piece, base.rotary_emb, base.norm.weight)
-            reason = verdicts[key]
-        except (AttributeError, ValueError) as error:
-            reason = str(error)
-        if reason is None and piece is not None:
-            pieces[name] = piece
-            report.replaced[kind.__name__] += 1
-        else:
-            report.refused[name] = reason or ""
-            if piece is not None:
-                piece.unbind()
+        if name not in refused:
+            try:
+                pieces[name] = _bound(kind, model.get_submodule(name), spec, model.config, ops)
+            except Exception as error:  # of whatever the module is made of
+                refused[name] = _reason(error)
     for piece in pieces.values():
         piece.install()
-    if report.replaced["Attention"]:
-        model.set_attn_implementation(NAME)
-    decoder = _decoder(model, family, pieces)
+    report = PatchReport(Counter(type(piece).__name__ for piece in pieces.values()), refused)
+    if report.replaced["Attention"] and ops.attn_implementation is not None:
+        model.set_attn_implementation(ops.attn_implementation)
+    decoder = _decoder(model, spec, ops, pieces)
+    if refused and (
+        decoder is None or {kind.__name__ for kind in wanted.values()} - set(report.replaced)
+    ):
+        warnings.warn(
+            f"patch: {len(refused)} of {len(wanted)} modules of this {type(model).__name__} stay "
+            f"as they were: {_summary(refused)}",
+            stacklevel=3,
+        )
     model._llamatelemetry = _Patched(report, pieces, decoder, attn_implementation)
     return report
+
+
+def _wanted(model: Any, spec: LayerSpec) -> dict[str, type[Piece]]:
+    """What is to stand for which module."""
+    layer: dict[str, type[Piece]] = dict.fromkeys(spec.norms, RmsNorm)
+    layer[spec.attention] = Attention
+    if spec.mlp_kind == "gated":
+        layer[spec.mlp] = GatedMlp
+    layer[""] = DecoderLayer
+    wanted: dict[str, type[Piece]] = {"model.norm": RmsNorm}
+    for i in range(len(model.model.layers)):
+        wanted |= {f"model.layers.{i}.{name}".rstrip("."): kind for name, kind in layer.items()}
+    return wanted
+
+
+def _refusals(
+    model: Any, spec: LayerSpec, ops: OpSet, wanted: Mapping[str, type[Piece]]
+) -> dict[str, str]:
+    """Why modules may not be replaced; one of each likeness is tried, and is as it was after."""
+    whole = unserved(spec) or unread_field(spec, model.config)
+    if whole is not None:
+        return dict.fromkeys(wanted, whole)
+    verdicts: dict[object, str | None] = {}
+    refused = {}
+    for name, kind in wanted.items():
+        try:
+            module = model.get_submodule(name)
+            key = likeness(kind, module)
+            if key not in verdicts:
+                verdicts[key] = _verdict(kind, module, spec, ops, model)
+            reason = verdicts[key]
+        except Exception as error:
+            reason = _reason(error)
+        if reason is not None:
+            refused[name] = reason
+    return refused
+
+
+def _verdict(
+    kind: type[Piece], module: nn.Module, spec: LayerSpec, ops: OpSet, model: Any
+) -> str | None:
+    """Why kind may not stand for module, which is as it was afterwards; None if it may."""
+    tensors = TensorsOf(module)
+    try:
+        piece = kind(module, spec, model.config, ops)
+        return disagreement(piece, model.model.rotary_emb, model.model.norm.weight)
+    except Exception as error:  # of whatever the module is made of
+        return _reason(error)
+    finally:
+        tensors.restore()
+
+
+def _bound(kind: type[Piece], module: nn.Module, spec: LayerSpec, config: Any, ops: OpSet) -> Piece:
+    """The piece, or the module as it was and what went wrong."""
+    tensors = TensorsOf(module)
+    try:
+        return kind(module, spec, config, ops)
+    except Exception:
+        tensors.restore()
+        raise
+
+
+def _reason(error: Exception) -> str:
+    expected = isinstance(error, (AttributeError, RuntimeError, ValueError)) and str(error)
+    return str(error) if expected else f"{type(error).__name__}: {error}"
+
+
+def _summary(refused: Mapping[str, str]) -> str:
+    """Each reason once, with the first module that it is of."""
+    first: dict[str, str] = {}
+    for name, reason in refused.items():
+        first.setdefault(reason, name)
+    return "; ".join(f"{name}: {reason}" for reason, name in first.items())
 
 
 def unpatch(model: Any) -> None:
@@ -143,27 +202,27 @@ def forward_tokens(model: Any, input_ids: Tensor, step: StepInput, state: Decode
     return patched.decoder.forward(input_ids, step, state)
 
 
-def _decoder(model: Any, family: Family, pieces: dict[str, Piece]) -> Decoder | None:
+def _decoder(
+    model: Any, spec: LayerSpec, ops: OpSet, pieces: Mapping[str, Piece]
+) -> Decoder | None:
     """The packed forward, where all that it fuses could be replaced; an MLP may be any module."""
     blocks = []
     layers = model.model.layers
-    norms = [layer.input_layernorm for layer in layers] + [model.model.norm]
+    norms = [*(norm_of(layer, spec.first_norm) for layer in layers[1:]), model.model.norm]
+    needed = [name for name, kind in _wanted(model, spec).items() if kind is not GatedMlp]
+    if any(name not in pieces for name in needed):
+        return None
     for i, layer in enumerate(layers):
-        names = (f"model.layers.{i}.{name}".rstrip(".") for name in _LAYER if name != "mlp")
-        if any(name not in pieces for name in (*names, "model.norm")):
-            return None
-        attention, mlp = (pieces.get(f"model.layers.{i}.{name}") for name in ("self_attn", "mlp"))
+        path = f"model.layers.{i}"
+        whole, attention = pieces[path], pieces[f"{path}.{spec.attention}"]
+        assert isinstance(whole, DecoderLayer)
         assert isinstance(attention, Attention)
-        step = mlp.step if isinstance(mlp, GatedMlp) else layer.mlp
-        blocks.append(Block(attention, step, layer.post_attention_layernorm, norms[i + 1]))
-    return Decoder(model, family, blocks)
+        mlp = pieces.get(f"{path}.{spec.mlp}")
+        step = mlp.step if isinstance(mlp, GatedMlp) else _as_batch(getattr(layer, spec.mlp))
+        blocks.append(Block(whole, attention, step, norms[i]))
+    return Decoder(model, spec, ops, blocks)
 
 
-def _family_of(model: Any) -> Family:
-    name = type(model).__name__
-    if name not in FAMILIES:
-        raise ValueError(
-            f"patch: model must be one of {', '.join(FAMILIES)}, got {name}; a further family is "
-            "a further row of FAMILIES"
-        )
-    return FAMILIES[name]
+def _as_batch(mlp: nn.Module) -> Callable[[Tensor], Tensor]:
+    """An MLP of transformers over packed tokens: it may count on a batch's three dimensions."""
+    return lambda x: mlp(x.unsqueeze(0)).squeeze(0)

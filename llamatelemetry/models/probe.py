@@ -1,46 +1,69 @@
-"""Is a replacement what it replaces? Both run on random input, and so does the module in more bits.
+"""Is a replacement what it replaces? Both run on random input before it is installed.
 
-It is where it errs at most twice as much as the module, the rule of this package's tests.
+A norm is compared with its formula in float64, any other piece with a copy of its module in more
+bits. Pieces that read a cache run as generation does: a prompt, one token, then several.
 """
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import AttentionInterface
 
-from llamatelemetry.models.hf_attention import NAME
-from llamatelemetry.models.hf_masks import dense_mask
-from llamatelemetry.models.layers import Attention, DecoderLayer, Piece
-from llamatelemetry.models.merge import in_more_bits
+from llamatelemetry.models.pieces.attention import Attention
+from llamatelemetry.models.pieces.base import CACHE_NAMES, Piece
+from llamatelemetry.models.pieces.layer import DecoderLayer
+from llamatelemetry.models.pieces.merge import in_more_bits
+from llamatelemetry.models.pieces.norm import RmsNorm
+from llamatelemetry.ops import reference
 
-_BATCH, _SEQLEN = 2, 9
+_BATCH = 2
+_STEPS = (5, 1, 3)  # tokens of each forward over one cache
+_WINDOW = 3  # sliding windows are cut to this, so that the prompt is longer
+_PROBE = "llamatelemetry_probe"
+
+# How far a sum of float32 may be off, in units of float32's last place: one chain of additions over
+# a row errs by about the root of its length, 10 units at a width of 16384.
+_SUM_UNITS = 16
+# How many units of the dtype's last place the roundings of normalised and weighted values cost.
+_ROUNDING_UNITS = 2
 
 
 def disagreement(piece: Piece, rotary: nn.Module, like: Tensor) -> str | None:
     """Why piece, which is not installed, may not stand for its module; None if it may.
 
-    rotary: the model's rotary embedding
-    like:   a tensor of the dtype and on the device of the hidden states
+    Args:
+        piece: bound to its module.
+        rotary: the model's rotary embedding.
+        like: a tensor of the dtype and on the device of the hidden states.
     """
-    more_bits = torch.float64 if like.dtype == torch.float32 else torch.float32
-    twin = in_more_bits(piece.module, more_bits, piece.config)
     generator = torch.Generator(like.device).manual_seed(0)
-    x = torch.randn(
-        (_BATCH, _SEQLEN, piece.width),
-        generator=generator,
-        device=like.device,
-        dtype=like.dtype,
-    )
-    try:
-        ours = _run(piece, piece.forward, rotary, x, NAME)
-    except RuntimeError as refusal:
-        return str(refusal)
-    theirs = _run(piece, piece.original, rotary, x, "sdpa")
-    exact = _run(piece, twin, rotary, x.to(more_bits), "sdpa").double()
-    error, their_error = ((out.double() - exact).abs().max().item() for out in (ours, theirs))
-    rounding = torch.finfo(like.dtype).eps * exact.abs().max().item()
+    if isinstance(piece, RmsNorm):
+        return _norm_disagreement(piece, like, generator)
+    more_bits = torch.float64 if like.dtype == torch.float32 else torch.float32
+    inputs = [
+        torch.randn(
+            (_BATCH, seqlen, piece.width), generator=generator, device=like.device, dtype=like.dtype
+        )
+        for seqlen in _STEPS
+    ]
+    AttentionInterface.register(_PROBE, _attend)
+    with _short_windows(piece), _own_mlp_left_out(piece):
+        attention = piece.ops.attn_implementation or _PROBE
+        ours = _run(piece, piece.forward, rotary, inputs, attention).double()
+        theirs = _run(piece, piece.original, rotary, inputs, _PROBE).double()
+        twin = in_more_bits(piece.module, more_bits, piece.config)
+        exact = _run(piece, twin, rotary, [x.to(more_bits) for x in inputs], _PROBE).double()
+    error, their_error = ((out - exact).abs().max().item() for out in (ours, theirs))
+    # The second term does not depend on the module's luck: its norms compute in float32 whatever
+    # they are given, so that the copy in more bits need be no better than ours.
+    unit = torch.finfo(like.dtype).eps + _SUM_UNITS * torch.finfo(torch.float32).eps
+    rounding = unit * exact.abs().max().item()
     if error <= 2 * their_error + rounding:
         return None
     return (
@@ -49,36 +72,172 @@ def disagreement(piece: Piece, rotary: nn.Module, like: Tensor) -> str | None:
     )
 
 
-def likeness(piece: Piece) -> object:
-    """Equal for pieces whose modules differ in the values of their weights alone."""
+def likeness(kind: type[Piece], module: nn.Module) -> object:
+    """Equal for modules that differ in the values of their weights alone."""
     scalars = (bool, int, float, str, type(None))
-    parts = list(piece.module.named_modules())
     return (
-        type(piece),
-        str(piece.module),
-        tuple((name, t.dtype, t.device) for name, t in piece.module.state_dict().items()),
+        kind,
+        str(module),
+        type(module),
+        tuple((name, t.shape, t.dtype, t.device) for name, t in module.state_dict().items()),
         tuple(
-            (name, key, value)
-            for name, part in parts
+            (name, type(part), key, value)
+            for name, part in module.named_modules()
             for key, value in vars(part).items()
             if isinstance(value, scalars) and key != "layer_idx"
         ),
     )
 
 
-def _run(piece: Piece, forward: Any, rotary: Any, x: Tensor, attention: str) -> Tensor:
+def _norm_disagreement(piece: RmsNorm, like: Tensor, generator: torch.Generator) -> str | None:
+    """Holds the module and the op to the formula, on rows of several sizes.
+
+    A copy with random weights stands for the module: weights of one or zero would hide what they
+    are for, and a verdict is to hold for every layer's. Rows as small as eps show what eps is.
+    """
+    module: Any = copy.deepcopy(piece.module)
+    options: Any = {"generator": generator, "device": like.device}
+    weight = 1 + 0.5 * torch.randn(module.weight.shape, **options)
+    module.weight = nn.Parameter(weight.to(module.weight.dtype), requires_grad=False)
+    sizes = torch.tensor([1.0, max(piece.eps, 1e-6) ** 0.5, 30.0], device=like.device)
+    rows = torch.randn((8, 3, module.weight.shape[0]), **options) * sizes[:, None]
+    x = rows.to(like.dtype)
+    exact = reference.rms_norm(x.double(), module.weight.double(), piece.eps)
+    unit = torch.finfo(like.dtype).eps * exact.abs().amax(-1, keepdim=True)
+    limit = _ROUNDING_UNITS + _SUM_UNITS * (
+        torch.finfo(torch.float32).eps / torch.finfo(like.dtype).eps
+    )
+    twin = type(piece)(module, piece.spec, piece.config, piece.ops)
+    for what, forward in (("it", twin.forward), ("the module", twin.original)):
+        units = ((forward(x).double() - exact).abs() / unit).max().item()
+        if not units <= limit:  # NaN is no agreement
+            return (
+                f"on random input {what} errs by {units:.3g} units in the last place of the row's "
+                f"scale, more than {limit:.3g}, from an RMS norm with eps = {piece.eps:g}"
+            )
+    return None
+
+
+def _run(
+    piece: Piece, forward: Callable[..., Any], rotary: Any, inputs: list[Tensor], attention: str
+) -> Tensor:
+    """The outputs of the steps, one after another along the tokens."""
     if not isinstance(piece, (Attention, DecoderLayer)):
-        return forward(x.clone())
-    positions = torch.arange(_SEQLEN, device=x.device).unsqueeze(0)
-    mask = None if attention == NAME else dense_mask(None, _SEQLEN, _SEQLEN, piece.window, x.device)
+        return torch.cat([forward(x.clone()) for x in inputs], 1)
+    outputs, cache, seen = [], _Cache(), 0
+    cache_name = next(name for name in CACHE_NAMES if name in piece.parameters)
     before = piece.config._attn_implementation
     piece.config._attn_implementation = attention
     try:
-        out = forward(
-            hidden_states=x.clone(),
-            position_embeddings=rotary(x, positions),
-            attention_mask=mask,
-        )
+        for x in inputs:
+            positions = torch.arange(seen, seen + x.shape[1], device=x.device).unsqueeze(0)
+            call = {
+                "hidden_states": x.clone(),
+                "position_embeddings": rotary(x, positions),
+                "position_ids": positions,
+                "attention_mask": None,
+                "use_cache": True,
+                cache_name: cache,
+            }
+            out = forward(**call)
+            outputs.append(out[0] if isinstance(out, tuple) else out)
+            seen += x.shape[1]
     finally:
         piece.config._attn_implementation = before
-    return out[0] if isinstance(out, tuple) else out
+    return torch.cat(outputs, 1)
+
+
+class _Cache:
+    """All that an attention asks of transformers' caches."""
+
+    def __init__(self) -> None:
+        self.tokens: tuple[Tensor, ...] = ()
+
+    def update(self, *tokens: Any, **_: Any) -> tuple[Tensor, ...]:
+        new = tokens[:2]  # keys and values [batch, heads, seqlen, head_dim]; then the layer
+        if self.tokens:
+            new = tuple(torch.cat(pair, 2) for pair in zip(self.tokens, new, strict=True))
+        self.tokens = new
+        return new
+
+
+def _attend(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    position_ids: Tensor | None = None,
+    use_cache: bool | None = None,
+    **others: Any,
+) -> tuple[Tensor, None]:
+    """What a module asks of the attention interface, each of its arguments honoured or refused.
+
+    transformers' own functions drop some: torch's attention leaves windows to the mask.
+    """
+    unknown = [name for name, given in others.items() if given is not None]
+    if unknown or attention_mask is not None or dropout:
+        raise ValueError(f"the attention's arguments must be known here, got {unknown}")
+    groups = query.shape[1] // key.shape[1]
+    key, value = (x.repeat_interleave(groups, 1) for x in (key, value))
+    bits = torch.promote_types(query.dtype, torch.float32)
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    scores = query.to(bits) @ key.to(bits).transpose(2, 3) * scale
+    if softcap:
+        scores = (scores / softcap).tanh() * softcap
+    seqlen_q, seqlen_k = scores.shape[2:]
+    slots = torch.arange(seqlen_k, device=query.device)
+    behind = slots[seqlen_k - seqlen_q :, None] - slots
+    hidden = (behind < 0) | (behind >= (sliding_window or seqlen_k))
+    scores = scores.masked_fill(hidden, -torch.inf)
+    if s_aux is not None:
+        sinks = s_aux.to(bits).view(1, -1, 1, 1).expand(*scores.shape[:3], 1)
+        scores = torch.cat([scores, sinks], -1)
+    weights = scores.softmax(-1)[..., :seqlen_k].to(query.dtype)
+    return (weights @ value).transpose(1, 2).contiguous(), None
+
+
+class _Smooth(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.sin()
+
+
+@contextmanager
+def _own_mlp_left_out(piece: Piece) -> Iterator[None]:
+    """Lets a smooth function stand for an MLP that a layer calls as it is.
+
+    It is not the layer's to prove; a copy of many experts would be large, and a router's choice
+    jumps where its inputs differ by a rounding.
+    """
+    if not isinstance(piece, DecoderLayer) or piece.spec.mlp_kind != "own":
+        yield
+        return
+    mlp = getattr(piece.module, piece.spec.mlp)
+    setattr(piece.module, piece.spec.mlp, _Smooth())
+    try:
+        yield
+    finally:
+        setattr(piece.module, piece.spec.mlp, mlp)
+
+
+@contextmanager
+def _short_windows(piece: Piece) -> Iterator[None]:
+    """Cuts every sliding window that the module or its config has, and the piece's own."""
+    owners = [piece.config, *piece.module.modules()]
+    windows = [(owner, getattr(owner, "sliding_window", None)) for owner in owners]
+    try:
+        for owner, window in windows:
+            if window is not None:
+                owner.sliding_window = min(window, _WINDOW)
+        piece.read_window()
+        yield
+    finally:
+        for owner, window in windows:
+            if window is not None:
+                owner.sliding_window = window
+        piece.read_window()

@@ -1,7 +1,7 @@
-"""Typed wrappers of torch.ops.llamatelemetry, a module a room; reference.py is their semantics."""
+"""Typed wrappers of torch.ops.llamatelemetry, a module a room; reference/ is their semantics."""
 
 from llamatelemetry.ops.attention import flash_attn, flash_attn_varlen, paged_attention
-from llamatelemetry.ops.cache import append_kv_, copy_blocks_
+from llamatelemetry.ops.cache import advance_step_, append_kv_, copy_blocks_, slot_mapping
 from llamatelemetry.ops.formats import QuantFormat
 from llamatelemetry.ops.gemm import quant_linear
 from llamatelemetry.ops.norm import (
@@ -19,6 +19,7 @@ from llamatelemetry.ops.sampling import sample
 
 __all__ = [
     "QuantFormat",
+    "advance_step_",
     "append_kv_",
     "copy_blocks_",
     "dequantize",
@@ -36,6 +37,7 @@ __all__ = [
     "rotary_embedding_",
     "sample",
     "silu_and_mul",
+    "slot_mapping",
     "softmax",
     "unpack",
 ]

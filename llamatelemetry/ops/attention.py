@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from llamatelemetry.ops._contract import inference_only, register_fake
-from llamatelemetry.ops.backends import flash_backend_number
 
 
 def flash_attn(
@@ -60,7 +59,7 @@ def flash_attn(
         window_size[0],
         window_size[1],
         softcap,
-        flash_backend_number("flash_attn", backend),
+        backend,
     )
 
 
@@ -113,7 +112,7 @@ def flash_attn_varlen(
         window_size[0],
         window_size[1],
         softcap,
-        flash_backend_number("flash_attn_varlen", backend),
+        backend,
     )
 
 
@@ -130,6 +129,7 @@ def paged_attention(
     causal: bool = True,
     window_size: tuple[int, int] = (-1, -1),
     softcap: float = 0.0,
+    backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention of packed queries over their sequences' cached keys, accumulated in float32:
     ``softmax(softcap · tanh(q kᵀ · softmax_scale / softcap)) v``.
@@ -153,6 +153,7 @@ def paged_attention(
     softmax_scale: default 1 / sqrt(head_dim)
     window_size:   -1: unlimited
     softcap:       0: off
+    backend:       as in flash_attn, but for "sm75", which does not serve pages
     Returns:       out as q, contiguous, and lse [num_heads_q, total_q] float32, the natural log of
                    the sum of exponentials. A query that sees no key gives 0 and -inf; rows of q
                    past the last sequence are left unwritten. Lengths and tables are read when the
@@ -175,6 +176,7 @@ def paged_attention(
         window_size[0],
         window_size[1],
         softcap,
+        backend,
     )
 
 
@@ -192,6 +194,7 @@ def _(
     window_left: int,
     window_right: int,
     softcap: float,
+    backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     lse = q.new_empty((q.shape[1], q.shape[0]), dtype=torch.float32)
     return q.new_empty(q.shape), lse
@@ -209,7 +212,7 @@ def _(
     window_left: int,
     window_right: int,
     softcap: float,
-    backend: int,
+    backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     lse = q.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=torch.float32)
     return q.new_empty(q.shape), lse
@@ -231,7 +234,7 @@ def _(
     window_left: int,
     window_right: int,
     softcap: float,
-    backend: int,
+    backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     lse = q.new_empty((q.shape[1], q.shape[0]), dtype=torch.float32)
     return q.new_empty(q.shape), lse

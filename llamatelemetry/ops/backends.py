@@ -1,4 +1,4 @@
-"""The implementations of flash_attn that this build has, and why one cannot serve a call."""
+"""The implementations of attention in this build, which one is chosen, and why one cannot serve."""
 
 from __future__ import annotations
 
@@ -8,49 +8,92 @@ import torch
 
 from llamatelemetry._native import library
 
-_impl_name = library.cpu_library.lt_flash_impl_name
-_impl_name.restype = ctypes.c_char_p
-
-
-def _implementations() -> dict[str, int]:
-    """Name -> number of csrc/attention/flash_choice.h, "auto" is 0."""
-    names: list[str] = []
-    while name := _impl_name(len(names)):
-        names.append(name.decode())
-    return {name: number for number, name in enumerate(names)}
-
-
-FLASH_BACKENDS = _implementations()
-
-
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # in the order of csrc/common/dtype.h
+# capability (0: this machine), dtype, head_dim, seqlen_q, seqlen_k, page_size
+_CALL = [ctypes.c_int, ctypes.c_int, *[ctypes.c_int64] * 4]
+_HEAD_DIM = 128
+_SEQLEN = 2048
+# (seqlen_q, page_size) of a typical call of each op; page_size 0 is dense.
+_TYPICAL = {
+    "flash_attn": (_SEQLEN, 0),
+    "flash_attn_varlen": (_SEQLEN, 0),
+    "paged_attention": (1, 16),
+}
 
 
-def flash_why_not(backend: str, dtype: torch.dtype) -> str | None:
-    """Why a backend cannot serve aligned tensors of dtype on its device, the CPU or the current
-    GPU, or None where it can."""
-    owner = library.cpu_library if backend == "cpu" else library.cuda_library
+def _library_of(backend: str) -> ctypes.CDLL | None:
+    return library.cpu_library if backend == "cpu" else library.cuda_library
+
+
+def flash_why_not(backend: str, dtype: torch.dtype, *, page_size: int = 0) -> str | None:
+    """Why a backend cannot serve aligned tensors of dtype on its device.
+
+    Args:
+        backend: One of ATTENTION_BACKENDS; its device is the CPU or the current GPU.
+        dtype: torch.float32, torch.float16 or torch.bfloat16.
+        page_size: Tokens of a page of the cache; 0 where keys are dense.
+
+    Returns:
+        The reason, or None where it can.
+    """
+    owner = _library_of(backend)
     if owner is None:
         return library.why_no_cuda_library()
-    owner.lt_flash_why_not.restype = ctypes.c_char_p
-    reason = owner.lt_flash_why_not(FLASH_BACKENDS[backend], _DTYPES.index(dtype))
+    owner.lt_attention_why_not.argtypes = [ctypes.c_char_p, *_CALL]
+    owner.lt_attention_why_not.restype = ctypes.c_char_p
+    call = (0, _DTYPES.index(dtype), _HEAD_DIM, _SEQLEN, _SEQLEN, page_size)
+    reason = owner.lt_attention_why_not(backend.encode(), *call)
     return reason.decode() if reason else None
 
 
-def flash_choice(dtype: torch.dtype) -> str:
-    """The implementation that serves aligned tensors of dtype on the current GPU, or "none"."""
-    if library.cuda_library is None:
+def attention_choice(
+    op: str,
+    dtype: torch.dtype,
+    *,
+    device: str = "cuda",
+    head_dim: int = _HEAD_DIM,
+    seqlen_q: int | None = None,
+    seqlen_k: int = _SEQLEN,
+    page_size: int | None = None,
+    capability: int = 0,
+) -> str:
+    """What serves a call of an attention op with aligned tensors.
+
+    Args:
+        op: "flash_attn", "flash_attn_varlen" or "paged_attention".
+        dtype: torch.float32, torch.float16 or torch.bfloat16.
+        device: "cuda", the current GPU, or "cpu".
+        head_dim: Columns of a head.
+        seqlen_q: Queries of a sequence; None is what is typical of op: 1 over a cache.
+        seqlen_k: Keys of a sequence.
+        page_size: Tokens of a page; None is what is typical of op: 16 over a cache, else 0.
+        capability: 90 asks for a GPU of compute capability 9.0 and code for it, whatever runs
+            here; 0 is this machine.
+
+    Returns:
+        "<backend>, <tiles>[, <n> splits]", as csrc/attention/choice.h picks them, or "none".
+
+    Raises:
+        KeyError: op is no attention op.
+    """
+    typical_queries, typical_page = _TYPICAL[op]
+    owner = _library_of("cpu" if capability else device)
+    if owner is None:
         return "none"
-    library.cuda_library.lt_flash_choice.restype = ctypes.c_char_p
-    name = library.cuda_library.lt_flash_choice(_DTYPES.index(dtype)).decode()
-    return "none" if name == "auto" else name
+    owner.lt_attention_choice.argtypes = _CALL
+    owner.lt_attention_choice.restype = ctypes.c_char_p
+    return str(
+        owner.lt_attention_choice(
+            capability,
+            _DTYPES.index(dtype),
+            head_dim,
+            typical_queries if seqlen_q is None else seqlen_q,
+            seqlen_k,
+            typical_page if page_size is None else page_size,
+        ).decode()
+    )
 
 
-def flash_backend_number(op: str, backend: str | None) -> int:
-    if backend is None:
-        return 0
-    if backend not in FLASH_BACKENDS:
-        raise RuntimeError(
-            f"{op}: backend must be None or one of {', '.join(FLASH_BACKENDS)}, got {backend!r}"
-        )
-    return FLASH_BACKENDS[backend]
+def flash_choice(dtype: torch.dtype) -> str:
+    """The backend that serves aligned tensors of dtype on the current GPU, or "none"."""
+    return attention_choice("flash_attn", dtype).partition(",")[0]

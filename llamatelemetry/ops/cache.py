@@ -1,4 +1,4 @@
-"""Cache writes: append keys and values to their slots, copy whole blocks."""
+"""The paged cache: slots of tokens, keys and values written to them, whole blocks copied."""
 
 from __future__ import annotations
 
@@ -46,4 +46,91 @@ def copy_blocks_(k_cache: Tensor, v_cache: Tensor, block_pairs: Tensor) -> None:
 
 @register_fake("copy_blocks_")
 def _(k_cache: Tensor, v_cache: Tensor, block_pairs: Tensor) -> None:
+    return None
+
+
+def slot_mapping(
+    positions: Tensor, block_table: Tensor, cu_seqlens_q: Tensor, page_size: int
+) -> Tensor:
+    """Slots of packed tokens: ``table[row, position // page] * page + position % page``.
+
+    Args:
+        positions: [num_tokens] int64, of each token within its sequence.
+        block_table: [batch, max_blocks] int32, any row stride; a negative block is none.
+        cu_seqlens_q: [batch + 1] int32, where the tokens of each sequence begin.
+        page_size: tokens in a block, at least 1.
+
+    Returns:
+        [num_tokens] int64, what append_kv_ takes; -1 for a position that the table holds no block
+        for, and for tokens outside every sequence (padding).
+
+    Raises:
+        RuntimeError: names the argument, the rule and the value.
+    """
+    return torch.ops.llamatelemetry.slot_mapping.default(
+        positions, block_table, cu_seqlens_q, page_size
+    )
+
+
+@register_fake("slot_mapping")
+def _(positions: Tensor, block_table: Tensor, cu_seqlens_q: Tensor, page_size: int) -> Tensor:
+    return positions.new_empty(positions.shape)
+
+
+def advance_step_(
+    input_ids: Tensor,
+    positions: Tensor,
+    slot_mapping: Tensor,
+    cache_seqlens: Tensor,
+    offsets: Tensor,
+    next_ids: Tensor,
+    active: Tensor,
+    block_table: Tensor,
+    page_size: int,
+) -> None:
+    """Turns the inputs of a decode step into those of the next, without the host: one launch.
+
+    An active row takes its next token; its position, length and offset grow by one, and its slot is
+    that of the new position. A row that is not active stays, and its slot becomes -1, so that the
+    next step writes nothing for it: its blocks may belong to another sequence by then.
+
+    Args:
+        input_ids: [batch] int64, written in place, as all up to offsets.
+        positions: [batch] int64, of input_ids.
+        slot_mapping: [batch] int64, what append_kv_ takes; -1 where the table has no block.
+        cache_seqlens: [batch] int32, keys of each row, that of input_ids included.
+        offsets: [batch] int64, how many tokens were drawn, which sample takes.
+        next_ids: [batch] int64, what this step has drawn.
+        active: [batch] bool.
+        block_table: [batch, max_blocks] int32, any row stride; a negative block is none.
+        page_size: tokens in a block, at least 1.
+
+    Raises:
+        RuntimeError: names the argument, the rule and the value.
+    """
+    torch.ops.llamatelemetry.advance_step_.default(
+        input_ids,
+        positions,
+        slot_mapping,
+        cache_seqlens,
+        offsets,
+        next_ids,
+        active,
+        block_table,
+        page_size,
+    )
+
+
+@register_fake("advance_step_")
+def _(
+    input_ids: Tensor,
+    positions: Tensor,
+    slot_mapping: Tensor,
+    cache_seqlens: Tensor,
+    offsets: Tensor,
+    next_ids: Tensor,
+    active: Tensor,
+    block_table: Tensor,
+    page_size: int,
+) -> None:
     return None

@@ -6,39 +6,62 @@ import torch
 from torch import Tensor
 
 from llamatelemetry.ops._contract import inference_only, register_fake
-from llamatelemetry.ops.formats import format_number
+from llamatelemetry.ops.formats import QuantFormat, format_name
 
 
 def quant_linear(
     x: Tensor,
     packed: Tensor,
-    format: int | str,
+    format: QuantFormat | int | str,
     n: int,
     bias: Tensor | None = None,
     exact: bool = False,
+    scales: Tensor | None = None,
+    zeros: Tensor | None = None,
+    perm: Tensor | None = None,
 ) -> Tensor:
     """``x @ weight.T + bias`` with the weight packed in 4 to 8 bits; sums in float32.
 
-    x:       [..., k], float32, float16 or bfloat16; rows contiguous, evenly spaced
-    packed:  what repack returns for the weight's [n, k]
-    format:  a QuantFormat, its name or its GGML type number
-    n:       rows of the weight
-    bias:    [n], dtype and device of x
-    exact:   whether x stays as it is. Otherwise the CPU rounds it to 8 bits in blocks of 32
-             (``scale = absmax / 127``), which is several times faster; a block with NaN or
-             infinity gives NaN. CUDA never rounds x; from 9 rows on it rounds the weights to the
-             dtype of x, for torch's matmul
-    Returns: [..., n] in the dtype of x. On the CPU a row does not depend on the other rows, nor on
-             how many there are
-    Raises:  RuntimeError naming the argument, the rule and the value
-    Source:  the blocks are GGUF's; 8-bit activations in blocks of 32 are ggml's Q8_0
+    Args:
+        x: [..., k], float32, float16 or bfloat16; rows contiguous, evenly spaced.
+        packed: What repack returns for the weight's [n, k].
+        format: A QuantFormat, its name or its GGML type number.
+        n: Rows of the weight.
+        bias: [n], dtype and device of x.
+        exact: Whether x stays as it is. Otherwise the CPU rounds it to 8 bits in blocks of 32
+            (``scale = absmax / 127``), which is several times faster; a block with NaN or infinity
+            gives NaN. CUDA never rounds x; from 9 rows on it rounds the weights to the dtype of x,
+            for torch's matmul.
+        scales: For formats whose scales are a tensor of their own; of today's, none.
+        zeros: For formats whose zero points are; of today's, none.
+        perm: For formats whose columns were sorted; of today's, none.
+
+    Returns:
+        [..., n] in the dtype of x. On the CPU a row does not depend on the other rows, nor on how
+        many there are.
+
+    Raises:
+        RuntimeError: Naming the argument, the rule and the value.
+
+    Source:
+        The blocks are GGUF's; 8-bit activations in blocks of 32 are ggml's Q8_0.
     """
     inference_only("quant_linear", x=x, bias=bias)
     return torch.ops.llamatelemetry.quant_linear.default(
-        x, packed, format_number(format), n, bias, exact
+        x, packed, format_name(format), n, bias, exact, scales, zeros, perm
     )
 
 
 @register_fake("quant_linear")
-def _(x: Tensor, packed: Tensor, format: int, n: int, bias: Tensor | None, exact: bool) -> Tensor:
+def _(
+    x: Tensor,
+    packed: Tensor,
+    format: str,
+    n: int,
+    bias: Tensor | None = None,
+    exact: bool = False,
+    scales: Tensor | None = None,
+    zeros: Tensor | None = None,
+    perm: Tensor | None = None,
+) -> Tensor:
     return x.new_empty((*x.shape[:-1], n))

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from llamatelemetry import ops
-from llamatelemetry.ops.formats import GGUF_BLOCKS, TILE_ROWS, QuantFormat
+from llamatelemetry.ops.formats import TILE_ROWS, QuantFormat
 
 
 class QuantLinear(nn.Module):
@@ -134,8 +134,7 @@ def _expanded(
 
 
 def _weights_per_row(weight: Tensor, format: QuantFormat) -> int:
-    weights, num_bytes = GGUF_BLOCKS[format]
-    return weight.shape[1] // (TILE_ROWS * num_bytes) * weights
+    return weight.shape[1] // (TILE_ROWS * format.block_bytes) * format.block_size
 
 
 def expand(module: nn.Module, dtype: torch.dtype) -> None:

@@ -111,7 +111,7 @@ def test_refusals(device):
 @pytest.mark.parametrize("seqlen", [0, 1, 70])
 def test_opcheck(device, dtype, seqlen):
     q, k, v, *starts = random_varlen(device, dtype, [(seqlen, 9), (4, 50)], tail=0)
-    args = (*starts, max(seqlen, 4), 50, None, None, 0.125, True, -1, -1, 0.0, 0)
+    args = (*starts, max(seqlen, 4), 50, None, None, 0.125, True, -1, -1, 0.0, None)
     run_opcheck("flash_attn_varlen", q, k, v, *args)
 
 

@@ -12,6 +12,7 @@ from op_checks import assert_compiles, assert_refuses, assert_replays, run_opche
 from paged_cases import assert_right, random_case, sdpa
 
 from llamatelemetry.ops import paged_attention
+from llamatelemetry.ops.backends import flash_why_not
 
 LENGTHS = (1, 3, 113, 239, 1023)
 MASKS = [
@@ -50,6 +51,17 @@ def test_one_long_sequence(device):
     assert_right(random_case(device, torch.bfloat16, [(1023, 1023)], (3, 1)))
     assert_right(random_case(device, torch.float32, [(5, 4000)], (9, 3)))
     assert_right(random_case(device, torch.float32, [(130, 3000)], (9, 3)))
+
+
+@pytest.mark.parametrize("queries", [3, 40])
+@pytest.mark.parametrize("page_size", [7, 16, 128])
+def test_each_backend(backend, page_size, queries):
+    dtype = torch.float16
+    if reason := flash_why_not(backend, dtype, page_size=page_size):
+        pytest.skip(f"{backend}: {reason}")
+    device = torch.device("cpu" if backend == "cpu" else "cuda")
+    sequences = [(queries, 150), (queries - 1, 300), (1, 70)]
+    assert_right(random_case(device, dtype, sequences, page_size=page_size), backend=backend)
 
 
 @pytest.mark.parametrize("heads", [(40, 1), (128, 1), (3, 1)], ids=str)
@@ -176,6 +188,9 @@ def test_refusals(device):
     refuses("window_right must be at least -1, got -3", options={"window_size": (0, -3)})
     refuses("softcap must lie in [0, 10000] (0: off)", options={"softcap": -1.0})
     refuses("softmax_scale must be finite", "inf", options={"softmax_scale": torch.inf})
+    refuses("backend must be None or one of cpu, sm75", options={"backend": "flash"})
+    other = "simt" if device.type == "cpu" else "cpu"
+    refuses(f"backend must serve the call, got {other}: the tensors", options={"backend": other})
     with torch.inference_mode(False), torch.enable_grad():
         grad = torch.ones(4, 6, 64, device=device, requires_grad=True)
         refuses("q must not require grad", q=grad)
@@ -186,7 +201,9 @@ def test_opcheck(device, dtype, sequences):
     case = random_case(device, dtype, sequences)
     if not len(case.q):  # opcheck cannot clone an empty slice
         case = replace(case, q=case.q.new_empty(case.q.shape))
-    run_opcheck("paged_attention", *case.tensors(), case.max_seqlen_q, 0.125, True, -1, -1, 0.0)
+    run_opcheck(
+        "paged_attention", *case.tensors(), case.max_seqlen_q, 0.125, True, -1, -1, 0.0, None
+    )
 
 
 @pytest.mark.parametrize("queries", [1, 64])

@@ -125,7 +125,12 @@ def test_nan_and_inf_stay_in_their_row(device, dtype, format, exact, bad):
 def test_refusals(device):
     packed = repack(gguf_rows(QuantFormat.Q4_1, 20, 64, device), "Q4_1")
     x, bias = torch.randn(2, 64, device=device), torch.randn(20, device=device)
-    assert_refuses(lambda: quant_linear(x, packed, 5, 20), "format must be a GGML type", "got 5")
+    assert_refuses(lambda: quant_linear(x, packed, 5, 20), "format must be one of", "got 5")
+    assert_refuses(
+        lambda: quant_linear(x, packed, 3, 20, scales=bias),
+        "scales must be None for Q4_1, whose blocks hold all that it needs, got a tensor of",
+    )
+    assert_refuses(lambda: quant_linear(x, packed, 3, 20, perm=bias), "perm must be None for Q4_1")
     assert_refuses(lambda: quant_linear(x.double(), packed, 3, 20), "x must be float32", "float64")
     assert_refuses(
         lambda: quant_linear(x[:, :40], packed, 3, 20), "k must be a multiple of 32 for Q4_1", "40"
@@ -146,8 +151,8 @@ def test_refusals(device):
 def test_opcheck(device, dtype, format, exact):
     packed = repack(gguf_rows(format, 20, 256, device), format)
     x = torch.randn(2, 3, 256, device=device).to(dtype)
-    run_opcheck("quant_linear", x, packed, int(format), 20, None, exact)
-    run_opcheck("quant_linear", x[:, :0], packed, int(format), 20, x[0, 0, :20].clone(), exact)
+    run_opcheck("quant_linear", x, packed, format.value, 20, None, exact)
+    run_opcheck("quant_linear", x[:, :0], packed, format.value, 20, x[0, 0, :20].clone(), exact)
 
 
 def test_reference(device):

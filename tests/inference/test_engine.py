@@ -2,32 +2,15 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
-from gguf_models import write_model
+from engines import NEW_TOKENS, PROMPTS, all_free, make_engine, rows_of, step_of
 
 from llamatelemetry.inference import generation
-from llamatelemetry.inference.engine import InferenceEngine
 from llamatelemetry.inference.sampling import GREEDY, SamplingParams
-from llamatelemetry.loading.find import load_model
 from llamatelemetry.models.patching import patch, unpatch
-
-PROMPTS = [[5, 9, 2], [7], [11, 3, 8, 1, 40, 22, 17, 6, 30]]
-NEW_TOKENS = 12
-
-
-def make_engine(tmp_path, device, family="llama"):
-    path = tmp_path / "tiny.gguf"
-    reference = write_model(path, family)
-    loaded = load_model(path, device=device, dtype=torch.float32, exact=True)
-    return InferenceEngine(loaded), reference.to(device)
-
-
-def rows_of(engine, prompts, params=GREEDY, eos=()):
-    """The tokens of each row, up to its end."""
-    steps = list(engine.generator.generate(prompts, [params] * len(prompts), NEW_TOKENS, eos))
-    columns = zip(*steps, strict=True)
-    return [[token for token in column if token is not None] for column in columns]
 
 
 def test_greedy_tokens_are_those_of_transformers(tmp_path, device):
@@ -51,14 +34,15 @@ def test_a_row_of_a_ragged_batch_is_what_it_is_alone(tmp_path, device):
 def test_one_step_serves_later_batches_of_its_size(tmp_path, device):
     engine, _ = make_engine(tmp_path, device)
     alone = [rows_of(engine, [prompt])[0] for prompt in reversed(PROMPTS)][::-1]
-    step = engine.generator.step
+    step = step_of(engine)
     warm = SamplingParams(temperature=1.5, seed=3)
     drawn = rows_of(engine, PROMPTS[:1], warm)
-    assert engine.generator.step is step
+    assert step_of(engine) is step
     assert [rows_of(engine, [prompt])[0] for prompt in PROMPTS] == alone
     assert rows_of(engine, PROMPTS[:1], warm) == drawn
     rows_of(engine, PROMPTS[:2])
-    assert engine.generator.step is not step
+    assert step_of(engine, 2) is not step
+    assert rows_of(engine, PROMPTS[:1], warm) == drawn
 
 
 def test_a_model_patched_anew_generates_as_before(tmp_path, device):
@@ -73,21 +57,12 @@ def test_a_model_patched_anew_generates_as_before(tmp_path, device):
 
 def test_other_weights_get_a_step_of_their_own(tmp_path, device):
     engine, _ = make_engine(tmp_path, device)
-    before, step = rows_of(engine, PROMPTS[:1]), engine.generator.step
+    before, step = rows_of(engine, PROMPTS[:1]), step_of(engine)
     model = engine.loaded.model
     other = {name: x.clone() for name, x in model.state_dict().items()}
     model.load_state_dict(other, assign=True)
     assert rows_of(engine, PROMPTS[:1]) == before
-    assert engine.generator.step is not step
-
-
-def test_a_generation_whose_cache_was_taken_says_so(tmp_path, device):
-    engine, _ = make_engine(tmp_path, device)
-    first = engine.generator.generate([PROMPTS[0]], [GREEDY], NEW_TOKENS)
-    next(first)
-    rows_of(engine, PROMPTS[:1])
-    with pytest.raises(RuntimeError, match="a later generate has taken the cache"):
-        next(first)
+    assert step_of(engine) is not step
 
 
 def test_a_prompt_in_chunks_is_the_prompt(tmp_path, device, monkeypatch):
@@ -132,7 +107,28 @@ def test_infer_and_stop_sequences(tmp_path, device):
     stop = whole.text[1:3]
     cut = engine.infer("the cat", NEW_TOKENS, temperature=0.0, stop_sequences=[stop])
     assert cut.text == whole.text[: whole.text.index(stop)]
+    as_str = engine.infer("the cat", NEW_TOKENS, temperature=0.0, stop_sequences=stop)
+    assert as_str.text == cut.text
     assert engine.infer_batch(["the cat", "on"], max_tokens=NEW_TOKENS)[0] == whole.text
+    assert engine.infer_batch([]) == []
+
+
+def test_threads_share_an_engine(tmp_path, device):
+    engine, _ = make_engine(tmp_path, device)
+    prompts = ["the cat", "on", "the mat the mat", "cat on cat"]
+    alone = [engine.infer(prompt, NEW_TOKENS, temperature=0.8, seed=5) for prompt in prompts]
+    assert all(result.success for result in alone)
+    with ThreadPoolExecutor(4) as pool:
+        results = list(
+            pool.map(
+                lambda prompt: engine.infer(prompt, NEW_TOKENS, temperature=0.8, seed=5),
+                prompts * 6,
+            )
+        )
+    for result, wanted in zip(results, alone * 6, strict=True):
+        assert (result.text, result.error_message) == (wanted.text, None)
+        assert result.tokens_generated == wanted.tokens_generated
+    assert all_free(engine)
 
 
 def test_refusals(tmp_path, device):
@@ -145,6 +141,38 @@ def test_refusals(tmp_path, device):
         ([[]], [GREEDY], 4, "at least one token"),
         ([[1]], [], 4, "must be as many"),
         ([[1]], [GREEDY], 0, "max_tokens must be at least 1"),
+        ([[1]], [GREEDY], 2.5, "max_tokens must be a whole number, got 2.5"),
+        ([[1, 10**6]], [GREEDY], 4, r"token ids must lie in \[0, \d+\), got 1000000"),
+        ([[3], [1, -1]], [GREEDY] * 2, 4, r"token ids must lie in \[0, \d+\), got -1"),
+        (["ab"], [GREEDY], 4, "prompt: a token id must be a whole number, got 'a'"),
     ]:
         with pytest.raises(ValueError, match=sentence):
             next(engine.generator.generate(prompts, params, count))
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"prompt": None}, "prompt must be text or a sequence of token ids, got None"),
+        ({"prompt": b"the cat"}, "prompt must be text or a sequence of token ids, got b'the cat'"),
+        ({"prompt": [1.5]}, "prompt: a token id must be a whole number, got 1.5"),
+        ({"max_tokens": "9"}, "max_tokens must be a whole number, got '9'"),
+        ({"max_tokens": None}, "max_tokens must be a whole number, got None"),
+        ({"temperature": "hot"}, "temperature must be a number, got 'hot'"),
+        ({"temperature": float("nan")}, "temperature must be finite and at least 0"),
+        ({"top_p": None}, "top_p must be a number, got None"),
+        ({"top_k": 2.0}, "top_k must be a whole number, got 2.0"),
+        ({"seed": "x"}, "seed must be a whole number, got 'x'"),
+        ({"seed": True}, "seed must be a whole number, got True"),
+        ({"stop_sequences": 5}, "stop_strings must be strings, got 5"),
+        ({"stop_sequences": ["a", 5]}, "stop_strings must be strings, got ['a', 5]"),
+    ],
+)
+def test_wrong_types_are_named(tmp_path, options, sentence):
+    engine, _ = make_engine(tmp_path, torch.device("cpu"))
+    result = engine.infer(**({"prompt": "the cat", "max_tokens": 2} | options))
+    assert not result.success
+    assert sentence in result.error_message
+    for prompts in ("the cat", ["the cat", 5]):
+        with pytest.raises(ValueError, match="must be"):
+            engine.infer_batch(prompts)

@@ -10,8 +10,8 @@ from families import FAMILIES, LAYERS, VOCAB, OpCounter, PackedRun, quantise_, t
 from tolerance import assert_within_2x
 
 from llamatelemetry.inference.recording import Recording
-from llamatelemetry.models.merge import in_more_bits
 from llamatelemetry.models.patching import forward_tokens, patch, unpatch
+from llamatelemetry.models.pieces.merge import in_more_bits
 
 # Q and K alike, V and MLP not: what can be merged is, the rest runs one by one.
 MIXED = ("Q4_1", "Q4_1", "Q8_0", "Q4_1", "Q8_0", "Q8_0", "Q5_0")  # q, k, v, o, gate, up, down

@@ -44,9 +44,9 @@ def test_no_wider_instruction(level):
     ("lower", "wider"),
     [
         ("avx2", "norm/rms_norm_cpu.cpp.avx512.o"),
-        ("avx512", "attention/flash_attn_cpu.cpp.avx512bf16.o"),
-        ("avx512bf16", "attention/flash_attn_cpu.cpp.amx.o"),
-        ("avx512bf16", "attention/paged_attention_cpu.cpp.amx.o"),
+        ("avx512", "attention/cpu/flash_cpu.cpp.avx512bf16.o"),
+        ("avx512bf16", "attention/cpu/flash_cpu.cpp.amx.o"),
+        ("avx512bf16", "attention/cpu/paged_cpu.cpp.amx.o"),
     ],
 )
 def test_the_pattern_finds_them(lower, wider):

@@ -41,8 +41,6 @@ MOST_INSTANTIATIONS = 24  # of kernels, in a file and for an architecture
 INSTANTIATIONS: dict[str, tuple[int, str]] = {}
 MOST_LINES = 80
 LINES: dict[str, tuple[int, str]] = {
-    "attention/flash_fwd_sm90.cuh: compute_tiles": (250, "to be cut into named steps"),
-    "attention/flash_sm90_copy.cuh: copy_tiles": (121, "to be cut with compute_tiles"),
     "norm/layer_norm.cuh: layer_norm_kernel": (106, "to be cut: load, moments, exchange, store"),
 }
 # A file takes 15 s of a core of its own in a quiet minute; builds share cores, and nvcc compiles

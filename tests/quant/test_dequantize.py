@@ -8,13 +8,12 @@ import torch
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, quants
 from op_checks import assert_compiles, assert_refuses, assert_replays, run_opcheck
 
-from llamatelemetry.ops import dequantize, reference
-from llamatelemetry.ops.quant import GGUF_BLOCKS
+from llamatelemetry._native.facts import FORMATS
+from llamatelemetry.ops import QuantFormat, dequantize, reference
+from llamatelemetry.ops.formats import GGUF_FORMATS
 
-FORMATS = [GGMLQuantizationType(number) for number in GGUF_BLOCKS]
 
-
-@pytest.fixture(params=FORMATS, ids=lambda f: f.name)
+@pytest.fixture(params=list(QuantFormat), ids=lambda f: f.name)
 def format(request):
     return request.param
 
@@ -23,15 +22,15 @@ def random_blocks(format, *shape, device="cpu"):
     """Every bit random, so scales are negative, subnormal, inf and NaN now and then.
 
     shape: [..., blocks of a row]; the result is [..., row_bytes]."""
-    num_bytes = GGUF_BLOCKS[format][1]
-    return torch.randint(
-        0, 256, (*shape[:-1], shape[-1] * num_bytes), dtype=torch.uint8, device=device
-    )
+    size = (*shape[:-1], shape[-1] * format.block_bytes)
+    return torch.randint(0, 256, size, dtype=torch.uint8, device=device)
 
 
 def gguf_dequantize(data, format):
     with np.errstate(all="ignore"):
-        weights = quants.dequantize(data.cpu().contiguous().numpy(), format)
+        weights = quants.dequantize(
+            data.cpu().contiguous().numpy(), GGMLQuantizationType[format.name]
+        )
     return torch.from_numpy(weights).to(data.device)
 
 
@@ -56,7 +55,7 @@ def test_values(device, format, dtype, shape):
 @pytest.mark.parametrize("shape", [(0, 4), (2, 0)])
 def test_empty(device, format, dtype, shape):
     weights = dequantize(random_blocks(format, *shape, device=device), format, dtype)
-    assert weights.shape == (*shape[:-1], shape[-1] * GGUF_BLOCKS[format][0])
+    assert weights.shape == (*shape[:-1], shape[-1] * format.block_size)
     assert weights.dtype == dtype
 
 
@@ -65,7 +64,7 @@ def test_every_scale(device, format):
     data = random_blocks(format, 65536, 1)
     patterns = torch.arange(65536, dtype=torch.int32).to(torch.int16).view(-1, 1).view(torch.uint8)
     data[:, :2] = patterns
-    if format == GGMLQuantizationType.Q6_K:
+    if format == QuantFormat.Q6_K:
         data[:, -2:] = patterns
     data = data.to(device)
     assert_same_bits(dequantize(data, format), gguf_dequantize(data, format))
@@ -81,7 +80,13 @@ def test_strided_rows_and_odd_offsets(device, format):
 
 
 def test_block_table_is_gguf_s(format):
-    assert GGUF_BLOCKS[format] == GGML_QUANT_SIZES[format]
+    number = GGMLQuantizationType[format.name]
+    assert GGML_QUANT_SIZES[number] == (format.block_size, format.block_bytes)
+    assert GGUF_FORMATS[number] is QuantFormat(number) is QuantFormat[format.name] is format
+
+
+def test_every_format_of_the_library_has_a_member():
+    assert [format.value for format in QuantFormat] == list(FORMATS)
 
 
 def test_refusals(device):
@@ -89,7 +94,8 @@ def test_refusals(device):
     assert_refuses(
         lambda: dequantize(data, 3), "data must have rows of whole Q4_1 blocks of 20", "[2, 36]"
     )
-    assert_refuses(lambda: dequantize(data, 5), "format must be a GGML type", "{2, 3,", "got 5")
+    assert_refuses(lambda: dequantize(data, 5), "format must be one of {Q4_0, Q4_1,", "got 5")
+    assert_refuses(lambda: dequantize(data, 2, perm=data), "perm must be None for Q4_0", "[2, 36]")
     assert_refuses(lambda: dequantize(data.char(), 2), "data must be uint8", "int8")
     assert_refuses(lambda: dequantize(data, 2, torch.float64), "dtype must be float32", "float64")
     assert_refuses(lambda: dequantize(data.T, 2), "data must have a contiguous last dimension")
@@ -98,7 +104,7 @@ def test_refusals(device):
 def test_opcheck(device, format, dtype):
     for num_rows in (3, 0):
         data = random_blocks(format, num_rows, 2, device=device) & 0x3F  # opcheck dislikes NaN
-        run_opcheck("dequantize", data, int(format), dtype)
+        run_opcheck("dequantize", data, format.value, dtype)
 
 
 def test_reference(device, format):
@@ -116,5 +122,6 @@ def test_replay(device, format, dtype):
 
 
 def test_compile(device):
-    inputs = [(random_blocks(2, n, 2, device=device),) for n in (2, 5, 9)]
-    assert_compiles(lambda data: dequantize(data, 2), inputs)
+    inputs = [(random_blocks(QuantFormat.Q4_0, n, 2, device=device),) for n in (2, 5, 9)]
+    for format in (2, "Q4_0", QuantFormat.Q4_0):
+        assert_compiles(lambda data, format=format: dequantize(data, format), inputs)

@@ -20,7 +20,7 @@ def format(request):
 @pytest.mark.parametrize("shape", [(1,), (2, 3), (), (0,), (300,)])
 def test_values(device, dtype, format, shape, integer):
     data = gguf_rows(format, 37, 768, device)
-    weights = quants.dequantize(data.cpu().numpy(), GGMLQuantizationType(format))
+    weights = quants.dequantize(data.cpu().numpy(), GGMLQuantizationType[format.name])
     ids = torch.randint(0, 37, shape, dtype=integer, device=device)
     ours = quant_embedding(ids, repack(data, format), format, 37, 768, dtype)
     assert torch.equal(ours, torch.from_numpy(weights).to(device)[ids.long()].to(dtype))
@@ -38,6 +38,9 @@ def test_refusals(device):
     packed = repack(gguf_rows(QuantFormat.Q8_0, 20, 64, device), "Q8_0")
     ids = torch.tensor([1, 2], device=device)
     assert_refuses(lambda: quant_embedding(ids, packed, 5, 20, 64), "format must be", "got 5")
+    assert_refuses(
+        lambda: quant_embedding(ids, packed, 8, 20, 64, zeros=packed), "zeros must be None for Q8_0"
+    )
     assert_refuses(lambda: quant_embedding(ids.float(), packed, 8, 20, 64), "ids must be int64")
     assert_refuses(lambda: quant_embedding(ids, packed, 8, 20, 96), "packed must be", "[2, 1632]")
     assert_refuses(lambda: quant_embedding(ids, packed, 8, 40, 64), "packed must be", "[3, 1088]")
@@ -52,8 +55,8 @@ def test_refusals(device):
 def test_opcheck(device, dtype, format):
     packed = repack(gguf_rows(format, 20, 256, device), format)
     ids = torch.tensor([[0, 3], [19, 7]], device=device)
-    run_opcheck("quant_embedding", ids, packed, int(format), 20, 256, dtype)
-    run_opcheck("quant_embedding", ids[:0], packed, int(format), 20, 256, dtype)
+    run_opcheck("quant_embedding", ids, packed, format.value, 20, 256, dtype)
+    run_opcheck("quant_embedding", ids[:0], packed, format.value, 20, 256, dtype)
 
 
 def test_reference(device, format):

@@ -34,7 +34,9 @@ _COMMON = {
     "head_dim": HEAD_DIM,
     "max_position_embeddings": 128,
     "eos_token_id": None,
+    "pad_token_id": None,
 }
+_SLIDING = {"sliding_window": WINDOW, "layer_types": ["sliding_attention", "full_attention"]}
 FAMILIES = {
     "llama": ("Llama", {"tie_word_embeddings": True}),
     "llama_bias": ("Llama", {"attention_bias": True, "mlp_bias": True}),
@@ -55,6 +57,26 @@ FAMILIES = {
             "logits_scaling": 1.5,
         },
     ),
+    "apertus": ("Apertus", {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}),
+    "arcee": ("Arcee", {"mlp_bias": True}),
+    "cwm": ("Cwm", _SLIDING),
+    "glm": ("Glm", {"attention_bias": True}),
+    "glm4": ("Glm4", {}),
+    "helium": ("Helium", {"hidden_size": 9 * HEAD_DIM}),
+    "hunyuan": ("HunYuanDenseV1", {}),
+    "ministral": ("Ministral", _SLIDING),
+    "phi3": ("Phi3", {"sliding_window": WINDOW}),
+    "phi3_partial": ("Phi3", {"partial_rotary_factor": 0.75}),
+    "seed_oss": ("SeedOss", {"attention_bias": True, "attention_out_bias": True}),
+    "smollm3": ("SmolLM3", {"no_rope_layers": [1, 0]}),
+}
+# Tiny models of classes that the table of families has no row for.
+_OTHERS = {
+    "olmo2": ("Olmo2", {}),
+    "mixtral": (
+        "Mixtral",
+        {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None},
+    ),
 }
 
 
@@ -62,7 +84,7 @@ def tiny_model(
     family: str, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
 ) -> transformers.PreTrainedModel:
     """A random model of a family whose every parameter matters."""
-    name, options = FAMILIES[family]
+    name, options = (FAMILIES | _OTHERS)[family]
     config = getattr(transformers, f"{name}Config")(**(_COMMON | options))
     with torch.inference_mode(False), torch.no_grad():
         model = getattr(transformers, f"{name}ForCausalLM")(config).eval()
@@ -79,7 +101,9 @@ def quantise_(model: transformers.PreTrainedModel, formats: Sequence[str] = ("Q4
     device, dtype = model.device, model.model.norm.weight.dtype
 
     def pack(weight: Tensor, kind: QuantFormat) -> Tensor:
-        rows = gguf.quants.quantize(weight.float().cpu().numpy(), gguf.GGMLQuantizationType(kind))
+        rows = gguf.quants.quantize(
+            weight.float().cpu().numpy(), gguf.GGMLQuantizationType[kind.name]
+        )
         return repack(torch.from_numpy(rows), kind).to(device)
 
     linears = [(name, m) for name, m in model.named_modules() if isinstance(m, torch.nn.Linear)]

@@ -175,7 +175,7 @@ def _add_parameter(
         writer.add_tensor(name, _interleaved(values, interleave).numpy())
     else:
         rows = gguf_rows(format, *parameter.shape)
-        ggml_type = gguf.GGMLQuantizationType(format)
+        ggml_type = gguf.GGMLQuantizationType[format.name]
         parameter.copy_(torch.from_numpy(dequantize(rows.numpy(), ggml_type)))
         writer.add_tensor(name, _interleaved(rows, interleave).numpy(), raw_dtype=ggml_type)
 

@@ -1,0 +1,224 @@
+// Which kernel serves an attention call: a pure function of what the call and the machine are.
+// ops_*.cpp ask it before they allocate, launchers run what it picked and refuse nothing of it, and
+// `doctor` prints it.
+#pragma once
+
+#include <cstdint>
+#include <initializer_list>
+
+#include "attention/mma/tiles.h"
+#include "attention/sm90/tiles.h"
+#include "common/dtype.h"
+
+namespace llamatelemetry {
+
+constexpr int kMaxHeadDim = 256;
+constexpr int kHeadDimMultiple = 8;
+
+// At this many queries a sequence, the tensor-core prefill kernels take over from the one that
+// serves a query row a block.
+constexpr int64_t kMinPrefillQueries = 16;
+// CPU: with at most this many queries, the keys are split across threads (split-KV).
+constexpr int64_t kMaxSplitQueries = 16;
+// CPU: at most this many rows of a key head, decode: vector lanes along head_dim; more, prefill:
+// lanes along rows.
+constexpr int kMaxDecodeRows = 16;
+constexpr int64_t kMinSplitKeys = 64;  // of a part: a block of keys of cpu/decode.h
+
+enum class AttentionImpl : int { kNone, kCpu, kSm75, kSm80, kSm90, kSimt };
+
+// What `backend` may say, and the only place that spells the names.
+struct NamedImpl {
+  AttentionImpl impl;
+  const char* name;
+};
+constexpr NamedImpl kNamedImpls[] = {{AttentionImpl::kCpu, "cpu"},
+                                     {AttentionImpl::kSm75, "sm75"},
+                                     {AttentionImpl::kSm80, "sm80"},
+                                     {AttentionImpl::kSm90, "sm90"},
+                                     {AttentionImpl::kSimt, "simt"}};
+
+// Which of an implementation's kernels and tile configurations: mma/tiles.h, sm90/tiles.h.
+enum class TileClass : int {
+  kRow,      // no tile: one query row (simt), or the few of a key head (cpu)
+  kLarge,    // many rows
+  kFewKeys,  // sm90: few keys
+  kLowSmem,  // sm80: little shared memory
+  kPaged,    // sm80, sm90: keys in pages
+};
+
+struct AttentionDescriptor {
+  // The machine.
+  bool on_cuda;
+  bool has_sm90_code;    // whether this build holds code for 9.0a
+  int capability;        // of the GPU: 90 for 9.0
+  int code_capability;   // of the code that runs on it: 80 where it was built for 8.0 and its PTX
+  int max_shared_bytes;  // of a block
+  int num_threads;       // of the CPU
+  // The call.
+  DType dtype;
+  DType kv_dtype;  // of what keys and values are stored in
+  bool has_scales;
+  bool has_score_terms;  // sinks or ALiBi
+  bool is_packed;        // sequences of any length
+  bool aligned;          // rows of q, k and v lie apart, each at a multiple of 16 bytes
+  int64_t page_size;     // 0: keys are dense
+  int64_t head_dim;
+  int64_t batch;
+  int64_t num_heads_q;
+  int64_t num_heads_kv;
+  int64_t seqlen_q;  // as in AttentionParams
+  int64_t seqlen_k;
+  int64_t total_q;
+  int64_t total_k;
+};
+
+struct AttentionPlan {
+  AttentionImpl impl;
+  TileClass tile;
+  int num_splits;  // parts that the keys of a sequence are cut into
+};
+
+static inline constexpr const char* impl_name(AttentionImpl impl) {
+  for (const NamedImpl& named : kNamedImpls) {
+    if (named.impl == impl) return named.name;
+  }
+  return "none";
+}
+
+static inline constexpr const char* tile_class_name(TileClass tile) {
+  switch (tile) {
+    case TileClass::kRow: return "rows";
+    case TileClass::kLarge: return "large tiles";
+    case TileClass::kFewKeys: return "tiles for few keys";
+    case TileClass::kLowSmem: return "tiles for little shared memory";
+    case TileClass::kPaged: return "tiles for pages";
+  }
+  return "unknown";
+}
+
+// ---- What an implementation can serve ----
+
+static inline constexpr bool is_16_bit(DType dtype) {
+  return dtype == DType::kFloat16 || dtype == DType::kBFloat16;
+}
+
+// Blocks of a grid that has one for each tile of block_rows queries.
+static inline constexpr bool grid_fits(const AttentionDescriptor& d, int block_rows,
+                                       int64_t max_blocks) {
+  const int64_t heads = d.batch * d.num_heads_q;
+  return heads == 0 || (d.seqlen_q + block_rows - 1) / block_rows <= max_blocks / heads;
+}
+
+static inline constexpr TileClass sm80_tile_class(const AttentionDescriptor& d) {
+  if (d.page_size > 0) return TileClass::kPaged;
+  return sm80::has_room(d.head_dim, d.max_shared_bytes) ? TileClass::kLarge : TileClass::kLowSmem;
+}
+
+static inline constexpr const char* why_not_sm90(const AttentionDescriptor& d) {
+  if (d.capability / 10 != 9) return "it needs a GPU of compute capability 9.x";
+  if (!d.has_sm90_code) return "this build holds no code for 9.0";
+  if (!is_16_bit(d.dtype)) return "it serves float16 and bfloat16";
+  if (!d.aligned) return "rows of q, k and v must lie apart, at multiples of 16 bytes";
+  if (d.page_size > 0 && !sm90::serves_page_size(d.page_size, d.seqlen_k == d.page_size)) {
+    return "pages must have 8, 16, 32 or 64 tokens, a multiple of 128, or all of a sequence's";
+  }
+  const int64_t tokens_q = d.is_packed ? d.total_q : d.seqlen_q;
+  const int64_t tokens_k = d.page_size > d.seqlen_k          ? d.page_size
+                           : d.is_packed && d.page_size == 0 ? d.total_k
+                                                             : d.seqlen_k;
+  if (tokens_q + tokens_k > sm90::kMaxCount) return "it counts up to 2^30 tokens of q and k";
+  if (!grid_fits(d, sm90::kMinBlockRows, sm90::kMaxCount)) {
+    return "it counts up to 2^30 tiles of queries";
+  }
+  return nullptr;
+}
+
+static inline constexpr const char* why_not_mma(AttentionImpl impl, const AttentionDescriptor& d) {
+  const bool is_sm80 = impl == AttentionImpl::kSm80;
+  if (is_sm80 && d.code_capability < 80) {
+    return "it needs a GPU of compute capability 8.0 and code for it";
+  }
+  if (is_sm80 && !is_16_bit(d.dtype)) return "it serves float16 and bfloat16";
+  if (!is_sm80 && d.dtype != DType::kFloat16) return "it serves float16";
+  if (!is_sm80 && d.page_size > 0) return "it serves dense keys, not pages";
+  const MmaTileConfig& tile =
+      !is_sm80          ? sm75::tile_of(d.head_dim)
+      : d.page_size > 0 ? sm80::paged_tile_of(d.head_dim)
+                        : sm80::tile_of(d.head_dim, sm80_tile_class(d) == TileClass::kLarge);
+  return grid_fits(d, tile.block_rows(), INT32_MAX) ? nullptr
+                                                    : "its grid has at most 2^31 - 1 tiles";
+}
+
+static inline constexpr const char* why_not_simt(const AttentionDescriptor& d) {
+  // Dense 16-bit calls have tensor cores; over pages it serves the few queries of decoding too.
+  if (d.page_size == 0 && d.dtype != DType::kFloat32) return "it serves float32";
+  constexpr int64_t kMaxGridY = 65535;
+  if (d.num_heads_q > kMaxGridY) return "its grid has at most 65535 query heads";
+  return d.total_q <= INT32_MAX ? nullptr : "its grid has at most 2^31 - 1 queries";
+}
+
+// Why impl cannot serve the call, or nullptr where it can.
+static inline constexpr const char* why_not(AttentionImpl impl, const AttentionDescriptor& d) {
+  if (impl == AttentionImpl::kCpu && d.on_cuda) return "the tensors are on a GPU";
+  if (impl != AttentionImpl::kCpu && !d.on_cuda) return "the tensors are on the CPU";
+  if (d.kv_dtype != d.dtype || d.has_scales) return "keys and values must be stored in q's dtype";
+  if (d.page_size > 0 && d.has_score_terms) return "over pages there are no sinks and no ALiBi";
+  switch (impl) {
+    case AttentionImpl::kCpu: return nullptr;
+    case AttentionImpl::kSm90: return why_not_sm90(d);
+    case AttentionImpl::kSm80:
+    case AttentionImpl::kSm75: return why_not_mma(impl, d);
+    case AttentionImpl::kSimt: return why_not_simt(d);
+    case AttentionImpl::kNone: break;
+  }
+  return "no such implementation";
+}
+
+// ---- What is chosen ----
+
+// The first in this order that can serve the call and is worth it; kNone where none can.
+static inline constexpr AttentionImpl best_impl(const AttentionDescriptor& d) {
+  const bool decodes = d.page_size > 0 && d.seqlen_q < kMinPrefillQueries;
+  for (const AttentionImpl impl : {AttentionImpl::kCpu, AttentionImpl::kSm90, AttentionImpl::kSm80,
+                                   AttentionImpl::kSm75, AttentionImpl::kSimt}) {
+    const bool has_tiles = impl != AttentionImpl::kCpu && impl != AttentionImpl::kSimt;
+    if (decodes && has_tiles) continue;
+    if (why_not(impl, d) == nullptr) return impl;
+  }
+  return AttentionImpl::kNone;
+}
+
+// Into how many parts the keys of a sequence are cut, so that few queries over many keys use every
+// thread. A function of shapes only, and not of the batch: a result does not depend on neighbours.
+static inline constexpr int num_splits_of(AttentionImpl impl, const AttentionDescriptor& d) {
+  if (impl != AttentionImpl::kCpu || d.page_size == 0 || d.seqlen_q > kMaxSplitQueries) return 1;
+  const int64_t parts = d.seqlen_k / kMinSplitKeys;
+  const int64_t most = parts < d.num_threads ? parts : d.num_threads;
+  return static_cast<int>(most < 1 ? 1 : most);
+}
+
+static inline constexpr TileClass tile_class_of(AttentionImpl impl, const AttentionDescriptor& d) {
+  switch (impl) {
+    case AttentionImpl::kCpu: {
+      const int64_t rows = d.seqlen_q * (d.num_heads_q / d.num_heads_kv);
+      return rows <= kMaxDecodeRows ? TileClass::kRow : TileClass::kLarge;
+    }
+    case AttentionImpl::kSm80: return sm80_tile_class(d);
+    case AttentionImpl::kSm90:
+      if (d.page_size > 0) return TileClass::kPaged;
+      if (!d.is_packed && d.seqlen_k <= sm90::max_few_keys(d.head_dim)) return TileClass::kFewKeys;
+      return TileClass::kLarge;
+    case AttentionImpl::kSm75: return TileClass::kLarge;
+    case AttentionImpl::kSimt:
+    case AttentionImpl::kNone: break;
+  }
+  return TileClass::kRow;
+}
+
+// What impl runs the call with. why_not must have had nothing to say.
+static inline constexpr AttentionPlan plan_of(AttentionImpl impl, const AttentionDescriptor& d) {
+  return {impl, tile_class_of(impl, d), num_splits_of(impl, d)};
+}
+
+}  // namespace llamatelemetry

@@ -1,0 +1,152 @@
+// What ops_dense.cpp and ops_paged.cpp share: checks, views of tensors, and the question to
+// choice.h.
+#pragma once
+
+#include <cmath>
+#include <optional>
+#include <string>
+
+#include "attention/params.h"
+#include "binding/launch.h"
+#include "common/device.h"
+
+namespace llamatelemetry {
+
+inline void check_at_least(const char* op, const char* arg, int64_t value, int64_t least) {
+  check(value >= least, op, arg, "be at least " + std::to_string(least), std::to_string(value));
+}
+
+// A contiguous int32 vector beside q.
+inline void check_lengths(const char* op, const char* arg, const Tensor& x, const char* meaning,
+                          int64_t size, const Tensor& q) {
+  check_shape(op, arg, x, meaning, {size});
+  check_dtype(op, arg, x, ScalarType::Int);
+  check_device(op, arg, x, "q", q);
+  check_contiguous(op, arg, x);
+}
+
+inline void check_head_dim(const char* op, int64_t head_dim) {
+  check(head_dim % kHeadDimMultiple == 0 && head_dim > 0 && head_dim <= kMaxHeadDim, op, "head_dim",
+        "be a multiple of " + std::to_string(kHeadDimMultiple) + " up to " +
+            std::to_string(kMaxHeadDim),
+        std::to_string(head_dim) + "; pad q, k and v with zeros");
+}
+
+inline void check_heads(const char* op, int64_t num_heads_q, int64_t num_heads_kv) {
+  check(num_heads_kv > 0 && num_heads_q % num_heads_kv == 0, op, "num_heads_q",
+        "be a multiple of num_heads_kv = " + std::to_string(num_heads_kv),
+        std::to_string(num_heads_q));
+}
+
+inline void check_scores(const char* op, double softmax_scale, int64_t window_left,
+                         int64_t window_right, double softcap) {
+  check_at_least(op, "window_left", window_left, -1);
+  check_at_least(op, "window_right", window_right, -1);
+  check(std::isfinite(softmax_scale), op, "softmax_scale", "be finite",
+        std::to_string(softmax_scale));
+  // Past it the rounding of softcap * tanh(score / softcap) shows in the scores.
+  constexpr int kMaxSoftcap = 10000;
+  check(softcap >= 0 && softcap <= kMaxSoftcap, op, "softcap",
+        "lie in [0, " + std::to_string(kMaxSoftcap) + "] (0: off)", std::to_string(softcap));
+}
+
+inline Heads heads_of(const Tensor& x) {
+  const bool packed = x.dim() == 3;
+  return {.data = x.const_data_ptr(),
+          .batch_stride = packed ? 0 : x.stride(0),
+          .token_stride = x.stride(packed ? 0 : 1),
+          .head_stride = x.stride(packed ? 1 : 2)};
+}
+
+// What of a descriptor is this library and the device at hand.
+inline AttentionDescriptor this_machine() {
+  AttentionDescriptor d{};
+  d.on_cuda = kOnCuda;
+#ifdef LT_CUDA
+  d.capability = current_device().capability;
+  d.code_capability = current_device().code_capability;
+  d.max_shared_bytes = current_device().max_shared_bytes;
+#else
+  d.num_threads = num_threads();
+#endif
+#ifdef LT_SM90
+  d.has_sm90_code = true;
+#endif
+  return d;
+}
+
+// Whether the rows of x lie apart, each at a multiple of 16 bytes.
+inline bool has_aligned_rows(const Heads& x, int64_t batch, int64_t num_tokens, int64_t num_heads,
+                             DType dtype) {
+  const int64_t element_bytes = dtype == DType::kFloat32 ? 4 : 2;
+  const bool apart = num_tokens <= 1 || x.token_stride != 0;
+  return apart && rows_are_aligned(x, batch, num_tokens, num_heads, element_bytes);
+}
+
+inline AttentionDescriptor descriptor_of(const AttentionParams& p) {
+  AttentionDescriptor d = this_machine();
+  d.dtype = p.dtype;
+  d.kv_dtype = p.k.dtype;
+  d.has_scales = p.k.scales != nullptr || p.v.scales != nullptr;
+  d.has_score_terms = p.sinks != nullptr || p.alibi_slopes != nullptr;
+  d.is_packed = p.cu_seqlens_q != nullptr;
+  d.page_size = p.k.page_size;
+  d.head_dim = p.head_dim;
+  d.batch = p.batch;
+  d.num_heads_q = p.num_heads_q;
+  d.num_heads_kv = p.num_heads_kv;
+  d.seqlen_q = p.seqlen_q;
+  d.seqlen_k = p.seqlen_k;
+  d.total_q = p.total_q;
+  d.total_k = p.total_k;
+  const bool paged = d.page_size > 0;
+  const int64_t parts_k = paged ? p.num_pages : p.batch;
+  const int64_t tokens_q = d.is_packed ? p.total_q : p.seqlen_q;
+  const int64_t tokens_k = paged ? d.page_size : d.is_packed ? p.total_k : p.seqlen_k;
+  d.aligned = has_aligned_rows(p.q, p.batch, tokens_q, p.num_heads_q, p.dtype) &&
+              has_aligned_rows(p.k.rows, parts_k, tokens_k, p.num_heads_kv, p.k.dtype) &&
+              has_aligned_rows(p.v.rows, parts_k, tokens_k, p.num_heads_kv, p.v.dtype);
+  return d;
+}
+
+inline AttentionImpl impl_of_name(const char* op, const std::string& name) {
+  std::string names;
+  for (const NamedImpl& named : kNamedImpls) {
+    if (name == named.name) return named.impl;
+    names += (names.empty() ? "" : ", ") + std::string(named.name);
+  }
+  check(false, op, "backend", "be None or one of " + names, "\"" + name + "\"");
+  return AttentionImpl::kNone;
+}
+
+// The plan for these params: of the implementation that backend names, or of the best.
+inline AttentionPlan plan_for(const char* op, const std::optional<std::string>& backend,
+                              const AttentionParams& p) {
+  const AttentionDescriptor d = descriptor_of(p);
+  if (backend) {
+    const AttentionImpl wanted = impl_of_name(op, *backend);
+    const char* reason = why_not(wanted, d);
+    check(reason == nullptr, op, "backend", "serve the call",
+          *backend + ": " + (reason ? reason : "") +
+              "; leave backend=None to choose the best that does");
+    return plan_of(wanted, d);
+  }
+  const AttentionImpl best = best_impl(d);
+  if (best == AttentionImpl::kNone && d.dtype == DType::kBFloat16 && d.code_capability < 80) {
+    check(false, op, "q",
+          "be float16 or float32 on a GPU of compute capability " +
+              std::to_string(d.capability / 10) + "." + std::to_string(d.capability % 10),
+          "bfloat16; call .half()");
+  }
+  if (best == AttentionImpl::kNone) {
+    std::string reasons;
+    for (const NamedImpl& named : kNamedImpls) {
+      const char* reason = why_not(named.impl, d);
+      reasons += std::string("; ") + named.name + ": " + (reason ? reason : "");
+    }
+    check(false, op, "the call", "suit an implementation", "one that none serves" + reasons);
+  }
+  return plan_of(best, d);
+}
+
+}  // namespace llamatelemetry

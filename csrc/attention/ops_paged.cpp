@@ -1,0 +1,118 @@
+// Attention over a paged cache: checks, allocation and params, compiled once for each library.
+#include <tuple>
+#include <utility>
+
+#include "attention/ops_checks.h"
+
+namespace llamatelemetry {
+namespace {
+
+struct PagedTensors {
+  const Tensor& q;
+  const Tensor& k_cache;
+  const Tensor& v_cache;
+  const Tensor& block_table;
+  const Tensor& cache_seqlens;
+  const Tensor& cu_seqlens_q;
+};
+
+void check_cache(const char* op, const PagedTensors& t) {
+  check_dim(op, "k_cache", t.k_cache, 4, "[num_blocks, page_size, num_heads_kv, head_dim]");
+  check_at_least(op, "page_size", t.k_cache.size(1), 1);
+  check_heads(op, t.q.size(1), t.k_cache.size(2));
+  for (const auto& [arg, cache] :
+       {std::pair<const char*, const Tensor&>{"k_cache", t.k_cache}, {"v_cache", t.v_cache}}) {
+    check_shape(op, arg, cache, "[num_blocks, page_size, num_heads_kv, head_dim] as q and k_cache",
+                {t.k_cache.size(0), t.k_cache.size(1), t.k_cache.size(2), t.q.size(2)});
+    check_like(op, arg, cache, "q", t.q);
+    check_last_contiguous(op, arg, cache);
+  }
+}
+
+void check_tables(const char* op, const PagedTensors& t) {
+  check_dim(op, "block_table", t.block_table, 2, "[batch, max_blocks]");
+  const int64_t batch = t.block_table.size(0);
+  check_dtype(op, "block_table", t.block_table, ScalarType::Int);
+  check_device(op, "block_table", t.block_table, "q", t.q);
+  check_last_contiguous(op, "block_table", t.block_table);
+  check_lengths(op, "cache_seqlens", t.cache_seqlens, "[batch]", batch, t.q);
+  check_lengths(op, "cu_seqlens_q", t.cu_seqlens_q, "[batch + 1]", batch + 1, t.q);
+}
+
+KeyValueView pages_of(const Tensor& cache, DType dtype) {
+  return {.rows = heads_of(cache), .page_size = cache.size(1), .scales = nullptr, .dtype = dtype};
+}
+
+// Everything but what is allocated and the plan.
+AttentionParams paged_params(const PagedTensors& t, DType dtype, int64_t max_seqlen_q) {
+  AttentionParams p{};
+  p.q = heads_of(t.q);
+  p.k = pages_of(t.k_cache, dtype);
+  p.v = pages_of(t.v_cache, dtype);
+  p.cu_seqlens_q = t.cu_seqlens_q.const_data_ptr<int32_t>();
+  p.block_table = t.block_table.const_data_ptr<int32_t>();
+  p.cache_seqlens = t.cache_seqlens.const_data_ptr<int32_t>();
+  p.block_table_stride = t.block_table.stride(0);
+  p.num_pages = t.k_cache.size(0);
+  p.batch = t.block_table.size(0);
+  p.seqlen_q = max_seqlen_q;
+  p.seqlen_k = p.num_pages > 0 ? t.block_table.size(1) * p.k.page_size : 0;
+  p.total_q = t.q.size(0);
+  p.total_k = p.seqlen_k;
+  p.num_heads_q = t.q.size(1);
+  p.num_heads_kv = t.k_cache.size(2);
+  p.group_size = p.num_heads_q / p.num_heads_kv;
+  p.head_dim = t.q.size(2);
+  p.dtype = dtype;
+  return p;
+}
+
+std::tuple<Tensor, Tensor> paged_attention(const Tensor& q, const Tensor& k_cache,
+                                           const Tensor& v_cache, const Tensor& block_table,
+                                           const Tensor& cache_seqlens, const Tensor& cu_seqlens_q,
+                                           int64_t max_seqlen_q, double softmax_scale, bool causal,
+                                           int64_t window_left, int64_t window_right,
+                                           double softcap,
+                                           const std::optional<std::string>& backend) {
+  constexpr const char* op = "paged_attention";
+  const DType dtype = check_floating(op, "q", q);
+  check_dim(op, "q", q, 3, "[total_q, num_heads_q, head_dim]");
+  check_last_contiguous(op, "q", q);
+  check_head_dim(op, q.size(2));
+  const PagedTensors tensors{q, k_cache, v_cache, block_table, cache_seqlens, cu_seqlens_q};
+  check_cache(op, tensors);
+  check_tables(op, tensors);
+  check_at_least(op, "max_seqlen_q", max_seqlen_q, 0);
+  check_scores(op, softmax_scale, window_left, window_right, softcap);
+
+  const DeviceGuard guard(q);
+  AttentionParams params = paged_params(tensors, dtype, max_seqlen_q);
+  params.window_left = window_left;
+  params.window_right = causal ? 0 : window_right;
+  params.softmax_scale = static_cast<float>(softmax_scale);
+  params.softcap = static_cast<float>(softcap);
+  params.plan = plan_for(op, backend, params);
+  Tensor out = allocate(q, q.sizes());
+  Tensor lse = allocate(q, {params.num_heads_q, params.total_q}, ScalarType::Float);
+  if (q.numel() == 0 || params.batch == 0) return {out, lse};
+  params.out = out.mutable_data_ptr();
+  params.lse = lse.mutable_data_ptr<float>();
+
+  const int64_t num_splits = params.plan.num_splits;
+  const int64_t num_partials =
+      num_splits > 1 ? num_splits * params.total_q * params.num_heads_q : 0;
+  Tensor partials = allocate(q, {num_partials, params.head_dim + 2}, ScalarType::Float);
+  params.partial_out = partials.mutable_data_ptr<float>();
+  params.partial_stats = params.partial_out + num_partials * params.head_dim;
+  std::optional<Tensor> counter;
+  if (params.plan.impl == AttentionImpl::kSm90) counter = allocate(q, {1}, ScalarType::Int);
+  if (counter) params.tile_counter = counter->mutable_data_ptr<int32_t>();
+  launch(op, launch_paged_attention, params, q);
+  return {out, lse};
+}
+
+}  // namespace
+
+LT_IMPL(m) { m.impl("paged_attention", TORCH_BOX(&paged_attention)); }
+
+}  // namespace llamatelemetry

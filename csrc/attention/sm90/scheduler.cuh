@@ -1,0 +1,83 @@
+// The thread of the Hopper kernel that schedules: which tile this block works on next, and which
+// keys its rows need.
+#pragma once
+
+#include <cstdint>
+
+#include "attention/sm90/storage.cuh"
+#include "ptx/tma.cuh"
+
+namespace llamatelemetry {
+
+// One thread: schedules the tiles. A tile is fetched late: then the tiles at work are neighbours in
+// the schedule, which is what keeps keys and values in L2, and nobody sits on a tile that another
+// block could have begun.
+template <typename Tile, MaskKind kMask>
+__device__ void publish_tiles(const Sm90Args& a, Sm90Storage<Tile>& s) {
+  const AttentionParams& p = a.p.call;
+  const int num_blocks = gridDim.x;
+  const bool packed = p.cu_seqlens_q != nullptr;
+  Ring<kWorkSlots> ring;
+  Ring<1> wanted;
+  const auto wait_slot = [&] {
+    ptx::mbarrier_wait(ptx::shared_address(&s.work_empty[ring.slot]), ring.parity ^ 1);
+  };
+  const auto publish = [&] {
+    ptx::mbarrier_arrive(ptx::shared_address(&s.work_full[ring.slot]));
+    ring.advance();
+  };
+  const auto fetch = [&] {
+    return num_blocks < a.schedule.num_tiles ? num_blocks + atomicAdd(p.tile_counter, 1)
+                                             : num_blocks;
+  };
+
+#pragma unroll 1
+  for (int tile = blockIdx.x; tile < a.schedule.num_tiles; tile = fetch()) {
+    const TilePlace place = place_of_tile(a.schedule, tile, static_cast<int>(p.num_heads_q));
+    const SequenceSpan sequence = sequence_span(p, place.sequence);
+    const auto num_queries = static_cast<int>(sequence.num_queries);
+    const auto num_keys = static_cast<int>(sequence.num_keys);
+    // Keys past the table are in no page.
+    const int64_t capacity = p.k.page_size > 0 ? p.seqlen_k : sequence.num_keys;
+    int first_row = place.row_block * Tile::kBlockM;
+    if (first_row >= num_queries) continue;
+    if constexpr (kMask != MaskKind::kFull) {
+      // Groups that lack rows are the first, whose rows would see the fewest keys.
+      const int past = num_queries % Tile::kBlockM;
+      if (past > 0) first_row -= (Tile::kBlockM - past) / kGroupRows * kGroupRows;
+    }
+    const Window window{static_cast<int>(p.window_left), static_cast<int>(p.window_right),
+                        static_cast<int>(min(sequence.num_keys, capacity)), num_keys - num_queries};
+    const auto blocks_of_rows = [&](int first, int num_rows) {
+      return key_blocks<kMask, Tile::kBlockN>(window, max(first, 0),
+                                              min(first + num_rows, num_queries) - 1);
+    };
+    wait_slot();
+    TileWork<Tile>& work = s.work[ring.slot];
+    work.blocks = blocks_of_rows(first_row, Tile::kBlockM);
+#pragma unroll
+    for (int group = 0; group < Tile::kConsumers; ++group) {
+      work.group_blocks[group] = blocks_of_rows(first_row + group * kGroupRows, kGroupRows);
+    }
+    work.window = window;
+    work.first_row = first_row;
+    work.num_queries = num_queries;
+    work.head = place.head;
+    work.sequence = place.sequence;
+    work.batch = packed ? 0 : place.sequence;
+    work.first_query = static_cast<int>(sequence.first_query);
+    work.first_key = static_cast<int>(sequence.first_key);
+    work.sink = p.sinks == nullptr ? -INFINITY : p.sinks[place.head] * kLog2E;
+    work.slope = p.alibi_slopes == nullptr
+                     ? 0.0f
+                     : p.alibi_slopes[place.sequence * p.alibi_batch_stride + place.head];
+    publish();
+    ptx::mbarrier_wait(ptx::shared_address(&s.work_wanted), wanted.parity);
+    wanted.advance();
+  }
+  wait_slot();
+  s.work[ring.slot].first_row = kNoRow;
+  publish();
+}
+
+}  // namespace llamatelemetry

@@ -1,0 +1,58 @@
+"""What C++ knows and Python needs, read once: formats, CPU levels, dtypes, limits.
+
+csrc/facts.cpp writes it as JSON, so that no table stands in both languages.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from llamatelemetry._native import library
+
+
+@dataclass(frozen=True)
+class FormatFacts:
+    """A row of csrc/format/format.h.
+
+    Attributes:
+        name: What ops call the format.
+        ggml_type: GGUF's number of it, None where it has none.
+        codes: Code family: "u4", "u5", "u6" or "s8".
+        scale_rule: "block", "sub_block32" or "sub_block16".
+        zero_point: What is subtracted from a code.
+        block_size: Weights of a block.
+        block_bytes: Bytes of a block.
+        fields: (offset, bytes) of each field of a block, in the order in which they are packed.
+    """
+
+    name: str
+    ggml_type: int | None
+    codes: str
+    scale_rule: str
+    zero_point: int
+    block_size: int
+    block_bytes: int
+    fields: dict[str, tuple[int, int]]
+
+
+def _read() -> dict[str, Any]:
+    lt_facts = library.cpu_library.lt_facts
+    lt_facts.restype = ctypes.c_char_p
+    return json.loads(lt_facts())
+
+
+def _format(row: dict[str, Any]) -> FormatFacts:
+    fields = {name: (offset, size) for name, (offset, size) in row.pop("fields").items()}
+    return FormatFacts(**row, fields=fields)
+
+
+_facts = _read()
+FORMATS: dict[str, FormatFacts] = {row["name"]: _format(row) for row in _facts["formats"]}
+PACKED_LAYOUTS: list[str] = _facts["packed_layouts"]
+CPU_LEVELS: list[str] = _facts["cpu_levels"]
+DTYPES: list[str] = _facts["dtypes"]
+ATTENTION_BACKENDS: list[str] = _facts["attention_backends"]
+LIMITS: dict[str, int] = _facts["limits"]

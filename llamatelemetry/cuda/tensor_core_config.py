@@ -1,0 +1,87 @@
+"""Whether a GPU has tensor cores, and torch's switches for them."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass
+class TensorCoreConfig:
+    """How torch uses tensor cores.
+
+    Attributes:
+        enabled: whether the GPU has any.
+        dtype: the 16-bit type to compute in.
+        allow_tf32: whether float32 products and convolutions may round their inputs to TF32.
+        allow_fp16: whether sums of products in dtype may be split and added in dtype.
+    """
+
+    enabled: bool = True
+    dtype: torch.dtype = torch.float16
+    allow_tf32: bool = True
+    allow_fp16: bool = True
+
+    def apply(self) -> None:
+        """Sets torch's switches, on or off, as the fields say."""
+        matmul = torch.backends.cuda.matmul
+        matmul.allow_tf32 = self.allow_tf32
+        torch.backends.cudnn.allow_tf32 = self.allow_tf32
+        if self.dtype == torch.bfloat16:
+            matmul.allow_bf16_reduced_precision_reduction = self.allow_fp16
+        else:
+            matmul.allow_fp16_reduced_precision_reduction = self.allow_fp16
+
+
+def check_tensor_core_support(device: int | torch.device = 0) -> bool:
+    """Whether a GPU has tensor cores: compute capability 7.0 or more.
+
+    Args:
+        device: a CUDA device or its index.
+
+    Returns:
+        False also without CUDA, or without such a device.
+    """
+    capability = capability_of(device)
+    return capability is not None and capability >= (7, 0)
+
+
+def capability_of(device: int | torch.device = 0) -> tuple[int, int] | None:
+    """The compute capability of a GPU; None without CUDA or without such a device."""
+    if not torch.cuda.is_available():
+        return None
+    index = device if isinstance(device, int) else torch.device(device).index or 0
+    if not 0 <= index < torch.cuda.device_count():
+        return None
+    return torch.cuda.get_device_capability(index)
+
+
+def enable_tensor_cores(
+    dtype: torch.dtype = torch.float16, allow_tf32: bool = True
+) -> TensorCoreConfig:
+    """Sets torch's switches for tensor cores, and unsets what is not allowed.
+
+    Args:
+        dtype: the 16-bit type to compute in.
+        allow_tf32: whether float32 products may round their inputs to TF32.
+
+    Returns:
+        What was set; enabled is False, and a warning says why, where there are no tensor cores.
+    """
+    config = TensorCoreConfig(check_tensor_core_support(), dtype, allow_tf32)
+    config.apply()
+    if not config.enabled:
+        warnings.warn(f"enable_tensor_cores: {why_unsupported()}", stacklevel=1)
+    return config
+
+
+def why_unsupported(device: int | torch.device = 0) -> str:
+    """A sentence for a device without tensor cores."""
+    if not torch.cuda.is_available():
+        return "there is no CUDA device, so there are no tensor cores to use"
+    capability = capability_of(device)
+    if capability is None:
+        return f"there is no CUDA device {device}"
+    return "tensor cores need compute capability 7.0, got {}.{}".format(*capability)

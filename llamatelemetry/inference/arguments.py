@@ -1,0 +1,35 @@
+"""Types of what users pass, refused in a sentence that names the argument."""
+
+from __future__ import annotations
+
+import operator
+from numbers import Real
+from typing import Any
+
+
+def integer(name: str, value: Any) -> int:
+    """value as an int: anything that Python takes for an index, but no truth value.
+
+    Raises:
+        ValueError: "<name> must be a whole number, got <value>".
+    """
+    if type(value) is int:
+        return value
+    try:
+        number = operator.index(value)
+    except TypeError:
+        number = None
+    if number is None or isinstance(value, bool):
+        raise ValueError(f"{name} must be a whole number, got {value!r}")
+    return number
+
+
+def real(name: str, value: Any) -> float:
+    """value as a float: any real number, but no truth value.
+
+    Raises:
+        ValueError: "<name> must be a number, got <value>".
+    """
+    if not isinstance(value, Real) or isinstance(value, bool):
+        raise ValueError(f"{name} must be a number, got {value!r}")
+    return float(value)

@@ -1,0 +1,99 @@
+"""The tensors of the paged KV cache: what block tables and slots index."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llamatelemetry.ops import copy_blocks_
+
+
+class KvPages:
+    """Keys and values of every layer in pages.
+
+    Attributes:
+        layers: (k, v) of each layer, [num_blocks, page_size, num_heads_kv, head_dim]; grow puts
+            other tensors in the same list.
+        page_size: tokens in a block.
+    """
+
+    def __init__(
+        self,
+        num_layers: int,
+        num_blocks: int,
+        page_size: int,
+        num_heads_kv: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        device: torch.device | str,
+    ) -> None:
+        self.page_size = page_size
+        self._page = (page_size, num_heads_kv, head_dim)
+        self._like = torch.empty(0, dtype=dtype, device=device)
+        self.layers = [self._new(num_blocks) for _ in range(num_layers)]
+
+    @classmethod
+    def for_model(cls, model: Any, num_blocks: int, page_size: int) -> KvPages:
+        """Pages that fit a transformers model's layers, in its dtype, on its device."""
+        config, like = model.config, floating_parameter(model)
+        head_dim = getattr(config, "head_dim", None) or (
+            config.hidden_size // config.num_attention_heads
+        )
+        return cls(
+            config.num_hidden_layers,
+            num_blocks,
+            page_size,
+            config.num_key_value_heads,
+            head_dim,
+            like.dtype,
+            like.device,
+        )
+
+    @property
+    def num_blocks(self) -> int:
+        return self.layers[0][0].shape[0] if self.layers else 0
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(x.nbytes for layer in self.layers for x in layer)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._like.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self._like.device
+
+    def grow(self, num_blocks: int, *, keep: bool) -> None:
+        """Makes room for num_blocks, layer by layer; with keep, what the blocks hold stays."""
+        count = self.num_blocks if keep else 0
+        if not keep:
+            self.layers[:] = [self._new(0) for _ in self.layers]  # frees the old ones first
+        try:
+            for i, old in enumerate(self.layers):
+                self.layers[i] = self._new(num_blocks)
+                for before, larger in zip(old, self.layers[i], strict=True):
+                    larger[:count].copy_(before)
+        except BaseException:  # out of memory: as it was, in part in larger tensors
+            self.layers[:] = [(k[:count], v[:count]) for k, v in self.layers]
+            raise
+
+    def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:
+        """Copies blocks (source, destination) of every layer, as BlockManager asks for."""
+        if pairs:
+            on_device = torch.tensor(pairs, dtype=torch.int64).to(self.device)
+            for k, v in self.layers:
+                copy_blocks_(k, v, on_device)
+
+    def _new(self, num_blocks: int) -> tuple[Tensor, Tensor]:
+        shape = (num_blocks, *self._page)
+        return self._like.new_empty(shape), self._like.new_empty(shape)
+
+
+def floating_parameter(model: Any) -> Tensor:
+    """A parameter whose dtype and device are those of the model's activations."""
+    return next(p for p in model.parameters() if p.is_floating_point())

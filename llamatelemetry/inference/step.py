@@ -1,0 +1,66 @@
+"""The inputs of one forward, from what the host knows: the only place that builds a StepInput."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+from llamatelemetry.models.step_input import StepInput
+from llamatelemetry.ops import slot_mapping
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """The tokens of one sequence that one forward runs on: a piece of a prompt, or the last token.
+
+    Attributes:
+        tokens: at least one.
+        begin: position of the first; the keys of all before it are in the cache.
+        table: blocks of the sequence, in order.
+    """
+
+    tokens: Sequence[int]
+    begin: int
+    table: Sequence[int]
+
+
+def prepare(
+    chunks: Sequence[Chunk], page_size: int, width: int, device: torch.device | str
+) -> tuple[Tensor, StepInput]:
+    """Packs chunks, of different sequences, into the tokens and the StepInput of one forward.
+
+    A prefill and a decode step differ in nothing but the chunks: those of a decode step have one
+    token each, which is never a sequence's first.
+
+    Args:
+        chunks: in the order of the sequences.
+        page_size: tokens in a block.
+        width: columns of the block table, at least the blocks of every chunk's table. Kernels
+            split their work by it, so it stays the same for all steps of a sequence.
+        device: where the tensors go.
+
+    Returns:
+        input_ids [num_tokens] int64, and where they stand.
+    """
+
+    def tensor(values: Sequence[object], dtype: torch.dtype) -> Tensor:
+        return torch.tensor(values, dtype=dtype).to(device)
+
+    counts = [len(chunk.tokens) for chunk in chunks]
+    positions = [range(chunk.begin, chunk.begin + len(chunk.tokens)) for chunk in chunks]
+    tables = [[*chunk.table, *[-1] * (width - len(chunk.table))] for chunk in chunks]
+    step = StepInput(
+        positions=tensor([p for run in positions for p in run], torch.int64),
+        slot_mapping=torch.empty(0, dtype=torch.int64),
+        block_table=tensor(tables, torch.int32).view(len(chunks), width),
+        cache_seqlens=tensor([run.stop for run in positions], torch.int32),
+        cu_seqlens_q=tensor([0, *accumulate(counts)], torch.int32),
+        max_seqlen_q=max(counts, default=0),
+        is_whole=all(chunk.begin == 0 for chunk in chunks),
+    )
+    step.slot_mapping = slot_mapping(step.positions, step.block_table, step.cu_seqlens_q, page_size)
+    return tensor([token for chunk in chunks for token in chunk.tokens], torch.int64), step

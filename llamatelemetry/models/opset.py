@@ -1,0 +1,156 @@
+"""The ops that pieces compute with, as one object: ours, or the same in plain PyTorch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llamatelemetry.models.hf_attention import NAME
+from llamatelemetry.ops import _contract, reference  # noqa: F401  (_contract loads the library)
+
+
+@dataclass(frozen=True)
+class OpSet:
+    """What a decoder layer is computed with; signatures are those of ``llamatelemetry.ops``.
+
+    Attributes:
+        gated: name of an activation in transformers' configs -> ``act(gate) * up`` of both side by
+            side.
+        flash_attn_varlen, paged_attention: return the output alone.
+        all_reduce: of what the output and down projections give, where their inputs are split over
+            several devices; the identity on one.
+        attn_implementation: transformers' name for this set's attention; None leaves the model's.
+    """
+
+    rms_norm: Callable[[Tensor, Tensor, float], Tensor]
+    fused_add_rms_norm_: Callable[[Tensor, Tensor, Tensor, float], None]
+    rotary_embedding_: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor | None, bool], None]
+    append_kv_: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], None]
+    flash_attn_varlen: Callable[..., Tensor]
+    paged_attention: Callable[..., Tensor]
+    gated: Mapping[str, Callable[[Tensor], Tensor]]
+    all_reduce: Callable[[Tensor], Tensor]
+    attn_implementation: str | None
+
+
+def _gated(silu: Any, gelu: Any, gelu_tanh: Any) -> dict[str, Callable[[Tensor], Tensor]]:
+    return {
+        "silu": silu,
+        "swish": silu,
+        "gelu": gelu,
+        "gelu_pytorch_tanh": gelu_tanh,
+        "gelu_new": gelu_tanh,
+    }
+
+
+def _alone(x: Tensor) -> Tensor:
+    return x
+
+
+# Raw ops: a decode step calls ten a layer, and the wrappers' checks for gradients, which a piece
+# makes once a forward, would cost as much again as a small op does.
+_ops = torch.ops.llamatelemetry
+_flash_attn_varlen = _ops.flash_attn_varlen.default
+_paged_attention = _ops.paged_attention.default
+
+
+def _native_varlen(
+    q: Tensor, k: Tensor, v: Tensor, starts: Tensor, longest: int, *scores: Any
+) -> Tensor:
+    # No sinks, no position biases, and the backend that the op chooses itself.
+    out, _ = _flash_attn_varlen(
+        q, k, v, starts, starts, longest, longest, None, None, *scores, None
+    )
+    return out
+
+
+def _native_paged(*args: Any) -> Tensor:
+    out, _ = _paged_attention(*args)
+    return out
+
+
+NATIVE = OpSet(
+    rms_norm=_ops.rms_norm.default,
+    fused_add_rms_norm_=_ops.fused_add_rms_norm_.default,
+    rotary_embedding_=_ops.rotary_embedding_.default,
+    append_kv_=_ops.append_kv_.default,
+    flash_attn_varlen=_native_varlen,
+    paged_attention=_native_paged,
+    gated=_gated(
+        _ops.silu_and_mul.default, _ops.gelu_and_mul.default, _ops.gelu_tanh_and_mul.default
+    ),
+    all_reduce=_alone,
+    attn_implementation=NAME,
+)
+
+
+def _in_float64(formula: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """A formula of ops/reference.py in float64, rounded once to its first argument's dtype."""
+
+    def computed(x: Tensor, *args: Any) -> Tensor:
+        bits = [arg.double() if isinstance(arg, Tensor) else arg for arg in args]
+        return formula(x.double(), *bits).to(x.dtype)
+
+    return computed
+
+
+_exact_rms_norm = _in_float64(reference.rms_norm)
+
+
+def _exact_fused_add_rms_norm_(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> None:
+    residual.add_(x)
+    x.copy_(_exact_rms_norm(residual, weight, eps))
+
+
+def _options(scale: float, causal: bool, left: int, right: int, softcap: float) -> dict[str, Any]:
+    return {
+        "softmax_scale": scale,
+        "causal": causal,
+        "window_size": (left, right),
+        "softcap": softcap,
+    }
+
+
+def _exact_varlen(
+    q: Tensor, k: Tensor, v: Tensor, starts: Tensor, longest: int, *scores: Any
+) -> Tensor:
+    qkv = (q.double(), k.double(), v.double())
+    return reference.flash_attn_varlen(*qkv, starts, starts, **_options(*scores))[0].to(q.dtype)
+
+
+def _exact_paged(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_table: Tensor,
+    cache_seqlens: Tensor,
+    cu_seqlens_q: Tensor,
+    max_seqlen_q: int,
+    *scores: Any,
+) -> Tensor:
+    tensors = (q.double(), k_cache.double(), v_cache.double())
+    where = (block_table, cache_seqlens, cu_seqlens_q)
+    out, _ = reference.paged_attention(*tensors, *where, **_options(*scores))
+    return out.to(q.dtype)
+
+
+# Plain PyTorch: where no kernel is to be trusted, and the oracle of a new OpSet.
+REFERENCE = OpSet(
+    rms_norm=_exact_rms_norm,
+    fused_add_rms_norm_=_exact_fused_add_rms_norm_,
+    rotary_embedding_=reference.rotary_embedding_,
+    append_kv_=reference.append_kv_,
+    flash_attn_varlen=_exact_varlen,
+    paged_attention=_exact_paged,
+    gated=_gated(
+        _in_float64(reference.silu_and_mul),
+        _in_float64(reference.gelu_and_mul),
+        _in_float64(reference.gelu_tanh_and_mul),
+    ),
+    all_reduce=_alone,
+    attn_implementation=None,
+)

@@ -1,0 +1,192 @@
+"""Attention: projections and their norms, rotary embedding, attention, the output projection."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from llamatelemetry.models.opset import NATIVE, OpSet
+from llamatelemetry.models.pieces.base import (
+    KNOWN_TO_LAYERS,
+    Piece,
+    eager_attention_of,
+    take_cache,
+)
+from llamatelemetry.models.pieces.merge import columns_of, merge_runs, rows_of, unmerge_linears
+from llamatelemetry.models.pieces.norm import eps_of
+from llamatelemetry.models.spec import LayerSpec
+from llamatelemetry.models.step_input import StepInput
+
+Norm = tuple[Tensor, float]  # weight, eps
+
+
+@dataclass(frozen=True)
+class _Projection:
+    """Neighbours among q, k and v that are one linear, and the norms before the rotation."""
+
+    linear: Callable[[Tensor], Tensor]
+    heads: list[int]
+    norms: list[Norm | None]
+    whole: bool  # the norms are over all heads together
+    ops: OpSet
+    head_dim: int
+
+    def parts(self, x: Tensor) -> list[Tensor]:
+        """[num_tokens, heads, head_dim] each."""
+        rows = self.linear(x).view(x.shape[0], -1, self.head_dim)
+        parts = list(rows.split(self.heads, 1))
+        for i, norm in enumerate(self.norms):
+            if norm is None:
+                continue
+            if self.whole:
+                parts[i] = self.ops.rms_norm(parts[i].flatten(1), *norm).view_as(parts[i])
+            else:
+                # A slice's rows are not evenly spaced, so its norm runs over all rows: one launch
+                # and no copy, and the heads too many cost less than another launch.
+                parts[i] = self.ops.rms_norm(rows, *norm).split(self.heads, 1)[i]
+        return parts
+
+
+class Attention(Piece):
+    """q, k and v as one linear, rotary embedding in place, attention, the output projection."""
+
+    known = KNOWN_TO_LAYERS
+
+    def __init__(
+        self, module: nn.Module, spec: LayerSpec, config: Any, ops: OpSet = NATIVE
+    ) -> None:
+        super().__init__(module, spec, config, ops)
+        self.head_dim = int(self.module.head_dim)
+        self.scale = float(getattr(self.module, spec.scale))
+        self.softcap = float(getattr(self.module, spec.softcap) or 0.0) if spec.softcap else 0.0
+        self.turns = bool(getattr(self.module, spec.use_rope)) if spec.use_rope else True
+        self.interleaved = spec.rope == "interleaved"
+        self.read_window()
+        self.bind()
+
+    def read_window(self) -> None:
+        self.window: int | None = None
+        self.interface_kwargs: dict[str, Any] = {}
+        if name := self.spec.window:
+            owner = self.module if hasattr(self.module, name) else self.config
+            self.window = self.interface_kwargs["sliding_window"] = getattr(owner, name)
+        if self.spec.softcap:
+            self.interface_kwargs["softcap"] = self.softcap or None
+        left = -1 if self.window is None else self.window - 1
+        self.scores = (self.scale, True, left, -1, self.softcap)  # causal, nothing to the right
+
+    def bind(self) -> None:
+        spec = self.spec
+        self.linears = [getattr(self.module, name) for name in spec.qkv]
+        output = getattr(self.module, spec.output)
+        heads = self._heads(output)
+        norms: list[Norm | None] = [None, None, None]
+        if spec.qk_norm != "none":
+            norms = [*(self._norm(name) for name in spec.qk_norm_names), None]
+        self.norms_after: list[Norm | None] = []
+        if spec.qk_norm_after_rope:
+            self.norms_after, norms = norms[:2], [None, None, None]
+        self.projections = []
+        for linear, count in merge_runs(self.linears):
+            parts = 3 if len(self.linears) == 1 else count
+            self.projections.append(
+                _Projection(
+                    linear.forward,
+                    heads[:parts],
+                    norms[:parts],
+                    spec.qk_norm == "full",
+                    self.ops,
+                    self.head_dim,
+                )
+            )
+            del heads[:parts], norms[:parts]
+        self.o = output.forward
+
+    def _heads(self, output: Any) -> list[int]:
+        """Heads of q, k and v, from the weights: a shard of a model has a share of them."""
+        rows = [rows_of(linear) for linear in self.linears]
+        if len(rows) == 1:
+            num_q = columns_of(output)
+            rows = [num_q, *[(rows[0] - num_q) // 2] * 2]
+        return [count // self.head_dim for count in rows]
+
+    def _norm(self, name: str) -> Norm:
+        norm = getattr(self.module, name)
+        return norm.weight, eps_of(norm)
+
+    def unbind(self) -> None:
+        unmerge_linears(self.linears)
+
+    def project(self, x: Tensor) -> list[Tensor]:
+        """q, k, v [num_tokens, heads, head_dim] of x [num_tokens, hidden_size]."""
+        return [part for one in self.projections for part in one.parts(x)]
+
+    def turn(
+        self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """q and k after the rotary embedding, in place, and the norms that come after it."""
+        if self.turns:
+            self.ops.rotary_embedding_(q, k, cos, sin, positions, self.interleaved)
+        if self.norms_after:
+            q, k = (
+                x if norm is None else self.ops.rms_norm(x.contiguous(), *norm)
+                for x, norm in zip((q, k), self.norms_after, strict=True)
+            )
+        return q, k
+
+    def step(
+        self,
+        x: Tensor,
+        step: StepInput,
+        rope: tuple[Tensor, Tensor],
+        k_cache: Tensor,
+        v_cache: Tensor,
+    ) -> Tensor:
+        q, k, v = self.project(x)
+        q, k = self.turn(q, k, *rope, step.positions)
+        self.ops.append_kv_(k, v, k_cache, v_cache, step.slot_mapping)
+        starts, longest = step.cu_seqlens_q, step.max_seqlen_q
+        if step.is_whole:
+            out = self.ops.flash_attn_varlen(q, k, v, starts, longest, *self.scores)
+        else:
+            cache = (k_cache, v_cache, step.block_table, step.cache_seqlens)
+            out = self.ops.paged_attention(q, *cache, starts, longest, *self.scores)
+        return self.ops.all_reduce(self.o(out.view(x.shape[0], -1)))
+
+    def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+        if torch.is_grad_enabled():
+            return self.original(*args, **kwargs)
+        call = self.named(args, kwargs)
+        hidden_states, angles = call.pop("hidden_states"), call.pop("position_embeddings")
+        attention_mask, cache = call.pop("attention_mask", None), take_cache(call)
+        batch, seqlen, hidden_size = hidden_states.shape
+        q, k, v = self.project(hidden_states.reshape(-1, hidden_size))
+        cos, sin = (x.expand(batch, -1, -1).flatten(0, 1) for x in rope_angles(self.spec, *angles))
+        q, k = self.turn(q, k, cos, sin, None)
+        q, k, v = (x.unflatten(0, (batch, seqlen)).transpose(1, 2) for x in (q, k, v))
+        if cache is not None:
+            # Modules that call it "cache" also hand it their keywords, which a paged one fills in.
+            extra = {"kwargs": call} if "cache" in self.parameters else {}
+            k, v = cache.update(k, v, self.module.layer_idx, **extra)
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_of(self.module)
+        )
+        dropout = self.module.attention_dropout if self.module.training else 0.0
+        call |= self.interface_kwargs
+        out, weights = attend(
+            self.module, q, k, v, attention_mask, dropout=dropout, scaling=self.scale, **call
+        )
+        return self.ops.all_reduce(self.o(out.reshape(batch, seqlen, -1))), weights
+
+
+def rope_angles(spec: LayerSpec, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """cos and sin as the rotary op takes them: one value per turned element."""
+    if spec.rope == "interleaved" and spec.rope_angles == "halves":
+        half = cos.shape[-1] // 2
+        cos, sin = (x[..., :half].repeat_interleave(2, -1) for x in (cos, sin))
+    return cos, sin

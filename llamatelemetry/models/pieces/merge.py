@@ -1,0 +1,115 @@
+"""Several linears over one input as one, without a second copy of their weights."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from llamatelemetry.quantization.modules import QuantLinear, expand, merge_quant_linears
+
+
+def merge_linears(linears: Sequence[nn.Module]) -> nn.Module | None:
+    """One linear whose output is the linears' outputs side by side; None if they are not alike.
+
+    One alone stays as it is. The weights stay where they were registered and become views of the
+    merged ones, so the state_dict keeps its keys and values, and loading into it reaches the
+    merged linear.
+    """
+    if len(linears) == 1:
+        return linears[0]
+    with _plain_tensors():
+        return _merge(linears)
+
+
+def _merge(linears: Sequence[nn.Module]) -> nn.Module | None:
+    if all(type(linear) is QuantLinear for linear in linears):
+        return merge_quant_linears(cast("Sequence[QuantLinear]", linears))
+    if any(type(linear) is not nn.Linear for linear in linears):
+        return None
+    parts = [dict(linear.named_parameters()) for linear in linears]
+    if len({tuple((name, p.dtype, p.device) for name, p in part.items()) for part in parts}) > 1:
+        return None
+    out_features = sum(part["weight"].shape[0] for part in parts)
+    in_features = parts[0]["weight"].shape[1]
+    merged = nn.Linear(in_features, out_features, bias="bias" in parts[0], device="meta")
+    for name in parts[0]:
+        whole = torch.cat([part[name].data for part in parts])
+        views = whole.split([part[name].shape[0] for part in parts])
+        for part, view in zip(parts, views, strict=True):
+            part[name].data = view
+        setattr(merged, name, nn.Parameter(whole, requires_grad=False))
+    return merged
+
+
+def merge_runs(linears: Sequence[nn.Module]) -> list[tuple[nn.Module, int]]:
+    """As few linears as the neighbours among them allow, each with how many it stands for."""
+    for count in range(len(linears), 1, -1):
+        merged = merge_linears(linears[:count])
+        if merged is not None:
+            return [(merged, count), *merge_runs(linears[count:])]
+    return [(linears[0], 1), *merge_runs(linears[1:])] if linears else []
+
+
+def unmerge_linears(linears: Sequence[nn.Module]) -> None:
+    """Gives each linear storages of its own again."""
+    if len(linears) == 1:  # fused as it came
+        return
+    with _plain_tensors():
+        for linear in linears:
+            for parameter in linear.parameters():
+                parameter.data = parameter.data.clone()
+            for name, buffer in list(linear.named_buffers()):
+                setattr(linear, name, buffer.clone())
+
+
+class TensorsOf:
+    """Where the tensors of a module lie, to be put back there whatever was merged meanwhile."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._parameters = [(p, p.data) for p in module.parameters()]
+        self._buffers = [
+            (part, name, buffer)
+            for part in module.modules()
+            for name, buffer in part.named_buffers(recurse=False)
+        ]
+
+    def restore(self) -> None:
+        with _plain_tensors():
+            for parameter, data in self._parameters:
+                if parameter.data_ptr() != data.data_ptr():
+                    parameter.data = data
+            for part, name, buffer in self._buffers:
+                if getattr(part, name) is not buffer:
+                    setattr(part, name, buffer)
+
+
+@contextmanager
+def _plain_tensors() -> Iterator[None]:
+    """Tensors made here can be trained later, whatever mode the caller is in."""
+    with torch.inference_mode(False), torch.no_grad():
+        yield
+
+
+def rows_of(linear: Any) -> int:
+    """How many features a linear gives, by its weight's shape where that says it."""
+    return linear.weight.shape[0] if type(linear) is nn.Linear else linear.out_features
+
+
+def columns_of(linear: Any) -> int:
+    """How many features a linear takes, by its weight's shape where that says it."""
+    return linear.weight.shape[1] if type(linear) is nn.Linear else linear.in_features
+
+
+def in_more_bits(module: nn.Module, dtype: torch.dtype, config: Any) -> nn.Module:
+    """A copy of module in dtype, quantised linears as dense ones of the weights they stand for.
+
+    config: is not copied, so the copy follows its changes
+    """
+    twin = copy.deepcopy(module, {id(config): config})
+    expand(twin, dtype)
+    return twin.to(dtype)

@@ -1,0 +1,48 @@
+"""The gated MLP."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from llamatelemetry.models.opset import NATIVE, OpSet
+from llamatelemetry.models.pieces.base import Piece
+from llamatelemetry.models.pieces.merge import merge_linears, unmerge_linears
+from llamatelemetry.models.spec import LayerSpec
+
+
+class GatedMlp(Piece):
+    """``down(act(gate(x)) * up(x))`` with gate and up as one linear."""
+
+    def __init__(
+        self, module: nn.Module, spec: LayerSpec, config: Any, ops: OpSet = NATIVE
+    ) -> None:
+        super().__init__(module, spec, config, ops)
+        activation = getattr(config, spec.activation)
+        if activation not in ops.gated:
+            raise ValueError(f"activation must be one of {sorted(ops.gated)}, got {activation!r}")
+        self.act_and_mul = ops.gated[activation]
+        self.bind()
+
+    def bind(self) -> None:
+        self.linears = [getattr(self.module, name) for name in self.spec.gate_up]
+        merged = merge_linears(self.linears)
+        if merged is None:
+            raise ValueError(
+                f"{' and '.join(self.spec.gate_up)} must be alike to become one linear"
+            )
+        self.gate_up, self.down = merged.forward, getattr(self.module, self.spec.down).forward
+
+    def unbind(self) -> None:
+        unmerge_linears(self.linears)
+
+    def step(self, x: Tensor) -> Tensor:
+        return self.ops.all_reduce(self.down(self.act_and_mul(self.gate_up(x))))
+
+    def forward(self, *args: Tensor, **kwargs: Tensor) -> Tensor:
+        if torch.is_grad_enabled():
+            return self.original(*args, **kwargs)
+        (x,) = self.named(args, kwargs).values()
+        return self.step(x)

@@ -1,0 +1,51 @@
+"""The semantics of every op in plain PyTorch: the tests' oracle, and what to read first.
+
+Each function computes in the dtype it is given; tests pass float64.
+"""
+
+from llamatelemetry.ops.reference.attention import flash_attn, flash_attn_varlen, paged_attention
+from llamatelemetry.ops.reference.cache import (
+    advance_step_,
+    append_kv_,
+    copy_blocks_,
+    slot_mapping,
+)
+from llamatelemetry.ops.reference.gemm import quant_linear, rounded_activations
+from llamatelemetry.ops.reference.norm import (
+    fused_add_rms_norm_,
+    gelu_and_mul,
+    gelu_tanh_and_mul,
+    layer_norm,
+    rms_norm,
+    rotary_embedding_,
+    silu_and_mul,
+    softmax,
+)
+from llamatelemetry.ops.reference.quant import dequantize, quant_embedding, repack
+from llamatelemetry.ops.reference.sampling import philox4x32, sample, sampling_probabilities
+
+__all__ = [
+    "advance_step_",
+    "append_kv_",
+    "copy_blocks_",
+    "dequantize",
+    "flash_attn",
+    "flash_attn_varlen",
+    "fused_add_rms_norm_",
+    "gelu_and_mul",
+    "gelu_tanh_and_mul",
+    "layer_norm",
+    "paged_attention",
+    "philox4x32",
+    "quant_embedding",
+    "quant_linear",
+    "repack",
+    "rms_norm",
+    "rotary_embedding_",
+    "rounded_activations",
+    "sample",
+    "sampling_probabilities",
+    "silu_and_mul",
+    "slot_mapping",
+    "softmax",
+]

@@ -1,0 +1,57 @@
+"""Writes to paged key and value caches in plain PyTorch."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def append_kv_(
+    k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor
+) -> None:
+    page_size = k_cache.shape[1]
+    for token, slot in enumerate(slot_mapping.tolist()):
+        if 0 <= slot < k_cache.shape[0] * page_size:
+            k_cache[slot // page_size, slot % page_size] = k[token]
+            v_cache[slot // page_size, slot % page_size] = v[token]
+
+
+def copy_blocks_(k_cache: Tensor, v_cache: Tensor, block_pairs: Tensor) -> None:
+    num_blocks = k_cache.shape[0]
+    for src, dst in block_pairs.tolist():
+        if 0 <= src < num_blocks and 0 <= dst < num_blocks:
+            k_cache[dst] = k_cache[src]
+            v_cache[dst] = v_cache[src]
+
+
+def slot_mapping(
+    positions: Tensor, block_table: Tensor, cu_seqlens_q: Tensor, page_size: int
+) -> Tensor:
+    slots = torch.full_like(positions, -1)
+    starts = cu_seqlens_q.tolist()
+    for table, begin, end in zip(block_table.tolist(), starts[:-1], starts[1:], strict=True):
+        for token in range(begin, end):
+            position = int(positions[token])
+            if 0 <= position < len(table) * page_size and table[position // page_size] >= 0:
+                block = table[position // page_size]
+                slots[token] = block * page_size + position % page_size
+    return slots
+
+
+def advance_step_(
+    input_ids: Tensor,
+    positions: Tensor,
+    slots: Tensor,
+    cache_seqlens: Tensor,
+    offsets: Tensor,
+    next_ids: Tensor,
+    active: Tensor,
+    block_table: Tensor,
+    page_size: int,
+) -> None:
+    input_ids.copy_(torch.where(active, next_ids, input_ids))
+    for counter in (positions, cache_seqlens, offsets):
+        counter += active.to(counter.dtype)
+    starts = torch.arange(len(positions) + 1, dtype=torch.int32, device=positions.device)
+    of_positions = slot_mapping(positions, block_table, starts, page_size)
+    slots.copy_(torch.where(active, of_positions, -1))

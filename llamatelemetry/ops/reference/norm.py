@@ -1,0 +1,64 @@
+"""Row ops in plain PyTorch: norms, rotary embedding, activations, softmax."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps) * weight
+
+
+def fused_add_rms_norm_(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> None:
+    residual += x
+    x.copy_(rms_norm(residual, weight, eps))
+
+
+def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+    centred = x - x.mean(-1, keepdim=True)
+    out = centred * torch.rsqrt(centred.pow(2).mean(-1, keepdim=True) + eps)
+    out = out if weight is None else out * weight
+    return out if bias is None else out + bias
+
+
+def rotary_embedding_(
+    q: Tensor,
+    k: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    positions: Tensor | None,
+    interleaved: bool,
+) -> None:
+    rows = torch.arange(q.shape[0], device=q.device) if positions is None else positions
+    cos, sin = cos[rows].unsqueeze(1), sin[rows].unsqueeze(1)
+    for x in (q, k):
+        turned = x[..., : cos.shape[-1]]
+        if interleaved:
+            half = torch.stack([-turned[..., 1::2], turned[..., ::2]], -1).flatten(-2)
+        else:
+            first, second = turned.chunk(2, -1)
+            half = torch.cat([-second, first], -1)
+        turned.copy_(turned * cos + half * sin)
+
+
+def silu_and_mul(x: Tensor) -> Tensor:
+    gate, up = x.chunk(2, -1)
+    return gate / (1 + torch.exp(-gate)) * up
+
+
+def gelu_and_mul(x: Tensor) -> Tensor:
+    gate, up = x.chunk(2, -1)
+    return gate / 2 * (1 + torch.erf(gate / 2**0.5)) * up
+
+
+def gelu_tanh_and_mul(x: Tensor) -> Tensor:
+    gate, up = x.chunk(2, -1)
+    inner = (2 / torch.pi) ** 0.5 * (gate + 0.044715 * gate**3)
+    return gate / 2 * (1 + torch.tanh(inner)) * up
+
+
+def softmax(x: Tensor, temperature: float) -> Tensor:
+    y = x / temperature
+    power = torch.exp(y - y.amax(-1, keepdim=True))
+    return power / power.sum(-1, keepdim=True)

@@ -1,0 +1,95 @@
+"""Quantised weights as whole tensors in plain PyTorch, by code family and scale rule."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from llamatelemetry._native.facts import FORMATS, FormatFacts
+from llamatelemetry.ops.formats import TILE_ROWS, format_name
+
+
+def dequantize(data: Tensor, format: int | str) -> Tensor:
+    """Blocks as a GGUF file has them to float32."""
+    facts = FORMATS[format_name(format)]
+    blocks = data.reshape(-1, facts.block_bytes)
+    weights = _codes(blocks, facts) - facts.zero_point
+    scale, minimum = _scales(blocks, facts)
+    out = weights.view(len(blocks), scale.shape[1], -1) * scale.unsqueeze(-1)
+    if minimum is not None:
+        out = out + minimum.unsqueeze(-1)
+    return out.view(*data.shape[:-1], data.shape[-1] // facts.block_bytes * facts.block_size)
+
+
+def _field(blocks: Tensor, facts: FormatFacts, name: str) -> Tensor:
+    offset, size = facts.fields[name]
+    return blocks[..., offset : offset + size]
+
+
+def _planes(field: Tensor, group: int, bits: int) -> Tensor:
+    """The values of `bits` bits of a field: all lowest of `group` bytes, then all next..."""
+    shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=field.device)
+    grouped = field.reshape(field.shape[0], -1, 1, group) >> shifts.view(-1, 1)
+    return (grouped & (2**bits - 1)).flatten(1).int()
+
+
+def _codes(blocks: Tensor, facts: FormatFacts) -> Tensor:
+    """[blocks, block_size], in the order of the weights."""
+    quants = _field(blocks, facts, "quants")
+    if facts.codes == "s8":
+        return quants.view(torch.int8).int()
+    small = facts.block_size == 32
+    if facts.codes == "u6":
+        high_bits = _field(blocks, facts, "high_bits")
+        return _planes(quants, 64, 4) + 16 * _planes(high_bits, 32, 2)
+    codes = _planes(quants, 16 if small else 32, 4)
+    if facts.codes == "u5":
+        codes = codes + 16 * _planes(_field(blocks, facts, "high_bits"), 1 if small else 32, 1)
+    return codes
+
+
+def _scales(blocks: Tensor, facts: FormatFacts) -> tuple[Tensor, Tensor | None]:
+    """[blocks, scales of a block]: the factor of the codes, and what is added."""
+    halves = {
+        name: _field(blocks, facts, name).contiguous().view(torch.float16).float()
+        for name in ("scale", "min")
+        if name in facts.fields
+    }
+    d, minimum = halves["scale"], halves.get("min")
+    if facts.scale_rule == "sub_block16":
+        return d * _field(blocks, facts, "sub_scales").view(torch.int8), None
+    if facts.scale_rule == "sub_block32":
+        s = _field(blocks, facts, "sub_scales").int()
+        low, high = s[:, :8], s[:, 8:]
+        scale = torch.cat([low[:, :4] & 63, (high & 15) | (low[:, :4] >> 6 << 4)], 1)
+        sub_min = torch.cat([low[:, 4:] & 63, (high >> 4) | (low[:, 4:] >> 6 << 4)], 1)
+        assert minimum is not None
+        return d * scale, -(minimum * sub_min)
+    return d, minimum
+
+
+def repack(data: Tensor, format: int | str) -> Tensor:
+    """Rows to tiles of 16 rows: every field of a block transposed by words."""
+    facts = FORMATS[format_name(format)]
+    n, row_bytes = data.shape
+    num_bytes = facts.block_bytes
+    padded = torch.nn.functional.pad(data, (0, 0, 0, -n % TILE_ROWS))
+    shape = (len(padded) // TILE_ROWS, TILE_ROWS, row_bytes // num_bytes, num_bytes)
+    blocks = padded.view(shape).transpose(1, 2)
+    fields = []
+    for name, (_, size) in facts.fields.items():
+        field = _field(blocks, facts, name)
+        if size == 4:  # fifth bits: bit 4g + i to bit g of byte i
+            bits = field.unsqueeze(-1) >> torch.arange(8, dtype=torch.uint8, device=data.device) & 1
+            groups = bits.reshape(*field.shape[:-1], 8, 4).transpose(-1, -2)
+            field = (groups << torch.arange(8, device=data.device)).sum(-1).to(torch.uint8)
+        unit = min(size, 4)
+        words = field.reshape(*field.shape[:-1], size // unit, unit)
+        fields.append(words.transpose(-2, -3).flatten(-3))
+    return torch.cat(fields, -1).flatten(1)
+
+
+def quant_embedding(ids: Tensor, data: Tensor, format: int | str) -> Tensor:
+    inside = (ids >= 0) & (ids < len(data))
+    rows = dequantize(data, format)[torch.where(inside, ids, 0)]
+    return torch.where(inside.unsqueeze(-1), rows, 0.0)
