@@ -34,7 +34,7 @@ LOWER_LEVELS := from llamatelemetry._native import library; from build_tools.nin
   [print(n, *(f"tests/{r}" for r in "$(OP_ROOMS)".split() if LEVELS[n][1] in ("*", r))) \
    for n in library.lower_cpu_isas()]
 # What a kernel's level cannot change.
-SAME_AT_ALL_LEVELS := compile or opcheck or refus or replay
+SAME_AT_ALL_LEVELS := compile or opcheck or refus or replay or growing or more_tiles
 # A demo without a GPU waits for no CUDA kernels, which take most of a build.
 HAS_GPU := $(shell command -v nvidia-smi || ls /proc/driver/nvidia/version 2>/dev/null)
 HAS_CUDA_LIBRARY := $(wildcard llamatelemetry/lib/libllamatelemetry_cuda.so)

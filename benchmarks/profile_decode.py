@@ -1,7 +1,7 @@
 """Where the time of one decoded token goes on the CPU: every launch of the recorded step.
 
-Writes results/decode_profile-cpu.json: medians of many steps, in the order of use. NOTES.md quotes
-it.
+Writes results/decode_profile-cpu.json: medians of many steps, in the order of use;
+notes/inference.md quotes it.
 """
 
 from __future__ import annotations

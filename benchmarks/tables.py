@@ -1,8 +1,9 @@
-"""Writes the measured tables into the documents: python benchmarks/tables.py [--check]
+"""Writes the measured tables into the documents: python benchmarks/tables.py [--check | NAME]
 
 A table stands between  <!-- table: NAME -->  and  <!-- end -->, NAME being a file of results/;
 <!-- table: NAME (PATTERN) -->  shows the rows alone whose names the regular expression finds. On
-the CPU it quotes ratios only: absolute times there are the machine's, and its neighbours'.
+the CPU it quotes ratios only: absolute times there are the machine's, and its neighbours'. With a
+NAME it prints that table whole, and writes nothing.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import harness
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = [
     ROOT / "README.md",
-    *sorted((ROOT / "benchmarks").glob("*.md")),
+    *sorted((ROOT / "benchmarks").rglob("*.md")),
     *sorted((ROOT / "docs").glob("*.md")),
 ]
 MARKED = re.compile(r"(<!-- table: ([\w-]+)(?: \((.*?)\))? -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -74,6 +75,9 @@ def updated(text: str) -> str:
 
 
 def main() -> int:
+    if names := [argument for argument in sys.argv[1:] if argument != "--check"]:
+        print(*(block(name, None) for name in names))
+        return 0
     stale = [path for path in DOCUMENTS if updated(path.read_text()) != path.read_text()]
     for path in stale:
         if "--check" in sys.argv:

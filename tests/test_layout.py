@@ -38,6 +38,7 @@ PACKAGE = sorted(ROOT.glob("llamatelemetry/**/*.py"))
 BENCHMARKS = sorted(ROOT.glob("benchmarks/*.py"))
 BUILD = [ROOT / "setup.py", *sorted(ROOT.glob("build_tools/*.py"))]
 PYTHON = [*BUILD, *PACKAGE, *BENCHMARKS, *sorted(ROOT.glob("tests/**/*.py"))]
+OF_TRANSFORMERS = {"modeling_*.py"}  # files that documents name and this tree has not
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/*.md"))]
 
 
@@ -174,7 +175,7 @@ def test_documents_name_what_exists():
     assert [
         (where, name)
         for where, name in quoted
-        if not list(ROOT.glob(name if "/" in name else f"**/{name}"))
+        if name not in OF_TRANSFORMERS and not list(ROOT.glob(f"**/{name}"))
     ] == []
 
 

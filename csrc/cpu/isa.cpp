@@ -54,7 +54,7 @@ Isa best_isa() {
 }
 
 // Intel's dot product of pairs takes as long as three FMAs or four, AMD's as one
-// (benchmarks/NOTES.md).
+// (benchmarks/notes/attention.md).
 bool has_slow_bf16() {
 #if defined(__x86_64__)
   return __builtin_cpu_is("intel");

@@ -12,7 +12,8 @@ namespace {
 
 // Waking torch's pool and joining it again costs about this much; a chunk has to be worth it.
 constexpr double kForkJoinNs = 8000.0;
-// Items from here on are taken one by one, which costs about 10 ns each (benchmarks/NOTES.md).
+// Items from here on are taken one by one, which costs about 10 ns each
+// (benchmarks/notes/attention.md).
 constexpr double kLongItemNs = 2000.0;
 
 struct Call {

@@ -1,4 +1,4 @@
-"""setup.py: arch lists, switches, the sdist, and a wheel built from it in a fresh environment."""
+"""The build: arch lists, switches, the sdist, and a wheel built from it in a fresh environment."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
-def setup():
-    spec = importlib.util.spec_from_file_location("setup", ROOT / "setup.py")
+def build_file():
+    spec = importlib.util.spec_from_file_location("ninja_file", ROOT / "build_tools" / "ninja.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -35,50 +35,116 @@ def setup():
         (" 9.0, 10.0  12.0+PTX", ["9.0", "10.0", "12.0+PTX"]),
     ],
 )
-def test_arch_list(setup, text, archs):
-    assert setup.parse_archs(text) == archs
+def test_arch_list(build_file, text, archs):
+    assert build_file.parse_archs(text) == archs
 
 
 @pytest.mark.parametrize("text", ["7.0", "sm_80", "8", "8.0+ptx", "8.0;6.1", "9.0a", "8.0 PTX"])
-def test_arch_list_refusals(setup, text):
+def test_arch_list_refusals(build_file, text):
     with pytest.raises(SystemExit, match=r"LLAMATELEMETRY_CUDA_ARCHS must be >= 7.5") as caught:
-        setup.parse_archs(text)
+        build_file.parse_archs(text)
     assert repr(text) in str(caught.value)
 
 
-def test_arch_flags(setup):
+def test_arch_flags(build_file):
     archs = ["7.5", "9.0+PTX"]
-    assert setup.arch_flags("gemm.cu", archs).split() == [
+    assert build_file.arch_flags("gemm.cu", archs).split() == [
         "-gencode=arch=compute_75,code=sm_75",
         "-gencode=arch=compute_90,code=sm_90",
         "-gencode=arch=compute_90,code=compute_90",
     ]
-    assert setup.arch_flags("gemm_sm90.cu", archs) == "-gencode=arch=compute_90a,code=sm_90a"
-    assert setup.arch_flags("gemm_sm90.cu", ["8.0"]) == ""
+    assert build_file.arch_flags("gemm_sm90.cu", archs) == "-gencode=arch=compute_90a,code=sm_90a"
+    assert build_file.arch_flags("gemm_sm90.cu", ["8.0"]) == ""
 
 
-def test_cuda_switch(setup, monkeypatch, tmp_path, capsys):
+def test_cuda_switch(build_file, monkeypatch, tmp_path, capsys):
     (tmp_path / "nvcc").write_text("#!/bin/sh\n")
     (tmp_path / "nvcc").chmod(0o755)
     monkeypatch.delenv("NVCC", raising=False)
     monkeypatch.setenv("PATH", str(tmp_path))
     for value, found in (("auto", True), ("1", True), ("0", False)):
         monkeypatch.setenv("LLAMATELEMETRY_CUDA", value)
-        assert setup.find_nvcc() == (str(tmp_path / "nvcc") if found else None)
+        assert build_file.find_nvcc() == (str(tmp_path / "nvcc") if found else None)
     assert "CPU-only build" in capsys.readouterr().out
     monkeypatch.setenv("LLAMATELEMETRY_CUDA", "yes")
     with pytest.raises(SystemExit, match="must be auto, 0 or 1, got 'yes'"):
-        setup.find_nvcc()
+        build_file.find_nvcc()
 
 
-def test_no_nvcc(setup, monkeypatch):
+def test_no_nvcc(build_file, monkeypatch):
     monkeypatch.delenv("NVCC", raising=False)
-    monkeypatch.setattr(setup.shutil, "which", lambda *args, **kwargs: None)
+    monkeypatch.setattr(build_file.shutil, "which", lambda *args, **kwargs: None)
     monkeypatch.setenv("LLAMATELEMETRY_CUDA", "auto")
-    assert setup.find_nvcc() is None
+    assert build_file.find_nvcc() is None
     monkeypatch.setenv("LLAMATELEMETRY_CUDA", "1")
     with pytest.raises(SystemExit, match="needs nvcc on PATH or in NVCC"):
-        setup.find_nvcc()
+        build_file.find_nvcc()
+
+
+def test_compilers(build_file, monkeypatch, tmp_path):
+    """A compiler that is missing, too old, or none at all is refused before anything is built."""
+
+    def compiler(prints: str) -> str:
+        path = tmp_path / "c++"
+        path.write_text(f"#!/bin/sh\necho '{prints}'\n")
+        path.chmod(0o755)
+        return str(path)
+
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(SystemExit, match=r"CXX must name a C\+\+ compiler, got 'no-such-compiler'"):
+        build_file.find_cxx()
+    for prints in ("#define __GNUC__ 11", "#define __clang_major__ 13", "hello"):
+        monkeypatch.setenv("CXX", compiler(prints))
+        with pytest.raises(SystemExit, match=r"CXX must be g\+\+ >= 12 or clang\+\+ >= 14, got"):
+            build_file.find_cxx()
+    monkeypatch.setenv("CXX", compiler("#define __GNUC__ 4\n#define __clang_major__ 14"))
+    assert "maybe-uninitialized" not in build_file.find_cxx()[1]  # a warning of gcc's alone
+
+
+@pytest.mark.parametrize(
+    ("prints", "status"),
+    [("ptxas info : fine", 0), ("ptxas info : (C7510) Potential Performance Loss: wgmma", 1)],
+)
+def test_serialised_wgmma_stops_the_build(build_file, tmp_path, prints, status):
+    """ptxas only notes it, with exit code 0."""
+    (tmp_path / "nvcc").write_text(f"#!/bin/sh\necho '{prints}'\n")
+    (tmp_path / "nvcc").chmod(0o755)
+    (rule,) = (r for r in build_file.rules("g++", "", str(tmp_path / "nvcc")) if "rule nvcc" in r)
+    command = rule.split("command = ")[1].splitlines()[0].replace("$$", "$")
+    command = command.replace("$out", "x.o").replace("$flags", "").replace("$in", "x.cu")
+    done = subprocess.run(["sh", "-c", command], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == status
+    assert prints in done.stdout
+
+
+def test_every_source_is_compiled(build_file, monkeypatch):
+    """At any depth below csrc; kernels of the CPU once for each level of their room."""
+    monkeypatch.delenv("CXX", raising=False)
+    text = build_file.ninja_file("nvcc", ["9.0"])
+    for path in sorted((ROOT / "csrc").rglob("*.c[pu]*")):
+        source = path.relative_to(ROOT).as_posix()
+        times = text.count(f"../../{source}\n")
+        if path.suffix == ".cuh":
+            assert times == 0
+        elif path.name.endswith("_cpu.cpp"):
+            rooms = [rooms for _, rooms in build_file.LEVELS.values()]
+            assert times == sum(room in ("*", source.split("/")[1]) for room in rooms)
+        else:
+            assert times == (2 if path.name.startswith("ops") else 1), source
+
+
+def test_the_fingerprint_changes_with_a_source(build_file, monkeypatch, tmp_path):
+    (tmp_path / "csrc" / "norm").mkdir(parents=True)
+    source = tmp_path / "csrc" / "norm" / "x.cu"
+    source.write_text("one")
+    build_file_copy = tmp_path / "ninja.py"
+    build_file_copy.write_text("")
+    monkeypatch.setattr(build_file, "ROOT", tmp_path)
+    monkeypatch.setattr(build_file, "__file__", str(build_file_copy))
+    before = build_file.fingerprint()
+    assert before == build_file.fingerprint()
+    source.write_text("two")
+    assert build_file.fingerprint() != before
 
 
 def python(*arguments: object, cwd: Path, executable: Path | str = sys.executable, **env: str):
@@ -101,16 +167,18 @@ def test_metadata_needs_no_torch():
 def test_sdist_to_wheel_to_fresh_environment(tmp_path):
     """What a user without a checkout does, with the CPU library alone to be quick."""
     source = tmp_path / "source"
-    built = (".*", "build", "dist", "lib", "_build_info.py", "__pycache__", "*.egg-info")
-    shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns(*built))
+    # The libraries and the file of what they hold are copied: a built tree's sdist has neither.
+    left = (".*", "build", "dist", "__pycache__", "*.egg-info")
+    shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns(*left))
     python("setup.py", "-q", "sdist", "-d", tmp_path, cwd=source)
     (sdist,) = tmp_path.glob("llamatelemetry-*.tar.gz")
     with tarfile.open(sdist) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
         archive.extractall(tmp_path, filter="data")
     needed = {p.relative_to(ROOT).as_posix() for p in (ROOT / "csrc").rglob("*.[ch]*")}
-    assert needed <= names
+    assert needed | {"build_tools/ninja.py", "setup.py", "pyproject.toml"} <= names
     assert not [name for name in names if name.endswith((".so", "_build_info.py"))]
+    assert not [name for name in names if name.startswith("tests/")]
 
     unpacked = tmp_path / sdist.name.removesuffix(".tar.gz")
     # The archive keeps the files' times, so ninja compiles only what this checkout has not built.

@@ -105,7 +105,7 @@ LT_INLINE void fetch_ahead(Tile& tile, int64_t row_bytes) {
 
 // Rows [row, row + kVecs * kLanes) of the tile against span of the block of keys at first. Inlined
 // into the loop over blocks: by itself GCC spills rows behind the constants of exp2
-// (benchmarks/NOTES.md).
+// (benchmarks/notes/attention.md).
 template <typename Source, int kVecs>
 LT_INLINE void add_block(const Source& source, Tile& tile, int row, int64_t first, Span span) {
   constexpr int kPer = kPerWord<typename Source::T>;

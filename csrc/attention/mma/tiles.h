@@ -1,6 +1,6 @@
 // The tile configurations of the kernels on mma.sync (compute capability 7.5 and 8.0), and what the
 // choice must know of them. Torch-free and free of CUDA: choice.h reads it too. What each was
-// measured to give: benchmarks/NOTES.md.
+// measured to give: benchmarks/notes/attention.md.
 #pragma once
 
 #include <cstdint>

@@ -16,8 +16,8 @@ namespace llamatelemetry {
 
 // One warpgroup: its 64 rows of each tile. Every branch around a ring advance or a wgmma must be
 // provably warp-uniform: otherwise ptxas keeps ring state in ordinary registers and rebuilds each
-// descriptor (benchmarks/NOTES.md). Every step is inlined, as scores, weights and results live in
-// registers.
+// descriptor (benchmarks/notes/attention.md). Every step is inlined, as scores, weights and results
+// live in registers.
 template <typename T, typename Tile, MaskKind kMask>
 struct Consumer {
   static constexpr int kBlockN = Tile::kBlockN;

@@ -60,7 +60,7 @@ inline Error encode_heads(const Heads& x, DType dtype, int64_t head_dim, int64_t
 
 // How many heads' keys and values share L2. Where all queries see all keys: as few heads as are at
 // work at once. Else more, so that the longest tiles still come first. Sizes by measurement, as is
-// how many tiles of a window are at work at once: benchmarks/NOTES.md, "flash_attn on Hopper".
+// how many tiles of a window are at work at once: benchmarks/notes/attention.md, "On Hopper".
 inline int64_t heads_of_group(const AttentionParams& p, int block_rows, bool even) {
   const int64_t l2_bytes = int64_t{even ? 8 : 32} << 20;
   int64_t keys = p.seqlen_k;  // of a head, at work at once

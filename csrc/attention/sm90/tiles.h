@@ -1,5 +1,5 @@
 // The tile configurations of the Hopper kernels, and what the choice must know of them. Torch-free
-// and free of CUDA: choice.h reads it too. Measured reasons: benchmarks/NOTES.md, "flash_attn on
+// and free of CUDA: choice.h reads it too. Measured reasons: benchmarks/notes/attention.md, "On
 // Hopper".
 #pragma once
 
