@@ -204,7 +204,7 @@ def build(
     with torch.inference_mode(False), torch.no_grad():
         kind = getattr(transformers, case.model)
         model = kind._from_config(config, attn_implementation=attention).eval()
-        if "num_local_experts" in case.options or "n_routed_experts" in case.options:
+        if dtype == torch.float64 and case.options.keys() & {"num_local_experts", *_MOE}:
             model.set_experts_implementation("eager")  # the others have no float64
         for parameter in model.parameters():
             parameter.normal_(float(parameter.ndim == 1), 0.15, generator=generator)
