@@ -5,21 +5,25 @@ from __future__ import annotations
 import pytest
 import torch
 import transformers
-from hf_models import CASES, build, inputs_of, result
+from hf_models import build, inputs_of, result
 from torch.testing import assert_close
 
 from llamatelemetry.inference.flash_attn import enable_flash_attention
 
-OURS = ("llamatelemetry::flash_attn", "llamatelemetry::paged_attention")
-PADDED = [name for name, case in CASES.items() if case.kind in ("causal", "encoder", "seq2seq")]
-
 
 @pytest.mark.parametrize(
-    ("name", "is_ours"),
-    [("llama", True), ("bert", True), ("gpt_oss", True), ("gemma2", False), ("mistral", False)],
+    ("name", "side", "is_ours"),
+    [
+        ("llama", "none", True),
+        ("llama", "left", True),
+        ("llama", "right", True),
+        ("bert", "right", True),
+        ("gpt_oss", "left", True),
+        ("gemma2", "left", False),
+        ("mistral", "right", False),
+    ],
 )
-@pytest.mark.parametrize("side", ["none", "left", "right"])
-def test_compiled_whole(name, is_ours, side, device):
+def test_compiled_whole(name, side, is_ours, device):
     """Windows over padding that only the device knows are torch's or eager attention's."""
     model = build(name, device=device)
     inputs = inputs_of(name, side, device) | ({} if name == "bert" else {"use_cache": False})

@@ -5,14 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 import transformers
-from hf_models import CASES, CAUSAL, SEQLEN, build, inputs_of
+from hf_models import CAUSAL, SEQLEN, build, inputs_of
 from torch.testing import assert_close
 from transformers.cache_utils import QuantizedLayer
 
 from llamatelemetry.inference.flash_attn import enable_flash_attention
-
-OURS = ("llamatelemetry::flash_attn", "llamatelemetry::paged_attention")
-PADDED = [name for name, case in CASES.items() if case.kind in ("causal", "encoder", "seq2seq")]
 
 
 def greedy(model, side, **options):
