@@ -184,10 +184,21 @@ def key_mask(
     if q_length == 1:
         # Whatever the rules are, one query sees one set of keys.
         row = mask[:, 0, 0].expand(batch_size, -1)
-        layout = KeyLayout(batch_size, 1, kv_length, 0, False, -1, -1, row)
-    if layout is not None and mask.shape[1] == 1:
-        mask.key_layout = layout
-        mask.key_plan = plan_of_layout(layout, device, True)
+        layout = KeyLayout(batch_size, 1, kv_length, q_offset - kv_offset, False, -1, -1, row)
+    return _with_layout(mask, layout) if layout is not None and mask.shape[1] == 1 else mask
+
+
+def mask_of(layout: KeyLayout, device: torch.device) -> Tensor:
+    """The mask of a layout, a KeyMask where no graph is traced."""
+    if torch.compiler.is_compiling():
+        return _with_layout(layout.dense(device), layout)
+    return KeyMask(layout, device)
+
+
+def _with_layout(mask: Tensor, layout: KeyLayout) -> Tensor:
+    """A plain tensor that our attention takes as a layout; unread, a compiler leaves it out."""
+    mask.key_layout = layout  # type: ignore[attr-defined]
+    mask.key_plan = plan_of_layout(layout, mask.device, True)  # type: ignore[attr-defined]
     return mask
 
 

@@ -8,7 +8,7 @@ import transformers
 from hf_models import build, inputs_of, result
 from torch.testing import assert_close
 
-from llamatelemetry.inference.flash_attn import enable_flash_attention
+from llamatelemetry.inference.flash_attn import FlashAttentionConfig, enable_flash_attention
 
 
 @pytest.mark.parametrize(
@@ -88,3 +88,21 @@ def test_layers_compiled_one_by_one(name, device):
         layer.compile(fullgraph=True, backend="aot_eager")
     for each, value in zip(inputs, want, strict=True):
         assert_close(result(model, each), value)
+
+
+def test_compiled_with_a_window_of_the_configuration(device):
+    """Prefill and a decode step; padding and all."""
+    model, config = build("llama", device=device), FlashAttentionConfig(window_size=3)
+    inputs = inputs_of("llama", "left", device)
+    enable_flash_attention(model, config)
+
+    def logits(call):
+        past = transformers.DynamicCache(config=model.config)
+        first = call(**inputs, past_key_values=past).logits[inputs["attention_mask"].bool()]
+        mask = inputs["attention_mask"]
+        mask = torch.cat([mask, mask.new_ones(mask.shape[0], 1)], 1)
+        ids = inputs["input_ids"][:, :1]
+        return first, call(ids, attention_mask=mask, past_key_values=past).logits
+
+    torch._dynamo.reset()
+    assert_close(logits(torch.compile(model, fullgraph=True, backend="eager")), logits(model))
