@@ -48,7 +48,7 @@ def test_outputs(name, side, device):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("name", ["gemma2", "gpt_oss", "minicpm3", "bert", "llama_head_dim_20"])
+@pytest.mark.parametrize("name", ["gemma2", "gpt_oss", "deepseek_v3", "bert", "llama_head_dim_20"])
 def test_outputs_in_half_precision(name, dtype, device):
     inputs = inputs_of(name, "left", device)
     model = build(name, dtype=dtype, device=device)
@@ -72,7 +72,7 @@ def test_attention_is_ours(name, side, device):
     assert theirs == []
 
 
-@pytest.mark.parametrize("name", ["gemma2", "gpt_oss", "llama", "bert", "minicpm3", "mistral"])
+@pytest.mark.parametrize("name", ["gemma2", "gpt_oss", "llama", "bert", "deepseek_v3", "mistral"])
 def test_gradients_are_eager_attentions(name, device):
     def gradients(model):
         with torch.inference_mode(False), torch.enable_grad():

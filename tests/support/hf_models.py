@@ -84,7 +84,7 @@ CASES = {
     "doge": _lm("Doge"),
     "minicpm3": _lm("MiniCPM3", **_MLA),
     "deepseek_v3": _lm(
-        "DeepseekV3", moe_intermediate_size=32, first_k_dense_replace=1, **_MLA, **_MOE
+        "DeepseekV3", moe_intermediate_size=32, first_k_dense_replace=2, **_MLA, **_MOE
     ),
     "cohere2": _lm("Cohere2", **_WINDOW),
     "llama4_chunked": _lm(
@@ -139,6 +139,8 @@ CASES = {
         "seq2seq",
     ),
 }
+# The oldest transformers that is supported lacks some.
+CASES = {name: case for name, case in CASES.items() if hasattr(transformers, case.model)}
 CAUSAL = [name for name, case in CASES.items() if case.kind == "causal"]
 
 
