@@ -16,7 +16,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from llamatelemetry.models.hf_fallback import theirs, wants_weights
 from llamatelemetry.models.hf_kernels import OVERRIDES, Overrides, Scores, attend, serves
 from llamatelemetry.models.hf_layout import KeyLayout
-from llamatelemetry.models.hf_masks import KeyMask, key_mask
+from llamatelemetry.models.hf_masks import key_mask, mask_of
 
 NAME = "llamatelemetry"
 
@@ -153,9 +153,5 @@ def _overridden(
         for a, b in zip(layout[5:7], overrides.window, strict=True)
     )
     causal = layout.causal and overrides.causal
-    return (
-        scale,
-        dropout,
-        causal,
-        KeyMask(layout._replace(causal=causal, left=left, right=right), query.device),
-    )
+    mask = mask_of(layout._replace(causal=causal, left=left, right=right), query.device)
+    return scale, dropout, causal, mask

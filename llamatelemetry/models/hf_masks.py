@@ -33,6 +33,7 @@ class KeyMask(Tensor):
     No memory is behind it until an operation reads it; the result of any is a plain tensor.
     """
 
+    key_anchor: Tensor
     key_tokens: Tensor | None
     key_start: Tensor | None
     key_rules: tuple[int, bool, int, int]
@@ -40,17 +41,23 @@ class KeyMask(Tensor):
     _plan: Plan | None
 
     @staticmethod
-    def __new__(cls, layout: KeyLayout, device: torch.device) -> KeyMask:
+    def __new__(
+        cls, layout: KeyLayout, device: torch.device, anchor: Tensor | None = None
+    ) -> KeyMask:
         shape = (layout.batch, 1, layout.seqlen_q, layout.seqlen_k)
         mask = Tensor._make_wrapper_subclass(cls, shape, dtype=torch.bool, device=device)
         start = layout.start
+        # Dynamo takes a subclass that holds a tensor.
+        mask.key_anchor = torch.empty(0, device=device) if anchor is None else anchor
         mask.key_tokens = layout.tokens
         mask.key_start = start if isinstance(start, Tensor) else None
         mask.key_rules = (0 if isinstance(start, Tensor) else start, *layout[4:7])
         mask._matrix = mask._plan = None
         return mask
 
-    def __init__(self, layout: KeyLayout, device: torch.device) -> None:
+    def __init__(
+        self, layout: KeyLayout, device: torch.device, anchor: Tensor | None = None
+    ) -> None:
         super().__init__()
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
@@ -90,7 +97,8 @@ class KeyMask(Tensor):
         return self.dense().clone()
 
     def __tensor_flatten__(self) -> tuple[list[str], Any]:
-        names = [name for name in ("key_tokens", "key_start") if getattr(self, name) is not None]
+        parts = ("key_anchor", "key_tokens", "key_start")
+        names = [name for name in parts if getattr(self, name) is not None]
         return names, (tuple(self.shape), self.key_rules, self.device)
 
     @staticmethod
@@ -98,7 +106,7 @@ class KeyMask(Tensor):
         (batch, _, seqlen_q, seqlen_k), (start, causal, left, right), device = meta
         start, tokens = inner.get("key_start", start), inner.get("key_tokens")
         layout = KeyLayout(batch, seqlen_q, seqlen_k, start, causal, left, right, tokens)
-        return KeyMask(layout, device)
+        return KeyMask(layout, device, inner["key_anchor"])
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"KeyMask({self.key_layout})"
@@ -176,10 +184,21 @@ def key_mask(
     if q_length == 1:
         # Whatever the rules are, one query sees one set of keys.
         row = mask[:, 0, 0].expand(batch_size, -1)
-        layout = KeyLayout(batch_size, 1, kv_length, 0, False, -1, -1, row)
-    if layout is not None and mask.shape[1] == 1:
-        mask.key_layout = layout
-        mask.key_plan = plan_of_layout(layout, device, True)
+        layout = KeyLayout(batch_size, 1, kv_length, q_offset - kv_offset, False, -1, -1, row)
+    return _with_layout(mask, layout) if layout is not None and mask.shape[1] == 1 else mask
+
+
+def mask_of(layout: KeyLayout, device: torch.device) -> Tensor:
+    """The mask of a layout, a KeyMask where no graph is traced."""
+    if torch.compiler.is_compiling():
+        return _with_layout(layout.dense(device), layout)
+    return KeyMask(layout, device)
+
+
+def _with_layout(mask: Tensor, layout: KeyLayout) -> Tensor:
+    """A plain tensor that our attention takes as a layout; unread, a compiler leaves it out."""
+    mask.key_layout = layout  # type: ignore[attr-defined]
+    mask.key_plan = plan_of_layout(layout, mask.device, True)  # type: ignore[attr-defined]
     return mask
 
 

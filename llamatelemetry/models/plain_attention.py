@@ -125,6 +125,8 @@ class _Sdpa(TorchFunctionMode):
     ) -> Any:
         if func is F.scaled_dot_product_attention:
             return sdpa(self.module, *args, **(kwargs or {}))
+        if func is Tensor.unflatten:
+            func = torch.unflatten  # Dynamo does not trace the method's super()
         return func(*args, **(kwargs or {}))
 
 
@@ -244,12 +246,23 @@ def _multihead_forward(
     if is_causal and key_padding_mask is None:
         mask = None
     else:
-        mask, is_causal = _kept(attn_mask, key_padding_mask, batch, self.num_heads), False
+        padding = _as_boolean(key_padding_mask)
+        mask, is_causal = _kept(attn_mask, padding, batch, self.num_heads), False
     dropout = self.dropout if self.training else 0.0
     out = sdpa(self, q, k, v, mask, dropout, is_causal)
     out = out.permute(2, 0, 1, 3).reshape(seqlen_q, batch, -1)
     out = self.out_proj(out)
     return (out.transpose(0, 1) if self.batch_first else out), None
+
+
+def _as_boolean(padding: Tensor | None) -> Tensor | None:
+    """A padding mask of 0 and -inf, as torch's encoder layers make of boolean ones."""
+    if padding is None or padding.dtype == torch.bool or torch.compiler.is_compiling():
+        return padding
+    if padding.is_cuda and torch.cuda.is_current_stream_capturing():
+        return padding
+    hidden = padding == float("-inf")
+    return hidden if bool((hidden | (padding == 0)).all()) else padding
 
 
 def _kept(
