@@ -67,7 +67,7 @@ class Plan {
   __device__ int total_tiles() const {
     int sum = 0;
     for (int first = 0; first < p_.batch; first += kWarpSize) sum += work_of_lane(first);
-    return __reduce_add_sync(~0u, sum);
+    return __shfl_sync(~0u, inclusive_scan(sum), kWarpSize - 1);
   }
   // The sequence that holds a tile, and the first tile of that sequence.
   __device__ int find(int tile, int* first_tile) const {
