@@ -12,7 +12,7 @@ from transformers.masking_utils import bidirectional_mask_function, causal_mask_
 _ADDS_MASKS: dict[type, bool] = {}
 
 
-@torch.compiler.assume_constant_result
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def adds_masks(kind: type) -> bool:
     """Whether models of a config's class may add masks to scores: those that take no sdpa."""
     if kind not in _ADDS_MASKS:
