@@ -31,7 +31,7 @@ def theirs(
         kwargs["softcap"] is not None or kwargs["s_aux"] is not None or wants_weights(kwargs)
     )
     if isinstance(mask, KeyMask) and torch.compiler.is_compiling():
-        mask = mask & mask
+        mask = mask.clone()
     elif isinstance(mask, KeyMask):
         if not needs_eager and mask.key_layout.is_plain_causal:
             mask, causal = None, True  # torch's kernels are fast without a mask

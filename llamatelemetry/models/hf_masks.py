@@ -14,9 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
-from transformers import masking_utils
 from transformers.masking_utils import (
-    bidirectional_mask_function,
     causal_mask_function,
     prepare_padding_mask,
     sdpa_mask,
@@ -25,6 +23,7 @@ from transformers.utils.import_utils import is_fake_tensor, is_jit_tracing, is_t
 
 from llamatelemetry.models.hf_layout import KeyLayout
 from llamatelemetry.models.hf_plans import Plan, plan_of_layout
+from llamatelemetry.models.hf_rules import adds_masks, rules_of, traced_rules
 
 
 class KeyMask(Tensor):
@@ -42,10 +41,14 @@ class KeyMask(Tensor):
 
     @staticmethod
     def __new__(
-        cls, layout: KeyLayout, device: torch.device, anchor: Tensor | None = None
+        cls,
+        layout: KeyLayout,
+        device: torch.device,
+        dtype: torch.dtype = torch.bool,
+        anchor: Tensor | None = None,
     ) -> KeyMask:
         shape = (layout.batch, 1, layout.seqlen_q, layout.seqlen_k)
-        mask = Tensor._make_wrapper_subclass(cls, shape, dtype=torch.bool, device=device)
+        mask = Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device)
         start = layout.start
         # Dynamo takes a subclass that holds a tensor.
         mask.key_anchor = torch.empty(0, device=device) if anchor is None else anchor
@@ -56,7 +59,11 @@ class KeyMask(Tensor):
         return mask
 
     def __init__(
-        self, layout: KeyLayout, device: torch.device, anchor: Tensor | None = None
+        self,
+        layout: KeyLayout,
+        device: torch.device,
+        dtype: torch.dtype = torch.bool,
+        anchor: Tensor | None = None,
     ) -> None:
         super().__init__()
 
@@ -78,7 +85,7 @@ class KeyMask(Tensor):
 
     def dense(self) -> Tensor:
         if self._matrix is None:
-            self._matrix = self.key_layout.dense(self.device)
+            self._matrix = _as_dtype(self.key_layout.dense(self.device), self.dtype)
         return self._matrix
 
     @classmethod
@@ -86,10 +93,10 @@ class KeyMask(Tensor):
         cls, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        same_dtype = kwargs.get("dtype") in (None, torch.bool)
+        same_dtype = kwargs.get("dtype") in (None, getattr(args[0], "dtype", None))
         if func is torch.ops.aten._to_copy.default and same_dtype and "device" in kwargs:
             # Accelerate sends the arguments of a layer to the layer's device.
-            return _moved(args[0].key_layout, torch.device(kwargs["device"]))
+            return _moved(args[0], torch.device(kwargs["device"]))
         args, kwargs = tree_map_only(KeyMask, KeyMask.dense, (args, kwargs))
         return func(*args, **kwargs)
 
@@ -99,23 +106,31 @@ class KeyMask(Tensor):
     def __tensor_flatten__(self) -> tuple[list[str], Any]:
         parts = ("key_anchor", "key_tokens", "key_start")
         names = [name for name in parts if getattr(self, name) is not None]
-        return names, (tuple(self.shape), self.key_rules, self.device)
+        return names, (tuple(self.shape), self.key_rules, self.device, self.dtype)
 
     @staticmethod
     def __tensor_unflatten__(inner: Any, meta: Any, outer_size: Any, outer_stride: Any) -> KeyMask:
-        (batch, _, seqlen_q, seqlen_k), (start, causal, left, right), device = meta
+        (batch, _, seqlen_q, seqlen_k), (start, causal, left, right), device, dtype = meta
         start, tokens = inner.get("key_start", start), inner.get("key_tokens")
         layout = KeyLayout(batch, seqlen_q, seqlen_k, start, causal, left, right, tokens)
-        return KeyMask(layout, device, inner["key_anchor"])
+        return KeyMask(layout, device, dtype, inner["key_anchor"])
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"KeyMask({self.key_layout})"
 
 
-def _moved(layout: KeyLayout, device: torch.device) -> KeyMask:
+def _moved(mask: KeyMask, device: torch.device) -> KeyMask:
+    layout = mask.key_layout
     start = layout.start.to(device) if isinstance(layout.start, Tensor) else layout.start
     tokens = None if layout.tokens is None else layout.tokens.to(device)
-    return KeyMask(layout._replace(start=start, tokens=tokens), device)
+    return KeyMask(layout._replace(start=start, tokens=tokens), device, mask.dtype)
+
+
+def _as_dtype(seen: Tensor, dtype: torch.dtype) -> Tensor:
+    """A boolean matrix, or of a floating dtype what eager attention adds to scores."""
+    if dtype == torch.bool:
+        return seen
+    return torch.zeros_like(seen, dtype=dtype).masked_fill(~seen, torch.finfo(dtype).min)
 
 
 def key_mask(
@@ -131,6 +146,7 @@ def key_mask(
     allow_is_bidirectional_skip: bool = False,
     use_vmap: bool = False,
     config: Any = None,
+    dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
     **kwargs: Any,
 ) -> Tensor | None:
@@ -139,9 +155,11 @@ def key_mask(
     Returns: None only where every query sees every key;
              a KeyMask for causal, sliding-window and bidirectional attention with any padding;
              the same as a plain boolean tensor with a ``key_layout`` while a graph is traced;
-             sdpa_mask's matrix for rules of other kinds
+             sdpa_mask's matrix for rules of other kinds;
+             the matrices in dtype, to be added, for models that take no sdpa
     """
     device = torch.device(device)
+    kind = dtype if adds_masks(type(config)) else torch.bool
     symbolic = _is_symbolic(attention_mask, device)
     if attention_mask is not None and not is_tracing(attention_mask) and not symbolic:
         reaches = attention_mask.shape[-1] >= kv_length + kv_offset
@@ -149,9 +167,9 @@ def key_mask(
     rules = None
     if not use_vmap:
         rules = (
-            _traced_rules(mask_function, local_size, allow_is_causal_skip, config, kv_length)
+            traced_rules(mask_function, local_size, allow_is_causal_skip, config, kv_length)
             if symbolic
-            else _rules_of(mask_function, kv_length + kv_offset)
+            else rules_of(mask_function, kv_length + kv_offset)
         )
     layout = None
     if rules is not None:
@@ -165,7 +183,7 @@ def key_mask(
         if allow_is_bidirectional_skip and tokens is None and not (causal or left >= 0):
             return None
         if not symbolic:
-            return KeyMask(layout, device)
+            return KeyMask(layout, device, kind)
     mask = sdpa_mask(
         batch_size,
         q_length,
@@ -185,6 +203,7 @@ def key_mask(
         # Whatever the rules are, one query sees one set of keys.
         row = mask[:, 0, 0].expand(batch_size, -1)
         layout = KeyLayout(batch_size, 1, kv_length, q_offset - kv_offset, False, -1, -1, row)
+    mask = _as_dtype(mask, kind)
     return _with_layout(mask, layout) if layout is not None and mask.shape[1] == 1 else mask
 
 
@@ -207,61 +226,6 @@ def _is_symbolic(attention_mask: Tensor | None, device: torch.device) -> bool:
     if torch.compiler.is_compiling() or is_jit_tracing() or device.type == "meta":
         return True
     return attention_mask is not None and is_fake_tensor(attention_mask)
-
-
-def _rules_of(mask_function: Any, seqlen: int) -> tuple[bool, int, int] | None:
-    """(causal, left, right) of a mask function of transformers, or None for another kind of rule.
-
-    transformers composes closures; they are taken apart again, so that nothing is guessed.
-    A chunk or window that no sequence of seqlen tokens leaves is no rule.
-    """
-    if mask_function is causal_mask_function:
-        return True, -1, -1
-    if mask_function is bidirectional_mask_function:
-        return False, -1, -1
-    if getattr(mask_function, "__module__", None) != masking_utils.__name__:
-        return None
-    cells = (cell.cell_contents for cell in mask_function.__closure__ or ())
-    values = dict(zip(mask_function.__code__.co_freevars, cells, strict=True))
-    kind = mask_function.__qualname__.partition(".")[0]
-    if kind == "and_masks":
-        causal, left, right = False, -1, -1
-        for part in values["mask_functions"]:
-            rules = _rules_of(part, seqlen)
-            if rules is None:
-                return None
-            causal = causal or rules[0]
-            left, right = (
-                b if a < 0 else a if b < 0 else min(a, b)
-                for a, b in zip((left, right), rules[1:], strict=True)
-            )
-        return causal, left, right
-    if kind == "sliding_window_overlay":
-        window = int(values["sliding_window"])
-        return False, window - 1 if window < seqlen else -1, -1
-    if kind == "sliding_window_bidirectional_overlay":
-        window = int(values["sliding_window"])
-        reach = window if window + 1 < seqlen else -1
-        return False, reach, reach
-    if kind == "chunked_overlay" and seqlen <= int(values["chunk_size"]):
-        return False, -1, -1
-    return None
-
-
-def _traced_rules(
-    mask_function: Any, local_size: int | None, may_skip: bool, config: Any, kv_length: int
-) -> tuple[bool, int, int] | None:
-    """_rules_of while a graph is traced, where closures cannot be looked into."""
-    if mask_function is causal_mask_function:
-        return True, -1, -1
-    if mask_function is bidirectional_mask_function:
-        return False, -1, -1
-    window = getattr(config, "sliding_window", None)
-    chunk = getattr(config, "attention_chunk_size", None)
-    # A mask that may not be skipped has more in it than causality and the window.
-    if local_size is not None and may_skip and local_size == window and local_size != chunk:
-        return True, local_size - 1 if local_size < kv_length else -1, -1
-    return None
 
 
 def dense_mask(

@@ -124,6 +124,7 @@ CASES = {
         _SEQ2SEQ | {"num_mel_bins": 8, "max_source_positions": 20, "max_target_positions": 32},
         "audio",
     ),
+    "bigbird_pegasus": Case("BigBirdPegasusModel", "BigBirdPegasusConfig", _SEQ2SEQ, "seq2seq"),
     "t5": Case(
         "T5ForConditionalGeneration",
         "T5Config",
