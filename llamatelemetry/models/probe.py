@@ -15,6 +15,9 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
+from llamatelemetry.models.hf_attention import attention_forward
+from llamatelemetry.models.hf_layout import KeyLayout
+from llamatelemetry.models.hf_masks import mask_of
 from llamatelemetry.models.pieces.attention import Attention
 from llamatelemetry.models.pieces.base import CACHE_NAMES, Piece
 from llamatelemetry.models.pieces.layer import DecoderLayer
@@ -26,6 +29,7 @@ _BATCH = 2
 _STEPS = (5, 1, 3)  # tokens of each forward over one cache
 _WINDOW = 3  # sliding windows are cut to this, so that the prompt is longer
 _PROBE = "llamatelemetry_probe"
+_PROBE_OURS = "llamatelemetry_probe_ours"
 
 # How far sums of float32 over a row may be off, in units of the last place of the row's scale.
 # Measured at widths from 64 to 8192 on every CPU level: at most 1.7, as torch's own.
@@ -53,8 +57,9 @@ def disagreement(piece: Piece, rotary: nn.Module, like: Tensor) -> str | None:
         for seqlen in _STEPS
     ]
     AttentionInterface.register(_PROBE, _attend)
+    AttentionInterface.register(_PROBE_OURS, _attend_with_ours)
     with _short_windows(piece), _own_mlp_left_out(piece):
-        attention = piece.ops.attn_implementation or _PROBE
+        attention = _PROBE if piece.ops.attn_implementation is None else _PROBE_OURS
         ours = _run(piece, piece.forward, rotary, inputs, attention).double()
         theirs = _run(piece, piece.original, rotary, inputs, _PROBE).double()
         twin = in_more_bits(piece.module, more_bits, piece.config)
@@ -203,6 +208,27 @@ def _attend(
         scores = torch.cat([scores, sinks], -1)
     weights = scores.softmax(-1)[..., :seqlen_k].to(query.dtype)
     return (weights @ value).transpose(1, 2).contiguous(), None
+
+
+def _attend_with_ours(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    sliding_window: int | None = None,
+    **others: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """Our attention under the mask that transformers makes for it."""
+    seqlen_q, seqlen_k = query.shape[2], key.shape[2]
+    left = -1 if sliding_window is None else sliding_window - 1
+    layout = KeyLayout(
+        query.shape[0], seqlen_q, seqlen_k, seqlen_k - seqlen_q, True, left, -1, attention_mask
+    )
+    mask = mask_of(layout, query.device)
+    return attention_forward(
+        module, query, key, value, mask, sliding_window=sliding_window, **others
+    )
 
 
 class _Smooth(nn.Module):

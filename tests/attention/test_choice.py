@@ -48,10 +48,10 @@ BY_PAGE_SIZE = {1: "sm80", 4: "sm80", 8: "sm90", 16: "sm90", 48: "sm80", 64: "sm
 BY_PAGE_SIZE |= {128: "sm90", 256: "sm90", 200: "sm80", 2048: "sm90"}
 
 
-@pytest.mark.parametrize(("page_size", "backend"), BY_PAGE_SIZE.items())
-def test_pages_on_hopper(page_size, backend):
+@pytest.mark.parametrize(("page_size", "served_by"), BY_PAGE_SIZE.items())
+def test_pages_on_hopper(page_size, served_by):
     options = {"seqlen_q": 16, "page_size": page_size, "capability": 90}
-    assert attention_choice("paged_attention", FP16, **options) == f"{backend}, tiles for pages"
+    assert attention_choice("paged_attention", FP16, **options) == f"{served_by}, tiles for pages"
 
 
 def test_a_single_page_of_any_size_on_hopper():
@@ -60,7 +60,7 @@ def test_a_single_page_of_any_size_on_hopper():
 
 
 @pytest.mark.parametrize(
-    ("capability", "dtype", "seqlen_q", "backend"),
+    ("capability", "dtype", "seqlen_q", "served_by"),
     [
         (90, FP16, 15, "decode"),
         (90, FP16, 16, "sm90"),
@@ -71,9 +71,9 @@ def test_a_single_page_of_any_size_on_hopper():
         (75, BF16, 64, "simt"),
     ],
 )
-def test_prefill_over_pages(capability, dtype, seqlen_q, backend):
+def test_prefill_over_pages(capability, dtype, seqlen_q, served_by):
     chosen = attention_choice("paged_attention", dtype, seqlen_q=seqlen_q, capability=capability)
-    assert chosen.partition(",")[0] == backend
+    assert chosen.partition(",")[0] == served_by
 
 
 def test_counts_past_what_a_kernel_takes():
