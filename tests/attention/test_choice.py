@@ -17,7 +17,7 @@ FP16, BF16, FP32 = torch.float16, torch.bfloat16, torch.float32
         (75, FP16, "sm75, large tiles"),
         (75, FP32, "simt, rows"),
         (75, BF16, "none"),
-        (80, BF16, "sm80, large tiles"),
+        (80, BF16, "sm80, tiles for little shared memory"),
         (86, BF16, "sm80, tiles for little shared memory"),
         (90, FP16, "sm90, large tiles"),
         (90, FP32, "simt, rows"),
@@ -26,6 +26,11 @@ FP16, BF16, FP32 = torch.float16, torch.bfloat16, torch.float32
 )
 def test_dense(capability, dtype, chosen):
     assert attention_choice("flash_attn", dtype, capability=capability) == chosen
+
+
+def test_two_blocks_of_large_tiles_fit_an_a100_up_to_64_columns():
+    chosen = attention_choice("flash_attn", BF16, capability=80, head_dim=64)
+    assert chosen == "sm80, large tiles"
 
 
 @pytest.mark.parametrize(
@@ -48,10 +53,10 @@ BY_PAGE_SIZE = {1: "sm80", 4: "sm80", 8: "sm90", 16: "sm90", 48: "sm80", 64: "sm
 BY_PAGE_SIZE |= {128: "sm90", 256: "sm90", 200: "sm80", 2048: "sm90"}
 
 
-@pytest.mark.parametrize(("page_size", "served_by"), BY_PAGE_SIZE.items())
-def test_pages_on_hopper(page_size, served_by):
+@pytest.mark.parametrize(("page_size", "chosen"), BY_PAGE_SIZE.items())
+def test_pages_on_hopper(page_size, chosen):
     options = {"seqlen_q": 16, "page_size": page_size, "capability": 90}
-    assert attention_choice("paged_attention", FP16, **options) == f"{served_by}, tiles for pages"
+    assert attention_choice("paged_attention", FP16, **options) == f"{chosen}, tiles for pages"
 
 
 def test_a_single_page_of_any_size_on_hopper():
@@ -60,7 +65,7 @@ def test_a_single_page_of_any_size_on_hopper():
 
 
 @pytest.mark.parametrize(
-    ("capability", "dtype", "seqlen_q", "served_by"),
+    ("capability", "dtype", "seqlen_q", "chosen"),
     [
         (90, FP16, 15, "decode"),
         (90, FP16, 16, "sm90"),
@@ -71,9 +76,9 @@ def test_a_single_page_of_any_size_on_hopper():
         (75, BF16, 64, "simt"),
     ],
 )
-def test_prefill_over_pages(capability, dtype, seqlen_q, served_by):
-    chosen = attention_choice("paged_attention", dtype, seqlen_q=seqlen_q, capability=capability)
-    assert chosen.partition(",")[0] == served_by
+def test_prefill_over_pages(capability, dtype, seqlen_q, chosen):
+    choice = attention_choice("paged_attention", dtype, seqlen_q=seqlen_q, capability=capability)
+    assert choice.partition(",")[0] == chosen
 
 
 def test_counts_past_what_a_kernel_takes():

@@ -30,6 +30,7 @@ struct Consumer {
   const int warp;  // the same in every lane, and known to be so by the shuffle
   const int group;
   const int lane;
+  const int column;  // the thread's first of a block
   const float scale_log2;
   Ring<kWorkSlots> work_ring;
   Ring<Tile::kQueryStages> full_q_ring;
@@ -62,6 +63,7 @@ struct Consumer {
         warp(__shfl_sync(0xffffffff, (threadIdx.x - kGroupThreads) / 32, 0)),
         group(warp / 4),
         lane(threadIdx.x % 32),
+        column(2 * (lane % 4)),
         scale_log2(args.p.needs_score_rule ? 1.0f : args.p.scale_log2) {}
 
   __device__ __forceinline__ void run() {
@@ -209,8 +211,8 @@ struct Consumer {
     t.position = work.window.offset + row;
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      t.ends[h] = window_end<kMask>(work.window, row + 8 * h) - column();
-      t.begins[h] = window_begin<kMask>(work.window, row + 8 * h) - column();
+      t.ends[h] = window_end<kMask>(work.window, row + 8 * h) - column;
+      t.begins[h] = window_begin<kMask>(work.window, row + 8 * h) - column;
     }
   }
 
@@ -263,7 +265,7 @@ struct Consumer {
   template <typename MayBeMasked>
   __device__ __forceinline__ void exponentiate_block(State& t, int n, MayBeMasked, bool raises) {
     if (a.p.needs_score_rule) {
-      apply_score_terms<kBlockN>(r_s, t.terms, t.position, n * kBlockN + column());
+      apply_score_terms<kBlockN>(r_s, t.terms, t.position, n * kBlockN + column);
     }
     if (MayBeMasked::value &&
         (n >= t.blocks.right_full || (kMask == MaskKind::kLocal && n < t.blocks.left_full))) {
@@ -334,9 +336,6 @@ struct Consumer {
       store_rows<T, Tile>(a, work, warp, s.out, r_o, t.scale);
     }
   }
-
-  // The thread's first column of a block.
-  __device__ __forceinline__ int column() const { return 2 * (lane % 4); }
 };
 
 }  // namespace llamatelemetry
