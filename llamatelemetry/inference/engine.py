@@ -50,8 +50,9 @@ class InferenceEngine:
 
     Threads may share it: their generations take turns, a step each, and none changes another's.
 
-    model: LoadedModel; its transformers model is patched in place
-    stats: GenerationStats of the generation that began last
+    Attributes:
+        model: LoadedModel; its transformers model is patched in place
+        stats: GenerationStats of the generation that began last
     """
 
     def __init__(self, model: LoadedModel) -> None:
@@ -92,11 +93,14 @@ class InferenceEngine:
     ) -> Iterator[str]:
         """Yields text as it comes, until max_tokens, the end of the turn or a stop sequence.
 
-        prompt:         text, or token ids that go to the model as they are
-        params:         SamplingParams; None is greedy
-        stop_sequences: a str is one stop sequence
-        Raises:         ValueError for a prompt that is empty or longer than the context, and for
-                        arguments of another type, by name
+        Args:
+            prompt: text, or token ids that go to the model as they are
+            params: SamplingParams; None is greedy
+            stop_sequences: a str is one stop sequence
+
+        Raises:
+            ValueError: for a prompt that is empty or longer than the context, and for arguments of
+                another type, by name
         """
         return self._stream(prompt, params, max_tokens, stop_sequences, GenerationStats())
 

@@ -229,7 +229,8 @@ def flash_attention_forward(
     Raises:
         ValueError: Naming the argument, the rule and the value.
 
-    Source: Dao 2023, arXiv:2307.08691.
+    Source:
+        Dao 2023, arXiv:2307.08691.
     """
     from llamatelemetry.models.hf_kernels import Scores, bottom_right, serves
     from llamatelemetry.models.hf_layout import KeyLayout

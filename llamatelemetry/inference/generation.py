@@ -54,7 +54,8 @@ class TokenGenerator:
     its turn step by step. One batch's rows stay loaded in the recorded or captured decode step as
     long as no other of as many rows comes between.
 
-    decode_mode: how the last step was run: "recorded" (CPU), "graph" (CUDA) or "eager"
+    Attributes:
+        decode_mode: how the last step was run: "recorded" (CPU), "graph" (CUDA) or "eager"
     """
 
     def __init__(self, model: Any) -> None:
@@ -77,13 +78,16 @@ class TokenGenerator:
     ) -> Iterator[list[int | None]]:
         """Yields one list a step: the new token of each row, None for rows that have ended.
 
-        prompts:       token ids, one row each, any lengths >= 1
-        params:        one SamplingParams a row
-        max_tokens:    tokens generated for a row at most
-        eos_token_ids: a row ends with the first of these, which is yielded
-        Raises:        ValueError for an empty prompt, one that does not fit the context, or a token
-                       that the model does not have; RuntimeError when the model was moved to
-                       another device or dtype meanwhile
+        Args:
+            prompts: token ids, one row each, any lengths >= 1
+            params: one SamplingParams a row
+            max_tokens: tokens generated for a row at most
+            eos_token_ids: a row ends with the first of these, which is yielded
+
+        Raises:
+            ValueError: for an empty prompt, one that does not fit the context, or a token that the
+                model does not have
+            RuntimeError: when the model was moved to another device or dtype meanwhile
         """
         rows = self._checked(prompts, params, max_tokens)
         with self._lock:

@@ -45,8 +45,9 @@ class Recording:
     recording keeps what ops of ours allocate; the caller keeps every other tensor alive and its
     storage where it is.
 
-    Raises: RecordingError for any op that is neither ours nor a view, RuntimeError for a recording
-            inside one.
+    Raises:
+        RecordingError: for any op that is neither ours nor a view
+        RuntimeError: for a recording inside one.
     """
 
     def __init__(self) -> None:

@@ -16,12 +16,15 @@ from llamatelemetry.ops import sample
 class SamplingParams:
     """What one request asks for; the defaults draw from the model's own distribution.
 
-    temperature: 0 is greedy; else logits are divided by it
-    top_k:       keeps the k largest logits and their equals; 0 keeps all
-    top_p:       keeps the most probable tokens up to this mass; 1 keeps all
-    min_p:       keeps tokens at least min_p times as probable as the best; 0 keeps all
-    seed:        same seed, same logits: same text
-    Raises:      ValueError naming the argument, the rule and the value
+    Attributes:
+        temperature: 0 is greedy; else logits are divided by it
+        top_k: keeps the k largest logits and their equals; 0 keeps all
+        top_p: keeps the most probable tokens up to this mass; 1 keeps all
+        min_p: keeps tokens at least min_p times as probable as the best; 0 keeps all
+        seed: same seed, same logits: same text
+
+    Raises:
+        ValueError: naming the argument, the rule and the value
     """
 
     temperature: float = 1.0
@@ -65,10 +68,13 @@ class SamplingTensors:
     def sample(self, logits: Tensor, offsets: Tensor) -> Tensor:
         """Draws one token a row.
 
-        logits:  [batch, vocab_size]
-        offsets: [batch] int64, another number for each token of a sequence (its position), so that
-                 every draw is a fresh one
-        Returns: [batch] int64
+        Args:
+            logits: [batch, vocab_size]
+            offsets: [batch] int64, another number for each token of a sequence (its position), so
+                that every draw is a fresh one
+
+        Returns:
+            [batch] int64
         """
         return sample(
             logits, self.temperature, self.top_k, self.top_p, self.min_p, self.seed, offsets

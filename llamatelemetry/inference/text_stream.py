@@ -11,9 +11,10 @@ from tokenizers.decoders import DecodeStream
 class TextStream:
     """Decodes one sequence incrementally; holds back what may be the start of a stop string.
 
-    tokenizer:    a transformers fast tokenizer
-    stop_strings: the text ends before the first that appears; ``stopped`` is then True. A str is
-                  one stop string
+    Attributes:
+        tokenizer: a transformers fast tokenizer
+        stop_strings: the text ends before the first that appears; ``stopped`` is then True. A str
+            is one stop string
     """
 
     def __init__(self, tokenizer: Any, stop_strings: str | Sequence[str] = ()) -> None:

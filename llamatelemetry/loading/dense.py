@@ -14,7 +14,8 @@ from llamatelemetry.quantization.modules import expand
 def load_dense(name_or_path: str | Path, *, device: str | torch.device, dtype: torch.dtype) -> Any:
     """The transformers model that load_model makes, with every packed weight expanded to dtype.
 
-    Raises: ModelFileError in one sentence
+    Raises:
+        ModelFileError: in one sentence
     """
     model = load_model(name_or_path, device=device, dtype=dtype).model
     expand(model, dtype)

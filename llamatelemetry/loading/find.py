@@ -43,7 +43,8 @@ class LoadedModel:
 def find_model(name_or_path: str | Path) -> Path:
     """The file or directory of a packaged model's name, a .gguf file or a model directory.
 
-    Raises: ModelFileError that says what was looked for, or how to install the package
+    Raises:
+        ModelFileError: says what was looked for, or how to install the package
     """
     if (package := PACKAGED.get(str(name_or_path))) is not None:
         try:
@@ -76,8 +77,11 @@ def load_model(
 ) -> LoadedModel:
     """Loads a packaged model by name, a GGUF file, or a transformers directory.
 
-    device, dtype, exact, progress: as in load_gguf; a directory keeps its own dtype by default
-    Raises: ModelFileError in one sentence
+    Args:
+        device, dtype, exact, progress: as in load_gguf; a directory keeps its own dtype by default
+
+    Raises:
+        ModelFileError: in one sentence
     """
     path = find_model(name_or_path)
     if path.is_dir():
@@ -95,12 +99,15 @@ def load_gguf(
 ) -> LoadedModel:
     """Loads a GGUF file; quantised weights stay packed.
 
-    device:   where the weights go
-    dtype:    of activations and norms; float32 on the CPU and with exact, else bfloat16 where
-              the GPU computes in it, else float16
-    exact:    float32 activations in the quantised linears instead of int8 ones on the CPU
-    progress: called with (bytes done, bytes in all) after each tensor
-    Raises:   ModelFileError in one sentence
+    Args:
+        device: where the weights go
+        dtype: of activations and norms; float32 on the CPU and with exact, else bfloat16 where the
+            GPU computes in it, else float16
+        exact: float32 activations in the quantised linears instead of int8 ones on the CPU
+        progress: called with (bytes done, bytes in all) after each tensor
+
+    Raises:
+        ModelFileError: in one sentence
     """
     from llamatelemetry.loading.gguf_model import build_model
     from llamatelemetry.loading.tokenizer import build_tokenizer, eos_ids

@@ -64,11 +64,17 @@ class GgufTensor:
 class GgufFile:
     """Metadata and tensors of a GGUF file of version 2 or 3.
 
-    path:      of the file
+    Attributes:
+        path: of the file
+
     metadata:  key to number, string or list
     tensors:   name to GgufTensor
-    Raises:    ModelFileError: missing, not a GGUF, truncated, or a tensor type without a kernel
-    Source:    https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
+
+    Raises:
+        ModelFileError: missing, not a GGUF, truncated, or a tensor type without a kernel
+
+    Source:
+        https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
     """
 
     def __init__(self, path: str | Path) -> None:

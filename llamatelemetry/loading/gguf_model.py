@@ -68,13 +68,18 @@ def build_model(
 ) -> Any:
     """The file's model as a transformers causal language model in eval mode.
 
-    device:   where the weights go
-    dtype:    of activations, norms and tensors that the file does not quantise
-    exact:    float32 activations in the quantised linears instead of int8 ones on the CPU
-    progress: called with (bytes done, bytes in all) after each tensor
-    Returns:  quantised linears as QuantLinear, a quantised embedding as QuantEmbedding
-    Raises:   ModelFileError: an architecture, a metadata key or a tensor that no row here knows,
-              or one that is missing
+    Args:
+        device: where the weights go
+        dtype: of activations, norms and tensors that the file does not quantise
+        exact: float32 activations in the quantised linears instead of int8 ones on the CPU
+        progress: called with (bytes done, bytes in all) after each tensor
+
+    Returns:
+        quantised linears as QuantLinear, a quantised embedding as QuantEmbedding
+
+    Raises:
+        ModelFileError: an architecture, a metadata key or a tensor that no row here knows, or one
+            that is missing
     """
     from transformers import AutoModelForCausalLM
 

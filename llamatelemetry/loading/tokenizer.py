@@ -50,7 +50,8 @@ _NFC = {"qwen2"}
 def build_tokenizer(file: GgufFile) -> Any:
     """A transformers PreTrainedTokenizerFast with the file's special tokens and chat template.
 
-    Raises: ModelFileError for a tokenizer model or pre-tokenizer without a row here
+    Raises:
+        ModelFileError: for a tokenizer model or pre-tokenizer without a row here
     """
     from transformers import PreTrainedTokenizerFast
 

@@ -11,11 +11,13 @@ from torch import Tensor
 class KeyLayout(NamedTuple):
     """Which key each query of a forward sees; query i stands at slot ``start + i``.
 
-    batch, seqlen_q, seqlen_k: the shape of the mask it stands for
-    start: the slot of the first query
-    causal: no query sees a slot after its own
-    left, right: a query sees at most so many slots before and after its own; -1: unlimited
-    tokens: [batch, seqlen_k] bool, the slots that hold tokens and not padding; None: all of them
+    Attributes:
+        batch, seqlen_q, seqlen_k: the shape of the mask it stands for
+        start: the slot of the first query
+        causal: no query sees a slot after its own
+        left, right: a query sees at most so many slots before and after its own; -1: unlimited
+        tokens: [batch, seqlen_k] bool, the slots that hold tokens and not padding; None: all of
+            them
     """
 
     batch: int

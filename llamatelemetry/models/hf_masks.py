@@ -152,11 +152,11 @@ def key_mask(
 ) -> Tensor | None:
     """The mask function of our attention; arguments as transformers' sdpa_mask takes them.
 
-    Returns: None only where every query sees every key;
-             a KeyMask for causal, sliding-window and bidirectional attention with any padding;
-             the same as a plain boolean tensor with a ``key_layout`` while a graph is traced;
-             sdpa_mask's matrix for rules of other kinds;
-             the matrices in dtype, to be added, for models that take no sdpa
+    Returns:
+        None only where every query sees every key; a KeyMask for causal, sliding-window and
+        bidirectional attention with any padding; the same as a plain boolean tensor with a
+        ``key_layout`` while a graph is traced; sdpa_mask's matrix for rules of other kinds; the
+        matrices in dtype, to be added, for models that take no sdpa
     """
     device = torch.device(device)
     kind = dtype if adds_masks(type(config)) else torch.bool

@@ -18,8 +18,10 @@ from llamatelemetry.models.hf_layout import KeyLayout
 class SharedPlan(NamedTuple):
     """All queries of a row see the same keys.
 
-    slots: [batch, seqlen_k] the slots they see, then the others; None: the first ones of the row
-    lengths: [batch] int32, how many they are
+    Attributes:
+        slots: [batch, seqlen_k] the slots they see, then the others; None: the first ones of the
+            row
+        lengths: [batch] int32, how many they are
     """
 
     slots: Tensor | None
@@ -29,14 +31,15 @@ class SharedPlan(NamedTuple):
 class PaddedPlan(NamedTuple):
     """Two calls, for the queries that are tokens and for those that are padding.
 
-    slots: [batch, seqlen_k] the slots of each row that hold tokens, then the others; None: tokens
-           come first in every row
-    lengths: [batch] int32, tokens in the cache
-    cu_seqlens_q: [batch + 1] int32, of the queries that are tokens
-    order, places: [batch * seqlen_q] the queries that are tokens, then the others; its inverse
-    num_tokens: how many those are; None where only the device knows, and then is_token
-                [batch * seqlen_q] chooses between the results of both calls
-    pads: how the queries that are padding are read; None: they see no key
+    Attributes:
+        slots: [batch, seqlen_k] the slots of each row that hold tokens, then the others; None:
+            tokens come first in every row
+        lengths: [batch] int32, tokens in the cache
+        cu_seqlens_q: [batch + 1] int32, of the queries that are tokens
+        order, places: [batch * seqlen_q] the queries that are tokens, then the others; its inverse
+        num_tokens: how many those are; None where only the device knows, and then is_token [batch *
+            seqlen_q] chooses between the results of both calls
+        pads: how the queries that are padding are read; None: they see no key
     """
 
     slots: Tensor | None
@@ -52,9 +55,10 @@ class PaddedPlan(NamedTuple):
 class PadRows(NamedTuple):
     """Padding queries of a row see the same first tokens of it.
 
-    lengths: [batch] int32, how many; cu_seqlens_q: [batch + 1] int32
-    order, places: the queries that are padding, then the others, and its inverse; used where
-                   num_tokens is unknown
+    Attributes:
+        lengths: [batch] int32, how many; cu_seqlens_q: [batch + 1] int32
+        order, places: the queries that are padding, then the others, and its inverse; used where
+            num_tokens is unknown
     """
 
     lengths: Tensor
@@ -66,7 +70,9 @@ class PadRows(NamedTuple):
 class PadRanges(NamedTuple):
     """Each padding query sees a range of slots of its own.
 
-    rows: [pads] its row; slots: [pads, most]; lengths: [pads] int32; cu_seqlens_q: [pads + 1] int32
+    Attributes:
+        rows: [pads] its row; slots: [pads, most]; lengths: [pads] int32; cu_seqlens_q: [pads + 1]
+            int32
     """
 
     rows: Tensor

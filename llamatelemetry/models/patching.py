@@ -39,8 +39,9 @@ __all__ = [
 class PatchReport:
     """What patch replaced, and what it did not.
 
-    replaced: how often each piece stands for a module
-    refused:  module name -> why it stays as it was
+    Attributes:
+        replaced: how often each piece stands for a module
+        refused: module name -> why it stays as it was
     """
 
     replaced: Counter[str] = field(default_factory=Counter)

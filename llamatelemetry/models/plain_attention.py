@@ -28,7 +28,8 @@ _CALLERS = (nn.TransformerEncoder, nn.TransformerEncoderLayer)
 def attention_kind(kind: type[nn.Module]) -> str | None:
     """How modules of a class compute attention, by the names that their code mentions.
 
-    Returns: "interface", transformers' AttentionInterface; "multihead"; "sdpa"; or None
+    Returns:
+        "interface", transformers' AttentionInterface; "multihead"; "sdpa"; or None
     """
     if issubclass(kind, nn.MultiheadAttention):
         return "multihead"

@@ -12,13 +12,14 @@ from torch import Tensor
 class StepInput:
     """Where the packed tokens of one forward stand.
 
-    positions:     [num_tokens] int64, the row of cos and sin of each token
-    slot_mapping:  [num_tokens] int64, where its keys and values go; -1 skips
-    block_table:   [batch, max_blocks] int32
-    cache_seqlens: [batch] int32, keys of each sequence, those of this step included
-    cu_seqlens_q:  [batch + 1] int32, where each sequence's tokens begin; every one has some
-    max_seqlen_q:  most tokens that one sequence has in this step; 1 is a decode step
-    is_whole:      whether every sequence begins with this step: its keys are this step's own
+    Attributes:
+        positions: [num_tokens] int64, the row of cos and sin of each token
+        slot_mapping: [num_tokens] int64, where its keys and values go; -1 skips
+        block_table: [batch, max_blocks] int32
+        cache_seqlens: [batch] int32, keys of each sequence, those of this step included
+        cu_seqlens_q: [batch + 1] int32, where each sequence's tokens begin; every one has some
+        max_seqlen_q: most tokens that one sequence has in this step; 1 is a decode step
+        is_whole: whether every sequence begins with this step: its keys are this step's own
     """
 
     positions: Tensor
@@ -34,9 +35,10 @@ class StepInput:
 class DecoderState:
     """What stays the same from one forward of a model to the next.
 
-    caches: (k_cache, v_cache) of each layer, [num_blocks, page_size, num_heads_kv, head_dim]
-    rope:   (cos, sin) of each kind of rotary embedding that the model's layers use,
-            [positions, rotary_dim] in the model's dtype, from rope_tables
+    Attributes:
+        caches: (k_cache, v_cache) of each layer, [num_blocks, page_size, num_heads_kv, head_dim]
+        rope: (cos, sin) of each kind of rotary embedding that the model's layers use, [positions,
+            rotary_dim] in the model's dtype, from rope_tables
     """
 
     caches: Sequence[tuple[Tensor, Tensor]]

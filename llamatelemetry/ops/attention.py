@@ -28,24 +28,31 @@ def flash_attn(
     keys up to there if causal, and in a window those at most ``window_size`` = (left, right) keys
     away.
 
-    q:             [batch, seqlen_q, num_heads_q, head_dim], float32, float16 or bfloat16
-    k, v:          [batch, seqlen_k, num_heads_kv, head_dim], dtype and device of q; num_heads_kv
-                   divides num_heads_q; head_dim a multiple of 8 up to 256; any strides with a
-                   contiguous last dimension
-    softmax_scale: default 1 / sqrt(head_dim)
-    window_size:   -1: unlimited
-    softcap:       at most 10000; 0: off
-    sinks:         [num_heads_q] float32 or None: one more score a head, without a value
-    alibi_slopes:  [num_heads_q] or [batch, num_heads_q] float32 or None
-    backend:       None chooses the best that serves the call; one of "cpu", "decode", "simt",
-                   "sm75", "sm80", "sm90" that this build has forces it
-    Returns:       out as q, contiguous, and lse [batch, num_heads_q, seqlen_q] float32, the natural
-                   log of the sum of exponentials, the sink's included. A query that sees no key
-                   gives 0 and -inf (the sink where there is one).
-    Raises:        RuntimeError naming the argument, the rule and the value, and for a forced
-                   backend why it cannot serve the call
-    Source:        Dao 2023, arXiv:2307.08691; Shah et al. 2024, arXiv:2407.08608; ALiBi: Press et
-                   al. 2021, arXiv:2108.12409; sinks: Xiao et al. 2023, arXiv:2309.17453
+    Args:
+        q: [batch, seqlen_q, num_heads_q, head_dim], float32, float16 or bfloat16
+        k, v: [batch, seqlen_k, num_heads_kv, head_dim], dtype and device of q; num_heads_kv divides
+            num_heads_q; head_dim a multiple of 8 up to 256; any strides with a contiguous last
+            dimension
+        softmax_scale: default 1 / sqrt(head_dim)
+        window_size: -1: unlimited
+        softcap: at most 10000; 0: off
+        sinks: [num_heads_q] float32 or None: one more score a head, without a value
+        alibi_slopes: [num_heads_q] or [batch, num_heads_q] float32 or None
+        backend: None chooses the best that serves the call; one of "cpu", "decode", "simt", "sm75",
+            "sm80", "sm90" that this build has forces it
+
+    Returns:
+        out as q, contiguous, and lse [batch, num_heads_q, seqlen_q] float32, the natural log of the
+        sum of exponentials, the sink's included. A query that sees no key gives 0 and -inf (the
+        sink where there is one).
+
+    Raises:
+        RuntimeError: naming the argument, the rule and the value, and for a forced backend why it
+            cannot serve the call
+
+    Source:
+        Dao 2023, arXiv:2307.08691; Shah et al. 2024, arXiv:2407.08608; ALiBi: Press et al. 2021,
+        arXiv:2108.12409; sinks: Xiao et al. 2023, arXiv:2309.17453
     """
     inference_only("flash_attn", q=q, k=k, v=v, sinks=sinks, alibi_slopes=alibi_slopes)
     return torch.ops.llamatelemetry.flash_attn.default(
@@ -82,19 +89,32 @@ def flash_attn_varlen(
 ) -> tuple[Tensor, Tensor]:
     """flash_attn of packed sequences of any lengths, each over keys of its own.
 
-    q:             [total_q, num_heads_q, head_dim], the queries of all sequences, one after the
-                   other
-    k, v:          [total_k, num_heads_kv, head_dim], likewise
+    Args:
+        q: [total_q, num_heads_q, head_dim], the queries of all sequences, one after the other
+        k, v: [total_k, num_heads_kv, head_dim], likewise
+
     cu_seqlens_q,
-    cu_seqlens_k:  [batch + 1] int32, where each sequence starts in q and in k, and the end; a
-                   sequence may be empty
+
+    Args:
+        cu_seqlens_k: [batch + 1] int32, where each sequence starts in q and in k, and the end; a
+            sequence may be empty
+
     max_seqlen_q,
-    max_seqlen_k:  no sequence is longer; size the launch
+
+    Args:
+        max_seqlen_k: no sequence is longer; size the launch
+
     The other arguments as in flash_attn.
-    Returns:       out as q, contiguous, and lse [num_heads_q, total_q] float32. Lengths are read
-                   when the kernel runs; rows of q past the last sequence are left unwritten.
-    Raises:        RuntimeError naming the argument, the rule and the value
-    Source:        as flash_attn
+
+    Returns:
+        out as q, contiguous, and lse [num_heads_q, total_q] float32. Lengths are read when the
+        kernel runs; rows of q past the last sequence are left unwritten.
+
+    Raises:
+        RuntimeError: naming the argument, the rule and the value
+
+    Source:
+        as flash_attn
     """
     inference_only("flash_attn_varlen", q=q, k=k, v=v, sinks=sinks, alibi_slopes=alibi_slopes)
     return torch.ops.llamatelemetry.flash_attn_varlen.default(
@@ -138,31 +158,42 @@ def paged_attention(
     (bottom-right alignment); it sees keys up to there if causal, and in a window those at most
     ``window_size`` = (left, right) keys away.
 
-    q:             [total_q, num_heads_q, head_dim], float32, float16 or bfloat16: the queries of
-                   all sequences, one after the other; any token and head strides
+    Args:
+        q: [total_q, num_heads_q, head_dim], float32, float16 or bfloat16: the queries of all
+            sequences, one after the other; any token and head strides
+
     k_cache,
-    v_cache:       [num_blocks, page_size, num_heads_kv, head_dim], dtype and device of q; any
-                   strides with a contiguous last dimension; num_heads_kv divides num_heads_q;
-                   head_dim a multiple of 8 up to 256; any page_size (on Hopper chunks of 16 or
-                   more queries run on flash_attn's own kernel where it is 8, 16, 32, 64 or a
-                   multiple of 128, or where a sequence has one page)
-    block_table:   [batch, max_blocks] int32, the blocks of each sequence in order
-    cache_seqlens: [batch] int32, keys of each sequence, its own queries' (appended before) included
-    cu_seqlens_q:  [batch + 1] int32, where each sequence's queries start in q, and the end
-    max_seqlen_q:  no sequence has more queries; sizes the launch
-    softmax_scale: default 1 / sqrt(head_dim)
-    window_size:   -1: unlimited
-    softcap:       0: off
-    backend:       as in flash_attn, but for "sm75", which does not serve pages. "decode", which
-                   serves few queries on a GPU, divides the keys of the whole batch evenly, so the
-                   last bits of a row depend on the other lengths; with "simt" they do not
-    Returns:       out as q, contiguous, and lse [num_heads_q, total_q] float32, the natural log of
-                   the sum of exponentials. A query that sees no key gives 0 and -inf; rows of q
-                   past the last sequence are left unwritten. Lengths and tables are read when the
-                   kernel runs; table entries and slots past a sequence's end never matter.
-    Raises:        RuntimeError naming the argument, the rule and the value
-    Source:        Kwon et al. 2023, arXiv:2309.06180; Dao 2023, arXiv:2307.08691; softcap: Gemma
-                   Team 2024, arXiv:2408.00118
+
+    Args:
+        v_cache: [num_blocks, page_size, num_heads_kv, head_dim], dtype and device of q; any strides
+            with a contiguous last dimension; num_heads_kv divides num_heads_q; head_dim a multiple
+            of 8 up to 256; any page_size (on Hopper chunks of 16 or more queries run on
+            flash_attn's own kernel where it is 8, 16, 32, 64 or a multiple of 128, or where a
+            sequence has one page)
+        block_table: [batch, max_blocks] int32, the blocks of each sequence in order
+        cache_seqlens: [batch] int32, keys of each sequence, its own queries' (appended before)
+            included
+        cu_seqlens_q: [batch + 1] int32, where each sequence's queries start in q, and the end
+        max_seqlen_q: no sequence has more queries; sizes the launch
+        softmax_scale: default 1 / sqrt(head_dim)
+        window_size: -1: unlimited
+        softcap: 0: off
+        backend: as in flash_attn, but for "sm75", which does not serve pages. "decode", which
+            serves few queries on a GPU, divides the keys of the whole batch evenly, so the last
+            bits of a row depend on the other lengths; with "simt" they do not
+
+    Returns:
+        out as q, contiguous, and lse [num_heads_q, total_q] float32, the natural log of the sum of
+        exponentials. A query that sees no key gives 0 and -inf; rows of q past the last sequence
+        are left unwritten. Lengths and tables are read when the kernel runs; table entries and
+        slots past a sequence's end never matter.
+
+    Raises:
+        RuntimeError: naming the argument, the rule and the value
+
+    Source:
+        Kwon et al. 2023, arXiv:2309.06180; Dao 2023, arXiv:2307.08691; softcap: Gemma Team 2024,
+        arXiv:2408.00118
     """
     inference_only("paged_attention", q=q, k_cache=k_cache, v_cache=v_cache)
     return torch.ops.llamatelemetry.paged_attention.default(

@@ -11,12 +11,19 @@ from llamatelemetry.ops._contract import inference_only, register_fake
 def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
     """Root-mean-square norm: ``x / sqrt(mean(x²) + eps) * weight``, accumulated in float32.
 
-    x:       [..., hidden_size], float32, float16 or bfloat16; rows contiguous, evenly spaced
-    weight:  [hidden_size], dtype and device of x
-    Returns: shape and dtype of x, contiguous; normalised in float32, rounded, then multiplied, as
-             transformers' modules do
-    Raises:  RuntimeError naming the argument, the rule and the value
-    Source:  Zhang & Sennrich 2019, arXiv:1910.07467
+    Args:
+        x: [..., hidden_size], float32, float16 or bfloat16; rows contiguous, evenly spaced
+        weight: [hidden_size], dtype and device of x
+
+    Returns:
+        shape and dtype of x, contiguous; normalised in float32, rounded, then multiplied, as
+        transformers' modules do
+
+    Raises:
+        RuntimeError: naming the argument, the rule and the value
+
+    Source:
+        Zhang & Sennrich 2019, arXiv:1910.07467
     """
     inference_only("rms_norm", x=x, weight=weight)
     return torch.ops.llamatelemetry.rms_norm.default(x, weight, eps)
@@ -30,12 +37,17 @@ def _(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 def fused_add_rms_norm_(x: Tensor, residual: Tensor, weight: Tensor, eps: float = 1e-6) -> None:
     """Adds and norms in one pass: ``residual += x; x = rms_norm(residual, weight, eps)``.
 
-    x, residual: [..., hidden_size], float32, float16 or bfloat16, both written in place; rows
-             contiguous, evenly spaced, each at its own distance. The sum is rounded to the dtype
-             before it is normed
-    weight:  [hidden_size], dtype and device of x
-    Raises:  RuntimeError naming the argument, the rule and the value
-    Source:  Zhang & Sennrich 2019, arXiv:1910.07467
+    Args:
+        x, residual: [..., hidden_size], float32, float16 or bfloat16, both written in place; rows
+            contiguous, evenly spaced, each at its own distance. The sum is rounded to the dtype
+            before it is normed
+        weight: [hidden_size], dtype and device of x
+
+    Raises:
+        RuntimeError: naming the argument, the rule and the value
+
+    Source:
+        Zhang & Sennrich 2019, arXiv:1910.07467
     """
     inference_only("fused_add_rms_norm_", x=x, residual=residual, weight=weight)
     torch.ops.llamatelemetry.fused_add_rms_norm_.default(x, residual, weight, eps)
@@ -51,11 +63,18 @@ def layer_norm(
 ) -> Tensor:
     """Layer norm: ``(x - mean(x)) / sqrt(variance(x) + eps) * weight + bias``, all in float32.
 
-    x:       [..., hidden_size], float32, float16 or bfloat16; rows contiguous, evenly spaced
-    weight, bias: [hidden_size], dtype and device of x; each may be left out
-    Returns: shape and dtype of x, contiguous; rounded once
-    Raises:  RuntimeError naming the argument, the rule and the value
-    Source:  Ba, Kiros & Hinton 2016, arXiv:1607.06450
+    Args:
+        x: [..., hidden_size], float32, float16 or bfloat16; rows contiguous, evenly spaced
+        weight, bias: [hidden_size], dtype and device of x; each may be left out
+
+    Returns:
+        shape and dtype of x, contiguous; rounded once
+
+    Raises:
+        RuntimeError: naming the argument, the rule and the value
+
+    Source:
+        Ba, Kiros & Hinton 2016, arXiv:1607.06450
     """
     inference_only("layer_norm", x=x, weight=weight, bias=bias)
     return torch.ops.llamatelemetry.layer_norm.default(x, weight, bias, eps)
@@ -76,20 +95,26 @@ def rotary_embedding_(
 ) -> None:
     """Turns q and k by their positions: ``x[:rotary_dim] = x * cos + rotate_half(x) * sin``.
 
-    q:       [num_tokens, num_heads_q, head_dim], float32, float16 or bfloat16, written in place;
-             any token and head strides (a slice of a merged qkv), last dimension contiguous
-    k:       [num_tokens, num_heads_kv, head_dim], likewise
-    cos, sin: [positions, rotary_dim], dtype of q, one value per turned element, as the rotary
-             modules of transformers give them; rotary_dim even and <= head_dim, the elements past
-             it stay
-    positions: [num_tokens] int64 or int32, the row of cos and sin of each token; None: row t is
-             token t's. A position outside the table gives NaN
-    interleaved: rotate_half pairs x[2i] with x[2i + 1] (GPT-J, Cohere, GLM) rather than x[i] with
-             x[i + rotary_dim / 2] (GPT-NeoX, Llama). Where a module repeats its angles in halves
-             nevertheless (GLM), pass ``cos[:, : rotary_dim // 2].repeat_interleave(2, -1)``
+    Args:
+        q: [num_tokens, num_heads_q, head_dim], float32, float16 or bfloat16, written in place; any
+            token and head strides (a slice of a merged qkv), last dimension contiguous
+        k: [num_tokens, num_heads_kv, head_dim], likewise
+        cos, sin: [positions, rotary_dim], dtype of q, one value per turned element, as the rotary
+            modules of transformers give them; rotary_dim even and <= head_dim, the elements past it
+            stay
+        positions: [num_tokens] int64 or int32, the row of cos and sin of each token; None: row t is
+            token t's. A position outside the table gives NaN
+        interleaved: rotate_half pairs x[2i] with x[2i + 1] (GPT-J, Cohere, GLM) rather than x[i]
+            with x[i + rotary_dim / 2] (GPT-NeoX, Llama). Where a module repeats its angles in
+            halves nevertheless (GLM), pass ``cos[:, : rotary_dim // 2].repeat_interleave(2, -1)``
+
     Rounds each product to the dtype, then their sum, as transformers' apply_rotary_pos_emb.
-    Raises:  RuntimeError naming the argument, the rule and the value
-    Source:  Su et al. 2021, arXiv:2104.09864
+
+    Raises:
+        RuntimeError: naming the argument, the rule and the value
+
+    Source:
+        Su et al. 2021, arXiv:2104.09864
     """
     inference_only("rotary_embedding_", q=q, k=k, cos=cos, sin=sin)
     torch.ops.llamatelemetry.rotary_embedding_.default(q, k, cos, sin, positions, interleaved)
@@ -105,11 +130,18 @@ def _(
 def silu_and_mul(x: Tensor) -> Tensor:
     """Gated SiLU: ``gate / (1 + exp(-gate)) * up`` with ``gate, up = x.chunk(2, -1)``.
 
-    x:       [..., 2 * size], float32, float16 or bfloat16; rows contiguous, evenly spaced
-    Returns: [..., size], dtype of x, contiguous; the activation is computed in float32 and rounded
-             before the product, as ``act_fn(gate) * up`` rounds it
-    Raises:  RuntimeError naming the argument, the rule and the value
-    Source:  Shazeer 2020, arXiv:2002.05202
+    Args:
+        x: [..., 2 * size], float32, float16 or bfloat16; rows contiguous, evenly spaced
+
+    Returns:
+        [..., size], dtype of x, contiguous; the activation is computed in float32 and rounded
+        before the product, as ``act_fn(gate) * up`` rounds it
+
+    Raises:
+        RuntimeError: naming the argument, the rule and the value
+
+    Source:
+        Shazeer 2020, arXiv:2002.05202
     """
     inference_only("silu_and_mul", x=x)
     return torch.ops.llamatelemetry.silu_and_mul.default(x)
@@ -119,10 +151,17 @@ def gelu_and_mul(x: Tensor) -> Tensor:
     """Gated GELU: ``gate / 2 * (1 + erf(gate / sqrt(2))) * up``; shapes and rounding as
     silu_and_mul.
 
-    x:       [..., 2 * size], float32, float16 or bfloat16; rows contiguous, evenly spaced
-    Returns: [..., size], dtype of x, contiguous
-    Raises:  RuntimeError naming the argument, the rule and the value
-    Source:  Hendrycks & Gimpel 2016, arXiv:1606.08415
+    Args:
+        x: [..., 2 * size], float32, float16 or bfloat16; rows contiguous, evenly spaced
+
+    Returns:
+        [..., size], dtype of x, contiguous
+
+    Raises:
+        RuntimeError: naming the argument, the rule and the value
+
+    Source:
+        Hendrycks & Gimpel 2016, arXiv:1606.08415
     """
     inference_only("gelu_and_mul", x=x)
     return torch.ops.llamatelemetry.gelu_and_mul.default(x)
@@ -132,10 +171,17 @@ def gelu_tanh_and_mul(x: Tensor) -> Tensor:
     """Gated GELU by its tanh form: ``gate / 2 * (1 + tanh(sqrt(2 / pi) * (gate + 0.044715 *
     gate³))) * up``; shapes and rounding as silu_and_mul.
 
-    x:       [..., 2 * size], float32, float16 or bfloat16; rows contiguous, evenly spaced
-    Returns: [..., size], dtype of x, contiguous
-    Raises:  RuntimeError naming the argument, the rule and the value
-    Source:  Hendrycks & Gimpel 2016, arXiv:1606.08415
+    Args:
+        x: [..., 2 * size], float32, float16 or bfloat16; rows contiguous, evenly spaced
+
+    Returns:
+        [..., size], dtype of x, contiguous
+
+    Raises:
+        RuntimeError: naming the argument, the rule and the value
+
+    Source:
+        Hendrycks & Gimpel 2016, arXiv:1606.08415
     """
     inference_only("gelu_tanh_and_mul", x=x)
     return torch.ops.llamatelemetry.gelu_tanh_and_mul.default(x)
@@ -152,11 +198,16 @@ def softmax(x: Tensor, temperature: float = 1.0) -> Tensor:
     """Softmax over the last dimension: ``exp(y - max(y)) / sum(exp(y - max(y)))``,
     ``y = x / temperature``, in float32.
 
-    x:       [..., size], float32, float16 or bfloat16; rows contiguous, evenly spaced
-    temperature: > 0
-    Returns: shape and dtype of x, contiguous; a row with a NaN, an inf or only -inf is all NaN, as
-             in torch, and changes no other
-    Raises:  RuntimeError naming the argument, the rule and the value
+    Args:
+        x: [..., size], float32, float16 or bfloat16; rows contiguous, evenly spaced
+        temperature: > 0
+
+    Returns:
+        shape and dtype of x, contiguous; a row with a NaN, an inf or only -inf is all NaN, as in
+        torch, and changes no other
+
+    Raises:
+        RuntimeError: naming the argument, the rule and the value
     """
     inference_only("softmax", x=x)
     return torch.ops.llamatelemetry.softmax.default(x, temperature)

@@ -23,19 +23,27 @@ def sample(
     distribution, in order of the ids, at the number that Philox4x32-10 gives for key seed and
     counter offset: a row's token depends on nothing but that row.
 
-    logits:      [batch, vocab_size], float32, float16 or bfloat16, any row stride
-    temperature: [batch] float32; 0 (or below, or NaN) is greedy: the lowest id of the largest logit
-    top_k:       [batch] int32, keeps the k largest and all equal to the k-th; <= 0 keeps all
-    top_p:       [batch] float32, keeps the fewest most probable tokens that reach this mass, at
-                 least one, the higher ids among equals; >= 1 keeps all
-    min_p:       [batch] float32, keeps tokens at least min_p times as probable as the best; <= 0
-                 keeps all
-    seed, offset: [batch] int64; another offset for each token of a sequence
-    Returns:     [batch] int64. A NaN logit counts as -inf; where no finite number is the largest,
-                 the row's token is the greedy one, and 0 where all are NaN
-    Raises:      RuntimeError naming the argument, the rule and the value
-    Source:      Salmon et al. 2011 (Philox); Holtzman et al. 2020, arXiv:1904.09751 (top-p);
-                 Nguyen et al. 2024, arXiv:2407.01082 (min-p)
+    Args:
+        logits: [batch, vocab_size], float32, float16 or bfloat16, any row stride
+        temperature: [batch] float32; 0 (or below, or NaN) is greedy: the lowest id of the largest
+            logit
+        top_k: [batch] int32, keeps the k largest and all equal to the k-th; <= 0 keeps all
+        top_p: [batch] float32, keeps the fewest most probable tokens that reach this mass, at least
+            one, the higher ids among equals; >= 1 keeps all
+        min_p: [batch] float32, keeps tokens at least min_p times as probable as the best; <= 0
+            keeps all
+        seed, offset: [batch] int64; another offset for each token of a sequence
+
+    Returns:
+        [batch] int64. A NaN logit counts as -inf; where no finite number is the largest, the row's
+        token is the greedy one, and 0 where all are NaN
+
+    Raises:
+        RuntimeError: naming the argument, the rule and the value
+
+    Source:
+        Salmon et al. 2011 (Philox); Holtzman et al. 2020, arXiv:1904.09751 (top-p); Nguyen et al.
+        2024, arXiv:2407.01082 (min-p)
     """
     inference_only("sample", logits=logits)
     return torch.ops.llamatelemetry.sample.default(

@@ -14,8 +14,9 @@ from llamatelemetry.ops.formats import TILE_ROWS, QuantFormat
 class QuantLinear(nn.Module):
     """``x @ dequantize(weight)ᵀ + bias`` in place of nn.Linear.
 
-    weight:  [ceil(out_features / 16), 16 * row_bytes] uint8, from ops.repack
-    exact:   float32 activations instead of int8 ones on the CPU
+    Attributes:
+        weight: [ceil(out_features / 16), 16 * row_bytes] uint8, from ops.repack
+        exact: float32 activations instead of int8 ones on the CPU
     """
 
     weight: Tensor
@@ -58,8 +59,9 @@ class QuantLinear(nn.Module):
 class QuantEmbedding(nn.Module):
     """``dequantize(weight)[ids]`` in place of nn.Embedding; may share weight with a QuantLinear.
 
-    weight:  [ceil(num_embeddings / 16), 16 * row_bytes] uint8, from ops.repack
-    dtype:   of the rows it returns; follows .to(dtype) as a parameter would
+    Attributes:
+        weight: [ceil(num_embeddings / 16), 16 * row_bytes] uint8, from ops.repack
+        dtype: of the rows it returns; follows .to(dtype) as a parameter would
     """
 
     weight: Tensor

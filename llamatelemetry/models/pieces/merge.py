@@ -108,7 +108,8 @@ def columns_of(linear: Any) -> int:
 def in_more_bits(module: nn.Module, dtype: torch.dtype, config: Any) -> nn.Module:
     """A copy of module in dtype, quantised linears as dense ones of the weights they stand for.
 
-    config: is not copied, so the copy follows its changes
+    Args:
+        config: is not copied, so the copy follows its changes
     """
     twin = copy.deepcopy(module, {id(config): config})
     expand(twin, dtype)
