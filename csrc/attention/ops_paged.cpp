@@ -72,8 +72,7 @@ std::tuple<Tensor, Tensor> paged_attention(const Tensor& q, const Tensor& k_cach
                                            const Tensor& cache_seqlens, const Tensor& cu_seqlens_q,
                                            int64_t max_seqlen_q, double softmax_scale, bool causal,
                                            int64_t window_left, int64_t window_right,
-                                           double softcap,
-                                           std::optional<StringHandle> backend) {
+                                           double softcap, std::optional<StringHandle> backend) {
   constexpr const char* op = "paged_attention";
   const DType dtype = check_floating(op, "q", q);
   check_dim(op, "q", q, 3, "[total_q, num_heads_q, head_dim]");

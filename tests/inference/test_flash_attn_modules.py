@@ -58,7 +58,8 @@ def made(kind, *args, device="cpu", **kwargs):
 
 
 def x_of(device="cpu", seqlen=6):
-    return torch.randn(2, seqlen, 32, generator=torch.Generator().manual_seed(1)).to(device)
+    with torch.inference_mode(False):
+        return torch.randn(2, seqlen, 32, generator=torch.Generator().manual_seed(1)).to(device)
 
 
 def padding(device="cpu"):

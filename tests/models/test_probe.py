@@ -34,7 +34,7 @@ def small_model(name="Llama", **options):
 
 
 def logits_of(model):
-    return model(torch.arange(11).unsqueeze(0)).logits
+    return model(torch.arange(11, device=model.device).unsqueeze(0)).logits
 
 
 @pytest.mark.parametrize("seed", [28, 34, 67])
