@@ -169,7 +169,7 @@ def test_a_replayed_step_runs_nothing_outside_the_replay(tmp_path):
 @pytest.mark.gpu
 def test_a_graph_is_captured_under_the_model_s_own_device(tmp_path):
     if torch.cuda.device_count() < 2:
-        pytest.skip("needs two GPUs besides the current one")
+        pytest.skip("needs two GPUs")
     here, _ = make_engine(tmp_path, torch.device("cuda:0"))
     there, _ = make_engine(tmp_path, torch.device("cuda:1"))
     with torch.cuda.device(0):
