@@ -8,7 +8,6 @@
 #include "common/dtype.h"
 #include "cpu/isa.h"
 #include "format/format.h"
-#include "gemm/choice.h"
 
 namespace llamatelemetry {
 namespace {
@@ -68,10 +67,8 @@ std::string format_facts(const FormatDescriptor& format) {
 std::string limits() {
   std::string text;
   add(text, "tile_rows", std::to_string(kTileRows));
-  add(text, "max_fused_rows", std::to_string(kMaxFusedRows));
   add(text, "max_head_dim", std::to_string(kMaxHeadDim));
   add(text, "head_dim_multiple", std::to_string(kHeadDimMultiple));
-  add(text, "min_prefill_queries", std::to_string(kMinPrefillQueries));
   add(text, "max_split_queries", std::to_string(kMaxSplitQueries));
   return text + "}";
 }

@@ -137,7 +137,9 @@ static inline constexpr const char* why_not_sm90(const AttentionDescriptor& d) {
 }
 
 static inline constexpr const char* why_not_decode(const AttentionDescriptor& d) {
-  if (d.code_capability < 80) return "it needs a GPU of compute capability 8.0 and code for it";
+  if (d.code_capability < 80) {
+    return "it needs a GPU of compute capability 8.0 or later and code for it";
+  }
   if (d.dtype == DType::kFloat32) return "it serves float16 and bfloat16";
   if (!d.aligned) return "rows of q, k and v must lie apart, at multiples of 16 bytes";
   if (decode::config_of(d.head_dim).shared_bytes() > d.max_shared_bytes) {
@@ -147,7 +149,8 @@ static inline constexpr const char* why_not_decode(const AttentionDescriptor& d)
   const int64_t row_tiles = (d.seqlen_q * group_size + decode::kRowTile - 1) / decode::kRowTile;
   const int64_t segments = d.batch * d.num_heads_kv * row_tiles;
   const int64_t tiles = d.seqlen_k / decode::kTileKeys + 2;
-  if (d.seqlen_k > INT32_MAX || (segments > 0 && tiles > INT32_MAX / segments)) {
+  if (d.seqlen_k > INT32_MAX - decode::kTileKeys) return "it counts up to 2^31 - 65 keys";
+  if (segments > 0 && tiles > INT32_MAX / segments) {
     return "it counts up to 2^31 - 1 tiles of keys";
   }
   return nullptr;
@@ -247,7 +250,9 @@ static inline constexpr AttentionPlan plan_of(AttentionImpl impl, const Attentio
   return {.impl = impl,
           .tile = tile_class_of(impl, d),
           .num_splits = num_splits_of(impl, d),
-          .num_blocks = decodes ? d.num_sms * decode::config_of(d.head_dim).blocks_per_sm : 0};
+          .num_blocks = decodes ? d.num_sms * decode::resident_blocks(decode::config_of(d.head_dim),
+                                                                      d.max_shared_bytes)
+                                : 0};
 }
 
 }  // namespace llamatelemetry

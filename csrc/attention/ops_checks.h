@@ -2,6 +2,7 @@
 // choice.h.
 #pragma once
 
+#include <algorithm>
 #include <atomic>
 #include <cmath>
 #include <optional>
@@ -38,6 +39,9 @@ inline void check_heads(const char* op, int64_t num_heads_q, int64_t num_heads_k
         "be a multiple of num_heads_kv = " + std::to_string(num_heads_kv),
         std::to_string(num_heads_q));
 }
+
+// A side of a window that is wider than any sequence, so that positions can be added to it.
+inline int64_t window_side(int64_t tokens) { return std::min(tokens, int64_t{1} << 40); }
 
 inline void check_scores(const char* op, double softmax_scale, int64_t window_left,
                          int64_t window_right, double softcap) {
@@ -173,7 +177,7 @@ inline Workspace allocate_workspace(const Tensor& q, AttentionParams& p) {
   const AttentionPlan& plan = p.plan;
   int64_t rows = 0, columns = p.head_dim;
   if (plan.num_splits > 1) rows = plan.num_splits * p.total_q * p.num_heads_q;
-  const int64_t num_parts = int64_t{plan.num_blocks} * decode::kPartsOfBlock;
+  const int64_t num_parts = plan.num_blocks;  // a block leaves at most one
   if (num_parts > 0) {
     rows = num_parts * decode::kRowTile;
     columns = decode::config_of(p.head_dim).head_dim;

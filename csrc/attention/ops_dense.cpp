@@ -45,8 +45,8 @@ void set_scores(const char* op, AttentionParams& p, const Tensor& q, const Dense
     p.alibi_slopes = slopes.const_data_ptr<float>();
     p.alibi_batch_stride = per_sequence ? p.num_heads_q : 0;
   }
-  p.window_left = options.window_left;
-  p.window_right = options.causal ? 0 : options.window_right;
+  p.window_left = window_side(options.window_left);
+  p.window_right = options.causal ? 0 : window_side(options.window_right);
   p.softmax_scale = static_cast<float>(options.softmax_scale);
   p.softcap = static_cast<float>(options.softcap);
 }
@@ -93,7 +93,8 @@ std::tuple<Tensor, Tensor> flash_attn(const Tensor& q, const Tensor& k, const Te
                                       const std::optional<Tensor>& alibi_slopes,
                                       double softmax_scale, bool causal, int64_t window_left,
                                       int64_t window_right, double softcap,
-                                      std::optional<StringHandle> backend) {
+                                      std::optional<StringHandle> backend_handle) {
+  const auto backend = take_string(backend_handle);
   constexpr const char* op = "flash_attn";
   check_dim(op, "q", q, 4, "[batch, seqlen_q, num_heads_q, head_dim]");
   check_dim(op, "k", k, 4, "[batch, seqlen_k, num_heads_kv, head_dim]");
@@ -111,7 +112,7 @@ std::tuple<Tensor, Tensor> flash_attn(const Tensor& q, const Tensor& k, const Te
   params.total_q = batch * params.seqlen_q;
   params.total_k = batch * params.seqlen_k;
   Tensor lse = allocate(q, {batch, params.num_heads_q, params.seqlen_q}, ScalarType::Float);
-  return run(op, params, q, lse, take_string(backend));
+  return run(op, params, q, lse, backend);
 }
 
 std::tuple<Tensor, Tensor> flash_attn_varlen(const Tensor& q, const Tensor& k, const Tensor& v,
@@ -121,7 +122,8 @@ std::tuple<Tensor, Tensor> flash_attn_varlen(const Tensor& q, const Tensor& k, c
                                              const std::optional<Tensor>& alibi_slopes,
                                              double softmax_scale, bool causal, int64_t window_left,
                                              int64_t window_right, double softcap,
-                                             std::optional<StringHandle> backend) {
+                                             std::optional<StringHandle> backend_handle) {
+  const auto backend = take_string(backend_handle);
   constexpr const char* op = "flash_attn_varlen";
   check_dim(op, "q", q, 3, "[total_q, num_heads_q, head_dim]");
   check_dim(op, "k", k, 3, "[total_k, num_heads_kv, head_dim]");
@@ -147,7 +149,7 @@ std::tuple<Tensor, Tensor> flash_attn_varlen(const Tensor& q, const Tensor& k, c
   params.total_q = q.size(0);
   params.total_k = k.size(0);
   Tensor lse = allocate(q, {params.num_heads_q, params.total_q}, ScalarType::Float);
-  return run(op, params, q, lse, take_string(backend));
+  return run(op, params, q, lse, backend);
 }
 
 }  // namespace

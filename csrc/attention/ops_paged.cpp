@@ -72,7 +72,9 @@ std::tuple<Tensor, Tensor> paged_attention(const Tensor& q, const Tensor& k_cach
                                            const Tensor& cache_seqlens, const Tensor& cu_seqlens_q,
                                            int64_t max_seqlen_q, double softmax_scale, bool causal,
                                            int64_t window_left, int64_t window_right,
-                                           double softcap, std::optional<StringHandle> backend) {
+                                           double softcap,
+                                           std::optional<StringHandle> backend_handle) {
+  const auto backend = take_string(backend_handle);
   constexpr const char* op = "paged_attention";
   const DType dtype = check_floating(op, "q", q);
   check_dim(op, "q", q, 3, "[total_q, num_heads_q, head_dim]");
@@ -86,11 +88,11 @@ std::tuple<Tensor, Tensor> paged_attention(const Tensor& q, const Tensor& k_cach
 
   const DeviceGuard guard(q);
   AttentionParams params = paged_params(tensors, dtype, max_seqlen_q);
-  params.window_left = window_left;
-  params.window_right = causal ? 0 : window_right;
+  params.window_left = window_side(window_left);
+  params.window_right = causal ? 0 : window_side(window_right);
   params.softmax_scale = static_cast<float>(softmax_scale);
   params.softcap = static_cast<float>(softcap);
-  params.plan = plan_for(op, take_string(backend), params);
+  params.plan = plan_for(op, backend, params);
   Tensor out = allocate(q, q.sizes());
   Tensor lse = allocate(q, {params.num_heads_q, params.total_q}, ScalarType::Float);
   if (q.numel() == 0 || params.batch == 0) return {out, lse};

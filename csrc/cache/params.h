@@ -63,16 +63,15 @@ struct AdvanceStepParams {
 };
 Error launch_advance_step(const AdvanceStepParams& params, Stream stream);
 
-// One sequence's part of advance_step_. One that is not active writes no keys in the next step.
+// One sequence's part of advance_step_. One that is not active, or has no block for its next token,
+// stays where it is and writes no keys in the next step: attention reads no block that is not there.
 static inline constexpr void advance_row(const AdvanceStepParams& p, int64_t row) {
-  if (!p.active[row]) {
-    p.slot_mapping[row] = -1;
-    return;
-  }
   const int64_t position = p.positions[row] + 1;
+  const int64_t slot = p.active[row] ? slot_of(p.table, row, position) : -1;
+  p.slot_mapping[row] = slot;
+  if (slot < 0) return;
   p.input_ids[row] = p.next_ids[row];
   p.positions[row] = position;
-  p.slot_mapping[row] = slot_of(p.table, row, position);
   p.cache_seqlens[row] += 1;
   p.offsets[row] += 1;
 }

@@ -17,7 +17,7 @@ QuantLinearDescriptor descriptor_of(const Tensor& x, const Rows& rows, int64_t n
       .m = rows.num_rows,
       .n = n,
       .k = rows.row_size,
-      .codes = kFormats[format].codes,
+      .scale_rule = kFormats[format].scale_rule,
       .dtype = dtype,
       .aligned = false,
       .exact = exact,

@@ -9,9 +9,10 @@
 // so each weight counts with the value that dequantize gives.
 //
 // A block has any number of warps. Each takes, in turn, a chunk of 256 weights of kRowTiles tiles,
-// through its own ring of stages filled by cp.async: a tile's chunk is one run of bytes. W does not
-// depend on the kernel before, so its first stages are fetched before the wait for it. Grid
-// [ceil(tiles / kRowTiles), ceil(m / kTokens)], block whole warps.
+// through its own ring of stages filled by cp.async: a tile's chunk is one run of bytes. The first
+// are on their way to L2 before the wait for the kernel ahead. Codes are summed before they are
+// scaled, so x past 1e34 leaves float32's range. Grid [ceil(tiles / kRowTiles), ceil(m / kTokens)],
+// block whole warps.
 #pragma once
 
 #include <algorithm>
@@ -20,6 +21,7 @@
 
 #include "format/decode.cuh"
 #include "gemm/params.h"
+#include "ptx/dependent_launch.cuh"
 #include "ptx/mma.cuh"
 #include "ptx/shared.cuh"
 #include "tile/dependent_launch.cuh"
@@ -99,9 +101,12 @@ struct QuantSkinny {
     extern __shared__ __align__(128) char s_bytes[];
     let_successors_start();
     QuantSkinny work(p, s_bytes);
-    for (int i = 0; i < kStages - 1; ++i) work.load_weights(work.warp + i * work.num_warps, i);
+    work.prefetch_weights(work.warp);
     wait_for_predecessors();
-    for (int i = 0; i < kStages - 1; ++i) work.load_tokens(work.warp + i * work.num_warps, i);
+    for (int i = 0; i < kStages - 1; ++i) {
+      work.load_weights(work.warp + i * work.num_warps, i);
+      work.load_tokens(work.warp + i * work.num_warps, i);
+    }
     work.multiply();
     work.reduce_and_store(reinterpret_cast<float*>(s_bytes));
   }
@@ -123,19 +128,36 @@ struct QuantSkinny {
   __device__ char* stage(int i) const { return stages + i * kStageBytes; }
   __device__ int lane() const { return threadIdx.x % kWarpSize; }
 
+  // A chunk of row tile r, and how many bytes of it there are.
+  __device__ const uint8_t* chunk_of(int r, int chunk) const {
+    const int64_t tile = first_tile + r;
+    return p.packed + (tile * blocks_per_row + int64_t{chunk} * kBlocks) * Word::kPackedBytes;
+  }
+  __device__ int bytes_of(int chunk) const {
+    return min(kBlocks, blocks_per_row - chunk * kBlocks) * Word::kPackedBytes;
+  }
+  __device__ void prefetch_weights(int chunk) const {
+    if (chunk >= num_chunks) return;
+    constexpr int kLineBytes = 128;
+#pragma unroll
+    for (int r = 0; r < kRowTiles; ++r) {
+      if (first_tile + r >= num_tiles) break;
+      for (int byte = lane() * kLineBytes; byte < bytes_of(chunk); byte += kWarpSize * kLineBytes) {
+        ptx::prefetch_l2(chunk_of(r, chunk) + byte);
+      }
+    }
+  }
   __device__ void load_weights(int chunk, int into) const {
     if (chunk >= num_chunks) return;
-    const int blocks = min(kBlocks, blocks_per_row - chunk * kBlocks);
+    const int num_bytes = bytes_of(chunk);
     const uint32_t to = ptx::shared_address(stage(into));
 #pragma unroll
     for (int r = 0; r < kRowTiles; ++r) {
       if (first_tile + r >= num_tiles) break;
-      const uint8_t* from =
-          p.packed + (int64_t{first_tile + r} * blocks_per_row + int64_t{chunk} * kBlocks) *
-                         Word::kPackedBytes;
+      const uint8_t* from = chunk_of(r, chunk);
 #pragma unroll
       for (int byte = lane() * kVectorBytes; byte < kChunkBytes; byte += kWarpSize * kVectorBytes) {
-        if (byte < blocks * Word::kPackedBytes) {
+        if (byte < num_bytes) {
           ptx::cp_async_16(to + r * kChunkBytes + byte, from + byte);
         }
       }

@@ -8,8 +8,8 @@
 namespace llamatelemetry {
 
 // Warps of a block, which share a tile's k: sixteen where there are few tiles (all blocks together
-// should have loads under way on every multiprocessor), fewer where many blocks do that. Not more
-// than there are chunks, nor than shared memory has room for.
+// should have loads under way on every multiprocessor), fewer where many blocks do that. Not
+// many more than there are chunks, nor more than shared memory has room for.
 template <typename Kernel>
 int skinny_warps(const QuantLinearParams& p) {
   const DeviceFacts& device = current_device();

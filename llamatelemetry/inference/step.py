@@ -39,8 +39,8 @@ def prepare(
     Args:
         chunks: in the order of the sequences.
         page_size: tokens in a block.
-        width: columns of the block table, at least the blocks of every chunk's table. Kernels
-            split their work by it, so it stays the same for all steps of a sequence.
+        width: columns of the block table, at least the blocks of every chunk's table. The CPU's
+            kernel splits its work by it, so it stays the same for all steps of a sequence.
         device: where the tensors go.
 
     Returns:

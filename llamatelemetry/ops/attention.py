@@ -39,7 +39,9 @@ def flash_attn(
         sinks: [num_heads_q] float32 or None: one more score a head, without a value
         alibi_slopes: [num_heads_q] or [batch, num_heads_q] float32 or None
         backend: None chooses the best that serves the call; one of "cpu", "decode", "simt", "sm75",
-            "sm80", "sm90" that this build has forces it
+            "sm80", "sm90" that this build has forces it. "decode", which serves fewer than 16
+            queries a sequence on a GPU, divides the keys of the whole batch evenly, so the last
+            bits of a row depend on the other lengths
 
     Returns:
         out as q, contiguous, and lse [batch, num_heads_q, seqlen_q] float32, the natural log of the
@@ -92,19 +94,10 @@ def flash_attn_varlen(
     Args:
         q: [total_q, num_heads_q, head_dim], the queries of all sequences, one after the other
         k, v: [total_k, num_heads_kv, head_dim], likewise
-
-    cu_seqlens_q,
-
-    Args:
-        cu_seqlens_k: [batch + 1] int32, where each sequence starts in q and in k, and the end; a
-            sequence may be empty
-
-    max_seqlen_q,
-
-    Args:
-        max_seqlen_k: no sequence is longer; size the launch
-
-    The other arguments as in flash_attn.
+        cu_seqlens_q, cu_seqlens_k: [batch + 1] int32, where each sequence starts in q and in k, and
+            the end; a sequence may be empty
+        max_seqlen_q, max_seqlen_k: no sequence is longer; they size the launch
+        softmax_scale, causal, window_size, softcap, sinks, alibi_slopes, backend: as in flash_attn
 
     Returns:
         out as q, contiguous, and lse [num_heads_q, total_q] float32. Lengths are read when the
@@ -161,13 +154,9 @@ def paged_attention(
     Args:
         q: [total_q, num_heads_q, head_dim], float32, float16 or bfloat16: the queries of all
             sequences, one after the other; any token and head strides
-
-    k_cache,
-
-    Args:
-        v_cache: [num_blocks, page_size, num_heads_kv, head_dim], dtype and device of q; any strides
-            with a contiguous last dimension; num_heads_kv divides num_heads_q; head_dim a multiple
-            of 8 up to 256; any page_size (on Hopper chunks of 16 or more queries run on
+        k_cache, v_cache: [num_blocks, page_size, num_heads_kv, head_dim], dtype and device of q;
+            any strides with a contiguous last dimension; num_heads_kv divides num_heads_q; head_dim
+            a multiple of 8 up to 256; any page_size (on Hopper chunks of 16 or more queries run on
             flash_attn's own kernel where it is 8, 16, 32, 64 or a multiple of 128, or where a
             sequence has one page)
         block_table: [batch, max_blocks] int32, the blocks of each sequence in order

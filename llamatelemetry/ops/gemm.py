@@ -30,8 +30,8 @@ def quant_linear(
         bias: [n], dtype and device of x.
         exact: Whether x stays as it is. Otherwise the CPU rounds it to 8 bits in blocks of 32
             (``scale = absmax / 127``), which is several times faster; a block with NaN or infinity
-            gives NaN. CUDA never rounds x; from 9 rows on it rounds the weights to the dtype of x,
-            for torch's matmul.
+            gives NaN. CUDA never rounds x; for many rows (past 32 or 64 of 16-bit x, past 8 of
+            float32) it rounds the weights to the dtype of x, for torch's matmul.
         scales: For formats whose scales are a tensor of their own; of today's, none.
         zeros: For formats whose zero points are; of today's, none.
         perm: For formats whose columns were sorted; of today's, none.

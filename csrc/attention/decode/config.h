@@ -11,9 +11,9 @@ constexpr int kRowTile = 16;  // query rows of one mma
 constexpr int kNumWarps = 4;
 constexpr int kWarpKeys = 16;
 constexpr int kTileKeys = kNumWarps * kWarpKeys;
-// A part of a segment is at least this many tiles long, unless the segment is shorter: combining
-// more parts takes longer than reading 256 keys.
-constexpr int kMinRunTiles = 4;
+// A run is at least this many tiles long, unless there are fewer: more parts take longer to combine
+// than 128 keys to read.
+constexpr int kMinRunTiles = 2;
 constexpr int kMaxPartsAtOnce = 32;
 
 struct Config {
@@ -50,11 +50,12 @@ constexpr const Config& config_of(int64_t head_dim) {
   return kConfigs[4];
 }
 
-// Each block leaves at most two parts, one at either end of its run: rows of unnormalised output
-// and statistics, and a flag that says they are there.
-constexpr int kPartsOfBlock = 2;
-constexpr int64_t part_floats(const Config& config) {
-  return int64_t{kRowTile} * (config.head_dim + 2);
+// Blocks that a multiprocessor holds at once, of a GPU that gives one block so much shared memory.
+// A KB of each block's share is the system's.
+constexpr int resident_blocks(const Config& config, int max_shared_bytes) {
+  constexpr int kSystemBytes = 1024;
+  const int fit = (max_shared_bytes + kSystemBytes) / (config.shared_bytes() + kSystemBytes);
+  return std::clamp(fit, 1, config.blocks_per_sm);
 }
 
 }  // namespace llamatelemetry::decode

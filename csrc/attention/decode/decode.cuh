@@ -3,7 +3,7 @@
 //
 // Query heads that share a key head, of all queries of a sequence, are the 16 rows of
 // mma.m16n8k16. Each of four warps takes 16 keys of a tile of 64, through its own ring of stages
-// filled by cp.async, with its own online softmax, so a segment needs no barrier before its end.
+// filled by cp.async, with its own online softmax, so tiles need no barrier.
 // Pages are looked up a tile ahead. Rows of keys and values that no query sees are never read.
 // Grid: as many blocks as the GPU holds; plan.cuh says what each does.
 #pragma once
@@ -109,7 +109,7 @@ struct Decode {
         } else if (block == last_block) {
           combine(p, sequence, index, segment, first_block, shared.merge);
         } else {
-          leave_part(p, segment, shared.merge, block == first_block);
+          leave_part(p, segment, shared.merge);
         }
         __syncthreads();  // the stages are free again
         end = from;
@@ -152,7 +152,7 @@ struct Decode {
       if (table != nullptr && exists()) page = table[key / static_cast<int>(p.k.page_size)];
     }
     __device__ const T* row() const {
-      if (!exists()) return nullptr;
+      if (!exists() || page < 0) return nullptr;
       if (table == nullptr) return rows + key * token_stride;
       return rows + page * batch_stride + key % static_cast<int>(p.k.page_size) * token_stride;
     }
@@ -265,6 +265,7 @@ struct Decode {
     Queries q;
     load_queries(p, s, index, segment, shared, q);
     const RowRules rules = rules_of(p, s, index, segment);
+    const bool has_rule = p.softcap > 0 || p.alibi_slopes != nullptr;
     float o[2 * kDimSteps][4] = {};
     float max[2] = {-INFINITY, -INFINITY};
     float sum[2] = {};
@@ -279,7 +280,11 @@ struct Decode {
       multiply_keys(q, stages[stage].k, scores);
       const int key = first_key + i * kTileKeys + warp() * kWarpKeys;
       uint32_t weights[4];
-      exponentiate(p, scores, key, rules, max, sum, o, weights);
+      if (has_rule) {
+        exponentiate<true>(p, scores, key, rules, max, sum, o, weights);
+      } else {
+        exponentiate<false>(p, scores, key, rules, max, sum, o, weights);
+      }
       multiply_values(weights, stages[stage].v, o);
       stage = stage + 1 == kStages ? 0 : stage + 1;
     }
@@ -324,9 +329,11 @@ struct Decode {
   }
 
   // Online softmax over 16 keys; o is rescaled where a row's maximum grew.
+  template <bool kScoreRule>
   static __device__ void exponentiate(const Params& p, float (&x)[2][4], int key,
                                       const RowRules& rules, float (&max)[2], float (&sum)[2],
                                       float (&o)[2 * kDimSteps][4], uint32_t (&weights)[4]) {
+    const float scale = p.softmax_scale * kLog2E;
     float rescale[2];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
@@ -336,7 +343,12 @@ struct Decode {
         float& score = x[e / 2][2 * half + e % 2];
         const int at = key + e / 2 * 8 + lane() % 4 * 2 + e % 2;
         const bool seen = at >= rules.begin[half] && at < rules.end[half];
-        score = seen ? score_of(p, score, at, rules.slope[half], rules.position[half]) : -INFINITY;
+        if constexpr (kScoreRule) {
+          score = score_of(p, score, at, rules.slope[half], rules.position[half]);
+        } else {
+          score *= scale;
+        }
+        if (!seen) score = -INFINITY;
         row_max = fmaxf(row_max, score);
       }
       row_max = warp_reduce<Max, 4>(row_max);
@@ -458,13 +470,10 @@ struct Decode {
     }
   }
 
-  // Part 1 of a block is the segment that its run leaves unfinished, part 0 the one that it takes
-  // up.
-  static __device__ int part_of(int block, bool begins) { return 2 * block + begins; }
-
-  static __device__ void leave_part(const Params& p, const Segment& segment, const Merge& merge,
-                                    bool begins) {
-    const int part = part_of(blockIdx.x, begins);
+  // A block leaves at most one part, its number: of the segment that its run ends in but does not
+  // end.
+  static __device__ void leave_part(const Params& p, const Segment& segment, const Merge& merge) {
+    const int part = blockIdx.x;
     for_each_vector(segment, [&](int row, int column) {
       const Partial x = merged(merge, row, column);
       const int64_t at = int64_t{part} * kRowTile + row;
@@ -477,8 +486,9 @@ struct Decode {
   }
 
   // The last block of a segment adds the parts of the blocks before it, in their order, and its
-  // own. It waits for them; they wait for nobody before they leave theirs, and blocks start in the
-  // order of their index.
+  // own. It waits for them; they wait for nobody before they leave theirs. That they have started
+  // is so where blocks start in the order of their index, as they do on every GPU so far; where
+  // all blocks fit the GPU at once, as the grid is chosen, the order does not matter.
   static __device__ void combine(const Params& p, const Sequence& s, int index,
                                  const Segment& segment, int first_block, Merge& merge) {
     const int num_parts = static_cast<int>(blockIdx.x) - first_block;
@@ -491,11 +501,10 @@ struct Decode {
       for (int begin = 0; begin < num_parts; begin += kMaxPartsAtOnce) {
         const int count = min(kMaxPartsAtOnce, num_parts - begin);
         if (item == 0 || num_parts > kMaxPartsAtOnce) {
-          gather_stats(p, segment, first_block, first_block + begin, count, merge);
+          gather_stats(p, segment, first_block + begin, count, merge);
         }
         if (row < segment.num_rows) {
-          add_parts(p, merge.part_stats[row], first_block, first_block + begin, count, row, column,
-                    all);
+          add_parts(p, merge.part_stats[row], first_block + begin, count, row, column, all);
         }
       }
       if (row < segment.num_rows) {
@@ -510,18 +519,17 @@ struct Decode {
     // For a graph's next replay, which comes with the same number.
     __syncthreads();
     for (int i = threadIdx.x; i < num_parts; i += kNumThreads) {
-      p.part_flags[part_of(first_block + i, i == 0)] = 0;
+      p.part_flags[first_block + i] = 0;
     }
   }
 
   // Waits for parts and takes their statistics. A flag is there when it carries this launch's
   // number: the workspace holds anything at first.
-  static __device__ void gather_stats(const Params& p, const Segment& segment, int first_block,
-                                      int begin, int count, Merge& merge) {
+  static __device__ void gather_stats(const Params& p, const Segment& segment, int begin, int count,
+                                      Merge& merge) {
     __syncthreads();  // the statistics before are read
     for (int i = threadIdx.x; i < count * segment.num_rows; i += kNumThreads) {
-      const int block = begin + i % count, row = i / count;
-      const int part = part_of(block, block == first_block);
+      const int part = begin + i % count, row = i / count;
       while (ptx::load_acquire(p.part_flags + part) != p.launch_number) {
       }
       const auto* stats = reinterpret_cast<const float2*>(p.partial_stats);
@@ -531,8 +539,7 @@ struct Decode {
   }
 
   static __device__ void add_parts(const Params& p, const float2 (&stats)[kMaxPartsAtOnce],
-                                   int first_block, int begin, int count, int row, int column,
-                                   Partial& all) {
+                                   int begin, int count, int row, int column, Partial& all) {
     Partial x;
     x.max = all.max;
     for (int i = 0; i < count; ++i) x.max = fmaxf(x.max, stats[i].x);
@@ -543,7 +550,7 @@ struct Decode {
 #pragma unroll
       for (int i = 0; i < kLoadsAtOnce; ++i) {
         const int block = begin + first + i;
-        const int64_t at = int64_t{part_of(block, block == first_block)} * kRowTile + row;
+        const int64_t at = int64_t{block} * kRowTile + row;
         if (first + i < count) {
           o[i] = __ldcg(reinterpret_cast<const float4*>(p.partial_out + at * kHeadDim + column));
         }

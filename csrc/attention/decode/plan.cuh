@@ -35,9 +35,10 @@ struct Sequence {
     tiles = max(1, (end + kTileKeys - 1) / kTileKeys - begin / kTileKeys);
     row_tiles = (num_queries * static_cast<int>(p.group_size) + kRowTile - 1) / kRowTile;
   }
-  // A page table that is too short for num_keys ends the range.
   __device__ KeyRange keys_of(const AttentionParams& p, int query) const {
-    return paged_keys(p, num_keys, num_queries, query);
+    return p.k.page_size > 0
+               ? paged_keys(p, num_keys, num_queries, query)
+               : window_keys(p.window_left, p.window_right, num_keys, num_queries, query);
   }
   __device__ int work(const AttentionParams& p) const {
     return num_queries > 0 ? tiles * row_tiles * static_cast<int>(p.num_heads_kv) : 0;

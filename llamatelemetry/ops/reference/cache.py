@@ -49,9 +49,10 @@ def advance_step_(
     block_table: Tensor,
     page_size: int,
 ) -> None:
-    input_ids.copy_(torch.where(active, next_ids, input_ids))
-    for counter in (positions, cache_seqlens, offsets):
-        counter += active.to(counter.dtype)
     starts = torch.arange(len(positions) + 1, dtype=torch.int32, device=positions.device)
-    of_positions = slot_mapping(positions, block_table, starts, page_size)
-    slots.copy_(torch.where(active, of_positions, -1))
+    slots.copy_(slot_mapping(positions + 1, block_table, starts, page_size))
+    slots.masked_fill_(~active, -1)
+    goes_on = slots >= 0
+    input_ids.copy_(torch.where(goes_on, next_ids, input_ids))
+    for counter in (positions, cache_seqlens, offsets):
+        counter += goes_on.to(counter.dtype)
