@@ -97,8 +97,9 @@ def advance_step_(
     """Turns the inputs of a decode step into those of the next, without the host: one launch.
 
     An active row takes its next token; its position, length and offset grow by one, and its slot is
-    that of the new position. A row that is not active stays, and its slot becomes -1, so that the
-    next step writes nothing for it: its blocks may belong to another sequence by then.
+    that of the new position. A row that is not active, or has no block for the new position, stays,
+    and its slot becomes -1, so that the next step writes nothing for it: its blocks may belong to
+    another sequence by then.
 
     Args:
         input_ids: [batch] int64, written in place, as all up to offsets.
