@@ -221,7 +221,8 @@ class GraphedForward:
 
 def signature(leaves: list[Any], tree: Any, modules: list[nn.Module]) -> object:
     """Equal for calls that one graph serves: inputs, and what else decides what modules compute."""
-    configs = {id(c): c for m in modules if (c := m.__dict__.get("config")) is not None}
+    own = [module.__dict__ for module in modules]
+    configs = {id(names["config"]): names["config"] for names in own if "config" in names}
     return (
         tuple(
             (leaf.shape, leaf.dtype, leaf.stride(), leaf.device)
@@ -230,7 +231,9 @@ def signature(leaves: list[Any], tree: Any, modules: list[nn.Module]) -> object:
             for leaf in leaves
         ),
         str(tree),
-        tuple((type(m), m.training, m.__dict__.get(OVERRIDES)) for m in modules),
+        tuple([module.training for module in modules]),
+        tuple(map(type, modules)),
+        tuple([names.get(OVERRIDES) for names in own]),
         tuple(getattr(config, "_attn_implementation", None) for config in configs.values()),
         torch.is_autocast_enabled("cuda") and torch.get_autocast_dtype("cuda"),
     )
