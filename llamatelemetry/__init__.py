@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING
 from llamatelemetry._lazy import lazy_names
 
 if TYPE_CHECKING:
+    from llamatelemetry import cuda as cuda
     from llamatelemetry import inference as inference
     from llamatelemetry import loading as loading
     from llamatelemetry import models as models
     from llamatelemetry import ops as ops
+    from llamatelemetry import profiling as profiling
     from llamatelemetry import quantization as quantization
     from llamatelemetry.inference.engine import InferenceEngine as InferenceEngine
     from llamatelemetry.inference.engine import InferResult as InferResult
@@ -28,10 +30,12 @@ __version__ = "0.1.0"
 __getattr__, __dir__, __all__ = lazy_names(
     __name__,
     {
+        "cuda": (),
         "inference": (),
         "loading": (),
         "models": (),
         "ops": (),
+        "profiling": (),
         "quantization": (),
         "inference.engine": ("InferResult", "InferenceEngine"),
         "inference.sampling": ("SamplingParams",),

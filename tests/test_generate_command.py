@@ -8,6 +8,7 @@ from gguf_models import write_model
 
 from llamatelemetry.cli.main import main
 from llamatelemetry.inference import generation
+from llamatelemetry.loading import find
 
 
 def refused(capsys, *arguments):
@@ -59,6 +60,29 @@ def test_a_prompt_longer_than_the_context_is_refused(capsys, tmp_path):
     write_model(tmp_path / "tiny.gguf", "llama")
     err = refused(capsys, "--model", tmp_path / "tiny.gguf", "--max-tokens", 1000)
     assert "must fit the model's context of 64 tokens" in err
+
+
+@pytest.mark.parametrize(
+    ("error", "sentence"),
+    [
+        (
+            ModuleNotFoundError("No module named 'tokenizers'", name="tokenizers"),
+            "generate needs tokenizers, which is not installed; install what it needs with: pip "
+            'install --no-build-isolation ".[hf]"',
+        ),
+        (ImportError("llamatelemetry: the library is missing; way out"), "the library is missing"),
+    ],
+    ids=["extra", "library"],
+)
+def test_an_installation_that_cannot_serve_is_said(capsys, monkeypatch, error, sentence):
+    def load(*_, **__):
+        raise error
+
+    monkeypatch.setattr(find, "load_model", load)
+    assert main(["generate", "hello"]) == 1
+    out, err = capsys.readouterr()
+    assert (out, err.count("\n")) == ("", 1)
+    assert err.startswith(f"llamatelemetry: {sentence}")
 
 
 @pytest.mark.parametrize(

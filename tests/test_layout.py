@@ -6,6 +6,7 @@ Each test gathers its offenders, so that one run names them all.
 from __future__ import annotations
 
 import ast
+import os
 import re
 from functools import cache
 from pathlib import Path
@@ -165,6 +166,28 @@ def test_only_the_harness_times():
     ]
 
 
+@cache
+def tree() -> tuple[Path, ...]:
+    """What stands in the tree, without environments, builds and other folders that tools make."""
+    made = {"build", "dist", "__pycache__"}
+    found: list[Path] = []
+    for folder, folders, files in os.walk(ROOT):
+        folders[:] = [
+            name
+            for name in folders
+            if name not in made
+            and not name.endswith(".egg-info")
+            and (name[0] != "." or name in (".ci", ".github"))
+        ]
+        found += [Path(folder, name) for name in (*folders, *files)]
+    return tuple(found)
+
+
+def test_the_tree_is_free_of_what_tools_make():
+    assert ROOT / "setup.py" in tree()
+    assert not [p for p in tree() if {".venv", "build"} & set(p.relative_to(ROOT).parts)]
+
+
 def test_documents_name_what_exists():
     quoted = [
         (path.name, name)
@@ -175,7 +198,9 @@ def test_documents_name_what_exists():
     assert [
         (where, name)
         for where, name in quoted
-        if name not in OF_TRANSFORMERS and not list(ROOT.glob(f"**/{name}"))
+        if name not in OF_TRANSFORMERS
+        and not name.startswith("build/")  # what a build makes
+        and not any(path.match(name) for path in tree())
     ] == []
 
 
@@ -196,5 +221,7 @@ def test_the_map_names_every_folder(document):
 def test_no_machine_paths():
     machine = re.compile(r"(?<![\w.*])/(home|root|Users|work)/")
     results = ROOT.glob("benchmarks/results/*.json")
-    texts = [*CPP, *PYTHON, *DOCUMENTS, *results, ROOT / "Makefile", ROOT / "pyproject.toml"]
+    notes = ROOT.glob("benchmarks/notes/**/*.md")
+    names = ("Makefile", "pyproject.toml", "CHANGELOG.md", "SECURITY.md")
+    texts = [*CPP, *PYTHON, *DOCUMENTS, *results, *notes, *(ROOT / name for name in names)]
     assert [name_of(p) for p in texts if machine.search(p.read_text())] == []

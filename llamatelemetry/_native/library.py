@@ -144,11 +144,13 @@ def load_libraries() -> ctypes.CDLL:
 
 
 def why_no_library() -> str | None:
-    """Why no op can run, or None where the ops are loaded. Never raises."""
+    """Why no op can run, a torch that does not load included, or None where the ops are loaded."""
     try:
         load_libraries()
     except ImportError as error:
         return str(error).removeprefix("llamatelemetry: ")
+    except OSError as error:  # torch's own libraries do not load
+        return f"torch does not import: {error}"
     return None
 
 

@@ -30,17 +30,9 @@ def cuda_archs() -> list[str]:
     return list(library.build_info("CUDA_ARCHS", []))
 
 
-def why_no_ops() -> str | None:
-    """Why no op can run here at all, or None when the ops are loaded."""
-    try:
-        return library.why_no_library()
-    except OSError as error:  # torch's own libraries do not load
-        return f"torch does not import: {error}"
-
-
 def why_no_cuda() -> str | None:
     """Why no CUDA kernel can run here, or None when one can."""
-    if why_no_ops():
+    if library.why_no_library():
         return "no op runs here"
     import torch
 
@@ -87,7 +79,7 @@ def op_kernels() -> dict[str, dict[str, str]]:
 
 def report() -> dict[str, Any]:
     """The machine, the build, and the kernel of each op, ready for JSON."""
-    why_not = why_no_ops()
+    why_not = library.why_no_library()
     loaded = {"cpu": why_not is None, "cuda": why_not is None and not library.why_no_cuda_library()}
     return {
         "machine": machine.describe(),

@@ -38,18 +38,31 @@ def add_command(commands: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Exit code: 0, or 2 after one sentence on stderr when the input cannot be served."""
+    """Exit code: 0; after a sentence on stderr 2 for bad input, 1 where the installation cannot."""
     try:
         return _generate(args)
     except KeyboardInterrupt:
         print(file=sys.stderr)
         return 130
+    except ImportError as error:
+        print(f"llamatelemetry: {_missing(error)}", file=sys.stderr)
+        return 1
     except (ValueError, MemoryError, RuntimeError) as error:
         sentence = _refusal(error)
         if sentence is None:
             raise
         print(f"llamatelemetry: {sentence}", file=sys.stderr)
         return 2
+
+
+def _missing(error: ImportError) -> str:
+    """The sentence for a package that is not there or a library that does not load."""
+    if isinstance(error, ModuleNotFoundError) and error.name:
+        return (
+            f"generate needs {error.name}, which is not installed; install what it needs with: "
+            'pip install --no-build-isolation ".[hf]"'
+        )
+    return " ".join(str(error).removeprefix("llamatelemetry: ").split())
 
 
 def _refusal(error: Exception) -> str | None:

@@ -11,7 +11,10 @@ from llamatelemetry.cli import doctor, generate
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one subcommand and returns the exit code of the process."""
-    parser = argparse.ArgumentParser(prog="llamatelemetry", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="llamatelemetry",
+        description="Generates text with a local model, or says what this machine can do.",
+    )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     generate.add_command(commands)
     doctor.add_command(commands)

@@ -38,7 +38,8 @@ class GraphCaptureConfig:
 class CUDAGraph:
     """A function or a block, captured once and then replayed as a whole.
 
-    Where there is no CUDA, or all tensors are on the CPU, the same calls run the work eagerly.
+    Where there is no CUDA, or all tensors that a function shows are on the CPU, the same calls run
+    the work eagerly. A block shows no tensors: with CUDA it must work on the current device.
 
     Args:
         config: how to capture; the defaults if None.
@@ -64,7 +65,8 @@ class CUDAGraph:
             func: called as ``func(**inputs)``, or as ``func()`` if it takes none of them and reads
                 the tensors as variables. Warm-up, capture and a first replay run it several times.
                 Without func this returns a context manager that captures its body; outputs of
-                the body hold values from the first ``replay`` on.
+                the body hold values from the first ``replay`` on. With CUDA the body must work on
+                the current device, so give CPU work as func.
             inputs: name -> tensor. The tensors become the buffers that every replay reads.
             warmup: whether func runs config.warmup_iters times on a side stream first.
 

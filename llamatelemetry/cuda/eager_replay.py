@@ -76,8 +76,9 @@ class EagerReplay:
         if not self._tape.is_recordable or not self._recording.num_launches:
             self._recording.close()
             self._recording = None
-        if self._recording is not None or self._function is not None:
+        if self._recording is None and self._function is not None:
             self._tape = None
+        # Beside a recording the tape only keeps tensors alive: the recording holds pointers.
 
     @property
     def is_recorded(self) -> bool:
@@ -89,7 +90,7 @@ class EagerReplay:
         assert self._function is not None
         with self:
             self.result = self._function()
-        return self.result
+        return shallow_copy(self.result)
 
     def replay(self) -> Any:
         """Runs the body again; returns the result, whose tensors hold the new values."""
@@ -131,4 +132,9 @@ def shallow_copy(result: Any) -> Any:
 def _match(old: Any, new: Any) -> bool:
     if isinstance(old, Tensor) and isinstance(new, Tensor):
         return old.shape == new.shape and old.dtype == new.dtype
-    return not isinstance(old, Tensor) and not isinstance(new, Tensor) and bool(old == new)
+    if isinstance(old, Tensor) or isinstance(new, Tensor):
+        return False
+    try:
+        return old is new or bool(old == new)
+    except Exception:  # arrays and the like, whose comparison is no truth value
+        return False

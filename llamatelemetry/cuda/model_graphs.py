@@ -18,6 +18,7 @@ from llamatelemetry.cuda.capture import (
     warm_up,
     warn_without_cuda,
 )
+from llamatelemetry.models.hf_kernels import OVERRIDES
 
 _log = logging.getLogger("llamatelemetry")
 
@@ -34,9 +35,10 @@ def enable_cuda_graphs(model: nn.Module) -> nn.Module:
 
     The first call with new shapes, dtypes or constants captures; later ones copy their tensors in,
     replay, and return copies of the outputs. Weights may change in place; where one has moved, all
-    graphs are captured anew. Calls that cannot be a graph (gradients, CPU tensors, caches that
-    grow, a forward that waits for the GPU or writes into its inputs) run as before, and the log
-    says once why.
+    graphs are captured anew. Another attention implementation or enable_flash_attention is a new
+    signature; after any other change to what the model computes, disable and enable. Calls that
+    cannot be a graph (gradients, CPU tensors, caches that grow, a forward that waits for the GPU or
+    writes into its inputs) run as before, and the log says once why.
 
     Args:
         model: changed in place; a second call changes nothing.
@@ -128,7 +130,7 @@ class GraphedForward:
         modules = modules_of(self._model)
         try:
             device = self._check(leaves, tensors_of(modules))
-            key = _signature(leaves, tree, modules)
+            key = signature(leaves, tree, modules)
             return self._graphed(key, leaves, tree, device)
         except NotCapturable as reason:
             if str(reason) not in self._reasons:
@@ -217,8 +219,10 @@ class GraphedForward:
         return _Entry(buffers, graph)
 
 
-def _signature(leaves: list[Any], tree: Any, modules: list[nn.Module]) -> object:
-    """Equal for calls that one graph serves."""
+def signature(leaves: list[Any], tree: Any, modules: list[nn.Module]) -> object:
+    """Equal for calls that one graph serves: inputs, and what else decides what modules compute."""
+    own = [module.__dict__ for module in modules]
+    configs = {id(names["config"]): names["config"] for names in own if "config" in names}
     return (
         tuple(
             (leaf.shape, leaf.dtype, leaf.stride(), leaf.device)
@@ -227,7 +231,10 @@ def _signature(leaves: list[Any], tree: Any, modules: list[nn.Module]) -> object
             for leaf in leaves
         ),
         str(tree),
-        tuple(module.training for module in modules),
+        tuple([module.training for module in modules]),
+        tuple(map(type, modules)),
+        tuple([names.get(OVERRIDES) for names in own]),
+        tuple(getattr(config, "_attn_implementation", None) for config in configs.values()),
         torch.is_autocast_enabled("cuda") and torch.get_autocast_dtype("cuda"),
     )
 

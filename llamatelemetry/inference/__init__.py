@@ -1,4 +1,4 @@
-"""Generation: recordings, the engine and what it is made of."""
+"""Generation: the engine, key-value caches, attention of whole models, recordings."""
 
 from typing import TYPE_CHECKING
 
@@ -8,6 +8,24 @@ if TYPE_CHECKING:
     from llamatelemetry.inference.engine import GenerationStats as GenerationStats
     from llamatelemetry.inference.engine import InferenceEngine as InferenceEngine
     from llamatelemetry.inference.engine import InferResult as InferResult
+    from llamatelemetry.inference.flash_attn import FLASH_ATTN_AVAILABLE as FLASH_ATTN_AVAILABLE
+    from llamatelemetry.inference.flash_attn import FlashAttentionConfig as FlashAttentionConfig
+    from llamatelemetry.inference.flash_attn import (
+        check_flash_attention_available as check_flash_attention_available,
+    )
+    from llamatelemetry.inference.flash_attn import (
+        disable_flash_attention as disable_flash_attention,
+    )
+    from llamatelemetry.inference.flash_attn import enable_flash_attention as enable_flash_attention
+    from llamatelemetry.inference.flash_attn import (
+        flash_attention_forward as flash_attention_forward,
+    )
+    from llamatelemetry.inference.flash_attn import (
+        get_optimal_context_length as get_optimal_context_length,
+    )
+    from llamatelemetry.inference.kv_cache import KVCache as KVCache
+    from llamatelemetry.inference.kv_cache import KVCacheConfig as KVCacheConfig
+    from llamatelemetry.inference.kv_cache import PagedKVCache as PagedKVCache
     from llamatelemetry.inference.recording import Recording as Recording
     from llamatelemetry.inference.recording import RecordingError as RecordingError
     from llamatelemetry.inference.sampling import SamplingParams as SamplingParams
@@ -16,8 +34,29 @@ if TYPE_CHECKING:
 __getattr__, __dir__, __all__ = lazy_names(
     __name__,
     {
-        "engine": ("GenerationStats", "InferResult", "InferenceEngine"),
-        "recording": ("Recording", "RecordingError"),
+        "engine": (
+            "GenerationStats",
+            "InferResult",
+            "InferenceEngine",
+        ),
+        "flash_attn": (
+            "FLASH_ATTN_AVAILABLE",
+            "FlashAttentionConfig",
+            "check_flash_attention_available",
+            "disable_flash_attention",
+            "enable_flash_attention",
+            "flash_attention_forward",
+            "get_optimal_context_length",
+        ),
+        "kv_cache": (
+            "KVCache",
+            "KVCacheConfig",
+            "PagedKVCache",
+        ),
+        "recording": (
+            "Recording",
+            "RecordingError",
+        ),
         "sampling": ("SamplingParams",),
         "text_stream": ("TextStream",),
     },

@@ -29,12 +29,13 @@ class InferResult:
 
 @dataclass
 class GenerationStats:
-    """Counts and seconds of one generation, filled in while it streams."""
+    """Counts, of all sequences together, and seconds of one generation, filled in as it goes."""
 
     prompt_tokens: int = 0
     generated_tokens: int = 0
     first_token_s: float = 0.0  # from the call to the first token
     decode_s: float = 0.0  # from the first token to the last
+    sequences: int = 1  # each has a first token, all at the same time
 
     @property
     def prompt_tokens_per_s(self) -> float:
@@ -42,7 +43,15 @@ class GenerationStats:
 
     @property
     def decode_tokens_per_s(self) -> float:
-        return (self.generated_tokens - 1) / self.decode_s if self.decode_s else 0.0
+        decoded = self.generated_tokens - self.sequences
+        return decoded / self.decode_s if self.decode_s else 0.0
+
+    def add(self, num_tokens: int, seconds: float) -> None:
+        """Counts the tokens of a step that ended so many seconds after the call."""
+        if self.generated_tokens == 0:
+            self.first_token_s = seconds
+        self.decode_s = seconds - self.first_token_s
+        self.generated_tokens += num_tokens
 
 
 class InferenceEngine:
@@ -115,15 +124,11 @@ class InferenceEngine:
         ids = self.encode(prompt) if isinstance(prompt, str) else token_ids(prompt)
         stats.prompt_tokens = len(ids)
         self.stats = stats
-        text = TextStream(self.tokenizer, stop_sequences)
+        text = TextStream(self.tokenizer, stop_sequences, "stop_sequences")
         start = time.perf_counter()
         steps = self.generator.generate([ids], [params or GREEDY], max_tokens, self.loaded.eos_ids)
         for (token,) in steps:
-            now = time.perf_counter()
-            if stats.generated_tokens == 0:
-                stats.first_token_s = now - start
-            stats.decode_s = now - start - stats.first_token_s
-            stats.generated_tokens += 1
+            stats.add(1, time.perf_counter() - start)
             assert token is not None, "a single row ends with its generation"
             if piece := text.push(token):
                 yield piece
@@ -147,7 +152,8 @@ class InferenceEngine:
         stats = GenerationStats()
         try:
             params = SamplingParams(temperature=temperature, top_p=top_p, top_k=top_k, seed=seed)
-            text = "".join(self._stream(prompt, params, max_tokens, stop_sequences or (), stats))
+            stops = () if stop_sequences is None else stop_sequences
+            text = "".join(self._stream(prompt, params, max_tokens, stops, stats))
         except ValueError as error:
             return InferResult(False, "", 0, _ms_since(start), 0.0, str(error))
         return InferResult(
@@ -170,10 +176,13 @@ class InferenceEngine:
         if not prompts:
             return []
         ids = [self.encode(prompt) for prompt in prompts]
+        stats = self.stats = GenerationStats(sum(map(len, ids)), sequences=len(ids))
         texts = [TextStream(self.tokenizer) for _ in prompts]
         rows = [params or GREEDY] * len(prompts)
         eos = self.loaded.eos_ids
+        start = time.perf_counter()
         for tokens in self.generator.generate(ids, rows, max_tokens, eos):
+            stats.add(sum(token is not None for token in tokens), time.perf_counter() - start)
             for text, token in zip(texts, tokens, strict=True):
                 if token is not None:
                     text.push(token)

@@ -11,21 +11,24 @@ from tokenizers.decoders import DecodeStream
 class TextStream:
     """Decodes one sequence incrementally; holds back what may be the start of a stop string.
 
-    Attributes:
+    Args:
         tokenizer: a transformers fast tokenizer
         stop_strings: the text ends before the first that appears; ``stopped`` is then True. A str
             is one stop string
+        name: what refusals call stop_strings
     """
 
-    def __init__(self, tokenizer: Any, stop_strings: str | Sequence[str] = ()) -> None:
+    def __init__(
+        self, tokenizer: Any, stop_strings: str | Sequence[str] = (), name: str = "stop_strings"
+    ) -> None:
         if isinstance(stop_strings, str):
             stop_strings = (stop_strings,)
         if not isinstance(stop_strings, Iterable) or not all(
             isinstance(stop, str) for stop in stop_strings
         ):
-            raise ValueError(f"stop_strings must be strings, got {stop_strings!r}")
+            raise ValueError(f"{name} must be strings, got {stop_strings!r}")
         if any(not stop for stop in stop_strings):
-            raise ValueError("stop_strings must not hold an empty string, which stops everything")
+            raise ValueError(f"{name} must not hold an empty string, which stops everything")
         self.text = ""
         self.stopped = False
         self._tokenizer = tokenizer.backend_tokenizer

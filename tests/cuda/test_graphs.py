@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
@@ -11,7 +12,7 @@ from llamatelemetry.cuda import (
     capture_graph,
     replay_graph,
 )
-from llamatelemetry.ops import rms_norm
+from llamatelemetry.ops import append_kv_, rms_norm
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*no CUDA device holds")
 
@@ -135,6 +136,40 @@ def test_on_the_cpu_our_ops_are_replayed_from_a_recording(no_cuda):
     x.copy_(torch.randn_like(x))
     graph.replay()
     assert torch.equal(block, rms_norm(x, weight))
+
+
+def test_a_recorded_function_keeps_the_tensors_that_it_made(no_cuda):
+    """A replay wrote into whatever had their memory by then."""
+    x, weight = torch.randn(1, 2, 64), torch.ones(128)
+    slots = torch.zeros(1, dtype=torch.int64)
+
+    def step():
+        k, v = torch.empty(1, 64, 2, 64), torch.empty(1, 64, 2, 64)
+        append_kv_(x, x, k, v, slots)
+        return rms_norm(k.view(64, 128), weight)
+
+    graph = CUDAGraph()
+    out = graph.capture(step)
+    others = [torch.zeros(1, 64, 2, 64) for _ in range(50)]
+    x.fill_(3.0)
+    graph.replay()
+    assert not any(other.any() for other in others)
+    assert torch.equal(out[0], rms_norm(x.view(1, 128), weight)[0])
+
+
+def test_what_the_caller_does_to_a_result_stays_with_the_caller(no_cuda):
+    x, weight, graph = torch.randn(2, 64), torch.ones(64), CUDAGraph()
+    graph.capture(lambda: {"y": rms_norm(x, weight)}).pop("y")
+    assert torch.equal(graph.replay()["y"], rms_norm(x, weight))
+
+
+def test_on_the_cpu_results_that_cannot_be_compared_are_returned(no_cuda):
+    x, graph = torch.zeros(2), CUDAGraph()
+    graph.capture(lambda: {"y": x + 1, "array": np.arange(3) + int(x[0])})
+    x.fill_(5.0)
+    out = graph.replay()
+    assert out["y"].tolist() == [6.0, 6.0]
+    assert out["array"].tolist() == [5, 6, 7]
 
 
 def test_without_cuda_it_warns_and_is_not_captured(no_cuda):

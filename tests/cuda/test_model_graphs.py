@@ -11,7 +11,12 @@ from families import VOCAB, tiny_model
 from torch import nn
 
 from llamatelemetry.cuda import disable_cuda_graphs, enable_cuda_graphs
-from llamatelemetry.cuda.model_graphs import MAX_GRAPHS, same_bits
+from llamatelemetry.cuda.model_graphs import MAX_GRAPHS, modules_of, same_bits, signature
+from llamatelemetry.inference import (
+    FlashAttentionConfig,
+    disable_flash_attention,
+    enable_flash_attention,
+)
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*no CUDA device holds")
 
@@ -152,6 +157,45 @@ def test_generate_still_works(device):
     before = model.generate(ids, max_new_tokens=6, do_sample=False)
     after = enable_cuda_graphs(model).generate(ids, max_new_tokens=6, do_sample=False)
     assert torch.equal(before, after)
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: tiny_model("llama", "cpu"), lambda: nn.MultiheadAttention(8, 2).eval()]
+)
+def test_another_attention_is_another_signature(make):
+    """Graphs from before enable_flash_attention went on after it."""
+    model = make()
+
+    def key():
+        return signature([], None, modules_of(model))
+
+    keys = [key()]
+    for config in (FlashAttentionConfig(), FlashAttentionConfig(window_size=1)):
+        enable_flash_attention(model, config)
+        keys.append(key())
+    assert len(set(keys)) == 3
+    assert key() == key()
+    disable_flash_attention(model)
+    assert key() == keys[0]
+
+
+def test_another_implementation_is_another_signature():
+    model = tiny_model("llama", "cpu")
+    model.set_attn_implementation("eager")
+    eager = signature([], None, modules_of(model))
+    model.set_attn_implementation("sdpa")
+    assert signature([], None, modules_of(model)) != eager
+
+
+def test_flash_attention_after_a_capture_takes_effect(device):
+    model = tiny_model("llama", device)
+    ids = torch.randint(VOCAB, (2, 9), device=device)
+    enable_cuda_graphs(model)
+    model(ids, use_cache=False)
+    enable_flash_attention(model, FlashAttentionConfig(window_size=(1, 0)))
+    got = model(ids, use_cache=False).logits
+    disable_cuda_graphs(model)
+    torch.testing.assert_close(got, model(ids, use_cache=False).logits)
 
 
 def test_same_bits_tells_nan_and_signs_apart():

@@ -113,6 +113,21 @@ def test_infer_and_stop_sequences(tmp_path, device):
     assert engine.infer_batch([]) == []
 
 
+def test_stats_of_a_batch_count_all_its_sequences(tmp_path, device):
+    engine, _ = make_engine(tmp_path, device)
+    alone = []
+    for prompt in ("the cat", "on"):
+        engine.infer(prompt, NEW_TOKENS, temperature=0.0)
+        alone.append(engine.stats)
+    engine.infer_batch(["the cat", "on"], max_tokens=NEW_TOKENS)
+    stats = engine.stats
+    assert stats.prompt_tokens == sum(s.prompt_tokens for s in alone)
+    assert stats.generated_tokens == sum(s.generated_tokens for s in alone)
+    assert stats.sequences == 2
+    assert stats.first_token_s > 0
+    assert stats.decode_tokens_per_s * stats.decode_s == pytest.approx(stats.generated_tokens - 2)
+
+
 def test_threads_share_an_engine(tmp_path, device):
     engine, _ = make_engine(tmp_path, device)
     prompts = ["the cat", "on", "the mat the mat", "cat on cat"]
@@ -172,8 +187,9 @@ def test_a_chat_template_that_refuses_is_named(tmp_path):
         ({"top_k": 2.0}, "top_k must be a whole number, got 2.0"),
         ({"seed": "x"}, "seed must be a whole number, got 'x'"),
         ({"seed": True}, "seed must be a whole number, got True"),
-        ({"stop_sequences": 5}, "stop_strings must be strings, got 5"),
-        ({"stop_sequences": ["a", 5]}, "stop_strings must be strings, got ['a', 5]"),
+        ({"stop_sequences": 5}, "stop_sequences must be strings, got 5"),
+        ({"stop_sequences": ""}, "stop_sequences must not hold an empty string"),
+        ({"stop_sequences": ["a", 5]}, "stop_sequences must be strings, got ['a', 5]"),
     ],
 )
 def test_wrong_types_are_named(tmp_path, options, sentence):

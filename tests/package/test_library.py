@@ -124,6 +124,32 @@ def test_doctor_without_build_or_torch(package):
     assert found["machine"]["versions"]["torch"] == "none that imports"
 
 
+def test_torch_that_does_not_load(package):
+    """Its own libraries are missing: an OSError, and generate and why_no_library say so."""
+    (package.parent / "torch.py").write_text("raise OSError('libcudart.so: cannot open')")
+    code = "from llamatelemetry._native import library; print(library.why_no_library())"
+    assert imported(package, code) == "torch does not import: libcudart.so: cannot open"
+    code = "import llamatelemetry.cli.main as cli; print(cli.main(['doctor']))"
+    assert imported(package, code) == "1"
+
+
+def test_generate_without_a_library(package):
+    """One sentence and exit code 1, not a traceback."""
+    remove(package / "lib" / "libllamatelemetry_cpu.so")
+    code = "import llamatelemetry.cli.main as cli; print(cli.main(['generate', 'hi']))"
+    status, sentence = imported_lines(package, code)
+    assert status == "1"
+    assert sentence.startswith("llamatelemetry: ")
+    assert "libllamatelemetry_cpu.so is missing; reinstall with: pip install" in sentence
+
+
+def test_the_help_speaks_to_users(package):
+    code = "import llamatelemetry.cli.main as cli; cli.main(['--help'])"
+    text = " ".join(imported_lines(package, code))
+    assert "Generates text with a local model" in text
+    assert "subcommand" not in text
+
+
 def test_cuda_library_that_does_not_load(package):
     """Ops still run on the CPU; a CUDA call says what is wrong."""
     (package / "lib" / "libllamatelemetry_cuda.so").unlink(missing_ok=True)

@@ -1,0 +1,155 @@
+"""The public names of llamatelemetry.inference: where they are, their signatures and defaults."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import inspect
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import llamatelemetry.inference as package
+
+# module -> name -> (parameter, default) pairs in order; a parameter alone has no default.
+FUNCTIONS = {
+    "flash_attn": {
+        "check_flash_attention_available": [],
+        "enable_flash_attention": ["model", ("config", None)],
+        "disable_flash_attention": ["model"],
+        "flash_attention_forward": [
+            "query",
+            "key",
+            "value",
+            ("causal", True),
+            ("dropout_p", 0.0),
+            ("softmax_scale", None),
+            ("window_size", None),
+        ],
+        "get_optimal_context_length": [
+            "model_size_b",
+            "available_vram_gb",
+            ("use_flash_attention", True),
+        ],
+    },
+    "kv_cache": {
+        "KVCache": ["config"],
+        "KVCache.update": ["layer_idx", "k", "v", ("positions", None)],
+        "KVCache.get": ["layer_idx"],
+        "KVCache.clear": [],
+    },
+    "engine": {
+        "InferenceEngine": ["model"],
+        "InferenceEngine.infer": [
+            "prompt",
+            ("max_tokens", 128),
+            ("temperature", 0.7),
+            ("top_p", 0.9),
+            ("top_k", 40),
+            ("seed", 0),
+            ("stop_sequences", None),
+        ],
+    },
+}
+DATACLASSES = {
+    "flash_attn": {
+        "FlashAttentionConfig": [
+            ("enabled", True),
+            ("version", 2),
+            ("causal", True),
+            ("dropout_p", 0.0),
+            ("softmax_scale", None),
+            ("window_size", None),
+        ]
+    },
+    "kv_cache": {
+        "KVCacheConfig": [
+            ("max_batch_size", 8),
+            ("max_seq_length", 4096),
+            ("num_layers", 32),
+            ("num_heads", 32),
+            ("head_dim", 128),
+            ("dtype", torch.float16),
+            ("num_kv_heads", None),
+            ("device", None),
+        ]
+    },
+    "engine": {
+        "InferResult": [
+            "success",
+            "text",
+            "tokens_generated",
+            "latency_ms",
+            "tokens_per_sec",
+            ("error_message", None),
+        ]
+    },
+}
+
+
+def rows(table):
+    return [
+        pytest.param(module, name, want, id=name)
+        for module, names in table.items()
+        for name, want in names.items()
+    ]
+
+
+def find(module, name):
+    value = importlib.import_module(f"llamatelemetry.inference.{module}")
+    for part in name.split("."):
+        value = getattr(value, part)
+    return value
+
+
+@pytest.mark.parametrize(("module", "name", "want"), rows(FUNCTIONS))
+def test_signatures(module, name, want):
+    value = find(module, name)
+    got = [
+        p.name if p.default is p.empty else (p.name, p.default)
+        for p in inspect.signature(value).parameters.values()
+        if p.name != "self"
+    ]
+    assert got == want
+    assert value.__doc__
+    if "." not in name:
+        assert getattr(package, name) is value
+
+
+@pytest.mark.parametrize(("module", "name", "want"), rows(DATACLASSES))
+def test_dataclasses(module, name, want):
+    value = find(module, name)
+    got = [
+        f.name if f.default is dataclasses.MISSING else (f.name, f.default)
+        for f in dataclasses.fields(value)
+    ]
+    assert got == want
+    assert getattr(package, name) is value
+
+
+def test_paged_cache():
+    parameters = list(inspect.signature(package.PagedKVCache).parameters.values())
+    assert [p.name for p in parameters[:2]] == ["config", "page_size"]
+    assert parameters[1].default == 16
+    sizes = {"num_layers": 1, "num_heads": 2, "head_dim": 8}
+    assert package.PagedKVCache(num_blocks=2, block_size=4, **sizes).__doc__
+
+
+def test_every_public_name_is_in_a_table():
+    tables = [*FUNCTIONS.values(), *DATACLASSES.values()]
+    names = {name for table in tables for name in table if "." not in name}
+    older = {"GenerationStats", "Recording", "RecordingError", "SamplingParams", "TextStream"}
+    assert set(package.__all__) == names | older | {"FLASH_ATTN_AVAILABLE", "PagedKVCache"}
+    assert set(package.__all__) <= set(dir(package))
+    assert package.FLASH_ATTN_AVAILABLE is package.check_flash_attention_available()
+
+
+def test_importing_the_package_loads_none_of_its_modules():
+    code = (
+        "import sys, llamatelemetry.inference\n"
+        "print([m for m in sys.modules if m.startswith(('llamatelemetry.inference.', 'torch'))])"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "[]"
