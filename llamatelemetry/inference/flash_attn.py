@@ -66,9 +66,9 @@ class FlashAttentionConfig:
 
 
 class _Enabled(NamedTuple):
-    implementations: list[tuple[Any, Any]]  # a transformers config, what it had
     served: list[nn.Module]  # modules that plain_attention serves
     overridden: list[nn.Module]
+    has_interface: bool  # our attention is chosen in transformers models
     causal: list[tuple[Any, bool | None]]  # a transformers config, its is_causal
 
 
@@ -76,8 +76,10 @@ def enable_flash_attention(model: _Model, config: FlashAttentionConfig | None = 
     """Puts our attention in the place of a model's own; weights and outputs stay.
 
     Calls with gradients or dropout, and what our kernels do not serve (additive masks, position
-    biases, head_dim above 256), compute what they did before. A second call with another config
-    replaces the first; ``disable_flash_attention`` undoes it.
+    biases, head_dim above 256), compute what they did before; so do calls of nn.MultiheadAttention
+    that ask for the weights, as its default need_weights=True does, and where the config changes
+    the attention they are an error. A second call with another config replaces the first;
+    ``disable_flash_attention`` undoes it.
 
     Args:
         model: A transformers model whose attention goes through AttentionInterface, or any module
@@ -95,7 +97,7 @@ def enable_flash_attention(model: _Model, config: FlashAttentionConfig | None = 
     if not config.enabled:
         return disable_flash_attention(model)
     from llamatelemetry.models import plain_attention
-    from llamatelemetry.models.hf_kernels import OVERRIDES, Overrides
+    from llamatelemetry.models.hf_overrides import OVERRIDES, Overrides
 
     kinds = {module: plain_attention.attention_kind(_base_of(module)) for module in model.modules()}
     found = [module for module, kind in kinds.items() if kind is not None]
@@ -121,13 +123,13 @@ def enable_flash_attention(model: _Model, config: FlashAttentionConfig | None = 
     overridden = found if overrides != Overrides() else []
     for module in overridden:
         setattr(module, OVERRIDES, overrides)
-    implementations, causal = [], []
+    causal = []
     if interface:
         from llamatelemetry.models.hf_attention import choose_ours, lift_causality
 
-        implementations = choose_ours(model)
-        causal = [] if config.causal else lift_causality(implementations)
-    setattr(model, _STATE, _Enabled(implementations, plain, overridden, causal))
+        configs = choose_ours(model, _STATE)
+        causal = [] if config.causal else lift_causality(configs)
+    setattr(model, _STATE, _Enabled(plain, overridden, bool(interface), causal))
     return model
 
 
@@ -137,14 +139,16 @@ def disable_flash_attention(model: _Model) -> _Model:
     if state is None:
         return model
     from llamatelemetry.models import plain_attention
-    from llamatelemetry.models.hf_kernels import OVERRIDES
+    from llamatelemetry.models.hf_overrides import OVERRIDES
 
     for module in state.served:
         plain_attention.restore(module)
     for module in state.overridden:
         module.__dict__.pop(OVERRIDES, None)
-    for config, value in state.implementations:
-        config._attn_implementation_internal = value
+    if state.has_interface:
+        from llamatelemetry.models.hf_attention import leave
+
+        leave(model, _STATE)
     for config, is_causal in state.causal:
         if is_causal is None:
             del config.is_causal

@@ -8,17 +8,19 @@ of the module's own file where scores are capped, sinks stand or the weights are
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from llamatelemetry.models.hf_fallback import theirs, wants_weights
-from llamatelemetry.models.hf_kernels import OVERRIDES, Overrides, Scores, attend, serves
+from llamatelemetry.models.hf_kernels import Scores, attend, serves
 from llamatelemetry.models.hf_layout import KeyLayout
 from llamatelemetry.models.hf_masks import key_mask, mask_of
+from llamatelemetry.models.hf_overrides import OVERRIDES, Overrides
 
 NAME = "llamatelemetry"
+_CHOSEN = "_llamatelemetry_chosen"  # attribute of a transformers model: a _Chosen
 
 
 def register() -> None:
@@ -79,6 +81,13 @@ def attention_forward(
     return theirs(module, query, key, value, attention_mask, scale, dropout, causal, kwargs)
 
 
+class _Chosen(NamedTuple):
+    """Who has chosen our attention in a transformers model."""
+
+    before: list[tuple[Any, Any]]  # a config, and the implementation that it had
+    users: set[str]
+
+
 def _configs_of(model: nn.Module) -> list[Any]:
     """Every config of the transformers models in a model, sub-configs last."""
     configs: list[Any] = []
@@ -94,25 +103,54 @@ def _configs_of(model: nn.Module) -> list[Any]:
     return configs
 
 
-def choose_ours(model: nn.Module) -> list[tuple[Any, Any]]:
-    """Chooses our attention in every transformers model inside; returns what was chosen before."""
+def choose_ours(model: nn.Module, user: str) -> list[Any]:
+    """Chooses our attention in every transformers model inside; returns their configs.
+
+    Args:
+        user: who chooses. What was chosen before the first user came is restored by ``leave`` when
+            the last one goes.
+    """
     register()
-    before = [(config, config._attn_implementation) for config in _configs_of(model)]
+    configs = _configs_of(model)
+    for root in _roots_of(model):
+        chosen = root.__dict__.get(_CHOSEN)
+        if chosen is None:
+            before = [(config, config._attn_implementation) for config in _configs_of(root)]
+            chosen = _Chosen(before, set())
+            setattr(root, _CHOSEN, chosen)
+        chosen.users.add(user)
+        root.set_attn_implementation(NAME)
+    return configs
+
+
+def leave(model: nn.Module, user: str) -> None:
+    """Undoes a user's choose_ours; where it chose nothing, nothing changes."""
+    for root in _roots_of(model):
+        chosen: _Chosen | None = root.__dict__.get(_CHOSEN)
+        if chosen is None or user not in chosen.users:
+            continue
+        chosen.users.remove(user)
+        if not chosen.users:
+            delattr(root, _CHOSEN)
+            for config, implementation in chosen.before:
+                config._attn_implementation_internal = implementation
+
+
+def _roots_of(model: nn.Module) -> list[Any]:
+    """The outermost transformers models in a model."""
     roots: list[Any] = []
     inside: set[nn.Module] = set()
     for module in model.modules():
         if hasattr(module, "set_attn_implementation") and module not in inside:
             roots.append(module)
             inside.update(module.modules())
-    for root in roots:
-        root.set_attn_implementation(NAME)
-    return before
+    return roots
 
 
-def lift_causality(implementations: list[tuple[Any, Any]]) -> list[tuple[Any, bool | None]]:
+def lift_causality(configs: list[Any]) -> list[tuple[Any, bool | None]]:
     """Has transformers make masks without causality."""
     before = []
-    for config, _ in implementations:
+    for config in configs:
         before.append((config, config.__dict__.get("is_causal")))
         config.is_causal = False
     return before

@@ -26,17 +26,7 @@ _FEW_QUERIES: int = LIMITS["max_split_queries"]
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _MAX_SOFTCAP = 10000.0
 MAX_HEAD_DIM = 256
-OVERRIDES = "_llamatelemetry_overrides"  # attribute of a module: an Overrides
 _said: set[str] = set()
-
-
-class Overrides(NamedTuple):
-    """What enable_flash_attention's configuration changes in a module's attention."""
-
-    softmax_scale: float | None = None
-    dropout_p: float = 0.0
-    window: tuple[int, int] = (-1, -1)
-    causal: bool = True
 
 
 class Scores(NamedTuple):

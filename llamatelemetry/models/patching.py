@@ -13,10 +13,11 @@ from torch import Tensor, nn
 
 from llamatelemetry.models.decoder import Block, Decoder, rope_tables
 from llamatelemetry.models.families import FAMILIES, family_of
-from llamatelemetry.models.hf_attention import register
+from llamatelemetry.models.hf_attention import choose_ours, leave, register
+from llamatelemetry.models.hf_overrides import in_force
 from llamatelemetry.models.opset import NATIVE, OpSet
 from llamatelemetry.models.pieces.attention import Attention
-from llamatelemetry.models.pieces.base import Piece
+from llamatelemetry.models.pieces.base import Piece, has_hooks
 from llamatelemetry.models.pieces.layer import DecoderLayer, norm_of, unserved
 from llamatelemetry.models.pieces.merge import TensorsOf
 from llamatelemetry.models.pieces.mlp import GatedMlp
@@ -35,6 +36,9 @@ __all__ = [
 ]
 
 
+_USER = "patch"  # of our attention
+
+
 @dataclass
 class PatchReport:
     """What patch replaced, and what it did not.
@@ -42,10 +46,13 @@ class PatchReport:
     Attributes:
         replaced: how often each piece stands for a module
         refused: module name -> why it stays as it was
+        not_packed: why the engine cannot run the model although every piece that it needs stands;
+            None if it can, or if refused says why
     """
 
     replaced: Counter[str] = field(default_factory=Counter)
     refused: dict[str, str] = field(default_factory=dict)
+    not_packed: str | None = None
 
 
 @dataclass
@@ -53,7 +60,7 @@ class _Patched:
     report: PatchReport
     pieces: dict[str, Piece]
     decoder: Decoder | None
-    attn_implementation: str
+    ops: OpSet
 
 
 @torch.no_grad()
@@ -66,6 +73,10 @@ def patch(model: Any, strict: bool = False, ops: OpSet = NATIVE) -> PatchReport:
     are enabled a replacement hands over to the module's own forward, so call the model under
     torch.no_grad() or torch.inference_mode(), as generate does.
 
+    Once a parameter or a part of a replaced module is another one, or carries a forward hook, the
+    module's own forward runs again, and forward_tokens raises: unpatch and patch again. Steps that
+    the engine has recorded, and tensors put into a parameter's data, are not looked at.
+
     Args:
         model: an instance of a class in FAMILIES, plain or with quantised linears.
         strict: whether a refused piece is an error, raised before any forward is replaced and, if
@@ -76,13 +87,13 @@ def patch(model: Any, strict: bool = False, ops: OpSet = NATIVE) -> PatchReport:
         The report; a second call changes nothing and returns it again.
 
     Raises:
-        ValueError: a model of another class; with strict, a piece that is refused.
+        ValueError: a model of another class, or one that is patched with other ops; with strict, a
+            piece that is refused, in a second call too.
     """
     spec = family_of(model).spec
     if (patched := model.__dict__.get("_llamatelemetry")) is not None:
-        return patched.report
+        return _again(patched, strict, ops)
     register()
-    attn_implementation = model.config._attn_implementation
     wanted = _wanted(model, spec)
     refused = _refusals(model, spec, ops, wanted)
     pieces = {}
@@ -95,23 +106,43 @@ def patch(model: Any, strict: bool = False, ops: OpSet = NATIVE) -> PatchReport:
     if refused and strict:
         for piece in pieces.values():
             piece.unbind()
-        raise ValueError(f"patch: every piece must agree with its module, got {_summary(refused)}")
+        raise _disagree(refused)
     for piece in pieces.values():
         piece.install()
     report = PatchReport(Counter(type(piece).__name__ for piece in pieces.values()), refused)
     if report.replaced["Attention"] and ops.attn_implementation is not None:
-        model.set_attn_implementation(ops.attn_implementation)
+        choose_ours(model, _USER)
     decoder = _decoder(model, spec, ops, pieces)
+    if decoder is not None and (reason := decoder.why_not()) is not None:
+        decoder, report.not_packed = None, reason
+        warnings.warn(f"patch: the engine cannot run this model: {reason}", stacklevel=3)
     if refused and (
-        decoder is None or {kind.__name__ for kind in wanted.values()} - set(report.replaced)
+        (decoder is None and report.not_packed is None)
+        or {kind.__name__ for kind in wanted.values()} - set(report.replaced)
     ):
         warnings.warn(
             f"patch: {len(refused)} of {len(wanted)} modules of this {type(model).__name__} stay "
             f"as they were: {_summary(refused)}",
             stacklevel=3,
         )
-    model._llamatelemetry = _Patched(report, pieces, decoder, attn_implementation)
+    model._llamatelemetry = _Patched(report, pieces, decoder, ops)
     return report
+
+
+def _disagree(refused: Mapping[str, str]) -> ValueError:
+    return ValueError(f"patch: every piece must agree with its module, got {_summary(refused)}")
+
+
+def _again(patched: _Patched, strict: bool, ops: OpSet) -> PatchReport:
+    """What patch gives for a model that is patched."""
+    if ops != patched.ops:
+        raise ValueError(
+            "patch: ops must be those that the model is patched with, got others; call "
+            "unpatch(model) first"
+        )
+    if strict and patched.report.refused:
+        raise _disagree(patched.report.refused)
+    return patched.report
 
 
 def _wanted(model: Any, spec: LayerSpec) -> dict[str, type[Piece]]:
@@ -139,6 +170,8 @@ def _refusals(
     for name, kind in wanted.items():
         try:
             module = model.get_submodule(name)
+            for changed in filter(None, map(in_force, module.modules())):
+                raise ValueError(f"the module must be without {changed}; disable_flash_attention")
             key = likeness(kind, module)
             if key not in verdicts:
                 verdicts[key] = _verdict(kind, module, spec, ops, model)
@@ -157,6 +190,9 @@ def _verdict(
     tensors = TensorsOf(module)
     try:
         piece = kind(module, spec, model.config, ops)
+        for name, part in piece.bypassed():
+            if has_hooks(part._forward_hooks, part._forward_pre_hooks):
+                return f"{name} carries forward hooks, which the replacement would not run"
         return disagreement(piece, model.model.rotary_emb, model.model.norm.weight)
     except Exception as error:  # of whatever the module is made of
         return _reason(error)
@@ -193,7 +229,7 @@ def unpatch(model: Any) -> None:
     if patched is not None:
         for piece in patched.pieces.values():
             piece.remove()
-        model.set_attn_implementation(patched.attn_implementation)
+        leave(model, _USER)
 
 
 @torch.no_grad()
@@ -201,8 +237,11 @@ def forward_tokens(model: Any, input_ids: Tensor, step: StepInput, state: Decode
     """Logits [batch, vocab_size] of the last token of each sequence; appends to the paged cache."""
     patched: _Patched | None = model.__dict__.get("_llamatelemetry")
     if patched is None or patched.decoder is None:
-        reasons = "it is not patched" if patched is None else str(patched.report.refused)
+        report = None if patched is None else patched.report
+        reasons = "it is not patched" if report is None else report.not_packed or report.refused
         raise ValueError(f"forward_tokens: model must be patched as a whole, got {reasons}")
+    if (reason := patched.decoder.why_not()) is not None:
+        raise RuntimeError(f"forward_tokens: {reason}; call unpatch(model) and patch(model) again")
     return patched.decoder.forward(input_ids, step, state)
 
 
@@ -224,7 +263,7 @@ def _decoder(
         mlp = pieces.get(f"{path}.{spec.mlp}")
         step = mlp.step if isinstance(mlp, GatedMlp) else _as_batch(getattr(layer, spec.mlp))
         blocks.append(Block(whole, attention, step, norms[i]))
-    return Decoder(model, spec, ops, blocks)
+    return Decoder(model, spec, ops, blocks, pieces)
 
 
 def _as_batch(mlp: nn.Module) -> Callable[[Tensor], Tensor]:

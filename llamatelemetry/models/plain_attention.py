@@ -16,8 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from llamatelemetry.models.hf_kernels import OVERRIDES, Overrides, Scores, attend, serves
+from llamatelemetry.models.hf_kernels import Scores, attend, serves
 from llamatelemetry.models.hf_layout import KeyLayout
+from llamatelemetry.models.hf_overrides import OVERRIDES, Overrides, in_force
 
 _INTERFACE = "ALL_ATTENTION_FUNCTIONS"
 _SDPA = "scaled_dot_product_attention"
@@ -216,6 +217,11 @@ def _multihead_forward(
     nested = any(x.is_nested for x in (query, key, value))
     rare = self.bias_k is not None or self.bias_v is not None or self.add_zero_attn
     if need_weights or nested or rare or query.ndim != 3:
+        if (changed := in_force(self)) is not None:
+            raise ValueError(
+                f"MultiheadAttention: need_weights must be False, and the input one dense batch, "
+                f"for {changed} to count; pass need_weights=False or disable_flash_attention"
+            )
         return self._llamatelemetry_base.forward(
             self,
             query,

@@ -78,7 +78,11 @@ def disagreement(piece: Piece, rotary: nn.Module, like: Tensor) -> str | None:
 
 
 def likeness(kind: type[Piece], module: nn.Module) -> object:
-    """Equal for modules that differ in the values of their weights alone."""
+    """Equal for modules that differ in the values of their weights alone.
+
+    What a hook or a forward of one object's own does cannot be seen, so it makes that one alike to
+    none.
+    """
     scalars = (bool, int, float, str, type(None))
     return (
         kind,
@@ -93,6 +97,11 @@ def likeness(kind: type[Piece], module: nn.Module) -> object:
             for name, part in module.named_modules()
             for key, value in vars(part).items()
             if isinstance(value, scalars) and key != "layer_idx"
+        ),
+        tuple(
+            id(part)
+            for part in module.modules()
+            if part._forward_hooks or part._forward_pre_hooks or "forward" in vars(part)
         ),
     )
 

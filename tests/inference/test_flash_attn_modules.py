@@ -262,3 +262,17 @@ def test_config_acts_on_transformers_models(device):
     disable_flash_attention(model)
     assert "is_causal" not in model.config.to_dict()
     assert model.config._attn_implementation == "eager"
+
+
+def test_multihead_weights_under_a_configuration(device):
+    """Torch computes the weights, so that a configuration would be ignored."""
+    model, x = made(nn.MultiheadAttention, 32, 2, batch_first=True, device=device), x_of(device)
+    want = model(x, x, x)
+    enable_flash_attention(model)
+    assert_close(model(x, x, x), want)
+    enable_flash_attention(model, FlashAttentionConfig(softmax_scale=3.0))
+    with pytest.raises(ValueError, match=r"need_weights must be False.*softmax_scale=3\.0"):
+        model(x, x, x)
+    assert not torch.allclose(model(x, x, x, need_weights=False)[0], want[0])
+    enable_flash_attention(model, FlashAttentionConfig(dropout_p=0.5))
+    assert_close(model(x, x, x), want)

@@ -159,7 +159,7 @@ class Attention(Piece):
         return self.ops.all_reduce(self.o(out.view(x.shape[0], -1)))
 
     def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() or self.changed():
             return self.original(*args, **kwargs)
         call = self.named(args, kwargs)
         hidden_states, angles = call.pop("hidden_states"), call.pop("position_embeddings")

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
+import pickle
 import sys
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NoReturn
 
+import torch
 from torch import nn
 
 from llamatelemetry.models.opset import NATIVE, OpSet
@@ -39,6 +42,8 @@ class Piece:
     """
 
     known: frozenset[str] = frozenset({"hidden_states", "x"})
+    _watched: Sequence[tuple[dict[str, Any], str, object, str]] = ()  # nothing before install
+    _part_hooks: Sequence[tuple[dict[int, Any], str]] = ()
 
     def __init__(
         self, module: nn.Module, spec: LayerSpec, config: Any, ops: OpSet = NATIVE
@@ -54,6 +59,45 @@ class Piece:
     def bind(self) -> None:
         """Takes the module's tensors in hand; again whenever they have moved."""
 
+    def bypassed(self) -> list[tuple[str, nn.Module]]:
+        """The parts, by name, that the piece computes without calling them: all of its module's."""
+        return [(name, part) for name, part in self.module.named_modules() if name]
+
+    def watch(self) -> None:
+        """Notes what the piece is bound to, for changed."""
+        parts = [("", self.module), *self.bypassed()]
+        watched = [
+            (entries, key, value, f"{name}.{key}".lstrip("."))
+            for name, part in parts
+            for entries in (part._modules, part._parameters)
+            for key, value in entries.items()
+        ]
+        watched += [
+            (part.__dict__, "forward", part.__dict__.get("forward"), name)
+            for name, part in parts[1:]
+        ]
+        self._watched = watched
+        self._part_hooks = [
+            (hooks, name)
+            for name, part in parts[1:]
+            for hooks in (part._forward_hooks, part._forward_pre_hooks)
+        ]
+
+    def changed(self) -> str | None:
+        """Which part has been replaced or hooked since bind, so that the piece is not its module's.
+
+        A tensor put into a parameter's data is not seen, nor is anything while Dynamo traces.
+        """
+        if torch.compiler.is_compiling():
+            return None
+        for entries, key, value, name in self._watched:
+            if entries.get(key) is not value:
+                return name
+        for hooks, name in self._part_hooks:
+            if hooks and has_hooks(hooks):
+                return name
+        return None
+
     def unbind(self) -> None:
         """Gives back what bind took."""
 
@@ -67,15 +111,31 @@ class Piece:
         """The arguments of a call by the names that the module's own forward has for them."""
         return dict(zip(self.parameters, args, strict=False)) | dict(kwargs)
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Piece:
+        twin = memo[id(self)] = type(self).__new__(type(self))
+        twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return twin
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        raise pickle.PicklingError(
+            "a patched model cannot be pickled: call unpatch(model) first, and patch what is "
+            "loaded, or save its state_dict"
+        )
+
     def _apply(self, *args: Any, **kwargs: Any) -> Any:
         result = self._apply_original(*args, **kwargs)
-        self.bind()
+        self._rebind()
         return result
 
     def _loaded(self, *_: Any) -> None:
+        self._rebind()
+
+    def _rebind(self) -> None:
         self.bind()
+        self.watch()
 
     def install(self) -> None:
+        self.watch()
         self.module.forward = self.forward
         self.module._apply = self._apply
         self._hook = self.module.register_load_state_dict_post_hook(self._loaded)
@@ -87,6 +147,15 @@ class Piece:
             if value is not None:
                 self.module.__dict__[name] = value
         self.unbind()
+
+
+def has_hooks(*hooks: Mapping[int, Any]) -> bool:
+    """Whether forward hooks are more than those by which transformers collects hidden states."""
+    return any(
+        not str(getattr(hook, "__module__", "")).startswith("transformers.")
+        for each in hooks
+        for hook in each.values()
+    )
 
 
 def eager_attention_of(module: nn.Module) -> Callable[..., Any]:

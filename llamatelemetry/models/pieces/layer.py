@@ -50,6 +50,10 @@ class DecoderLayer(Piece):
         self.mlp_norm = norm_of(module, spec.mlp_norm)
         self.multiplier = number_of(module, spec.residual_multiplier)
 
+    def bypassed(self) -> list[tuple[str, nn.Module]]:
+        names = (self.spec.attention_norm, self.spec.middle_norm, self.spec.mlp_norm)
+        return [(name, norm_of(self.module, name)) for name in names if name]
+
     def run(
         self,
         x: Tensor,
@@ -76,7 +80,7 @@ class DecoderLayer(Piece):
         return x if self.multiplier == 1.0 else x * self.multiplier
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() or self.changed():
             return self.original(*args, **kwargs)
         call = self.named(args, kwargs)
         hidden_states = call.pop("hidden_states")

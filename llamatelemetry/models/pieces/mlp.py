@@ -42,7 +42,7 @@ class GatedMlp(Piece):
         return self.ops.all_reduce(self.down(self.act_and_mul(self.gate_up(x))))
 
     def forward(self, *args: Tensor, **kwargs: Tensor) -> Tensor:
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() or self.changed():
             return self.original(*args, **kwargs)
         (x,) = self.named(args, kwargs).values()
         return self.step(x)
