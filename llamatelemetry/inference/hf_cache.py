@@ -61,7 +61,7 @@ class _Layer(CacheLayerMixin):
         """The batch becomes these of its rows."""
 
 
-class _ContiguousLayer(_Layer):
+class ContiguousLayer(_Layer):
     def __init__(self, cache: KVCache, index: int) -> None:
         super().__init__(index)
         self.cache = cache
@@ -180,7 +180,7 @@ class _PagedLayer(_Layer):
 
 def contiguous_cache(cache: KVCache) -> Cache:
     """A Cache whose layers are those of a KVCache."""
-    return Cache(layers=[_ContiguousLayer(cache, i) for i in range(cache.config.num_layers)])
+    return Cache(layers=[ContiguousLayer(cache, i) for i in range(cache.config.num_layers)])
 
 
 def paged_cache(cache: PagedKVCache, sequences: Sequence[Hashable]) -> Cache:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,7 +17,16 @@ from llamatelemetry.inference.paged_kv_cache import PagedKVCache
 from llamatelemetry.ops import append_kv_, slot_mapping
 from llamatelemetry.ops._contract import inference_only
 
-__all__ = ["KVCache", "KVCacheConfig", "PagedKVCache", "kv_cache_bytes"]
+__all__ = [
+    "KVCache",
+    "KVCacheConfig",
+    "PagedKVCache",
+    "kv_cache_bytes",
+    "optimize_kv_cache",
+    "restore_kv_cache",
+]
+
+_Model = TypeVar("_Model", bound=torch.nn.Module)
 
 
 class KVCache(ServesTransformers):
@@ -185,3 +194,33 @@ class KVCache(ServesTransformers):
                 f"{op}: positions must be torch.int64 on {self.keys.device}, got "
                 f"{positions.dtype} on {positions.device}"
             )
+
+
+def optimize_kv_cache(model: _Model) -> _Model:
+    """Gives a model's generate a KVCache a layer in the place of transformers' growing tensors.
+
+    They are made once a call, as long as it may get, so that no step copies what was cached; tokens
+    stay the same. Sliding windows, static and offloaded caches, and caches given to generate stay
+    as they are. ``restore_kv_cache`` undoes it.
+
+    Args:
+        model: A transformers model that can generate.
+
+    Returns:
+        The model.
+
+    Raises:
+        ValueError: For another model, or one with latent attention.
+    """
+    from llamatelemetry.inference.model_cache import optimize
+
+    optimize(model)
+    return model
+
+
+def restore_kv_cache(model: _Model) -> _Model:
+    """Undoes optimize_kv_cache; a model that it was not called on stays as it is."""
+    from llamatelemetry.inference.model_cache import restore
+
+    restore(model)
+    return model
