@@ -115,7 +115,7 @@ class BlockManager:
 
         Returns:
             (source, destination) of each block to be copied before anything is written, for
-            copy_blocks_: the last block, if it is part full and shared.
+            copy_blocks_: the last block, if it is part full and shared or cached.
 
         Raises:
             OutOfBlocks: with the numbers; nothing was changed.
@@ -123,9 +123,8 @@ class BlockManager:
         one = self._get(sequence)
         length = len(one.tokens)
         tail = length // self.page_size
-        is_shared = (
-            count > 0 and length % self.page_size > 0 and self._references[one.blocks[tail]] > 1
-        )
+        block = one.blocks[tail] if count > 0 and length % self.page_size else None
+        is_shared = block is not None and (self._references[block] > 1 or block in self._key_of)
         missing = max(self.blocks_for(length + count) - len(one.blocks), 0)
         self._require(missing + is_shared)
         pairs = []
@@ -143,15 +142,17 @@ class BlockManager:
         self._get(sequence).tokens += tokens
         return pairs
 
+    def truncate(self, sequence: Hashable, num_tokens: int) -> None:
+        """Takes the last tokens and what is reserved from a sequence; num_tokens stay."""
+        one = self._of_count("truncate", sequence, num_tokens)
+        del one.tokens[num_tokens:]
+        while len(one.blocks) > self.blocks_for(num_tokens):
+            self._release(one.blocks.pop())
+
     def commit(self, sequence: Hashable, num_tokens: int) -> None:
         """Says that the keys and values of the first num_tokens are written: from now on other
         sequences may share the full blocks among them."""
-        one = self._get(sequence)
-        if not one.num_committed <= num_tokens <= len(one.tokens):
-            raise ValueError(
-                f"commit: num_tokens must lie in [{one.num_committed}, {len(one.tokens)}] for "
-                f"sequence {sequence!r}, got {num_tokens}"
-            )
+        one = self._of_count("commit", sequence, num_tokens)
         size = self.page_size
         if self.share_prefixes:
             for i in range(one.num_committed // size, num_tokens // size):
@@ -189,8 +190,7 @@ class BlockManager:
         return list(self._sequences)
 
     def forget_prefixes(self) -> None:
-        """Nothing that is in the cache now is shared with later sequences, as after a change of the
-        model's weights."""
+        """Shares nothing that is cached now with later sequences, as after a change of weights."""
         self._cached.clear()
         self._key_of.clear()
         self._free += self._idle
@@ -239,6 +239,15 @@ class BlockManager:
         if sequence not in self._sequences:
             raise ValueError(f"BlockManager: sequence must be allocated first, got {sequence!r}")
         return self._sequences[sequence]
+
+    def _of_count(self, method: str, sequence: Hashable, num_tokens: int) -> _Sequence:
+        one = self._get(sequence)
+        if not one.num_committed <= num_tokens <= len(one.tokens):
+            raise ValueError(
+                f"{method}: num_tokens must lie in [{one.num_committed}, {len(one.tokens)}] for "
+                f"sequence {sequence!r}, got {num_tokens}"
+            )
+        return one
 
     def _cached_prefix(self, tokens: Sequence[int]) -> list[_Cached]:
         found: list[_Cached] = []

@@ -173,11 +173,7 @@ def _checked(config: FlashAttentionConfig) -> tuple[int, int]:
     op = "enable_flash_attention"
     if config.version not in (2, 3):
         raise ValueError(f"{op}: version must be 2 or 3, got {config.version!r}")
-    if not 0.0 <= config.dropout_p < 1.0:
-        raise ValueError(f"{op}: dropout_p must be in [0, 1), got {config.dropout_p!r}")
-    scale = config.softmax_scale
-    if scale is not None and not math.isfinite(scale):
-        raise ValueError(f"{op}: softmax_scale must be finite, got {scale!r}")
+    _check_numbers(op, config.dropout_p, config.softmax_scale)
     if config.enabled and config.version == 3:
         from llamatelemetry.ops.backends import flash_why_not
 
@@ -191,11 +187,21 @@ def _checked(config: FlashAttentionConfig) -> tuple[int, int]:
     return _window_of(op, config.window_size)
 
 
+def _check_numbers(op: str, dropout_p: float, softmax_scale: float | None) -> None:
+    from llamatelemetry.inference.arguments import real
+
+    if not 0.0 <= real(f"{op}: dropout_p", dropout_p) < 1.0:
+        raise ValueError(f"{op}: dropout_p must be in [0, 1), got {dropout_p!r}")
+    if softmax_scale is not None and not math.isfinite(real(f"{op}: softmax_scale", softmax_scale)):
+        raise ValueError(f"{op}: softmax_scale must be finite, got {softmax_scale!r}")
+
+
 def _window_of(op: str, window_size: int | tuple[int, int] | None) -> tuple[int, int]:
     if window_size is None:
         return -1, -1
-    pair = (window_size, window_size) if isinstance(window_size, int) else tuple(window_size)
-    if len(pair) != 2 or not all(isinstance(x, int) and x >= -1 for x in pair):
+    pair = window_size if isinstance(window_size, (tuple, list)) else (window_size, window_size)
+    whole = [isinstance(x, int) and not isinstance(x, bool) and x >= -1 for x in pair]
+    if whole != [True, True]:
         raise ValueError(
             f"{op}: window_size must be None, an int of at least -1 or two of them (left, right), "
             f"got {window_size!r}"
@@ -240,7 +246,8 @@ def flash_attention_forward(
     from llamatelemetry.models.hf_layout import KeyLayout
 
     left, right = _window_of("flash_attention_forward", window_size)
-    _check_tensors(query, key, value, dropout_p)
+    _check_numbers("flash_attention_forward", dropout_p, softmax_scale)
+    _check_tensors(query, key, value)
     scale = query.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
     scores = Scores(scale, causal, left, right, 0.0)
@@ -256,7 +263,7 @@ def flash_attention_forward(
     return torch.where(sees, out, 0.0).transpose(1, 2).contiguous()
 
 
-def _check_tensors(query: Tensor, key: Tensor, value: Tensor, dropout_p: float) -> None:
+def _check_tensors(query: Tensor, key: Tensor, value: Tensor) -> None:
     op = "flash_attention_forward"
     for name, x in (("query", query), ("key", key), ("value", value)):
         if x.ndim != 4:
@@ -283,5 +290,3 @@ def _check_tensors(query: Tensor, key: Tensor, value: Tensor, dropout_p: float) 
         raise ValueError(
             f"{op}: key's heads must divide query's {query.shape[2]}, got {key.shape[2]}"
         )
-    if not 0.0 <= dropout_p < 1.0:
-        raise ValueError(f"{op}: dropout_p must be in [0, 1), got {dropout_p!r}")

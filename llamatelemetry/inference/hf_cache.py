@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from abc import abstractmethod
 from collections.abc import Hashable, Sequence
 from typing import Any
 
@@ -16,6 +18,7 @@ class _Layer(CacheLayerMixin):
     """What both kinds share: they are allocated from the start, and no mask is offset."""
 
     is_sliding = False
+    is_croppable = True
 
     def __init__(self, index: int) -> None:
         super().__init__()
@@ -28,8 +31,37 @@ class _Layer(CacheLayerMixin):
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.get_seq_length() + query_length, 0
 
+    def crop(self, tokens_to_remove: int) -> None:
+        """Takes -tokens_to_remove tokens away, as DynamicLayer does; of a positive number, as
+        transformers had it before, so many tokens stay."""
+        length, number = self.get_seq_length(), int(tokens_to_remove)  # generate gives a tensor
+        kept = number if number > 0 else max(length + number, 0)
+        if kept < length:
+            self._truncate(kept)
 
-class _ContiguousLayer(_Layer):
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Every row becomes so many, next to each other."""
+        if batch := self._batch():
+            self._select(torch.arange(batch).repeat_interleave(repeats))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keeps these rows of the batch, in this order."""
+        if batch := self._batch():
+            self._select(torch.arange(batch)[torch.as_tensor(indices).cpu()])
+
+    @abstractmethod
+    def _truncate(self, length: int) -> None: ...
+
+    @abstractmethod
+    def _batch(self) -> int:
+        """Of how many rows this layer has to select; 0 while it is empty."""
+
+    @abstractmethod
+    def _select(self, rows: Tensor) -> None:
+        """The batch becomes these of its rows."""
+
+
+class ContiguousLayer(_Layer):
     def __init__(self, cache: KVCache, index: int) -> None:
         super().__init__(index)
         self.cache = cache
@@ -54,6 +86,16 @@ class _ContiguousLayer(_Layer):
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self.cache.reorder(self.index, beam_idx)
+
+    def _truncate(self, length: int) -> None:
+        self.cache.truncate(self.index, length)
+
+    def _batch(self) -> int:
+        cached = self.cache.get(self.index)
+        return 0 if cached is None else len(cached[0])
+
+    def _select(self, rows: Tensor) -> None:
+        self.cache.reorder(self.index, rows)
 
 
 class _PagedLayer(_Layer):
@@ -99,26 +141,61 @@ class _PagedLayer(_Layer):
                 self.cache.allocate(row)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Row b becomes a fork of row beam_idx[b], for all layers at once."""
+        """Row b becomes a fork of row beam_idx[b] and keeps its name, for all layers at once."""
+        if self._batch():
+            self._fork(beam_idx.tolist(), list(self.rows))
+
+    def _truncate(self, length: int) -> None:
+        self.length = length
         if self.index == 0:
-            olds = [object() for _ in self.rows]
-            for old, row in zip(olds, self.rows, strict=True):
-                self.cache.fork(row, old)
-                self.cache.free(row)
-            for row, source in zip(self.rows, beam_idx.tolist(), strict=True):
-                self.cache.fork(olds[source], row)
-            for old in olds:
-                self.cache.free(old)
+            for row in self.rows:
+                self.cache.truncate(row, length)
+
+    def _batch(self) -> int:
+        return len(self.rows) if self.index == 0 and self.length else 0
+
+    def _select(self, rows: Tensor) -> None:
+        """For all layers at once. A row keeps its name; its second copy is (name, 1)."""
+        names: list[Hashable] = []
+        others = set(self.cache.blocks.sequences()) - set(self.rows)
+        for name in (self.rows[row] for row in rows.tolist()):
+            copies = itertools.chain([name], ((name, i) for i in itertools.count(1)))
+            names.append(next(x for x in copies if x not in names and x not in others))
+        self._fork(rows.tolist(), names)
+
+    def _fork(self, sources: list[int], names: list[Hashable]) -> None:
+        """Row b becomes a fork of row sources[b] under names[b]."""
+        self.cache.check_batch("fork", len(names) - len(self.rows))
+        blocks = self.cache.blocks  # for a moment there are more sequences than a batch has
+        olds = [object() for _ in self.rows]
+        for old, row in zip(olds, self.rows, strict=True):
+            blocks.fork(row, old)
+            blocks.free(row)
+        for name, source in zip(names, sources, strict=True):
+            blocks.fork(olds[source], name)
+        for old in olds:
+            blocks.free(old)
+        self.rows[:] = names
 
 
 def contiguous_cache(cache: KVCache) -> Cache:
     """A Cache whose layers are those of a KVCache."""
-    return Cache(layers=[_ContiguousLayer(cache, i) for i in range(cache.config.num_layers)])
+    return Cache(layers=[ContiguousLayer(cache, i) for i in range(cache.config.num_layers)])
 
 
 def paged_cache(cache: PagedKVCache, sequences: Sequence[Hashable]) -> Cache:
-    """A Cache over new sequences of a PagedKVCache; free them when it is done with."""
-    rows = list(sequences)
-    for row in rows:
-        cache.allocate(row)
+    """A Cache over new sequences of a PagedKVCache; free them when it is done with.
+
+    Raises:
+        RuntimeError, ValueError: as allocate; none of the sequences is allocated then.
+    """
+    rows: list[Hashable] = []
+    try:
+        for row in sequences:
+            cache.allocate(row)
+            rows.append(row)
+    except (RuntimeError, ValueError, TypeError):
+        for row in rows:
+            cache.free(row)
+        raise
     return Cache(layers=[_PagedLayer(cache, rows, i) for i in range(cache.config.num_layers)])

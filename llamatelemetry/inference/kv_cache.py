@@ -2,20 +2,34 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from llamatelemetry.inference.kv_cache_config import KVCacheConfig, kv_cache_bytes
+from llamatelemetry.inference.arguments import integer
+from llamatelemetry.inference.kv_cache_config import (
+    KVCacheConfig,
+    ServesTransformers,
+    kv_cache_bytes,
+)
 from llamatelemetry.inference.paged_kv_cache import PagedKVCache
 from llamatelemetry.ops import append_kv_, slot_mapping
 from llamatelemetry.ops._contract import inference_only
 
-__all__ = ["KVCache", "KVCacheConfig", "PagedKVCache", "kv_cache_bytes"]
+__all__ = [
+    "KVCache",
+    "KVCacheConfig",
+    "PagedKVCache",
+    "kv_cache_bytes",
+    "optimize_kv_cache",
+    "restore_kv_cache",
+]
+
+_Model = TypeVar("_Model", bound=torch.nn.Module)
 
 
-class KVCache:
+class KVCache(ServesTransformers):
     """Preallocated keys and values of a batch of sequences, all of one length.
 
     Attributes:
@@ -32,13 +46,15 @@ class KVCache:
             config.head_dim,
         )
         self.keys, self.values = torch.zeros(2, *shape, dtype=config.dtype, device=config.device)
-        # [batch, length] of each layer, None while it is empty
-        self._sizes: list[tuple[int, int] | None] = [None] * config.num_layers
+        # [batch, length] of each layer, None while it is empty; no length after positions
+        self._sizes: list[tuple[int, int | None] | None] = [None] * config.num_layers
 
     def length(self, layer_idx: int) -> int:
-        """Tokens of each sequence in a layer."""
+        """Tokens of each sequence in a layer; max_seq_length once positions were given."""
         size = self._sizes[layer_idx]
-        return size[1] if size else 0
+        if size is None:
+            return 0
+        return self.config.max_seq_length if size[1] is None else size[1]
 
     def update(
         self, layer_idx: int, k: Tensor, v: Tensor, positions: Tensor | None = None
@@ -48,9 +64,10 @@ class KVCache:
         Args:
             layer_idx: which layer.
             k, v: [batch, seqlen, num_kv_heads, head_dim], dtype and device of the cache.
-            positions: [seqlen] or [batch, seqlen] int64 on the device: where they go. They are
-                read there, so a CUDA graph or compiled code serves any positions; one outside the
-                cache is skipped. None appends.
+            positions: [seqlen], [1, seqlen] or [batch, seqlen] int64 on the device: where they go.
+                They are read there, so a CUDA graph or compiled code serves any positions; one
+                outside the cache is skipped. None appends, which a layer that was given positions
+                refuses until clear().
 
         Returns:
             Views of all keys and values, [batch, length, num_kv_heads, head_dim]. With positions
@@ -59,21 +76,29 @@ class KVCache:
 
         Raises:
             ValueError: for shapes, dtypes, devices and layers, by name.
-            RuntimeError: for more tokens than max_seq_length, with the numbers.
+            RuntimeError: for more tokens than max_seq_length, with the numbers; for no positions
+                where they were given before.
         """
         batch, seqlen = self._check(layer_idx, k, v)
         limit = self.config.max_seq_length
         keys, values = self.keys[layer_idx], self.values[layer_idx]
         if positions is not None:
             device = k.device
+            self._check_positions(positions, batch, seqlen)
             table = torch.arange(batch, dtype=torch.int32, device=device).unsqueeze(1)
             starts = torch.arange(batch + 1, dtype=torch.int32, device=device) * seqlen
             slots = slot_mapping(
                 positions.expand(batch, -1).flatten().contiguous(), table, starts, limit
             )
             append_kv_(k.flatten(0, 1), v.flatten(0, 1), keys, values, slots)
-            self._sizes[layer_idx] = (batch, limit)
+            self._sizes[layer_idx] = (batch, None)
             return keys[:batch], values[:batch]
+        if self._sizes[layer_idx] == (batch, None):
+            raise RuntimeError(
+                f"KVCache.update: positions must be given for layer {layer_idx}, which was given "
+                "some before: they are on the device, so where the sequence ends is not known "
+                "here; clear() starts anew"
+            )
         begin = self.length(layer_idx)
         end = begin + seqlen
         if end > limit:
@@ -92,7 +117,7 @@ class KVCache:
         size = self._sizes[layer_idx]
         if size is None:
             return None
-        batch, length = size
+        batch, length = size[0], self.length(layer_idx)
         return self.keys[layer_idx, :batch, :length], self.values[layer_idx, :batch, :length]
 
     def clear(self) -> None:
@@ -102,9 +127,26 @@ class KVCache:
         self.values.zero_()
 
     def reorder(self, layer_idx: int, rows: Tensor) -> None:
-        """Row b of a layer becomes what row rows[b] is, as beam search asks for."""
-        for x in (self.keys[layer_idx], self.values[layer_idx]):
-            x[: len(rows)].copy_(x.index_select(0, rows.to(x.device)))
+        """Row b of a layer becomes what row rows[b] is, as beam search asks for; the layer has
+        len(rows) rows then. An empty layer stays as it is."""
+        size, count, limit = self._sizes[layer_idx], len(rows), self.config.max_batch_size
+        if size is None:
+            return
+        if count > limit:
+            raise ValueError(
+                f"KVCache.reorder: rows must be at most max_batch_size = {limit}, got {count}"
+            )
+        length = self.length(layer_idx)
+        for x in (self.keys[layer_idx, :, :length], self.values[layer_idx, :, :length]):
+            x[:count].copy_(x[: size[0]].index_select(0, rows.to(x.device)))
+        self._sizes[layer_idx] = (count, size[1])
+
+    def truncate(self, layer_idx: int, length: int) -> None:
+        """Takes the last tokens of a layer away, so that length stay."""
+        size, now = self._sizes[layer_idx], self.length(layer_idx)
+        if not 0 <= integer("KVCache.truncate: length", length) <= now:
+            raise ValueError(f"KVCache.truncate: length must lie in [0, {now}], got {length}")
+        self._sizes[layer_idx] = (size[0], length) if size and length else None
 
     def for_transformers(self) -> Any:
         """A transformers Cache over this one, for ``generate(past_key_values=...)``."""
@@ -137,3 +179,48 @@ class KVCache:
             wanted = f"at most {config.max_batch_size}" if size is None else str(size[0])
             raise ValueError(f"{op}: batch must be {wanted}, got {batch}; clear() starts anew")
         return batch, k.shape[1]
+
+    def _check_positions(self, positions: Tensor, batch: int, seqlen: int) -> None:
+        op = "KVCache.update"
+        if not isinstance(positions, Tensor):
+            raise ValueError(f"{op}: positions must be a tensor, got {type(positions).__name__}")
+        if tuple(positions.shape) not in ((seqlen,), (1, seqlen), (batch, seqlen)):
+            raise ValueError(
+                f"{op}: positions must be [{seqlen}] or [{batch}, {seqlen}] for k of [batch, "
+                f"seqlen] = [{batch}, {seqlen}], got shape {list(positions.shape)}"
+            )
+        if (positions.dtype, positions.device) != (torch.int64, self.keys.device):
+            raise ValueError(
+                f"{op}: positions must be torch.int64 on {self.keys.device}, got "
+                f"{positions.dtype} on {positions.device}"
+            )
+
+
+def optimize_kv_cache(model: _Model) -> _Model:
+    """Gives a model's generate a KVCache a layer in the place of transformers' growing tensors.
+
+    They are made once a call, as long as it may get, so that no step copies what was cached; tokens
+    stay the same. Sliding windows, static and offloaded caches, and caches given to generate stay
+    as they are. ``restore_kv_cache`` undoes it.
+
+    Args:
+        model: A transformers model that can generate.
+
+    Returns:
+        The model.
+
+    Raises:
+        ValueError: For another model, or one with latent attention.
+    """
+    from llamatelemetry.inference.model_cache import optimize
+
+    optimize(model)
+    return model
+
+
+def restore_kv_cache(model: _Model) -> _Model:
+    """Undoes optimize_kv_cache; a model that it was not called on stays as it is."""
+    from llamatelemetry.inference.model_cache import restore
+
+    restore(model)
+    return model

@@ -3,10 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from llamatelemetry.inference.arguments import integer
+
+
+class ServesTransformers:
+    """A cache that transformers takes only through its for_transformers()."""
+
+    def __getattr__(self, name: str) -> Any:
+        kind = type(self).__name__
+        raise AttributeError(
+            f"{kind!r} object has no attribute {name!r}; transformers takes "
+            f"{kind}.for_transformers(), not the {kind}"
+        )
 
 
 @dataclass(frozen=True)
@@ -32,15 +44,18 @@ class KVCacheConfig:
 
     def __post_init__(self) -> None:
         for name in ("max_batch_size", "max_seq_length", "num_layers", "num_heads", "head_dim"):
-            if integer(f"KVCacheConfig: {name}", getattr(self, name)) < 1:
-                raise ValueError(
-                    f"KVCacheConfig: {name} must be at least 1, got {getattr(self, name)}"
-                )
+            self._check(name)
+        if self.num_kv_heads is not None:
+            self._check("num_kv_heads")
         if self.num_heads % self.kv_heads:
             raise ValueError(
                 f"KVCacheConfig: num_kv_heads must divide num_heads = {self.num_heads}, got "
                 f"{self.num_kv_heads}"
             )
+
+    def _check(self, name: str) -> None:
+        if integer(f"KVCacheConfig: {name}", getattr(self, name)) < 1:
+            raise ValueError(f"KVCacheConfig: {name} must be at least 1, got {getattr(self, name)}")
 
     @property
     def kv_heads(self) -> int:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -11,17 +10,17 @@ from torch import Tensor
 
 from llamatelemetry.inference.arguments import integer
 from llamatelemetry.inference.block_manager import BlockManager
-from llamatelemetry.inference.kv_cache_config import KVCacheConfig
+from llamatelemetry.inference.kv_cache_config import KVCacheConfig, ServesTransformers
 from llamatelemetry.inference.kv_pages import KvPages
 from llamatelemetry.ops import append_kv_, slot_mapping
 
 
-class PagedKVCache:
+class PagedKVCache(ServesTransformers):
     """Keys and values of sequences of any lengths in pages, shared where they begin alike.
 
-    BlockManager says which blocks a sequence has, KvPages holds the tensors. Either a config, which
-    gives max_batch_size sequences of max_seq_length room, or sizes by keyword (block_size is
-    page_size).
+    BlockManager says which blocks a sequence has, KvPages holds the tensors. Either a config, whose
+    max_batch_size and max_seq_length are limits, or sizes by keyword (block_size is page_size), of
+    which those named are.
 
     Attributes:
         blocks: BlockManager.
@@ -41,13 +40,15 @@ class PagedKVCache:
             raise ValueError(
                 f"PagedKVCache: sizes must come from config or keywords, got both: {sorted(sizes)}"
             )
+        limits = ("max_batch_size", "max_seq_length")
+        self._limits = [name for name in limits if config is not None or name in sizes]
         self.config = config = KVCacheConfig(**sizes) if config is None else config
         size = page_size if block_size is None else block_size
         if integer("PagedKVCache: page_size", size) < 1:
             raise ValueError(f"PagedKVCache: page_size must be at least 1, got {size}")
         if num_blocks is None:
             num_blocks = config.max_batch_size * -(-config.max_seq_length // size)
-        self.blocks = BlockManager(num_blocks, size)
+        self.blocks = BlockManager(integer("PagedKVCache: num_blocks", num_blocks), size)
         device = torch.get_default_device() if config.device is None else config.device
         self.pages = KvPages(
             config.num_layers,
@@ -58,9 +59,8 @@ class PagedKVCache:
             config.dtype,
             device,
         )
-        self._unknown = itertools.count(-1, -1)
 
-    def allocate(self, sequence: Hashable, tokens: Sequence[int] | int = 0) -> int:
+    def allocate(self, sequence: Hashable, tokens: Iterable[int] | int = 0) -> int:
         """Gives a new sequence blocks for its tokens; a number stands for that many of which
         nothing is known, so that they are never shared.
 
@@ -69,20 +69,34 @@ class PagedKVCache:
 
         Raises:
             OutOfBlocks: a RuntimeError "Out of KV cache memory: ..." with the numbers.
+            RuntimeError: for more than max_batch_size sequences or max_seq_length tokens.
+            ValueError: for a count or an id that is no whole number of at least 0.
         """
-        return self.blocks.allocate(sequence, self._named(tokens))
+        named = _named("allocate", tokens)
+        if sequence not in self.blocks.sequences():
+            self.check_batch("allocate", 1)
+        self._check_length("allocate", sequence, 0, len(named))
+        return self.blocks.allocate(sequence, named)
 
-    def append(self, sequence: Hashable, tokens: Sequence[int] | int = 1) -> None:
+    def append(self, sequence: Hashable, tokens: Iterable[int] | int = 1) -> None:
         """Gives a sequence more tokens; its last block is copied first where others share it.
 
         Raises:
-            OutOfBlocks: a RuntimeError "Out of KV cache memory: ..." with the numbers.
+            OutOfBlocks, RuntimeError, ValueError: as allocate.
         """
-        self.pages.copy_blocks(self.blocks.append(sequence, self._named(tokens)))
+        named = _named("append", tokens)
+        self._check_length("append", sequence, self.length(sequence), len(named))
+        self.pages.copy_blocks(self.blocks.append(sequence, named))
 
     def fork(self, sequence: Hashable, child: Hashable) -> None:
-        """A second sequence that begins as the first is now."""
+        """A second sequence that begins as the first is now; it counts for max_batch_size."""
+        if child not in self.blocks.sequences():
+            self.check_batch("fork", 1)
         self.blocks.fork(sequence, child)
+
+    def truncate(self, sequence: Hashable, num_tokens: int) -> None:
+        """Takes a sequence's last tokens away, so that num_tokens stay; committed ones must."""
+        self.blocks.truncate(sequence, integer("PagedKVCache.truncate: num_tokens", num_tokens))
 
     def free(self, sequence: Hashable) -> None:
         """Ends a sequence; its full blocks stay cached until they are needed."""
@@ -146,7 +160,37 @@ class PagedKVCache:
 
         return paged_cache(self, sequences)
 
-    def _named(self, tokens: Sequence[int] | int) -> Sequence[int]:
-        if isinstance(tokens, int):
-            return [next(self._unknown) for _ in range(tokens)]
-        return tokens
+    def check_batch(self, method: str, more: int) -> None:
+        """Raises RuntimeError where so many more sequences exceed max_batch_size."""
+        count, limit = self.blocks.num_sequences, self.config.max_batch_size
+        if "max_batch_size" in self._limits and count + more > limit:
+            raise RuntimeError(
+                f"PagedKVCache.{method}: sequences must be at most max_batch_size = {limit}, got "
+                f"{count} + {more}; free one or use a larger cache"
+            )
+
+    def _check_length(self, method: str, sequence: Hashable, begin: int, more: int) -> None:
+        limit = self.config.max_seq_length
+        if "max_seq_length" in self._limits and begin + more > limit:
+            raise RuntimeError(
+                f"PagedKVCache.{method}: a sequence must fit max_seq_length = {limit}, got {begin} "
+                f"+ {more} tokens for {sequence!r}"
+            )
+
+
+def _named(method: str, tokens: Iterable[int] | int) -> list[Any]:
+    """The ids of tokens; an object of its own for each of which only the count is given."""
+    try:
+        given = tokens.tolist() if isinstance(tokens, Tensor) else tokens
+        ids = list(given)  # type: ignore[arg-type]
+    except TypeError:
+        count = integer(f"PagedKVCache.{method}: tokens, or their number,", tokens)
+        if count < 0:
+            raise ValueError(
+                f"PagedKVCache.{method}: the number of tokens must be at least 0, got {count}"
+            ) from None
+        return [object() for _ in range(count)]
+    ids = [integer(f"PagedKVCache.{method}: a token", one) for one in ids]
+    if negative := [one for one in ids if one < 0]:
+        raise ValueError(f"PagedKVCache.{method}: a token must be at least 0, got {negative[0]}")
+    return ids

@@ -164,6 +164,8 @@ def _dense(
 ) -> Tensor:
     """No padding: flash_attn, or on the CPU paged_attention where the queries are few."""
     batch, _, seqlen_q, _ = query.shape
+    if key.shape[2] == 0:
+        return query.new_zeros(query.transpose(1, 2).shape)
     if not query.is_cuda and seqlen_q <= _FEW_QUERIES:
         lengths = torch.full((batch,), key.shape[2], dtype=torch.int32, device=query.device)
         return _shared(query, key, value, SharedPlan(None, lengths), scores, sinks)

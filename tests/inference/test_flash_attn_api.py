@@ -182,12 +182,28 @@ def test_forward_refusals(change, message):
     [
         ({"window_size": -2}, "window_size must be None, an int of at least -1"),
         ({"window_size": (1, 2, 3)}, "window_size must be None"),
+        ({"window_size": 1.5}, "window_size must be None, .*got 1.5"),
+        ({"window_size": True}, "window_size must be None, .*got True"),
+        ({"window_size": "ab"}, "window_size must be None, .*got 'ab'"),
         ({"dropout_p": 1.0}, r"dropout_p must be in \[0, 1\), got 1.0"),
+        ({"dropout_p": "x"}, "dropout_p must be a number, got 'x'"),
+        ({"softmax_scale": float("nan")}, "softmax_scale must be finite, got nan"),
+        ({"softmax_scale": "x"}, "softmax_scale must be a number, got 'x'"),
     ],
 )
 def test_forward_option_refusals(options, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=f"flash_attention_forward: {message}"):
         flash_attention_forward(*qkv(7, 7), **options)
+
+
+@pytest.mark.parametrize("kind", [torch.float32, torch.float64])
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("seqlen_q", [0, 1, 40])
+def test_forward_without_keys_gives_zeros(seqlen_q, causal, kind, device):
+    q, k, v = qkv(seqlen_q, 0, dtype=kind, device=device)
+    out = flash_attention_forward(q, k, v[..., :12], causal=causal)
+    assert out.is_contiguous()
+    assert torch.equal(out, q.new_zeros(2, seqlen_q, 4, 12))
 
 
 def test_forward_compiled(device):

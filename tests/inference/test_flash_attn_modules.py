@@ -189,7 +189,10 @@ def test_no_attention_is_refused():
         ({"version": 1}, "version must be 2 or 3, got 1"),
         ({"dropout_p": 1.5}, r"dropout_p must be in \[0, 1\), got 1.5"),
         ({"softmax_scale": float("nan")}, "softmax_scale must be finite, got nan"),
+        ({"dropout_p": "x"}, "dropout_p must be a number, got 'x'"),
+        ({"softmax_scale": [1]}, r"softmax_scale must be a number, got \[1\]"),
         ({"window_size": (1,)}, "window_size must be None"),
+        ({"window_size": 1.5}, "window_size must be None, .*got 1.5"),
     ],
 )
 def test_config_refusals(config, message):

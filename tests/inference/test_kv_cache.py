@@ -1,11 +1,11 @@
-"""KVCache and PagedKVCache by hand, in transformers' generate, compiled and captured."""
+"""KVCache and PagedKVCache by hand, compiled and captured."""
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 import torch._dynamo.testing
-from families import HEAD_DIM, LAYERS, NUM_KV, VOCAB, tiny_model
 from torch.nn.functional import scaled_dot_product_attention
 
 from llamatelemetry.inference.block_manager import OutOfBlocks
@@ -78,6 +78,35 @@ def test_positions_are_honoured(device):
     assert torch.equal(cache.get(1)[0][:, 5:8], k[:, [1, 1, 2]])
 
 
+def test_positions_are_checked_by_name(device):
+    cache = KVCache(small(device))
+    k, v = random_kv(device, 2, 3)
+    place = torch.arange(3, device=device)
+    for positions, sentence in [
+        (place.view(1, 1, 3), r"positions must be \[3\] or \[2, 3\] .*got shape \[1, 1, 3\]"),
+        (place[:2], r"positions must be .*got shape \[2\]"),
+        (place.float(), "positions must be torch.int64 on .*, got torch.float32"),
+        (place.int(), "positions must be torch.int64 on .*, got torch.int32"),
+        ([0, 1, 2], "positions must be a tensor, got list"),
+    ]:
+        with pytest.raises(ValueError, match=sentence):
+            cache.update(0, k, v, positions)
+    assert cache.get(0) is None
+    assert torch.equal(cache.update(0, k, v, place[None])[0][:, :3], k)
+
+
+def test_nothing_is_appended_after_positions(device):
+    cache = KVCache(small(device))
+    k, v = random_kv(device, 2, 3)
+    cache.update(0, k, v, torch.arange(3, device=device))
+    with pytest.raises(RuntimeError, match="positions must be given for layer 0, which was given"):
+        cache.update(0, k, v)
+    assert cache.length(0) == 10
+    assert torch.equal(cache.get(0)[0][:, :3], k)
+    cache.clear()
+    assert torch.equal(cache.update(0, k, v)[0], k)
+
+
 def test_one_compiled_update_serves_every_position(device):
     with torch.inference_mode(False):
         cache = KVCache(small(device))
@@ -136,6 +165,7 @@ def test_refusals(device):
         ),
         (lambda: KVCacheConfig(num_layers=0), ValueError, "num_layers must be at least 1, got 0"),
         (lambda: KVCacheConfig(head_dim=2.5), ValueError, "head_dim must be a whole number"),
+        (lambda: KVCacheConfig(num_kv_heads=0), ValueError, "num_kv_heads must be at least 1"),
         (lambda: KVCacheConfig(num_kv_heads=5), ValueError, "num_kv_heads must divide num_heads"),
         (lambda: PagedKVCache(page_size=0), ValueError, "page_size must be at least 1, got 0"),
         (lambda: PagedKVCache(small("cpu"), num_layers=1), ValueError, "from config or keywords"),
@@ -218,36 +248,49 @@ def test_tokens_that_nobody_named_are_not_shared(device):
     cache.check()
 
 
-@pytest.mark.parametrize("kind", ["contiguous", "paged"])
-@pytest.mark.parametrize("options", [{}, {"num_beams": 3}], ids=["greedy", "beams"])
-def test_generate_of_transformers(device, kind, options):
-    model = tiny_model("llama", device)
-    ids = torch.randint(1, VOCAB, (2, 7), device=device)
-    mask = torch.ones_like(ids)
-    mask[0, :3] = 0  # a shorter row, padded on the left
-    asked = {"attention_mask": mask, "max_new_tokens": 9, "do_sample": False, "pad_token_id": 0}
-    wanted = model.generate(ids, **asked, **options)
-    rows = 2 * options.get("num_beams", 1)
-    config = KVCacheConfig(
-        max_batch_size=rows,
-        max_seq_length=16,
-        num_layers=LAYERS,
-        num_heads=3 * NUM_KV,
-        num_kv_heads=NUM_KV,
-        head_dim=HEAD_DIM,
-        dtype=torch.float32,
-        device=device,
-    )
-    if kind == "contiguous":
-        ours = KVCache(config)
-        cache = ours.for_transformers()
-    else:
-        ours = PagedKVCache(config, page_size=4)
-        cache = ours.for_transformers(range(rows))
-    for _ in range(2):
-        assert torch.equal(model.generate(ids, past_key_values=cache, **asked, **options), wanted)
-        assert cache.get_seq_length() == 15
-        cache.reset()
-        assert cache.get_seq_length() == 0
-    if kind == "paged":
-        ours.check()
+def test_a_config_limits_sequences_and_their_lengths():
+    cache = PagedKVCache(small("cpu", max_batch_size=1, max_seq_length=8), page_size=16)
+    with pytest.raises(RuntimeError, match=r"max_seq_length = 8, got 0 \+ 16 tokens for 'a'"):
+        cache.allocate("a", 16)
+    cache.allocate("a", 7)
+    with pytest.raises(RuntimeError, match=r"max_seq_length = 8, got 7 \+ 2 tokens for 'a'"):
+        cache.append("a", 2)
+    cache.append("a")
+    for call in (lambda: cache.allocate("b"), lambda: cache.fork("a", "b")):
+        with pytest.raises(RuntimeError, match=r"at most max_batch_size = 1, got 1 \+ 1"):
+            call()
+    assert cache.blocks.sequences() == ["a"]
+    with pytest.raises(ValueError, match="must be a new one, got 'a' again"):
+        cache.allocate("a")
+    by_name = PagedKVCache(num_blocks=9, block_size=4, max_seq_length=8, **SMALL)
+    with pytest.raises(RuntimeError, match="max_seq_length = 8"):
+        by_name.allocate("a", 9)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "sentence"),
+    [
+        (-3, "number of tokens must be at least 0, got -3"),
+        (2.5, "tokens, or their number, must be a whole number, got 2.5"),
+        (True, "must be a whole number, got True"),
+        ([1, -2], "a token must be at least 0, got -2"),
+        ([1, 2.0], "a token must be a whole number, got 2.0"),
+        (torch.ones(1, 2), r"a token must be a whole number, got \[1.0, 1.0\]"),
+    ],
+)
+def test_tokens_and_counts_are_checked(tokens, sentence):
+    cache = paged("cpu")
+    cache.allocate("a", [5])
+    for call in (cache.allocate, cache.append):
+        with pytest.raises(ValueError, match=sentence):
+            call("a" if call == cache.append else "b", tokens)
+    assert cache.length("a") == 1
+    assert cache.blocks.sequences() == ["a"]
+
+
+@pytest.mark.parametrize("kind", [torch.tensor, np.array, tuple, list])
+def test_prefixes_are_shared_whatever_holds_the_ids(kind):
+    cache = paged("cpu")
+    cache.allocate("a", kind([1, 2, 3, 4, 5]))
+    cache.commit("a")
+    assert cache.allocate("b", kind([1, 2, 3, 4, 6])) == 4
