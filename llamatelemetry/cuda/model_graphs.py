@@ -18,7 +18,7 @@ from llamatelemetry.cuda.capture import (
     warm_up,
     warn_without_cuda,
 )
-from llamatelemetry.models.hf_kernels import OVERRIDES
+from llamatelemetry.models.hf_overrides import OVERRIDES
 
 _log = logging.getLogger("llamatelemetry")
 
