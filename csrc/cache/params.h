@@ -64,7 +64,8 @@ struct AdvanceStepParams {
 Error launch_advance_step(const AdvanceStepParams& params, Stream stream);
 
 // One sequence's part of advance_step_. One that is not active, or has no block for its next token,
-// stays where it is and writes no keys in the next step: attention reads no block that is not there.
+// stays where it is and writes no keys in the next step: attention reads no block that is not
+// there.
 static inline constexpr void advance_row(const AdvanceStepParams& p, int64_t row) {
   const int64_t position = p.positions[row] + 1;
   const int64_t slot = p.active[row] ? slot_of(p.table, row, position) : -1;
