@@ -56,9 +56,6 @@ test: .venv/test build
 	echo "All tests:"
 	$(BIN)/python -m pytest
 
-# Our caches as a transformers Cache follow the release that the tests pin, and no other yet.
-OWN_CACHES := tests/inference/test_hf_cache.py tests/inference/test_model_cache.py
-
 # An environment of its own on top of .venv: its torch, tools and build, another transformers. What
 # 16-bit dtypes change does not depend on it, so that this takes two minutes.
 test-transformers: .venv/test build
@@ -70,7 +67,7 @@ test-transformers: .venv/test build
 	  $$env/bin/python -m pip install -qq --disable-pip-version-check \
 	    transformers==$(VERSION) && touch $$env/done; } || exit 1; \
 	$$env/bin/python -m pytest -W ignore::FutureWarning -k 'not float16' \
-	  $(OWN_CACHES:%=--ignore=%) tests/models tests/inference
+	  tests/models tests/inference
 
 t: export LLAMATELEMETRY_CUDA := $(if $(ARCH),1,0)
 t: export LLAMATELEMETRY_CUDA_ARCHS := $(ARCH)
@@ -101,7 +98,7 @@ clean:
 # pip shows nothing of a build, so ninja runs here, where its lines are seen; pip's own build of the
 # editable package then finds nothing left to do.
 build: | .venv/torch
-	test -e build/ninja || echo "Building: on 2 cores 2 minutes for the CPU, 7 with the CUDA kernels"
+	test -e build/ninja || echo "Building: with the CUDA kernels about 4 minutes on 2 cores"
 	$(BIN)/python setup.py -q build_ext --inplace
 
 .venv/torch:

@@ -3,14 +3,13 @@
 
 from __future__ import annotations
 
-import argparse
 import copy
 
 import harness
 import torch
-from bench_prefill import SHAPE
+from bench_prefill import SHAPE, random_llama, run_on_gpu
 from torch import nn
-from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+from transformers import DynamicCache, LlamaForCausalLM
 
 from llamatelemetry._native.facts import FORMATS
 from llamatelemetry.inference.generation import TokenGenerator
@@ -21,6 +20,7 @@ from llamatelemetry.quantization.modules import QuantLinear
 
 STEPS = 16  # that one sample is the mean of
 PACKED = QuantFormat.Q4_K
+CASES = [(1, 128), (1, 1024), (1, 8192), (16, 1024), (64, 1024)]  # batch, context
 
 
 def random_packed(n: int, k: int, format: QuantFormat) -> torch.Tensor:
@@ -80,11 +80,9 @@ def transformers_us(model: LlamaForCausalLM, prompts: list[list[int]], rounds: i
     return samples
 
 
-def measure(cases: list[tuple[int, int]], layers: int, rounds: int) -> list[harness.Row]:
-    torch.set_default_dtype(torch.bfloat16)
-    with torch.device("cuda"):
-        config = LlamaConfig(**SHAPE | {"num_hidden_layers": layers}, attn_implementation="sdpa")
-        plain = LlamaForCausalLM(config).eval().requires_grad_(False)
+def measure(layers: int, quick: bool) -> list[harness.Row]:
+    rounds = 2 if quick else 5
+    plain = random_llama(layers)
     patched, packed = copy.deepcopy(plain), copy.deepcopy(plain)
     pack_(packed)
     models = {"bfloat16": patched, PACKED.name: packed}
@@ -92,7 +90,7 @@ def measure(cases: list[tuple[int, int]], layers: int, rounds: int) -> list[harn
         report = patch(model)
         assert not report.refused, report.refused
     rows = []
-    for batch, context in cases:
+    for batch, context in CASES[:2] if quick else CASES:
         prompts = torch.randint(0, SHAPE["vocab_size"], (batch, context)).tolist()
         theirs = transformers_us(plain, prompts, rounds)
         for name, model in models.items():
@@ -102,21 +100,5 @@ def measure(cases: list[tuple[int, int]], layers: int, rounds: int) -> list[harn
     return rows
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--device", choices=["cuda"], default="cuda")
-    parser.add_argument("--quick", action="store_true", help="two layers, two rounds, no JSON")
-    arguments = parser.parse_args()
-    if not torch.cuda.is_available():
-        print("decode: needs a GPU, measured nothing")
-        return
-    cases = [(1, 128), (1, 1024), (1, 8192), (16, 1024), (64, 1024)]
-    layers, rounds = (2, 2) if arguments.quick else (SHAPE["num_hidden_layers"], 5)
-    rows = measure(cases[:2] if arguments.quick else cases, layers, rounds)
-    harness.print_rows(rows)
-    if not arguments.quick:
-        print(f"wrote {harness.save('decode', torch.device('cuda'), rows)}")
-
-
 if __name__ == "__main__":
-    main()
+    run_on_gpu("decode", __doc__, measure)

@@ -50,11 +50,17 @@ def first_token(model: LlamaForCausalLM, ids: Tensor) -> int:
     return int(model(input_ids=ids[None], logits_to_keep=1, use_cache=True).logits.argmax())
 
 
-def measure(seqlen: int, layers: int, rounds: int) -> list[harness.Row]:
+def random_llama(layers: int) -> LlamaForCausalLM:
+    """Of SHAPE but for its layers, in bfloat16 on the GPU, with torch's attention."""
     torch.set_default_dtype(torch.bfloat16)
     with torch.device("cuda"):
         config = LlamaConfig(**SHAPE | {"num_hidden_layers": layers}, attn_implementation="sdpa")
-        plain = LlamaForCausalLM(config).eval().requires_grad_(False)
+        return LlamaForCausalLM(config).eval().requires_grad_(False)
+
+
+def measure(layers: int, quick: bool) -> list[harness.Row]:
+    seqlen, rounds = 8192, 2 if quick else 10
+    plain = random_llama(layers)
     patched = copy.deepcopy(plain)
     report = patch(patched)
     assert not report.refused, report.refused
@@ -90,20 +96,22 @@ def measure(seqlen: int, layers: int, rounds: int) -> list[harness.Row]:
     return rows
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+def run_on_gpu(
+    name: str, description: str | None, measure: Callable[[int, bool], list[harness.Row]]
+) -> None:
+    """The command line of a benchmark of a whole model: measure takes layers and --quick."""
+    parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--device", choices=["cuda"], default="cuda")
     parser.add_argument("--quick", action="store_true", help="two layers, two rounds, no JSON")
-    arguments = parser.parse_args()
+    quick = parser.parse_args().quick
     if not torch.cuda.is_available():
-        print("prefill: needs a GPU, measured nothing")
+        print(f"{name}: needs a GPU, measured nothing")
         return
-    layers, rounds = (2, 2) if arguments.quick else (SHAPE["num_hidden_layers"], 10)
-    rows = measure(8192, layers, rounds)
+    rows = measure(2 if quick else SHAPE["num_hidden_layers"], quick)
     harness.print_rows(rows)
-    if not arguments.quick:
-        print(f"wrote {harness.save('prefill', torch.device('cuda'), rows)}")
+    if not quick:
+        print(f"wrote {harness.save(name, torch.device('cuda'), rows)}")
 
 
 if __name__ == "__main__":
-    main()
+    run_on_gpu("prefill", __doc__, measure)

@@ -158,9 +158,9 @@ inline AttentionPlan plan_for(const char* op, const std::optional<std::string>& 
 // What a launch needs beside its tensors, kept until it is launched: torch's allocator hands the
 // memory on in stream order.
 struct Workspace {
-  Tensor partials;
-  Tensor flags;
-  Tensor counter;
+  std::optional<Tensor> partials;
+  std::optional<Tensor> flags;
+  std::optional<Tensor> counter;
 };
 
 // A number that no other launch of this process carries, and hardly any memory holds by chance
@@ -175,21 +175,26 @@ inline uint64_t fresh_launch_number() {
 
 inline Workspace allocate_workspace(const Tensor& q, AttentionParams& p) {
   const AttentionPlan& plan = p.plan;
-  int64_t rows = 0, columns = p.head_dim;
-  if (plan.num_splits > 1) rows = plan.num_splits * p.total_q * p.num_heads_q;
-  const int64_t num_parts = plan.num_blocks;  // a block leaves at most one
-  if (num_parts > 0) {
-    rows = num_parts * decode::kRowTile;
-    columns = decode::config_of(p.head_dim).head_dim;
+  Workspace workspace;
+  const auto allocate_partials = [&](int64_t rows, int64_t columns) {
+    workspace.partials = allocate(q, {rows, columns + 2}, ScalarType::Float);
+    p.partial_out = workspace.partials->mutable_data_ptr<float>();
+    p.partial_stats = p.partial_out + rows * columns;
+  };
+  if (plan.num_splits > 1) {
+    allocate_partials(plan.num_splits * p.total_q * p.num_heads_q, p.head_dim);
   }
-  Workspace workspace{.partials = allocate(q, {rows, columns + 2}, ScalarType::Float),
-                      .flags = allocate(q, {num_parts}, ScalarType::Long),
-                      .counter = allocate(q, {plan.impl == AttentionImpl::kSm90}, ScalarType::Int)};
-  p.partial_out = workspace.partials.mutable_data_ptr<float>();
-  p.partial_stats = p.partial_out + rows * columns;
-  p.part_flags = reinterpret_cast<uint64_t*>(workspace.flags.mutable_data_ptr());
-  p.launch_number = num_parts > 0 ? fresh_launch_number() : 0;
-  p.tile_counter = static_cast<int32_t*>(workspace.counter.mutable_data_ptr());
+  if (plan.num_blocks > 0) {  // each leaves at most one part
+    allocate_partials(int64_t{plan.num_blocks} * decode::kRowTile,
+                      decode::config_of(p.head_dim).head_dim);
+    workspace.flags = allocate(q, {plan.num_blocks}, ScalarType::Long);
+    p.part_flags = reinterpret_cast<uint64_t*>(workspace.flags->mutable_data_ptr());
+    p.launch_number = fresh_launch_number();
+  }
+  if (plan.impl == AttentionImpl::kSm90) {
+    workspace.counter = allocate(q, {1}, ScalarType::Int);
+    p.tile_counter = workspace.counter->mutable_data_ptr<int32_t>();
+  }
   return workspace;
 }
 

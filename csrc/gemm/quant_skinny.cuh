@@ -29,19 +29,24 @@
 
 namespace llamatelemetry {
 
-// Four codes, a byte each, minus kOffset, as two pairs of T. The byte becomes the low end of a
-// mantissa: of 1024 in float16, of 128 in bfloat16, where only seven bits fit.
+// Two bytes of codes, which selector names, in the low ends of mantissas, minus offset.
+template <typename Pair>
+__device__ inline uint32_t bytes_to_pair(uint32_t codes, uint32_t mantissas, uint32_t selector,
+                                         Pair offset) {
+  const uint32_t bits = __byte_perm(codes, mantissas, selector);
+  const Pair pair = __hsub2(reinterpret_cast<const Pair&>(bits), offset);
+  return reinterpret_cast<const uint32_t&>(pair);
+}
+
+// Four codes, a byte each, minus kOffset, as two pairs of T. A byte fits the mantissa of 1024 in
+// float16; that of 128 in bfloat16 has room for seven bits, so bytes of eight go through float32.
 template <typename T, int kOffset, bool kByteCodes>
 __device__ inline void codes_to_pairs(uint32_t codes, uint32_t& first, uint32_t& second) {
+  constexpr uint32_t kLowBytes = 0x4140, kHighBytes = 0x4342;
   if constexpr (std::is_same_v<T, Half>) {
     const __half2 offset = __float2half2_rn(1024.0f + kOffset);
-    const auto pair = [&](uint32_t selector) {
-      const uint32_t bits = __byte_perm(codes, 0x64646464, selector);
-      return __hsub2(reinterpret_cast<const __half2&>(bits), offset);
-    };
-    const __half2 a = pair(0x4140), b = pair(0x4342);
-    first = reinterpret_cast<const uint32_t&>(a);
-    second = reinterpret_cast<const uint32_t&>(b);
+    first = bytes_to_pair(codes, 0x64646464, kLowBytes, offset);
+    second = bytes_to_pair(codes, 0x64646464, kHighBytes, offset);
   } else if constexpr (kByteCodes) {
     float weights[4];
 #pragma unroll
@@ -50,13 +55,8 @@ __device__ inline void codes_to_pairs(uint32_t codes, uint32_t& first, uint32_t&
     second = pack_two(weights[2], weights[3], T{});
   } else {
     const __nv_bfloat162 offset = __float2bfloat162_rn(128.0f + kOffset);
-    const auto pair = [&](uint32_t selector) {
-      const uint32_t bits = __byte_perm(codes, 0x43434343, selector);
-      return __hsub2(reinterpret_cast<const __nv_bfloat162&>(bits), offset);
-    };
-    const __nv_bfloat162 a = pair(0x4140), b = pair(0x4342);
-    first = reinterpret_cast<const uint32_t&>(a);
-    second = reinterpret_cast<const uint32_t&>(b);
+    first = bytes_to_pair(codes, 0x43434343, kLowBytes, offset);
+    second = bytes_to_pair(codes, 0x43434343, kHighBytes, offset);
   }
 }
 

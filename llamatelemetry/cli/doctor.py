@@ -52,13 +52,14 @@ def cuda_kernel(op: str) -> str:
     import torch
 
     from llamatelemetry._native import kernels
-    from llamatelemetry.ops.backends import flash_choice
+    from llamatelemetry.ops import backends
 
     if reason := why_no_cuda() or kernels.without_cuda.get(op):
         return f"none: {reason.partition(';')[0]}"
-    if op.startswith("flash_attn"):
+    if op in backends.ATTENTION_OPS:
         dtypes = (torch.float16, torch.bfloat16, torch.float32)
-        return ", ".join(f"{str(dtype)[6:]} {flash_choice(dtype)}" for dtype in dtypes)
+        choices = (f"{str(dtype)[6:]}: {backends.attention_choice(op, dtype)}" for dtype in dtypes)
+        return "; ".join(choices)
     capability = machine.gpus()[torch.cuda.current_device()]["capability"]
     return str(cuda_code(capability, cuda_archs()))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
 from abc import abstractmethod
 from collections.abc import Hashable, Sequence
@@ -9,9 +10,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
 
 from llamatelemetry.inference.kv_cache import KVCache, PagedKVCache
+
+# Whether crop is told how many tokens stay, as in older releases, or how many go.
+_CROPS_TO_LENGTH = "max_length" in inspect.signature(DynamicLayer.crop).parameters
 
 
 class _Layer(CacheLayerMixin):
@@ -31,11 +35,16 @@ class _Layer(CacheLayerMixin):
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.get_seq_length() + query_length, 0
 
+    def get_max_cache_shape(self) -> int:
+        """What older releases call get_max_length."""
+        return int(self.get_max_length())
+
     def crop(self, tokens_to_remove: int) -> None:
         """Takes -tokens_to_remove tokens away, as DynamicLayer does; of a positive number, as
-        transformers had it before, so many tokens stay."""
+        transformers had it before, so many tokens stay. What 0 means, the release says."""
         length, number = self.get_seq_length(), int(tokens_to_remove)  # generate gives a tensor
-        kept = number if number > 0 else max(length + number, 0)
+        stay = number > 0 or (number == 0 and _CROPS_TO_LENGTH)
+        kept = number if stay else max(length + number, 0)
         if kept < length:
             self._truncate(kept)
 

@@ -12,6 +12,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 from llamatelemetry.inference.hf_cache import ContiguousLayer
 from llamatelemetry.inference.kv_cache import KVCache
 from llamatelemetry.inference.kv_cache_config import KVCacheConfig
+from llamatelemetry.models.pieces.base import CACHE_NAMES
 
 _METHOD = "_prepare_cache_for_generation"  # transformers' generate calls it once, for its cache
 
@@ -88,18 +89,19 @@ def _prepare(
     *args: Any,
     **kwargs: Any,
 ) -> None:
-    given = model_kwargs.get("past_key_values")
+    given = [model_kwargs.get(name) for name in CACHE_NAMES]
     original = getattr(type(model), _METHOD)
     original(
         model, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length,
         *args, **kwargs,
     )  # fmt: skip
-    cache: Any = model_kwargs.get("past_key_values")
-    if given is None and type(cache) is DynamicCache and not cache.offloading:
-        cache.layers = [
-            _OwnLayer(max_cache_length) if type(layer) is DynamicLayer else layer
-            for layer in cache.layers
-        ]
+    made: list[Any] = [model_kwargs.get(name) for name in CACHE_NAMES]
+    for cache, before in zip(made, given, strict=True):
+        if before is None and type(cache) is DynamicCache and not cache.offloading:
+            cache.layers = [
+                _OwnLayer(max_cache_length) if type(layer) is DynamicLayer else layer
+                for layer in cache.layers
+            ]
 
 
 def optimize(model: Any) -> None:

@@ -19,6 +19,7 @@ _TYPICAL = {
     "flash_attn_varlen": (_SEQLEN, 0),
     "paged_attention": (1, 16),
 }
+ATTENTION_OPS = tuple(_TYPICAL)
 
 
 def _library_of(backend: str) -> ctypes.CDLL | None:

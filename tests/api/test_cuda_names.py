@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
-import importlib
-import inspect
 import subprocess
 import sys
 
 import pytest
 import torch
+from api_names import assert_fields, assert_signature, rows
 
 import llamatelemetry.cuda as package
 
@@ -77,45 +75,14 @@ DATACLASSES = {
 }
 
 
-def rows(table):
-    return [
-        pytest.param(module, name, want, id=name)
-        for module, names in table.items()
-        for name, want in names.items()
-    ]
-
-
-def find(module, name):
-    value = importlib.import_module(f"llamatelemetry.cuda.{module}")
-    for part in name.split("."):
-        value = getattr(value, part)
-    return value
-
-
 @pytest.mark.parametrize(("module", "name", "want"), rows(FUNCTIONS))
 def test_signatures(module, name, want):
-    value = find(module, name)
-    stars = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}
-    got = [
-        stars.get(p.kind, "") + p.name if p.default is p.empty else (p.name, p.default)
-        for p in inspect.signature(value).parameters.values()
-        if p.name != "self"
-    ]
-    assert got == want
-    assert value.__doc__
-    if "." not in name:
-        assert getattr(package, name) is value
+    assert_signature(package, module, name, want)
 
 
 @pytest.mark.parametrize(("module", "name", "want"), rows(DATACLASSES))
 def test_dataclasses(module, name, want):
-    value = find(module, name)
-    got = [
-        f.name if f.default is dataclasses.MISSING else (f.name, f.default)
-        for f in dataclasses.fields(value)
-    ]
-    assert got == want
-    assert getattr(package, name) is value
+    assert_fields(package, module, name, want)
 
 
 def test_every_public_name_is_in_a_table():

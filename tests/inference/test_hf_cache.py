@@ -67,7 +67,7 @@ def test_speculative_generation_of_transformers(device, kind, assisted):
             assistant.model.norm.weight += 0.5 * torch.randn_like(assistant.model.norm.weight)
         asked["assistant_model"] = assistant
     else:
-        asked["prompt_lookup_num_tokens"] = 2
+        asked |= {"prompt_lookup_num_tokens": 2, "eos_token_id": 1}
     wanted = model.generate(ids, past_key_values=DynamicCache(config=model.config), **asked)
     ours, cache = both(kind, 1, device, length=64)
     assert torch.equal(model.generate(ids, past_key_values=cache, **asked), wanted)

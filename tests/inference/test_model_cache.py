@@ -16,7 +16,7 @@ OPTIONS = {
     "greedy": {},
     "beams": {"num_beams": 3},
     "returned": {"num_beams": 4, "num_return_sequences": 4},
-    "lookup": {"prompt_lookup_num_tokens": 2},
+    "lookup": {"prompt_lookup_num_tokens": 2, "eos_token_id": 1},
     "chunks": {"prefill_chunk_size": 5},
 }
 

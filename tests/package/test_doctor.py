@@ -14,6 +14,8 @@ from llamatelemetry import machine
 from llamatelemetry._native import kernels, library
 from llamatelemetry.cli import doctor
 from llamatelemetry.cli.main import main
+from llamatelemetry.ops import backends
+from llamatelemetry.ops.backends import attention_choice
 
 H200 = {"name": "NVIDIA H200", "capability": "9.0", "memory": "139 GiB"}
 
@@ -52,6 +54,22 @@ def test_cuda_code(capability, code):
 def test_cuda_code_without_ptx():
     assert doctor.cuda_code("9.0", ["8.6"]) is None
     assert doctor.cuda_code("8.0", ["8.6"]) is None
+
+
+def test_attention_says_what_is_chosen(gpu, monkeypatch):
+    def on_hopper(op, dtype):
+        return attention_choice(op, dtype, capability=90)
+
+    gpu("9.0")
+    monkeypatch.setattr(backends, "attention_choice", on_hopper)
+    sm90 = "sm90, large tiles"
+    assert (
+        doctor.cuda_kernel("flash_attn")
+        == f"float16: {sm90}; bfloat16: {sm90}; float32: simt, rows"
+    )
+    assert doctor.cuda_kernel("paged_attention") == (
+        "float16: decode, rows; bfloat16: decode, rows; float32: simt, rows"
+    )
 
 
 def test_json(capsys):
