@@ -26,6 +26,9 @@ if TYPE_CHECKING:
     from llamatelemetry.inference.kv_cache import KVCache as KVCache
     from llamatelemetry.inference.kv_cache import KVCacheConfig as KVCacheConfig
     from llamatelemetry.inference.kv_cache import PagedKVCache as PagedKVCache
+    from llamatelemetry.inference.kv_cache import kv_cache_bytes as kv_cache_bytes
+    from llamatelemetry.inference.kv_cache import optimize_kv_cache as optimize_kv_cache
+    from llamatelemetry.inference.kv_cache import restore_kv_cache as restore_kv_cache
     from llamatelemetry.inference.recording import Recording as Recording
     from llamatelemetry.inference.recording import RecordingError as RecordingError
     from llamatelemetry.inference.sampling import SamplingParams as SamplingParams
@@ -52,6 +55,9 @@ __getattr__, __dir__, __all__ = lazy_names(
             "KVCache",
             "KVCacheConfig",
             "PagedKVCache",
+            "kv_cache_bytes",
+            "optimize_kv_cache",
+            "restore_kv_cache",
         ),
         "recording": (
             "Recording",

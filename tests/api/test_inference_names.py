@@ -38,6 +38,9 @@ FUNCTIONS = {
         "KVCache.update": ["layer_idx", "k", "v", ("positions", None)],
         "KVCache.get": ["layer_idx"],
         "KVCache.clear": [],
+        "kv_cache_bytes": ["num_layers", "num_kv_heads", "head_dim", "num_tokens", "dtype"],
+        "optimize_kv_cache": ["model"],
+        "restore_kv_cache": ["model"],
     },
     "engine": {
         "InferenceEngine": ["model"],
