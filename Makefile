@@ -3,6 +3,7 @@
 # make t T=tests/norm [ARCH=9.0]   the CPU library (or that of one GPU too), then these tests
 # make test     build, the ops at every lower CPU level, then all tests
 # make test-transformers VERSION=5.24.0    the tests of patched models under another transformers
+# make notebooks   runs notebooks/*.py and writes the .ipynb beside them
 # make lint | format | bench | wheel | clean
 #
 # The first of them sets up .venv: on top of the torch >= 2.10 that $(PYTHON) has, or else with the
@@ -40,7 +41,7 @@ HAS_GPU := $(shell command -v nvidia-smi || ls /proc/driver/nvidia/version 2>/de
 HAS_CUDA_LIBRARY := $(wildcard llamatelemetry/lib/libllamatelemetry_cuda.so)
 DEMO_CUDA := $(if $(HAS_GPU)$(HAS_CUDA_LIBRARY),auto,0)
 
-.PHONY: demo build t test test-transformers lint format bench wheel clean
+.PHONY: demo build t test test-transformers notebooks lint format bench wheel clean
 .SILENT:
 
 demo: export LLAMATELEMETRY_CUDA := $(or $(LLAMATELEMETRY_CUDA),$(DEMO_CUDA))
@@ -88,6 +89,9 @@ format: .venv/tools
 
 bench: .venv/test build
 	for file in benchmarks/bench_*.py; do $(BIN)/python $$file || exit 1; done
+
+notebooks: .venv/test build
+	$(BIN)/python notebooks/render.py
 
 wheel: .venv/torch build
 	$(BIN)/python -m pip wheel -qq --no-build-isolation --no-deps -w dist .

@@ -38,7 +38,9 @@ CPP = sorted(p for suffix in ("cpp", "h", "cu", "cuh") for p in CSRC.rglob(f"*.{
 PACKAGE = sorted(ROOT.glob("llamatelemetry/**/*.py"))
 BENCHMARKS = sorted(ROOT.glob("benchmarks/*.py"))
 BUILD = [ROOT / "setup.py", *sorted(ROOT.glob("build_tools/*.py"))]
-PYTHON = [*BUILD, *PACKAGE, *BENCHMARKS, *sorted(ROOT.glob("tests/**/*.py"))]
+NOTEBOOKS = sorted(ROOT.glob("notebooks/*.py"))
+TESTS = sorted(ROOT.glob("tests/**/*.py"))
+PYTHON = [*BUILD, *PACKAGE, *BENCHMARKS, *NOTEBOOKS, *TESTS]
 OF_TRANSFORMERS = {"modeling_*.py"}  # files that documents name and this tree has not
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/*.md"))]
 
@@ -142,7 +144,7 @@ def test_file_budgets():
 def test_function_budget():
     assert [
         f"{name_of(path)}: {node.name}"
-        for path in (*PACKAGE, *BENCHMARKS)
+        for path in (*PACKAGE, *BENCHMARKS, *NOTEBOOKS)
         for node in ast.walk(ast.parse(path.read_text()))
         if isinstance(node, ast.FunctionDef) and node.end_lineno - node.lineno >= 80
     ] == []
@@ -221,7 +223,7 @@ def test_the_map_names_every_folder(document):
 def test_no_machine_paths():
     machine = re.compile(r"(?<![\w.*])/(home|root|Users|work)/")
     results = ROOT.glob("benchmarks/results/*.json")
-    notes = ROOT.glob("benchmarks/notes/**/*.md")
+    notes = [*ROOT.glob("benchmarks/notes/**/*.md"), *ROOT.glob("notebooks/*.ipynb")]
     names = ("Makefile", "pyproject.toml", "CHANGELOG.md", "SECURITY.md")
     texts = [*CPP, *PYTHON, *DOCUMENTS, *results, *notes, *(ROOT / name for name in names)]
     assert [name_of(p) for p in texts if machine.search(p.read_text())] == []
