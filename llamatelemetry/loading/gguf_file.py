@@ -8,15 +8,19 @@ from __future__ import annotations
 
 import math
 import mmap
+import re
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from llamatelemetry.loading.errors import ModelFileError
 from llamatelemetry.ops.formats import GGUF_FORMATS, QuantFormat
+
+__all__ = ["GgufFile", "GgufTensor", "Metadata", "ModelFileError"]
 
 Metadata = dict[str, Any]
 
@@ -37,12 +41,10 @@ _SCALARS = {
     11: "q",
     12: "d",
 }
+# How the files of a split model are called.
+_SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
 # GGML type numbers of the unquantised tensors
 _DENSE = {0: torch.float32, 1: torch.float16, 30: torch.bfloat16}
-
-
-class ModelFileError(ValueError):
-    """A model cannot be loaded: one sentence that names the file and what is wrong with it."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,7 @@ class GgufTensor:
     type: int  # GGML type number
     begin: int  # bytes from the start of the file
     num_bytes: int
+    map: mmap.mmap = field(repr=False, compare=False)  # of the file that holds it
 
     @property
     def format(self) -> QuantFormat | None:
@@ -62,13 +65,12 @@ class GgufTensor:
 
 
 class GgufFile:
-    """Metadata and tensors of a GGUF file of version 2 or 3.
+    """Metadata and tensors of a GGUF file of version 2 or 3; of a split model, of all its files.
 
     Attributes:
         path: of the file
-
-    metadata:  key to number, string or list
-    tensors:   name to GgufTensor
+        metadata: key to number, string or list
+        tensors: name to GgufTensor
 
     Raises:
         ModelFileError: missing, not a GGUF, truncated, or a tensor type without a kernel
@@ -77,8 +79,10 @@ class GgufFile:
         https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
     """
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, *, shards: bool = True) -> None:
         self.path = Path(path)
+        self.metadata: Metadata = {}
+        self.tensors: dict[str, GgufTensor] = {}
         try:
             with self.path.open("rb") as file:
                 # Copy-on-write pages: torch wants writable memory and nobody writes.
@@ -95,6 +99,8 @@ class GgufFile:
             raise self.error(f"truncated: its header does not end in {size} bytes") from None
         except UnicodeDecodeError as error:
             raise self.error(f"damaged: a string is not UTF-8 ({error.reason})") from None
+        if shards and self.value("split.count", int, 1) > 1:
+            self._add_shards()
 
     def error(self, what: str) -> ModelFileError:
         return ModelFileError(f"{self.path}: {what}")
@@ -104,22 +110,40 @@ class GgufFile:
         value = self.metadata.get(key, default)
         if value is None:
             raise self.error(f"metadata key {key} is missing")
-        if not isinstance(value, kind):
+        if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
             raise self.error(f"metadata key {key} must be {kind.__name__}, got {value!r:.80}")
+        return value
+
+    def values(self, key: str, kind: type, default: Any = None) -> list[Any]:
+        """metadata[key], a list whose every element is of the kind."""
+        found: list[Any] = self.value(key, list, default)
+        for i, element in enumerate(found):
+            if type(element) is not kind:
+                raise self.error(
+                    f"metadata key {key} must hold {kind.__name__} values, got {element!r:.80} "
+                    f"at {i}"
+                )
+        return found
+
+    def positive(self, key: str, kind: type, default: Any = None) -> Any:
+        """A number among the metadata that must be finite and above zero."""
+        value = self.value(key, kind, default)
+        if not 0 < value < math.inf:
+            raise self.error(f"metadata key {key} must be positive and finite, got {value}")
         return value
 
     def dense(self, tensor: GgufTensor) -> Tensor:
         """A tensor that is not quantised, as a view of the mapping."""
         count = math.prod(tensor.shape)
         values = torch.frombuffer(
-            self._map, dtype=_DENSE[tensor.type], count=count, offset=tensor.begin
+            tensor.map, dtype=_DENSE[tensor.type], count=count, offset=tensor.begin
         )
         return values.view(tensor.shape)
 
     def rows(self, tensor: GgufTensor) -> Tensor:
         """The raw rows of a quantised tensor, [n, row_bytes] uint8, as a view of the mapping."""
         raw = torch.frombuffer(
-            self._map, dtype=torch.uint8, count=tensor.num_bytes, offset=tensor.begin
+            tensor.map, dtype=torch.uint8, count=tensor.num_bytes, offset=tensor.begin
         )
         return raw.view(math.prod(tensor.shape[:-1]), -1)
 
@@ -129,17 +153,43 @@ class GgufFile:
         begin = -(-tensor.begin // page) * page
         length = tensor.begin + tensor.num_bytes - begin
         if length > 0:
-            self._map.madvise(mmap.MADV_DONTNEED, begin, length)
+            tensor.map.madvise(mmap.MADV_DONTNEED, begin, length)
+
+    def _add_shards(self) -> None:
+        """Takes in the tensors of the other files of a split model; the first has the metadata."""
+        count, match = self.value("split.count", int), _SHARD.fullmatch(self.path.name)
+        if match is None or int(match[3]) != count:
+            raise self.error(
+                f"one file of {count}: its name must end in -00001-of-{count:05}.gguf, so that the "
+                "others are found"
+            )
+        names = [f"{match[1]}-{number:05}-of-{match[3]}.gguf" for number in range(1, count + 1)]
+        files = [
+            self if name == self.path.name else GgufFile(self.path.with_name(name), shards=False)
+            for name in names
+        ]
+        tensors: dict[str, GgufTensor] = {}
+        for number, file in enumerate(files):
+            if (found := file.value("split.no", int)) != number:
+                raise file.error(f"must be file {number + 1} of {count}, got {found + 1}")
+            tensors |= file.tensors
+        self.metadata, self.tensors = files[0].metadata, tensors
+        wanted = self.value("split.tensors.count", int, len(tensors))
+        if len(tensors) != wanted:
+            raise self.error(f"the {count} files must hold {wanted} tensors, got {len(tensors)}")
 
     def _read(self) -> None:
         self._offset = len(_MAGIC)
         version = self._scalar("I")
+        if int.from_bytes(version.to_bytes(4, "big"), "little") in _VERSIONS:
+            raise self.error("a big-endian file; only little-endian ones are read here")
         if version not in _VERSIONS:
             raise self.error(f"GGUF version must be one of {list(_VERSIONS)}, got {version}")
         num_tensors, num_keys = self._scalar("Q"), self._scalar("Q")
-        self.metadata: Metadata = {}
         for _ in range(num_keys):
             key = self._string()
+            if key in self.metadata:
+                raise self.error(f"damaged: metadata key {key} comes twice")
             self.metadata[key] = self._value(self._scalar("I"))
         infos = [self._tensor_info() for _ in range(num_tensors)]
         alignment = self.value("general.alignment", int, 32)
@@ -175,7 +225,7 @@ class GgufFile:
             raise self.error(
                 f"truncated: tensor {name} ends at byte {end}, the file has {len(self._map)}"
             )
-        return GgufTensor(name, shape, number, data_begin + offset, num_bytes)
+        return GgufTensor(name, shape, number, data_begin + offset, num_bytes, self._map)
 
     def _scalars(self, code: str, count: int) -> tuple[Any, ...]:
         values = struct.unpack_from(f"<{count}{code}", self._map, self._offset)

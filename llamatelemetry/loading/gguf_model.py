@@ -10,37 +10,15 @@ import torch
 from torch import Tensor, nn
 
 from llamatelemetry import ops
+from llamatelemetry.loading.errors import in_one_sentence
+from llamatelemetry.loading.gguf_config import config_of, family_of_file
 from llamatelemetry.loading.gguf_file import GgufFile, GgufTensor
-from llamatelemetry.loading.tokenizer import eos_ids, special_ids
-from llamatelemetry.models.families import Gguf, architectures
+from llamatelemetry.models.families import Gguf
 from llamatelemetry.quantization.modules import QuantEmbedding, QuantLinear
 
 Progress = Callable[[int, int], None]
 
 
-# metadata keys, less the architecture -> config fields
-_SIZES = {
-    "block_count": "num_hidden_layers",
-    "context_length": "max_position_embeddings",
-    "embedding_length": "hidden_size",
-    "feed_forward_length": "intermediate_size",
-    "attention.head_count": "num_attention_heads",
-}
-# read in _config, or implied by the tensors
-_OTHER_KEYS = {
-    "attention.head_count_kv",
-    "attention.key_length",
-    "attention.value_length",
-    "attention.layer_norm_rms_epsilon",
-    "expert_count",
-    "rope.dimension_count",
-    "rope.freq_base",
-    "rope.scaling.factor",
-    "rope.scaling.type",
-    "rope.scaling.original_context_length",
-    "vocab_size",
-    "tensor_data_layout",
-}
 # tensor names, less "blk.N." or ".weight" -> modules
 _LAYER_MODULES = {
     "attn_norm": "input_layernorm",
@@ -83,9 +61,9 @@ def build_model(
     """
     from transformers import AutoModelForCausalLM
 
-    model_type, family = _family(file)
-    config = _config(file, model_type, family)
-    with torch.device("meta"):
+    model_type, family = family_of_file(file)
+    config = config_of(file, model_type, family)
+    with in_one_sentence(file.path), torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     waiting = {name for name, _ in model.named_parameters()}
     total = sum(tensor.num_bytes for tensor in file.tensors.values())
@@ -109,69 +87,24 @@ def build_model(
     # The skeleton's rotary buffers are on meta too.
     rotary = type(model.model.rotary_emb)(config).to(device)
     if _ROPE_FACTORS in file.tensors:
-        rotary.inv_freq /= file.dense(file.tensors[_ROPE_FACTORS]).to(device, torch.float32)
+        rotary.inv_freq /= _rope_factors(file, len(rotary.inv_freq)).to(device)
     model.model.rotary_emb = rotary
     return model.eval()
 
 
-def _family(file: GgufFile) -> tuple[str, Gguf]:
-    """transformers' model_type for the file's architecture, and what is particular in files."""
-    architecture, known = file.value("general.architecture", str), architectures()
-    if architecture not in known:
+def _rope_factors(file: GgufFile, count: int) -> Tensor:
+    """What the frequencies of the rotary embedding are divided by, [count] float32."""
+    tensor = file.tensors[_ROPE_FACTORS]
+    if tensor.format is not None or tensor.shape != (count,):
+        kind = tensor.format.name if tensor.format else "dense"
         raise file.error(
-            f"general.architecture must be one of {', '.join(known)}, got {architecture}"
+            f"tensor {_ROPE_FACTORS} must be ({count},) and not quantised, got {tensor.shape}, "
+            f"{kind}"
         )
-    family = known[architecture]
-    assert family.gguf is not None
-    return family.model_type, family.gguf
-
-
-def _config(file: GgufFile, model_type: str, family: Gguf) -> Any:
-    from transformers import AutoConfig
-
-    prefix = file.metadata["general.architecture"] + "."
-    known = {*_SIZES, *_OTHER_KEYS, *family.keys}
-    for key, value in file.metadata.items():
-        if key.startswith(prefix) and key[len(prefix) :] not in known:
-            raise file.error(f"metadata key {key} = {value!r:.80} is not known here")
-    if file.value(prefix + "expert_count", int, 0):
-        raise file.error("a mixture of experts is not supported")
-
-    fields = {name: file.value(prefix + key, int) for key, name in _SIZES.items()}
-    heads = fields["num_attention_heads"]
-    head_dim = file.value(prefix + "attention.key_length", int, fields["hidden_size"] // heads)
-    for key in ("attention.value_length", "rope.dimension_count"):
-        if (value := file.value(prefix + key, int, head_dim)) != head_dim:
-            raise file.error(f"{prefix}{key} must be the head's {head_dim}, got {value}")
-    for key, name in family.keys.items():
-        if prefix + key in file.metadata:
-            fields[name] = file.value(prefix + key, float)
-    embedding = file.tensors.get("token_embd.weight")
-    if embedding is None:
-        raise file.error("tensor token_embd.weight is missing")
-    return AutoConfig.for_model(
-        model_type,
-        **fields,
-        num_key_value_heads=file.value(prefix + "attention.head_count_kv", int, heads),
-        head_dim=head_dim,
-        vocab_size=embedding.shape[0],
-        rms_norm_eps=file.value(prefix + "attention.layer_norm_rms_epsilon", float),
-        rope_parameters=_rope_parameters(file, prefix),
-        tie_word_embeddings="output.weight" not in file.tensors,
-        **{f"{name}_token_id": special_ids(file).get(name) for name in ("bos", "pad")},
-        eos_token_id=list(eos_ids(file)) or None,
-    )
-
-
-def _rope_parameters(file: GgufFile, prefix: str) -> dict[str, Any]:
-    theta = file.value(prefix + "rope.freq_base", float, 10000.0)
-    scaling = file.value(prefix + "rope.scaling.type", str, "none")
-    if scaling == "none":
-        return {"rope_type": "default", "rope_theta": theta}
-    if scaling == "linear":
-        factor = file.value(prefix + "rope.scaling.factor", float)
-        return {"rope_type": "linear", "rope_theta": theta, "factor": factor}
-    raise file.error(f"{prefix}rope.scaling.type must be one of none, linear, got {scaling}")
+    factors = file.dense(tensor).float()
+    if not (factors.isfinite() & (factors > 0)).all():
+        raise file.error(f"tensor {_ROPE_FACTORS} must hold positive and finite factors")
+    return factors
 
 
 def _parameter_name(file: GgufFile, tensor: GgufTensor) -> str:
