@@ -1,0 +1,132 @@
+"""The guide's sections on attention, caches, batching and profiling, as test_guide.py does."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from families import VOCAB, tiny_model
+from torch import nn
+from torch.nn import functional as F
+
+from llamatelemetry.inference import (
+    FlashAttentionConfig,
+    KVCache,
+    KVCacheConfig,
+    PagedKVCache,
+    check_flash_attention_available,
+    disable_flash_attention,
+    enable_flash_attention,
+    flash_attention_forward,
+    get_optimal_context_length,
+    optimize_kv_cache,
+    restore_kv_cache,
+)
+from llamatelemetry.ops import paged_attention
+from llamatelemetry.profiling import check_memory, profile_model
+
+close = torch.testing.assert_close
+
+
+# Flash attention
+
+
+def test_flash_attention_function(device):
+    q = torch.randn(2, 128, 8, 64, device=device)
+    k, v = torch.randn(2, 2, 128, 2, 64, device=device)
+    out = flash_attention_forward(q, k, v, causal=True)
+    heads_first = (x.transpose(1, 2) for x in (q, k, v))
+    want = F.scaled_dot_product_attention(*heads_first, is_causal=True, enable_gqa=True)
+    close(out, want.transpose(1, 2), rtol=1e-4, atol=1e-4)
+    assert check_flash_attention_available()
+    assert get_optimal_context_length(1.0, 12.0, use_flash_attention=True) == 8192
+
+
+def test_flash_attention_of_a_model(device):
+    model = tiny_model("llama", device)
+    ids = torch.randint(VOCAB, (2, 24), device=device)
+    before = model(ids).logits
+    tokens = model.generate(ids, max_new_tokens=8, do_sample=False, pad_token_id=0)
+    enable_flash_attention(model, FlashAttentionConfig(causal=True))
+    close(model(ids).logits, before, rtol=1e-4, atol=1e-3)
+    again = model.generate(ids, max_new_tokens=8, do_sample=False, pad_token_id=0)
+    assert torch.equal(again, tokens)
+    disable_flash_attention(model)
+    assert torch.equal(model(ids).logits, before)
+
+
+# KV caches
+
+
+def test_kv_cache(device):
+    config = KVCacheConfig(
+        max_batch_size=2,
+        max_seq_length=32,
+        num_layers=2,
+        num_heads=4,
+        head_dim=16,
+        dtype=torch.float32,
+        device=device,
+    )
+    cache = KVCache(config)
+    keys, values = torch.randn(2, 2, 12, 4, 16, device=device)
+    cache.update(0, keys[:, :8], values[:, :8])
+    for i in range(8, 12):
+        all_keys, all_values = cache.update(0, keys[:, i : i + 1], values[:, i : i + 1])
+    assert torch.equal(all_keys, keys)
+    assert torch.equal(all_values, values)
+    query = torch.randn(2, 1, 4, 16, device=device)
+    whole = flash_attention_forward(query, keys, values)
+    close(flash_attention_forward(query, *cache.get(0)), whole, rtol=0, atol=1e-6)
+    assert cache.get(1) is None
+    cache.clear()
+    assert cache.get(0) is None
+
+
+def test_paged_kv_cache(device):
+    cache = PagedKVCache(
+        num_blocks=8, block_size=4, num_layers=1, num_heads=2, head_dim=16,
+        dtype=torch.float32, device=device,
+    )  # fmt: skip
+    keys, values = torch.randn(2, 10, 2, 16, device=device)
+    assert cache.allocate("first", list(range(10))) == 0
+    pages = cache.update(0, keys, values, cache.slot_mapping("first"))
+    cache.commit("first")
+    query = torch.randn(1, 2, 16, device=device)
+    lengths, starts = (torch.tensor(x, dtype=torch.int32, device=device) for x in ([10], [0, 1]))
+    table = cache.block_table(["first"])
+    out, _ = paged_attention(query, *pages, table, lengths, starts, max_seqlen_q=1)
+    want = flash_attention_forward(query[None], keys[None], values[None])[0]
+    close(out, want, rtol=1e-4, atol=1e-5)
+    assert cache.allocate("second", [*range(9), 99]) == 8  # two full blocks are shared
+    cache.fork("first", "third")
+    cache.append("third", [10])
+    cache.check()
+    with pytest.raises(RuntimeError, match="Out of KV cache memory"):
+        cache.append("third", 100)
+    for name in ("first", "second", "third"):
+        cache.free(name)
+    cache.check()
+
+
+def test_generate_with_our_cache(device):
+    model = tiny_model("llama", device)
+    ids = torch.randint(VOCAB, (2, 6), device=device)
+    asked = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
+    want = model.generate(ids, **asked)
+    optimize_kv_cache(model)
+    assert torch.equal(model.generate(ids, **asked), want)
+    restore_kv_cache(model)
+    assert torch.equal(model.generate(ids, **asked), want)
+
+
+# Profiling
+
+
+def test_profile_and_memory(device):
+    model = nn.Sequential(nn.Linear(64, 128), nn.GELU()).eval().to(device)
+    x = torch.randn(8, 64, device=device)
+    found = profile_model(model, x, warmup=1, active=3)
+    assert len(found.latencies_ms) == 3
+    assert found.device.startswith(device.type)
+    assert any("addmm" in op.name or "linear" in op.name for op in found.ops)
+    assert device.type in {memory.device.partition(":")[0] for memory in check_memory()}
