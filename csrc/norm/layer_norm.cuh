@@ -20,6 +20,47 @@ struct alignas(16) WarpMoments {
   float squares;  // of the same
 };
 
+struct MeanRstd {
+  float mean;
+  float rstd;
+};
+
+// Of a row of which every warp has left its moments.
+template <int kWarps>
+__device__ __forceinline__ MeanRstd merge_moments(const WarpMoments (&warps)[kWarps], int lane,
+                                                  float per_size, float eps) {
+  WarpMoments warp{};  // every kWarps lanes have one of each warp
+  if (lane % kWarps < blockDim.x / kWarpSize) warp = warps[lane % kWarps];
+  const float about = warps[0].origin;
+  float distance = warp.origin - about;
+  const float all = warp_reduce<Sum, kWarps>(fmaf(warp.count, distance, warp.sum));
+  const float mean = fmaf(all, per_size, about);
+  // From the mean; nothing of it lost in rounding that.
+  distance = fmaf(-all, per_size, distance);
+  const float all_squares = warp_reduce<Sum, kWarps>(
+      fmaf(distance, fmaf(warp.count, distance, 2.0f * warp.sum), warp.squares));
+  return {mean, rsqrtf(fmaf(all_squares, per_size, eps))};
+}
+
+template <typename V>
+__device__ __forceinline__ V normalized(const V& value, const MeanRstd& row, const V& w,
+                                        const V& b) {
+  using T = typename V::Element;
+  V result;
+#pragma unroll
+  for (int e = 0; e < V::kElements; ++e) {
+    const float y = (to_float(value.value[e]) - row.mean) * row.rstd;
+    result.value[e] = from_float<T>(fmaf(y, to_float(w.value[e]), to_float(b.value[e])));
+  }
+  return result;
+}
+
+// 1 / size to the bit: the approximation and a Newton step.
+__device__ __forceinline__ float reciprocal(float size) {
+  const float about = ptx::reciprocal_approx(size);
+  return fmaf(fmaf(-size, about, 1.0f), about, about);
+}
+
 template <typename V, int kHeld, int kRows>
 __global__ void __launch_bounds__(BlockRow<V, kHeld, (kRows > 1)>::kWarps* kWarpSize)
     layer_norm_kernel(const __grid_constant__ LayerNormParams p) {
@@ -31,18 +72,15 @@ __global__ void __launch_bounds__(BlockRow<V, kHeld, (kRows > 1)>::kWarps* kWarp
   let_successors_start();
   prefetch_row<V>(p.weight, hidden_size);
   prefetch_row<V>(p.bias, hidden_size);
-  const auto size = static_cast<float>(hidden_size);
-  float per_size = ptx::reciprocal_approx(size);
-  per_size = fmaf(fmaf(-size, per_size, 1.0f), per_size, per_size);  // a Newton step: to the bit
+  const float per_size = reciprocal(static_cast<float>(hidden_size));
   const auto count = static_cast<float>(warp_row_size<V>(hidden_size));
   const float per_count = ptx::reciprocal_approx(count);
   wait_for_predecessors();
 
+  const T* in = static_cast<const T*>(p.x) + first * p.x_row_stride;
   Row x[kRows];
 #pragma unroll
-  for (int r = 0; r < kRows; ++r) {
-    x[r] = Row(static_cast<const T*>(p.x) + (first + r) * p.x_row_stride, hidden_size);
-  }
+  for (int r = 0; r < kRows; ++r) x[r] = Row(in + r * p.x_row_stride, hidden_size);
   // Under way before the mean is known.
   const WeightRow<V, kHeld> weight(p.weight, p.weight ? hidden_size : 0);
   const WeightRow<V, kHeld> bias(p.bias, p.bias ? hidden_size : 0);
@@ -77,30 +115,16 @@ __global__ void __launch_bounds__(BlockRow<V, kHeld, (kRows > 1)>::kWarps* kWarp
   }
 #pragma unroll
   for (int r = 0; r < kRows; ++r) {
-    sum[r] = warp_reduce<Sum>(sum[r]);
-    squares[r] = warp_reduce<Sum>(squares[r]);
-    if (lane == 0) {
-      s_moments[r][threadIdx.x / kWarpSize] = {count, origin[r], sum[r], squares[r]};
-    }
+    const WarpMoments warp{count, origin[r], warp_reduce<Sum>(sum[r]),
+                           warp_reduce<Sum>(squares[r])};
+    if (lane == 0) s_moments[r][threadIdx.x / kWarpSize] = warp;
   }
   __syncthreads();
-  float mean[kRows];
-  float rstd[kRows];
+  MeanRstd row[kRows];
 #pragma unroll
-  for (int r = 0; r < kRows; ++r) {
-    WarpMoments warp{};  // every kWarps lanes have one of each warp
-    if (lane % Row::kWarps < blockDim.x / kWarpSize) warp = s_moments[r][lane % Row::kWarps];
-    const float about = s_moments[r][0].origin;
-    float distance = warp.origin - about;
-    const float all = warp_reduce<Sum, Row::kWarps>(fmaf(warp.count, distance, warp.sum));
-    mean[r] = fmaf(all, per_size, about);
-    // From the mean; nothing of it lost in rounding that.
-    distance = fmaf(-all, per_size, distance);
-    const float all_squares = warp_reduce<Sum, Row::kWarps>(
-        fmaf(distance, fmaf(warp.count, distance, 2.0f * warp.sum), warp.squares));
-    rstd[r] = rsqrtf(fmaf(all_squares, per_size, p.eps));
-  }
+  for (int r = 0; r < kRows; ++r) row[r] = merge_moments(s_moments[r], lane, per_size, p.eps);
 
+  T* out = static_cast<T*>(p.out) + first * p.hidden_size;
   V w;
   V b;
   const auto read_weights = [&](int i, int h) {
@@ -112,20 +136,11 @@ __global__ void __launch_bounds__(BlockRow<V, kHeld, (kRows > 1)>::kWarps* kWarp
     if constexpr (kRows == 1) read_weights(i, h);
     V result[kRows];
 #pragma unroll
-    for (int r = 0; r < kRows; ++r) {
-      const V value = x[r].at(i, h);
-#pragma unroll
-      for (int e = 0; e < V::kElements; ++e) {
-        const float y = (to_float(value.value[e]) - mean[r]) * rstd[r];
-        result[r].value[e] = from_float<T>(fmaf(y, to_float(w.value[e]), to_float(b.value[e])));
-      }
-    }
+    for (int r = 0; r < kRows; ++r) result[r] = normalized(x[r].at(i, h), row[r], w, b);
     // The next before these results leave: a load does not pass a store.
     if (kRows > 1 && h + 1 < kHeld) read_weights(i + blockDim.x, h + 1);
 #pragma unroll
-    for (int r = 0; r < kRows; ++r) {
-      reinterpret_cast<V*>(static_cast<T*>(p.out) + (first + r) * p.hidden_size)[i] = result[r];
-    }
+    for (int r = 0; r < kRows; ++r) reinterpret_cast<V*>(out + r * p.hidden_size)[i] = result[r];
   });
 }
 
