@@ -207,7 +207,7 @@ class GraphedForward:
         graph = CUDAGraph(GraphCaptureConfig(self._pool, config.capture_error_mode))
         try:
             out = graph.capture(call, warmup=False)
-        except RuntimeError as error:
+        except (RuntimeError, ValueError) as error:  # ValueError: a refusal while capturing alone
             raise NotCapturable(f"the capture failed: {error}") from error
         for leaf in pytree.tree_leaves(out):
             if not isinstance(leaf, (*_CONSTANTS, Tensor)):

@@ -89,7 +89,7 @@ def test_plain_module(device):
 
 
 def test_plain_module_copied_saved_and_compiled(device):
-    model, x = made(nn.Sequential, Plain(), Plain(), device=device), x_of(device)
+    model, x = made(lambda: nn.Sequential(Plain(), Plain()), device=device), x_of(device)
     want = model(x)
     enable_flash_attention(enable_flash_attention(model))
     with torch.inference_mode(False):
