@@ -13,6 +13,7 @@ BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
 import harness  # noqa: E402
+import plots  # noqa: E402
 import tables  # noqa: E402
 from harness import Case, Row  # noqa: E402
 
@@ -96,3 +97,10 @@ def test_documents_are_up_to_date():
 def test_every_bench_file_runs_through_the_harness():
     for path in BENCHMARKS.glob("bench_*.py"):
         assert "harness" in path.read_text(), path.name
+
+
+def test_plots_show_what_was_measured():
+    for file, name in plots.PLOTS.items():
+        if (plots.DOCS / file).exists():
+            text = (plots.DOCS / file).read_text()
+            assert plots.fingerprint(name) in text, "run benchmarks/plots.py"
