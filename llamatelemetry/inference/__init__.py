@@ -5,6 +5,8 @@ from typing import TYPE_CHECKING
 from llamatelemetry._lazy import lazy_names
 
 if TYPE_CHECKING:
+    from llamatelemetry.inference.batch_size import search_batch_size as search_batch_size
+    from llamatelemetry.inference.batch_size import suggest_batch_size as suggest_batch_size
     from llamatelemetry.inference.engine import GenerationStats as GenerationStats
     from llamatelemetry.inference.engine import InferenceEngine as InferenceEngine
     from llamatelemetry.inference.engine import InferResult as InferResult
@@ -37,6 +39,10 @@ if TYPE_CHECKING:
 __getattr__, __dir__, __all__ = lazy_names(
     __name__,
     {
+        "batch_size": (
+            "search_batch_size",
+            "suggest_batch_size",
+        ),
         "engine": (
             "GenerationStats",
             "InferResult",

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 
-_GB = 1e9
-_RESERVED_GB = 1.0  # the CUDA context, cuBLAS workspaces, fragmentation
+GB = 1e9
+RESERVED_GB = 1.0  # the CUDA context, cuBLAS workspaces, fragmentation
 _SHORTEST, _LONGEST = 512, 32768
 _VOCAB = 128 * 1024
 
@@ -39,11 +39,21 @@ def get_optimal_context_length(
             raise ValueError(
                 f"get_optimal_context_length: {name} must be positive and finite, got {size!r}"
             )
-    layers = (model_size_b * 1e9 / (12 * 128**2)) ** (1 / 3)
-    free = (available_vram_gb - 2 * model_size_b - _RESERVED_GB) * _GB
-    per_token = 2 * layers * (128 * layers) * 2 + _VOCAB * 4
+    layers = _layers(model_size_b)
+    free = (available_vram_gb - 2 * model_size_b - RESERVED_GB) * GB
+    per_token = bytes_per_token(model_size_b)
     per_square = 0.0 if use_flash_attention else layers * 2 * 2  # as many heads as layers
     fitting = _SHORTEST
     while fitting < _LONGEST and 2 * fitting * per_token + (2 * fitting) ** 2 * per_square <= free:
         fitting *= 2
     return fitting
+
+
+def bytes_per_token(model_size_b: float) -> float:
+    """Of a token's float16 keys and values and its row of float32 logits; as above."""
+    layers = _layers(model_size_b)
+    return 2 * layers * (128 * layers) * 2 + _VOCAB * 4
+
+
+def _layers(model_size_b: float) -> float:
+    return (model_size_b * 1e9 / (12 * 128**2)) ** (1 / 3)

@@ -88,8 +88,8 @@ def profile_model(
         raise ValueError(
             f"profile_model: warmup must be >= 0 and active >= 1, got {warmup} and {active}"
         )
-    args, kwargs = _arguments(input_data)
-    device = _device_of(model, (*args, *kwargs.values()))
+    args, kwargs = arguments(input_data)
+    device = device_of(model, (*args, *kwargs.values()))
     with torch.no_grad():
         for _ in range(warmup):
             model(*args, **kwargs)
@@ -101,13 +101,15 @@ def profile_model(
     return ModelProfile(str(device), latencies_ms, ops, peak)
 
 
-def _arguments(input_data: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def arguments(input_data: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """(positional, keyword) arguments of profile_model's input_data."""
     if isinstance(input_data, Mapping):  # a tokenizer's BatchEncoding, too
         return (), dict(input_data)
     return (tuple(input_data) if isinstance(input_data, (tuple, list)) else (input_data,)), {}
 
 
-def _device_of(model: nn.Module, values: tuple[Any, ...]) -> torch.device:
+def device_of(model: nn.Module, values: tuple[Any, ...]) -> torch.device:
+    """The first GPU that a parameter, buffer or value is on; else the CPU."""
     tensors = [*model.parameters(), *model.buffers(), *values]
     devices = [t.device for t in tensors if isinstance(t, Tensor)]
     gpus = [device for device in devices if device.type == "cuda"]

@@ -33,6 +33,21 @@ FUNCTIONS = {
             ("use_flash_attention", True),
         ],
     },
+    "batch_size": {
+        "search_batch_size": [
+            "model",
+            "make_inputs",
+            ("max_batch_size", 256),
+            ("share", 0.9),
+            ("available_bytes", None),
+        ],
+        "suggest_batch_size": [
+            "model_size_b",
+            "bits",
+            "available_vram_gb",
+            ("context_length", 2048),
+        ],
+    },
     "kv_cache": {
         "KVCache": ["config"],
         "KVCache.update": ["layer_idx", "k", "v", ("positions", None)],
