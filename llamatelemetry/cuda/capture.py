@@ -28,6 +28,10 @@ class GraphCaptureConfig:
         capture_error_mode: what other threads may do meanwhile: "global", "thread_local" or
             "relaxed", CUDA's cudaStreamCaptureMode.
         warmup_iters: how often the function runs before it is captured.
+
+    Example:
+        >>> GraphCaptureConfig(warmup_iters=1).capture_error_mode
+        'thread_local'
     """
 
     pool: Any = None
@@ -43,6 +47,12 @@ class CUDAGraph:
 
     Args:
         config: how to capture; the defaults if None.
+
+    Example:
+        >>> graph = CUDAGraph()
+        >>> first = graph.capture(lambda x: 2 * x, {"x": torch.ones(2)})
+        >>> graph.replay(x=torch.tensor([3.0, 4.0]))
+        tensor([6., 8.])
     """
 
     def __init__(self, config: GraphCaptureConfig | None = None) -> None:

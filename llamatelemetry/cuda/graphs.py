@@ -31,6 +31,13 @@ class GraphPool:
 
     The graphs use the same scratch memory, so replay them one after the other, on one stream. Their
     outputs lie outside of it: each stays valid until its own graph is replayed.
+
+    Example:
+        >>> pool = GraphPool()
+        >>> pool.capture("double", lambda x: 2 * x, {"x": torch.ones(2)})
+        'double'
+        >>> pool.replay("double", x=torch.tensor([3.0, 4.0]))
+        tensor([6., 8.])
     """
 
     def __init__(self) -> None:
@@ -149,6 +156,11 @@ def capture_graph(
 
     Returns:
         The captured graph.
+
+    Example:
+        >>> graph = capture_graph(lambda x: x + 1, {"x": torch.zeros(2)})
+        >>> graph.replay(x=torch.ones(2))
+        tensor([2., 2.])
     """
     graph = CUDAGraph(GraphCaptureConfig(warmup_iters=warmup_iters))
     graph.capture(func, inputs)
@@ -156,5 +168,10 @@ def capture_graph(
 
 
 def replay_graph(graph: CUDAGraph) -> Any:
-    """Replays a graph and returns what the captured function returned."""
+    """Replays a graph and returns what the captured function returned.
+
+    Example:
+        >>> replay_graph(capture_graph(lambda x: x + 1, {"x": torch.zeros(2)}))
+        tensor([1., 1.])
+    """
     return graph.replay()

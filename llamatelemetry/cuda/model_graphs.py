@@ -45,6 +45,12 @@ def enable_cuda_graphs(model: nn.Module) -> nn.Module:
 
     Returns:
         model.
+
+    Example:
+        >>> layer = enable_cuda_graphs(torch.nn.Linear(4, 2).eval())
+        >>> with torch.inference_mode():
+        ...     layer(torch.ones(3, 4)).shape
+        torch.Size([3, 2])
     """
     if isinstance(model.__dict__.get("forward"), GraphedForward):
         return model
@@ -62,6 +68,11 @@ def disable_cuda_graphs(model: nn.Module) -> nn.Module:
 
     Returns:
         model.
+
+    Example:
+        >>> layer = enable_cuda_graphs(torch.nn.Linear(4, 2).eval())
+        >>> disable_cuda_graphs(layer) is layer
+        True
     """
     graphed = model.__dict__.get("forward")
     if isinstance(graphed, GraphedForward):

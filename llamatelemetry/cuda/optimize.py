@@ -55,6 +55,11 @@ def optimize_for_tensor_cores(model: nn.Module, dtype: torch.dtype = torch.float
 
     Raises:
         RuntimeError: dtype is neither, or weights are too large for it.
+
+    Example:
+        >>> layer = torch.nn.Linear(4, 2)
+        >>> optimize_for_tensor_cores(layer).weight.dtype  # on a machine without a GPU
+        torch.float32
     """
     if dtype not in (torch.float16, torch.bfloat16):
         raise RuntimeError(

@@ -50,6 +50,11 @@ def matmul_tensor_core(
 
     Raises:
         RuntimeError: naming the argument, the rule and the value.
+
+    Example:
+        >>> matmul_tensor_core(torch.full((2, 4), 60000.0), torch.full((4, 2), 2.0))
+        tensor([[480000., 480000.],
+                [480000., 480000.]])
     """
     _check_matmul(A, B, dtype)
     if A.dtype == B.dtype == dtype or dtype == torch.float32:
@@ -88,6 +93,11 @@ class TensorCoreMatMul(nn.Module):
 
     Args:
         dtype: what the inputs are rounded to.
+
+    Example:
+        >>> TensorCoreMatMul()(torch.ones(2, 3), torch.ones(3, 1))
+        tensor([[3.],
+                [3.]])
     """
 
     def __init__(self, dtype: torch.dtype = torch.float16) -> None:
@@ -113,6 +123,18 @@ def enable_amp(
 
     Returns:
         The scaler, and the context, which may be entered again in every step of a loop.
+
+    Example:
+        >>> layer = torch.nn.Linear(4, 1)
+        >>> optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+        >>> scaler, autocast = enable_amp()
+        >>> for _ in range(2):
+        ...     optimizer.zero_grad()
+        ...     with autocast:
+        ...         loss = layer(torch.ones(8, 4)).square().mean()
+        ...     scaler.scale(loss).backward()
+        ...     scaler.step(optimizer)
+        ...     scaler.update()
     """
     if torch.cuda.is_available():
         scaler = torch.amp.GradScaler("cuda", enabled=dtype == torch.float16)
@@ -138,6 +160,10 @@ def get_tensor_core_info(device: int = 0) -> dict[str, Any]:
         sheet, dense; 0.0 where there are no tensor cores. estimated_speedup: fp16_tflops over the
         card's float32 rate; 1.0 where there are none. card, source: whose figures they are and
         where they are printed. reason: only where unsupported or without figures, why.
+
+    Example:
+        >>> get_tensor_core_info()["reason"]  # on a machine without a GPU
+        'there is no CUDA device, so there are no tensor cores to use'
     """
     capability = capability_of(device)
     name = "cpu" if capability is None else torch.cuda.get_device_name(device)

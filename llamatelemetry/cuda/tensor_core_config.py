@@ -17,6 +17,10 @@ class TensorCoreConfig:
         dtype: the 16-bit type to compute in.
         allow_tf32: whether float32 products and convolutions may round their inputs to TF32.
         allow_fp16: whether sums of products in dtype may be split and added in dtype.
+
+    Example:
+        >>> TensorCoreConfig(allow_tf32=False)
+        TensorCoreConfig(enabled=True, dtype=torch.float16, allow_tf32=False, allow_fp16=True)
     """
 
     enabled: bool = True
@@ -43,6 +47,10 @@ def check_tensor_core_support(device: int | torch.device = 0) -> bool:
 
     Returns:
         False also without CUDA, or without such a device.
+
+    Example:
+        >>> check_tensor_core_support()  # on a machine without a GPU
+        False
     """
     capability = capability_of(device)
     return capability is not None and capability >= (7, 0)
@@ -69,6 +77,11 @@ def enable_tensor_cores(
 
     Returns:
         What was set; enabled is False, and a warning says why, where there are no tensor cores.
+
+    Example:
+        >>> config = enable_tensor_cores(allow_tf32=False)
+        >>> torch.backends.cuda.matmul.allow_tf32
+        False
     """
     config = TensorCoreConfig(check_tensor_core_support(), dtype, allow_tf32)
     config.apply()

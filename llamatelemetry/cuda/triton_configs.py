@@ -14,6 +14,10 @@ class KernelConfig:
         block_size: elements that a program takes at a time; a power of two.
         num_warps: warps of a program.
         num_stages: stages of Triton's software pipeline.
+
+    Example:
+        >>> KernelConfig("mine", num_warps=8)
+        KernelConfig(name='mine', block_size=128, num_warps=8, num_stages=2)
     """
 
     name: str

@@ -49,6 +49,10 @@ def triton_add(x: Tensor, y: Tensor) -> Tensor:
 
     Raises:
         RuntimeError: naming the argument, the rule and the value.
+
+    Example:
+        >>> triton_add(torch.ones(2, 1), torch.ones(3)).shape
+        torch.Size([2, 3])
     """
     _check("triton_add", "x", x, _NUMBERS)
     _check("triton_add", "y", y, _NUMBERS, like=x)
@@ -78,6 +82,10 @@ def triton_layernorm(
 
     Source:
         Ba, Kiros & Hinton 2016, arXiv:1607.06450
+
+    Example:
+        >>> triton_layernorm(torch.tensor([[1.0, 3.0]]))
+        tensor([[-1.0000,  1.0000]])
     """
     _check("triton_layernorm", "x", x, _FLOATS)
     if x.ndim == 0:
@@ -111,6 +119,10 @@ def triton_softmax(x: Tensor, dim: int = -1) -> Tensor:
     Raises:
         RuntimeError: naming the argument, the rule and the value.
         IndexError: x has no such dimension.
+
+    Example:
+        >>> triton_softmax(torch.zeros(2, 4), dim=0)[0]
+        tensor([0.5000, 0.5000, 0.5000, 0.5000])
     """
     _check("triton_softmax", "x", x, _FLOATS)
     if not -max(x.ndim, 1) <= dim < max(x.ndim, 1):

@@ -28,6 +28,10 @@ class TritonKernel:
         name: of the kernel.
         kernel_func: what ``@triton.jit`` made; None for a kernel that cannot be launched.
         config: how to launch; KernelConfig's defaults if None.
+
+    Example:
+        >>> TritonKernel("mine").config.block_size
+        128
     """
 
     def __init__(
@@ -116,18 +120,35 @@ def register_kernel(
 
     Returns:
         The registered kernel.
+
+    Example:
+        >>> kernel = register_kernel("mine", None, KernelConfig("mine", block_size=256))
+        >>> list_kernels()
+        ['add', 'layernorm', 'softmax', 'mine']
     """
     _registry[name] = TritonKernel(name, kernel_func, config)
     return _registry[name]
 
 
 def get_kernel(name: str) -> TritonKernel | None:
-    """The kernel registered under a name, or None."""
+    """The kernel registered under a name, or None.
+
+    Example:
+        >>> get_kernel("softmax").name
+        'softmax'
+        >>> get_kernel("unknown") is None
+        True
+    """
     return _registry.get(name)
 
 
 def list_kernels() -> list[str]:
-    """The registered names, in the order of their registration."""
+    """The registered names, in the order of their registration.
+
+    Example:
+        >>> list_kernels()
+        ['add', 'layernorm', 'softmax']
+    """
     return list(_registry)
 
 

@@ -41,7 +41,6 @@ def suggest_batch_size(
         ValueError: A size that is not a positive number.
 
     Example:
-        >>> from llamatelemetry.inference import suggest_batch_size
         >>> suggest_batch_size(7.0, 4, 16.0), suggest_batch_size(1.0, 16, 16.0)
         (4, 8)
     """
@@ -85,8 +84,6 @@ def search_batch_size(
         RuntimeError: One row goes past the limit, or the system does not tell its memory.
 
     Example:
-        >>> import torch
-        >>> from llamatelemetry.inference import search_batch_size
         >>> model = torch.nn.Linear(64, 64).eval()
         >>> search_batch_size(model, lambda rows: torch.ones(rows, 64), max_batch_size=16)
         16

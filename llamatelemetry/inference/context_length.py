@@ -33,6 +33,10 @@ def get_optimal_context_length(
 
     Raises:
         ValueError: A size that is not a positive number.
+
+    Example:
+        >>> get_optimal_context_length(1.0, 12.0)
+        8192
     """
     for name, size in (("model_size_b", model_size_b), ("available_vram_gb", available_vram_gb)):
         if not (size > 0 and math.isfinite(size)):

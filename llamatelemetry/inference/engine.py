@@ -17,7 +17,12 @@ from llamatelemetry.models.patching import patch
 
 @dataclass(frozen=True)
 class InferResult:
-    """What ``InferenceEngine.infer`` returns; on failure text is "" and error_message says why."""
+    """What ``InferenceEngine.infer`` returns; on failure text is "" and error_message says why.
+
+    Example:
+        >>> InferResult(True, "Elbe", 2, latency_ms=50.0, tokens_per_sec=40.0).error_message is None
+        True
+    """
 
     success: bool
     text: str
@@ -29,7 +34,12 @@ class InferResult:
 
 @dataclass
 class GenerationStats:
-    """Counts, of all sequences together, and seconds of one generation, filled in as it goes."""
+    """Counts, of all sequences together, and seconds of one generation, filled in as it goes.
+
+    Example:
+        >>> GenerationStats(generated_tokens=11, decode_s=2.0).decode_tokens_per_s
+        5.0
+    """
 
     prompt_tokens: int = 0
     generated_tokens: int = 0
@@ -62,6 +72,11 @@ class InferenceEngine:
     Attributes:
         model: LoadedModel; its transformers model is patched in place
         stats: GenerationStats of the generation that began last
+
+    Example:
+        >>> engine = InferenceEngine(loaded)  # loaded = load_model("smollm2")
+        >>> engine.infer("Name three rivers.", max_tokens=4).tokens_generated
+        4
     """
 
     def __init__(self, model: LoadedModel) -> None:

@@ -34,6 +34,14 @@ class KVCache(ServesTransformers):
 
     Attributes:
         keys, values: [num_layers, max_batch_size, max_seq_length, num_kv_heads, head_dim].
+
+    Example:
+        >>> sizes = {"num_layers": 1, "num_heads": 2, "head_dim": 8, "dtype": torch.float32}
+        >>> cache = KVCache(KVCacheConfig(max_batch_size=1, max_seq_length=16, **sizes))
+        >>> keys, values = cache.update(0, torch.ones(1, 3, 2, 8), torch.ones(1, 3, 2, 8))
+        >>> keys, values = cache.update(0, torch.ones(1, 1, 2, 8), torch.ones(1, 1, 2, 8))
+        >>> keys.shape
+        torch.Size([1, 4, 2, 8])
     """
 
     def __init__(self, config: KVCacheConfig) -> None:
@@ -211,6 +219,11 @@ def optimize_kv_cache(model: _Model) -> _Model:
 
     Raises:
         ValueError: For another model, or one with latent attention.
+
+    Example:
+        >>> ids = torch.tensor([[1, 2, 3]])
+        >>> optimize_kv_cache(model).generate(ids, max_new_tokens=4, do_sample=False).shape
+        torch.Size([1, 7])
     """
     from llamatelemetry.inference.model_cache import optimize
 
@@ -219,7 +232,12 @@ def optimize_kv_cache(model: _Model) -> _Model:
 
 
 def restore_kv_cache(model: _Model) -> _Model:
-    """Undoes optimize_kv_cache; a model that it was not called on stays as it is."""
+    """Undoes optimize_kv_cache; a model that it was not called on stays as it is.
+
+    Example:
+        >>> restore_kv_cache(optimize_kv_cache(model)) is model
+        True
+    """
     from llamatelemetry.inference.model_cache import restore
 
     restore(model)

@@ -31,6 +31,10 @@ class KVCacheConfig:
 
     Raises:
         ValueError: for a size below 1, by name.
+
+    Example:
+        >>> KVCacheConfig(max_batch_size=1, num_layers=32, num_heads=32, num_kv_heads=8).num_bytes
+        536870912
     """
 
     max_batch_size: int = 8
@@ -76,5 +80,9 @@ def kv_cache_bytes(
     Returns:
         Bytes; Llama-2-70B at 8192 tokens in float16 takes 2.7 GB, and 21.5 GB had it as many key
         heads as query heads.
+
+    Example:
+        >>> kv_cache_bytes(80, 8, 128, 8192, torch.float16)
+        2684354560
     """
     return 2 * num_layers * num_kv_heads * head_dim * num_tokens * dtype.itemsize

@@ -25,6 +25,14 @@ class PagedKVCache(ServesTransformers):
     Attributes:
         blocks: BlockManager.
         pages: KvPages; pages.layers are what paged_attention takes.
+
+    Example:
+        >>> cache = PagedKVCache(num_blocks=8, block_size=4, num_layers=1, num_heads=2, head_dim=8)
+        >>> cache.allocate("first", range(10))
+        0
+        >>> cache.commit("first")  # once the keys and values are written
+        >>> cache.allocate("second", range(12))  # begins with two full blocks of the first
+        8
     """
 
     def __init__(

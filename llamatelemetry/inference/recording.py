@@ -24,7 +24,15 @@ _NO_WORK = {"empty", "new_empty", "empty_like", "empty_strided", "detach", "alia
 
 
 class RecordingError(RuntimeError):
-    """An op that a recording cannot hold."""
+    """An op that a recording cannot hold.
+
+    Example:
+        >>> with Recording():
+        ...     torch.ones(2) + 1
+        Traceback (most recent call last):
+            ...
+        llamatelemetry.inference.recording.RecordingError: Recording: every op must be ...
+    """
 
 
 class _OnlyOurOps(TorchDispatchMode):
@@ -48,6 +56,16 @@ class Recording:
     Raises:
         RecordingError: for any op that is neither ours nor a view
         RuntimeError: for a recording inside one.
+
+    Example:
+        >>> from llamatelemetry import ops
+        >>> x = torch.ones(1, 4)
+        >>> with Recording() as recording:
+        ...     y = ops.softmax(x)
+        >>> x[0, 0] = -torch.inf
+        >>> recording.replay()
+        >>> y
+        tensor([[0.0000, 0.3333, 0.3333, 0.3333]])
     """
 
     def __init__(self) -> None:

@@ -25,6 +25,10 @@ class SamplingParams:
 
     Raises:
         ValueError: naming the argument, the rule and the value
+
+    Example:
+        >>> SamplingParams(temperature=0.8, top_p=0.95)
+        SamplingParams(temperature=0.8, top_k=0, top_p=0.95, min_p=0.0, seed=0)
     """
 
     temperature: float = 1.0

@@ -16,6 +16,13 @@ class TextStream:
         stop_strings: the text ends before the first that appears; ``stopped`` is then True. A str
             is one stop string
         name: what refusals call stop_strings
+
+    Example:
+        >>> text = TextStream(loaded.tokenizer, stop_strings="c")
+        >>> [text.push(token) for token in loaded.tokenizer.encode("abcd")]
+        ['a', 'b', '', '']
+        >>> text.stopped
+        True
     """
 
     def __init__(

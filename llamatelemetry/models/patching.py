@@ -48,6 +48,10 @@ class PatchReport:
         refused: module name -> why it stays as it was
         not_packed: why the engine cannot run the model although every piece that it needs stands;
             None if it can, or if refused says why
+
+    Example:
+        >>> PatchReport().refused
+        {}
     """
 
     replaced: Counter[str] = field(default_factory=Counter)
@@ -89,6 +93,10 @@ def patch(model: Any, strict: bool = False, ops: OpSet = NATIVE) -> PatchReport:
     Raises:
         ValueError: a model of another class, or one that is patched with other ops; with strict, a
             piece that is refused, in a second call too.
+
+    Example:
+        >>> sorted(patch(model).replaced)
+        ['Attention', 'DecoderLayer', 'GatedMlp', 'RmsNorm']
     """
     spec = family_of(model).spec
     if (patched := model.__dict__.get("_llamatelemetry")) is not None:
@@ -224,7 +232,12 @@ def _summary(refused: Mapping[str, str]) -> str:
 
 
 def unpatch(model: Any) -> None:
-    """Undoes patch; a model that is not patched stays as it is."""
+    """Undoes patch; a model that is not patched stays as it is.
+
+    Example:
+        >>> report = patch(model)
+        >>> unpatch(model)
+    """
     patched: _Patched | None = model.__dict__.pop("_llamatelemetry", None)
     if patched is not None:
         for piece in patched.pieces.values():

@@ -19,6 +19,10 @@ class DeviceMemory:
         allocated: what this process uses: its resident set on the CPU, tensors on a GPU.
         reserved: what this process holds, torch's cache included; allocated on the CPU.
         peak: the most that allocated has been.
+
+    Example:
+        >>> print(DeviceMemory("cpu", 8 << 30, 4 << 30, 1 << 30, 1 << 30, 2 << 30))
+        cpu: 1.00 GiB in use (peak 2.00), 4.00 of 8.00 free
     """
 
     device: str
@@ -41,6 +45,10 @@ def check_memory() -> list[DeviceMemory]:
     Returns:
         The CPU first, then the GPUs by index; the CPU's is left out where the system does not
         tell (it is read from /proc).
+
+    Example:
+        >>> [memory.device for memory in check_memory()]  # on a machine without a GPU
+        ['cpu']
     """
     found = [cpu] if (cpu := _cpu()) is not None else []
     for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):

@@ -19,6 +19,10 @@ def time_to_first_token(enqueued: float, first_token: float) -> float:
 
     Raises:
         ValueError: first_token is before enqueued.
+
+    Example:
+        >>> time_to_first_token(enqueued=10.0, first_token=10.25)
+        0.25
     """
     return _span("time_to_first_token", "first_token", enqueued, first_token)
 
@@ -36,6 +40,10 @@ def time_per_output_token(first_token: float, last_token: float, num_tokens: int
 
     Raises:
         ValueError: last_token is before first_token.
+
+    Example:
+        >>> time_per_output_token(first_token=10.0, last_token=12.0, num_tokens=5)
+        0.5
     """
     seconds = _span("time_per_output_token", "last_token", first_token, last_token)
     return seconds / (num_tokens - 1) if num_tokens > 1 else math.nan
@@ -52,6 +60,13 @@ class RequestTimes:
         last_token: when its last token was there.
         num_prompt_tokens: tokens that the prefill computed.
         num_tokens: tokens generated.
+
+    Example:
+        >>> request = RequestTimes(0.0, 0.5, 1.0, 3.0, num_prompt_tokens=64, num_tokens=5)
+        >>> request.ttft, request.tpot, request.queue_delay
+        (1.0, 0.5, 0.5)
+        >>> request.prefill_tokens_per_second, request.decode_tokens_per_second
+        (128.0, 2.0)
     """
 
     enqueued: float
@@ -101,6 +116,10 @@ def percentile(values: Iterable[float], q: float) -> float:
 
     Raises:
         ValueError: q is not between 0 and 100.
+
+    Example:
+        >>> percentile([4.0, 1.0, 3.0, 2.0], 50)
+        2.5
     """
     if not 0 <= q <= 100:
         raise ValueError(f"percentile: q must be between 0 and 100, got {q}")
@@ -123,6 +142,10 @@ def percentiles(values: Iterable[float], qs: Sequence[float] = (50, 95, 99)) -> 
 
     Returns:
         {"p50": ..., "p95": ..., "p99": ...}.
+
+    Example:
+        >>> percentiles(range(101))
+        {'p50': 50, 'p95': 95, 'p99': 99}
     """
     kept = list(values)
     return {f"p{q:g}": percentile(kept, q) for q in qs}
@@ -139,6 +162,10 @@ def summarise(requests: Iterable[RequestTimes]) -> dict[str, dict[str, float]]:
 
     Returns:
         Metric (a property of RequestTimes) -> percentiles.
+
+    Example:
+        >>> summarise([RequestTimes(0.0, 0.5, 1.0, 3.0, 64, 5)])["ttft"]
+        {'p50': 1.0, 'p95': 1.0, 'p99': 1.0}
     """
     done = list(requests)
     return {name: percentiles(getattr(request, name) for request in done) for name in _METRICS}
