@@ -4,9 +4,9 @@
 // clang-format off: one op a line
 STABLE_TORCH_LIBRARY(llamatelemetry, m) {
   // norm: x [..., size]; q, k [num_tokens, heads, head_dim]; cos, sin [positions, rotary_dim]
-  m.def("rms_norm(Tensor x, Tensor weight, float eps) -> Tensor");
-  m.def("fused_add_rms_norm_(Tensor(a!) x, Tensor(b!) residual, Tensor weight, float eps) -> ()");
-  m.def("layer_norm(Tensor x, Tensor? weight, Tensor? bias, float eps) -> Tensor");
+  m.def("rms_norm(Tensor x, Tensor weight, float eps, float weight_offset=0.0) -> Tensor");
+  m.def("fused_add_rms_norm_(Tensor(a!) x, Tensor(b!) residual, Tensor weight, float eps, float weight_offset=0.0) -> ()");
+  m.def("layer_norm(Tensor x, Tensor? weight, Tensor? bias, float eps, float weight_offset=0.0) -> Tensor");
   m.def("rotary_embedding_(Tensor(a!) q, Tensor(b!) k, Tensor cos, Tensor sin, Tensor? positions, bool interleaved) -> ()");
   m.def("silu_and_mul(Tensor x) -> Tensor");
   m.def("gelu_and_mul(Tensor x) -> Tensor");

@@ -1,4 +1,4 @@
-// out[t, :] = (x[t, :] - mean) / sqrt(variance + eps) * weight + bias       (Ba et al. 2016)
+// out[t, :] = (x[t, :] - mean) / sqrt(variance + eps) * (weight + offset) + bias (Ba et al. 2016)
 // Pass 1: an approximate mean per warp. Pass 2, over registers: sums of x - mean and of its square.
 // One exchange merges the warps' moments (Chan, Golub & LeVeque 1979): no cancellation, whatever
 // the mean and wherever outliers are. Bandwidth bound, or for a few rows bound by latency. A block
@@ -43,14 +43,15 @@ __device__ __forceinline__ MeanRstd merge_moments(const WarpMoments (&warps)[kWa
 }
 
 template <typename V>
-__device__ __forceinline__ V normalized(const V& value, const MeanRstd& row, const V& w,
-                                        const V& b) {
+__device__ __forceinline__ V normalized(const V& value, const MeanRstd& row, const V& w, const V& b,
+                                        const LayerNormParams& p) {
   using T = typename V::Element;
   V result;
 #pragma unroll
   for (int e = 0; e < V::kElements; ++e) {
     const float y = (to_float(value.value[e]) - row.mean) * row.rstd;
-    result.value[e] = from_float<T>(fmaf(y, to_float(w.value[e]), to_float(b.value[e])));
+    const float factor = to_float(w.value[e]) + p.weight_offset;
+    result.value[e] = from_float<T>(fmaf(y, factor, to_float(b.value[e])));
   }
   return result;
 }
@@ -136,7 +137,7 @@ __global__ void __launch_bounds__(BlockRow<V, kHeld, (kRows > 1)>::kWarps* kWarp
     if constexpr (kRows == 1) read_weights(i, h);
     V result[kRows];
 #pragma unroll
-    for (int r = 0; r < kRows; ++r) result[r] = normalized(x[r].at(i, h), row[r], w, b);
+    for (int r = 0; r < kRows; ++r) result[r] = normalized(x[r].at(i, h), row[r], w, b, p);
     // The next before these results leave: a load does not pass a store.
     if (kRows > 1 && h + 1 < kHeld) read_weights(i + blockDim.x, h + 1);
 #pragma unroll

@@ -1,4 +1,4 @@
-// out[t, :] = (x[t, :] - mean) / sqrt(variance + eps) * weight + bias       (Ba et al. 2016)
+// out[t, :] = (x[t, :] - mean) / sqrt(variance + eps) * (weight + offset) + bias (Ba et al. 2016)
 // The mean is that of the distances from a first mean, which a long sum may have put beside it; the
 // variance is the mean of squared distances from the mean, each in a pass over L1: no cancellation,
 // whatever the mean. One item per token. All in float, rounded once, as torch does.
@@ -34,9 +34,10 @@ void layer_norm_rows(const LayerNormParams& p, int64_t begin, int64_t end) {
                                    }) /
                            size;
     const Vec rstd = vec_set(1.0f / std::sqrt(variance + p.eps));
+    const Vec offset = vec_set(p.weight_offset);
     for_each_vec(p.hidden_size, [=](int64_t i, auto lanes) {
       Vec value = (vec_load(x + i, lanes) - means) * rstd;
-      if (weight) value = value * vec_load(weight + i, lanes);
+      if (weight) value = value * (vec_load(weight + i, lanes) + offset);
       if (bias) value = value + vec_load(bias + i, lanes);
       vec_store(out + i, lanes, value);
     });

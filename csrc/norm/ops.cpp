@@ -25,7 +25,7 @@ void check_apart(const char* op, const char* arg, int64_t count, int64_t stride,
         "stride " + std::to_string(stride));
 }
 
-Tensor rms_norm(const Tensor& x, const Tensor& weight, double eps) {
+Tensor rms_norm(const Tensor& x, const Tensor& weight, double eps, double weight_offset) {
   constexpr const char* op = "rms_norm";
   const DType dtype = check_floating(op, "x", x);
   const Rows rows = rows_of(op, "x", x);  // leading dimensions folded
@@ -44,13 +44,15 @@ Tensor rms_norm(const Tensor& x, const Tensor& weight, double eps) {
       .residual_row_stride = 0,
       .out_row_stride = rows.row_size,
       .eps = static_cast<float>(eps),
+      .weight_offset = static_cast<float>(weight_offset),
       .dtype = dtype,
   };
   launch(op, launch_rms_norm, params, x);
   return out;
 }
 
-void fused_add_rms_norm_(Tensor x, Tensor residual, const Tensor& weight, double eps) {
+void fused_add_rms_norm_(Tensor x, Tensor residual, const Tensor& weight, double eps,
+                         double weight_offset) {
   constexpr const char* op = "fused_add_rms_norm_";
   const DType dtype = check_floating(op, "x", x);
   const Rows rows = rows_of(op, "x", x);
@@ -76,13 +78,14 @@ void fused_add_rms_norm_(Tensor x, Tensor residual, const Tensor& weight, double
       .residual_row_stride = residual_rows.row_stride,
       .out_row_stride = rows.row_stride,
       .eps = static_cast<float>(eps),
+      .weight_offset = static_cast<float>(weight_offset),
       .dtype = dtype,
   };
   launch(op, launch_rms_norm, params, x);
 }
 
 Tensor layer_norm(const Tensor& x, std::optional<Tensor> weight, std::optional<Tensor> bias,
-                  double eps) {
+                  double eps, double weight_offset) {
   constexpr const char* op = "layer_norm";
   const DType dtype = check_floating(op, "x", x);
   const Rows rows = rows_of(op, "x", x);
@@ -100,6 +103,7 @@ Tensor layer_norm(const Tensor& x, std::optional<Tensor> weight, std::optional<T
       .hidden_size = rows.row_size,
       .x_row_stride = rows.row_stride,
       .eps = static_cast<float>(eps),
+      .weight_offset = weight_data ? static_cast<float>(weight_offset) : 0.0f,
       .dtype = dtype,
   };
   launch(op, launch_layer_norm, params, x);

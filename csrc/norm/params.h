@@ -9,7 +9,8 @@
 namespace llamatelemetry {
 
 // rms_norm, and with a residual fused_add_rms_norm_: then residual += x comes first, rounded to
-// its dtype, and the norm is of the residual.
+// its dtype, and the norm is of the residual. With a weight_offset the product is taken in float,
+// as by modules that store weight - 1; without, the norm is rounded before it.
 struct RmsNormParams {
   const void* x;       // [num_tokens, hidden_size], rows x_row_stride apart
   void* residual;      // likewise, or nullptr
@@ -21,6 +22,7 @@ struct RmsNormParams {
   int64_t residual_row_stride;
   int64_t out_row_stride;
   float eps;
+  float weight_offset;  // added to the weight
   DType dtype;
 };
 Error launch_rms_norm(const RmsNormParams& params, Stream stream);
@@ -34,6 +36,7 @@ struct LayerNormParams {
   int64_t hidden_size;
   int64_t x_row_stride;
   float eps;
+  float weight_offset;  // added to the weight, 0 where there is none
   DType dtype;
 };
 Error launch_layer_norm(const LayerNormParams& params, Stream stream);

@@ -1,4 +1,4 @@
-// out[t, :] = x[t, :] / sqrt(mean(x[t, :]^2) + eps) * weight          (Zhang & Sennrich 2019)
+// out[t, :] = x[t, :] / sqrt(mean(x[t, :]^2) + eps) * (weight + offset) (Zhang & Sennrich 2019)
 // and the same of residual[t, :] += x[t, :], where there is a residual.
 // Bandwidth bound, or for a few rows bound by latency: one block per row, which stays in registers
 // between the sum and the product.
@@ -42,6 +42,14 @@ __global__ void __launch_bounds__(kMaxWarps* kWarpSize)
   const float rstd = rsqrtf(block_sum(sum) * (1.0f / static_cast<float>(hidden_size)) + p.eps);
 
   V* out = reinterpret_cast<V*>(static_cast<T*>(p.out) + token * p.out_row_stride);
+  if (p.weight_offset != 0.0f) {
+    const float offset = p.weight_offset;
+    x.for_each([&](int i, int h, const V& value) {
+      out[i] = map_vector(value, weight.at(i, h),
+                          [=](float v, float w) { return v * rstd * (w + offset); });
+    });
+    return;
+  }
   x.for_each([&](int i, int h, const V& value) {
     const V normalised = map_vector(value, [=](float v) { return v * rstd; });
     out[i] = map_vector(normalised, weight.at(i, h), [](float n, float w) { return n * w; });

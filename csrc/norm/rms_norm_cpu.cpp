@@ -1,7 +1,8 @@
-// out[t, :] = x[t, :] / sqrt(mean(x[t, :]^2) + eps) * weight          (Zhang & Sennrich 2019)
+// out[t, :] = x[t, :] / sqrt(mean(x[t, :]^2) + eps) * (weight + offset) (Zhang & Sennrich 2019)
 // and the same of residual[t, :] += x[t, :], where there is a residual.
 // Bandwidth bound: a row is read from memory once and from L1 the second time. One item per token.
-// Normalises in float, rounds to T, multiplies by the weight in T: the roundings of transformers.
+// Normalises in float, rounds to T, multiplies by the weight in T: the roundings of transformers;
+// with an offset rounds once, as its modules that have one.
 #include "cpu/parallel.h"
 #include "norm/params.h"
 #include "vec/rows.h"
@@ -29,6 +30,14 @@ void rms_norm_rows(const RmsNormParams& p, int64_t begin, int64_t end) {
     });
     const float mean = sum / static_cast<float>(p.hidden_size);
     const Vec rstd = vec_set(1.0f / std::sqrt(mean + p.eps));
+    if (p.weight_offset != 0.0f) {
+      const Vec offset = vec_set(p.weight_offset);
+      for_each_vec(p.hidden_size, [=](int64_t i, auto lanes) {
+        const Vec factor = vec_load(weight + i, lanes) + offset;
+        vec_store(out + i, lanes, vec_load(x + i, lanes) * rstd * factor);
+      });
+      continue;
+    }
     for_each_vec(p.hidden_size, [=](int64_t i, auto lanes) {
       const Vec normalised = vec_rounded_to<T>(vec_load(x + i, lanes) * rstd);
       vec_store(out + i, lanes, normalised * vec_load(weight + i, lanes));

@@ -46,7 +46,7 @@ class KvPages:
             config.num_hidden_layers,
             num_blocks,
             page_size,
-            config.num_key_value_heads,
+            getattr(config, "num_key_value_heads", None) or config.num_attention_heads,
             head_dim,
             like.dtype,
             like.device,

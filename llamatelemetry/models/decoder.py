@@ -8,16 +8,16 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from llamatelemetry.models.families import family_of
 from llamatelemetry.models.hf_overrides import in_force
 from llamatelemetry.models.opset import OpSet
 from llamatelemetry.models.pieces.attention import Attention, rope_angles
 from llamatelemetry.models.pieces.base import Piece, has_hooks
 from llamatelemetry.models.pieces.layer import DecoderLayer, add_norm, norm_of, number_of
-from llamatelemetry.models.pieces.norm import eps_of
-from llamatelemetry.models.spec import LayerSpec
+from llamatelemetry.models.pieces.mlp import GatedMlp
+from llamatelemetry.models.pieces.norm import NormFunction
+from llamatelemetry.models.stack import Stack, stack_of
 from llamatelemetry.models.step_input import DecoderState, StepInput
 
 
@@ -28,7 +28,8 @@ class Block:
     layer: DecoderLayer
     attention: Attention
     mlp: Callable[[Tensor], Tensor]
-    next_norm: Any  # the next layer's first, or the model's last
+    next_norm: NormFunction | None  # the next layer's first, or the model's last
+    rope: int | None  # which of the tables of rotary embeddings
 
 
 class Decoder:
@@ -37,32 +38,39 @@ class Decoder:
     def __init__(
         self,
         model: Any,
-        spec: LayerSpec,
+        stack: Stack,
         ops: OpSet,
         blocks: Sequence[Block],
         pieces: Mapping[str, Piece],
     ) -> None:
-        base = model.model
-        self.model, self.base, self.pieces = model, base, pieces
-        self._bound = [(model._modules, "model", base)]
-        self._bound += [(base._modules, name, getattr(base, name)) for name in ("layers", "norm")]
-        self._bound += [(base.layers._modules, *item) for item in base.layers._modules.items()]
-        called = [base.embed_tokens, model.lm_head, base.rotary_emb]
-        called += [
-            getattr(layer, spec.mlp)
-            for i, layer in enumerate(base.layers)
-            if f"model.layers.{i}.{spec.mlp}" not in pieces
+        spec, parts = stack.spec, stack.family.parts
+        self.model, self.stack, self.pieces = model, stack, pieces
+        self._bound = _path(model, stack.path)
+        self._bound += [
+            (stack.module._modules, name, getattr(stack.module, name))
+            for name in (parts.layers, parts.norm)
         ]
-        inside = {part for module in called for part in module.modules()}
+        self._bound += [(stack.layers._modules, *item) for item in stack.layers._modules.items()]
+        called = [stack.embedding, model.get_output_embeddings(), stack.rotary]
+        for i, layer in enumerate(stack.layers):
+            if spec.mlp_kind == "plain":
+                called += [getattr(layer, name) for name in (*spec.gate_up, spec.down)]
+            elif stack.layer_name(i, spec.mlp) not in pieces:
+                called.append(getattr(layer, spec.mlp))
+        inside = {part for module in called if module is not None for part in module.modules()}
         self._left_out = [
             (part._forward_hooks, part._forward_pre_hooks, name)
             for name, part in model.named_modules()
             if part not in inside
         ]
         self.ops, self.blocks = ops, list(blocks)
-        self.first_norm = norm_of(base.layers[0], spec.first_norm)
-        self.embedding_multiplier = number_of(base, spec.embedding_multiplier)
-        self.logits_scaling = number_of(model.config, spec.logits_scaling)
+        self.first_norm = norm_of(stack.layers[0], spec.first_norm, spec, ops)
+        self.embedding_multiplier = number_of(stack.module, spec.embedding_multiplier)
+        config = stack.config
+        self.logits_scaling = number_of(config, spec.logits_scaling)
+        self.logit_scale = number_of(config, spec.logit_scale)
+        softcap = getattr(config, spec.final_softcap) if spec.final_softcap else None
+        self.final_softcap = float(softcap or 0.0)
 
     def why_not(self) -> str | None:
         """What of the model as it is now the packed forward would leave out; None if nothing."""
@@ -82,18 +90,14 @@ class Decoder:
 
     def forward(self, input_ids: Tensor, step: StepInput, state: DecoderState) -> Tensor:
         """Logits of the last token of each sequence, [batch, vocab_size]."""
-        ops, last = self.ops, self.blocks[-1]
-        residual = self.base.embed_tokens(input_ids)
-        if self.embedding_multiplier != 1.0:
-            residual = residual * self.embedding_multiplier
-        x, norm = residual, self.first_norm
-        if norm is not None:
-            x = ops.rms_norm(residual, norm.weight, eps_of(norm))
+        last, norm = self.blocks[-1], self.first_norm
+        residual = self._embedded(input_ids, step.positions)
+        x = residual if norm is None else norm(residual)
         for block, (k_cache, v_cache) in zip(self.blocks, state.caches, strict=True):
             attend = partial(
                 block.attention.step,
                 step=step,
-                rope=state.rope[0],
+                rope=None if block.rope is None else state.rope[block.rope],
                 k_cache=k_cache,
                 v_cache=v_cache,
             )
@@ -101,30 +105,112 @@ class Decoder:
             if block is last and step.max_seqlen_q > 1:
                 ends = step.cu_seqlens_q[1:] - 1
                 x, residual = x[ends], residual[ends]
-            x = add_norm(ops, x, residual, block.next_norm)
-        logits = self.model.lm_head(x)
-        return logits if self.logits_scaling == 1.0 else logits / self.logits_scaling
+            x = add_norm(x, residual, block.next_norm)
+        return self._scaled(self.model.get_output_embeddings()(x))
+
+    def _embedded(self, input_ids: Tensor, positions: Tensor) -> Tensor:
+        x = self.stack.embedding(input_ids)
+        if self.embedding_multiplier != 1.0:
+            x = x * self.embedding_multiplier
+        if (table := self.stack.positions) is not None:
+            offset = getattr(table, "offset", 0)  # OPT keeps two rows for padding
+            x = x + nn.functional.embedding(positions + offset, table.weight)
+        return x
+
+    def _scaled(self, logits: Tensor) -> Tensor:
+        if self.logits_scaling != 1.0:
+            logits = logits / self.logits_scaling
+        if self.logit_scale != 1.0:
+            logits = logits * self.logit_scale
+        if self.final_softcap:
+            logits = (logits / self.final_softcap).tanh() * self.final_softcap
+        return logits
 
 
-def rope_tables(model: Any, num_positions: int) -> list[tuple[Tensor, Tensor]]:
+def decoder_of(
+    model: Any, stack: Stack, ops: OpSet, pieces: Mapping[str, Piece]
+) -> tuple[Decoder | None, str | None]:
+    """The packed forward of a model whose layers are replaced, or why it has none.
+
+    An MLP may be any module.
+    """
+    if (reason := _not_causal(model, stack)) is not None:
+        return None, reason
+    spec = stack.spec
+    norms = [norm_of(layer, spec.first_norm, spec, ops) for layer in stack.layers[1:]]
+    norms.append(None if stack.norm is None else NormFunction(stack.norm, spec.norm, ops))
+    kinds, blocks = stack.rope_kinds(), []
+    for i, norm in enumerate(norms):
+        layer = pieces[stack.layer_name(i)]
+        attention = pieces[stack.layer_name(i, spec.attention)]
+        assert isinstance(layer, DecoderLayer)
+        assert isinstance(attention, Attention)
+        mlp = pieces.get(stack.layer_name(i, spec.mlp)) if spec.mlp else None
+        step = mlp.step if isinstance(mlp, GatedMlp) else _as_batch(layer.mlp)
+        rope = kinds.index(stack.rope_kind(i)) if kinds else None
+        blocks.append(Block(layer, attention, step, norm, rope))
+    return Decoder(model, stack, ops, blocks, pieces), None
+
+
+def _not_causal(model: Any, stack: Stack) -> str | None:
+    """Why a model is no decoder with a vocabulary projection and nothing else; None if it is."""
+    if stack.is_row(model) and stack.path == stack.family.parts.stack:
+        return None
+    return f"{type(model).__name__} is not the causal language model that a row is of"
+
+
+def _as_batch(mlp: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """An MLP of transformers over packed tokens: it may count on a batch's three dimensions."""
+    return lambda x: mlp(x.unsqueeze(0)).squeeze(0)
+
+
+def _path(model: nn.Module, path: str) -> list[tuple[dict[str, Any], str, Any]]:
+    """(the modules of one, a name, the module there) for each step of a path."""
+    steps: list[tuple[dict[str, Any], str, Any]] = []
+    for name in filter(None, path.split(".")):
+        steps.append((model._modules, name, getattr(model, name)))
+        model = getattr(model, name)
+    return steps
+
+
+def rope_tables(
+    model: Any, num_positions: int, stack: Stack | None = None
+) -> list[tuple[Tensor, Tensor]]:
     """Tables of each kind of rotary embedding that the model's layers use, from its own module.
 
+    Args:
+        stack: the model's, where it is known already.
+
     Returns:
-        cos and sin [num_positions or more, rotary_dim] each.
+        cos and sin [num_positions or more, rotary_dim] each, in the order of Stack.rope_kinds.
 
     Raises:
         ValueError: a rotary embedding whose table changes with the sequence length.
     """
-    config, rotary = model.config, model.model.rotary_emb
-    kind = rotary.rope_type
-    original = config.rope_parameters.get("original_max_position_embeddings")
-    if "dynamic" in kind or (kind == "longrope" and num_positions > (original or 0)):
-        limit = f"; at most {original} positions have one" if kind == "longrope" else ""
+    if stack is None:
+        patched = model.__dict__.get("_llamatelemetry")
+        stack = stack_of(model) if patched is None else patched.stack
+    kinds = stack.rope_kinds()
+    for kind in kinds:
+        _check_length(stack, kind, num_positions)
+    like = stack.like()
+    positions = torch.arange(max(num_positions, 1), device=like.device).unsqueeze(0)
+    tables = []
+    for kind in kinds:
+        more = () if kind is None else (kind,)
+        cos, sin = rope_angles(stack.spec, *stack.rotary(like, positions, *more))
+        tables.append((cos[0].to(like.dtype), sin[0].to(like.dtype)))
+    return tables
+
+
+def _check_length(stack: Stack, kind: str | None, num_positions: int) -> None:
+    parameters, rope_type = stack.config.rope_parameters, stack.rotary.rope_type
+    if kind is not None:
+        parameters, rope_type = parameters[kind], rope_type[kind]
+    original = parameters.get("original_max_position_embeddings")
+    if "dynamic" in rope_type or (rope_type == "longrope" and num_positions > (original or 0)):
+        limit = f"; at most {original} positions have one" if rope_type == "longrope" else ""
         raise ValueError(
-            f"rope_type must have one table for every sequence length, got {kind!r} and "
+            f"rope_type must have one table for every sequence length, got {rope_type!r} and "
             f"{num_positions} positions{limit}"
         )
-    like = model.model.norm.weight
-    positions = torch.arange(max(num_positions, 1), device=like.device)
-    cos, sin = rotary(like, positions.unsqueeze(0))
-    return [rope_angles(family_of(model).spec, cos[0], sin[0])]

@@ -26,8 +26,9 @@ class OpSet:
         attn_implementation: transformers' name for this set's attention; None leaves the model's.
     """
 
-    rms_norm: Callable[[Tensor, Tensor, float], Tensor]
-    fused_add_rms_norm_: Callable[[Tensor, Tensor, Tensor, float], None]
+    rms_norm: Callable[..., Tensor]
+    fused_add_rms_norm_: Callable[..., None]
+    layer_norm: Callable[..., Tensor]
     rotary_embedding_: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor | None, bool], None]
     append_kv_: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], None]
     flash_attn_varlen: Callable[..., Tensor]
@@ -59,23 +60,44 @@ _paged_attention = _ops.paged_attention.default
 
 
 def _native_varlen(
-    q: Tensor, k: Tensor, v: Tensor, starts: Tensor, longest: int, *scores: Any
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    starts: Tensor,
+    longest: int,
+    *scores: Any,
+    sinks: Tensor | None = None,
 ) -> Tensor:
-    # No sinks, no position biases, and the backend that the op chooses itself.
+    # No position biases, and the backend that the op chooses itself.
+    if sinks is not None:
+        sinks = sinks.float()
     out, _ = _flash_attn_varlen(
-        q, k, v, starts, starts, longest, longest, None, None, *scores, None
+        q, k, v, starts, starts, longest, longest, sinks, None, *scores, None
     )
     return out
 
 
-def _native_paged(*args: Any) -> Tensor:
-    out, _ = _paged_attention(*args)
-    return out
+def _native_paged(*args: Any, sinks: Tensor | None = None) -> Tensor:
+    out, lse = _paged_attention(*args)
+    return out if sinks is None else _with_sinks(out, lse, sinks)
+
+
+def _with_sinks(out: Tensor, lse: Tensor, sinks: Tensor) -> Tensor:
+    """Attention as if each head had one more score, without a value.
+
+    Args:
+        out: [num_tokens, num_heads_q, head_dim], of the scores without it
+        lse: [num_heads_q, num_tokens] float32
+        sinks: [num_heads_q]
+    """
+    share = torch.sigmoid(lse - sinks.float().unsqueeze(1))
+    return (out * share.t().unsqueeze(-1)).to(out.dtype)
 
 
 NATIVE = OpSet(
     rms_norm=_ops.rms_norm.default,
     fused_add_rms_norm_=_ops.fused_add_rms_norm_.default,
+    layer_norm=_ops.layer_norm.default,
     rotary_embedding_=_ops.rotary_embedding_.default,
     append_kv_=_ops.append_kv_.default,
     flash_attn_varlen=_native_varlen,
@@ -101,9 +123,11 @@ def _in_float64(formula: Callable[..., Tensor]) -> Callable[..., Tensor]:
 _exact_rms_norm = _in_float64(reference.rms_norm)
 
 
-def _exact_fused_add_rms_norm_(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> None:
+def _exact_fused_add_rms_norm_(
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float, weight_offset: float = 0.0
+) -> None:
     residual.add_(x)
-    x.copy_(_exact_rms_norm(residual, weight, eps))
+    x.copy_(_exact_rms_norm(residual, weight, eps, weight_offset))
 
 
 def _options(scale: float, causal: bool, left: int, right: int, softcap: float) -> dict[str, Any]:
@@ -116,10 +140,17 @@ def _options(scale: float, causal: bool, left: int, right: int, softcap: float) 
 
 
 def _exact_varlen(
-    q: Tensor, k: Tensor, v: Tensor, starts: Tensor, longest: int, *scores: Any
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    starts: Tensor,
+    longest: int,
+    *scores: Any,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     qkv = (q.double(), k.double(), v.double())
-    return reference.flash_attn_varlen(*qkv, starts, starts, **_options(*scores))[0].to(q.dtype)
+    out, lse = reference.flash_attn_varlen(*qkv, starts, starts, **_options(*scores))
+    return (out if sinks is None else _with_sinks(out, lse, sinks)).to(q.dtype)
 
 
 def _exact_paged(
@@ -131,17 +162,19 @@ def _exact_paged(
     cu_seqlens_q: Tensor,
     max_seqlen_q: int,
     *scores: Any,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     tensors = (q.double(), k_cache.double(), v_cache.double())
     where = (block_table, cache_seqlens, cu_seqlens_q)
-    out, _ = reference.paged_attention(*tensors, *where, **_options(*scores))
-    return out.to(q.dtype)
+    out, lse = reference.paged_attention(*tensors, *where, **_options(*scores))
+    return (out if sinks is None else _with_sinks(out, lse, sinks)).to(q.dtype)
 
 
 # Plain PyTorch: where no kernel is to be trusted, and the oracle of a new OpSet.
 REFERENCE = OpSet(
     rms_norm=_exact_rms_norm,
     fused_add_rms_norm_=_exact_fused_add_rms_norm_,
+    layer_norm=_in_float64(reference.layer_norm),
     rotary_embedding_=reference.rotary_embedding_,
     append_kv_=reference.append_kv_,
     flash_attn_varlen=_exact_varlen,

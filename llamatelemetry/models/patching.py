@@ -4,26 +4,27 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from llamatelemetry.models.decoder import Block, Decoder, rope_tables
-from llamatelemetry.models.families import FAMILIES, family_of
+from llamatelemetry.models.decoder import Decoder, decoder_of, rope_tables
+from llamatelemetry.models.families import FAMILIES
 from llamatelemetry.models.hf_attention import choose_ours, leave, register
 from llamatelemetry.models.hf_overrides import in_force
 from llamatelemetry.models.opset import NATIVE, OpSet
 from llamatelemetry.models.pieces.attention import Attention
 from llamatelemetry.models.pieces.base import Piece, has_hooks
-from llamatelemetry.models.pieces.layer import DecoderLayer, norm_of, unserved
+from llamatelemetry.models.pieces.layer import DecoderLayer
 from llamatelemetry.models.pieces.merge import TensorsOf
 from llamatelemetry.models.pieces.mlp import GatedMlp
-from llamatelemetry.models.pieces.norm import RmsNorm
+from llamatelemetry.models.pieces.norm import norm_piece
 from llamatelemetry.models.probe import disagreement, likeness
 from llamatelemetry.models.spec import LayerSpec, unread_field
+from llamatelemetry.models.stack import Stack, stack_of
 from llamatelemetry.models.step_input import DecoderState, StepInput
 
 __all__ = [
@@ -61,6 +62,7 @@ class PatchReport:
 
 @dataclass
 class _Patched:
+    stack: Stack
     report: PatchReport
     pieces: dict[str, Piece]
     decoder: Decoder | None
@@ -82,7 +84,8 @@ def patch(model: Any, strict: bool = False, ops: OpSet = NATIVE) -> PatchReport:
     the engine has recorded, and tensors put into a parameter's data, are not looked at.
 
     Args:
-        model: an instance of a class in FAMILIES, plain or with quantised linears.
+        model: an instance of a class in FAMILIES, of a subclass, or whatever has the base model of
+            one inside; plain or with quantised linears.
         strict: whether a refused piece is an error, raised before any forward is replaced and, if
             the probe refused it, before a tensor has moved.
         ops: what the pieces compute with.
@@ -98,17 +101,18 @@ def patch(model: Any, strict: bool = False, ops: OpSet = NATIVE) -> PatchReport:
         >>> sorted(patch(model).replaced)
         ['Attention', 'DecoderLayer', 'GatedMlp', 'RmsNorm']
     """
-    spec = family_of(model).spec
     if (patched := model.__dict__.get("_llamatelemetry")) is not None:
         return _again(patched, strict, ops)
     register()
-    wanted = _wanted(model, spec)
-    refused = _refusals(model, spec, ops, wanted)
+    stack = stack_of(model)
+    wanted = _wanted(stack)
+    refused = _refusals(model, stack, ops, wanted)
     pieces = {}
     for name, kind in wanted.items():
         if name not in refused and not (refused and strict):
             try:
-                pieces[name] = _bound(kind, model.get_submodule(name), spec, model.config, ops)
+                module = model.get_submodule(name)
+                pieces[name] = _bound(kind, module, stack.spec, stack.config, ops)
             except Exception as error:  # of whatever the module is made of
                 refused[name] = _reason(error)
     if refused and strict:
@@ -120,7 +124,9 @@ def patch(model: Any, strict: bool = False, ops: OpSet = NATIVE) -> PatchReport:
     report = PatchReport(Counter(type(piece).__name__ for piece in pieces.values()), refused)
     if report.replaced["Attention"] and ops.attn_implementation is not None:
         choose_ours(model, _USER)
-    decoder = _decoder(model, spec, ops, pieces)
+    decoder = None
+    if all(name in pieces for name, kind in wanted.items() if kind is not GatedMlp):
+        decoder, report.not_packed = decoder_of(model, stack, ops, pieces)
     if decoder is not None and (reason := decoder.why_not()) is not None:
         decoder, report.not_packed = None, reason
         warnings.warn(f"patch: the engine cannot run this model: {reason}", stacklevel=3)
@@ -133,7 +139,7 @@ def patch(model: Any, strict: bool = False, ops: OpSet = NATIVE) -> PatchReport:
             f"as they were: {_summary(refused)}",
             stacklevel=3,
         )
-    model._llamatelemetry = _Patched(report, pieces, decoder, ops)
+    model._llamatelemetry = _Patched(stack, report, pieces, decoder, ops)
     return report
 
 
@@ -153,24 +159,29 @@ def _again(patched: _Patched, strict: bool, ops: OpSet) -> PatchReport:
     return patched.report
 
 
-def _wanted(model: Any, spec: LayerSpec) -> dict[str, type[Piece]]:
+def _wanted(stack: Stack) -> dict[str, type[Piece]]:
     """What is to stand for which module."""
-    layer: dict[str, type[Piece]] = dict.fromkeys(spec.norms, RmsNorm)
-    layer[spec.attention] = Attention
-    if spec.mlp_kind == "gated":
-        layer[spec.mlp] = GatedMlp
-    layer[""] = DecoderLayer
-    wanted: dict[str, type[Piece]] = {"model.norm": RmsNorm}
-    for i in range(len(model.model.layers)):
-        wanted |= {f"model.layers.{i}.{name}".rstrip("."): kind for name, kind in layer.items()}
+    spec, norm = stack.spec, norm_piece(stack.spec)
+    wanted: dict[str, type[Piece]] = {}
+    if stack.norm is not None:
+        wanted[stack.named(stack.family.parts.norm)] = norm
+    for i, layer in enumerate(stack.layers):
+        kinds: dict[str, type[Piece]] = {
+            name: norm for name in spec.norms if getattr(layer, name, None) is not None
+        }
+        kinds[spec.attention] = Attention
+        if spec.mlp_kind == "gated":
+            kinds[spec.mlp] = GatedMlp
+        wanted |= {stack.layer_name(i, name): kind for name, kind in kinds.items()}
+        wanted[stack.layer_name(i)] = DecoderLayer
     return wanted
 
 
 def _refusals(
-    model: Any, spec: LayerSpec, ops: OpSet, wanted: Mapping[str, type[Piece]]
+    model: Any, stack: Stack, ops: OpSet, wanted: Mapping[str, type[Piece]]
 ) -> dict[str, str]:
     """Why modules may not be replaced; one of each likeness is tried, and is as it was after."""
-    whole = unserved(spec) or unread_field(spec, model.config)
+    whole = unread_field(stack.spec, stack.config)
     if whole is not None:
         return dict.fromkeys(wanted, whole)
     verdicts: dict[object, str | None] = {}
@@ -180,9 +191,10 @@ def _refusals(
             module = model.get_submodule(name)
             for changed in filter(None, map(in_force, module.modules())):
                 raise ValueError(f"the module must be without {changed}; disable_flash_attention")
-            key = likeness(kind, module)
+            i = stack.layer_of(name)
+            key = (likeness(kind, module), stack.rope_kind(i))
             if key not in verdicts:
-                verdicts[key] = _verdict(kind, module, spec, ops, model)
+                verdicts[key] = _verdict(kind, module, stack, i, ops)
             reason = verdicts[key]
         except Exception as error:
             reason = _reason(error)
@@ -192,16 +204,16 @@ def _refusals(
 
 
 def _verdict(
-    kind: type[Piece], module: nn.Module, spec: LayerSpec, ops: OpSet, model: Any
+    kind: type[Piece], module: nn.Module, stack: Stack, layer: int, ops: OpSet
 ) -> str | None:
     """Why kind may not stand for module, which is as it was afterwards; None if it may."""
     tensors = TensorsOf(module)
     try:
-        piece = kind(module, spec, model.config, ops)
+        piece = kind(module, stack.spec, stack.config, ops)
         for name, part in piece.bypassed():
             if has_hooks(part._forward_hooks, part._forward_pre_hooks):
                 return f"{name} carries forward hooks, which the replacement would not run"
-        return disagreement(piece, model.model.rotary_emb, model.model.norm.weight)
+        return disagreement(piece, stack.angles(layer), stack.like())
     except Exception as error:  # of whatever the module is made of
         return _reason(error)
     finally:
@@ -256,29 +268,3 @@ def forward_tokens(model: Any, input_ids: Tensor, step: StepInput, state: Decode
     if (reason := patched.decoder.why_not()) is not None:
         raise RuntimeError(f"forward_tokens: {reason}; call unpatch(model) and patch(model) again")
     return patched.decoder.forward(input_ids, step, state)
-
-
-def _decoder(
-    model: Any, spec: LayerSpec, ops: OpSet, pieces: Mapping[str, Piece]
-) -> Decoder | None:
-    """The packed forward, where all that it fuses could be replaced; an MLP may be any module."""
-    blocks = []
-    layers = model.model.layers
-    norms = [*(norm_of(layer, spec.first_norm) for layer in layers[1:]), model.model.norm]
-    needed = [name for name, kind in _wanted(model, spec).items() if kind is not GatedMlp]
-    if any(name not in pieces for name in needed):
-        return None
-    for i, layer in enumerate(layers):
-        path = f"model.layers.{i}"
-        whole, attention = pieces[path], pieces[f"{path}.{spec.attention}"]
-        assert isinstance(whole, DecoderLayer)
-        assert isinstance(attention, Attention)
-        mlp = pieces.get(f"{path}.{spec.mlp}")
-        step = mlp.step if isinstance(mlp, GatedMlp) else _as_batch(getattr(layer, spec.mlp))
-        blocks.append(Block(whole, attention, step, norms[i]))
-    return Decoder(model, spec, ops, blocks, pieces)
-
-
-def _as_batch(mlp: nn.Module) -> Callable[[Tensor], Tensor]:
-    """An MLP of transformers over packed tokens: it may count on a batch's three dimensions."""
-    return lambda x: mlp(x.unsqueeze(0)).squeeze(0)

@@ -22,7 +22,7 @@ from llamatelemetry.models.pieces.attention import Attention
 from llamatelemetry.models.pieces.base import CACHE_NAMES, Piece
 from llamatelemetry.models.pieces.layer import DecoderLayer
 from llamatelemetry.models.pieces.merge import in_more_bits
-from llamatelemetry.models.pieces.norm import RmsNorm
+from llamatelemetry.models.pieces.norm import LayerNorm, Norm
 from llamatelemetry.ops import reference
 
 _BATCH = 2
@@ -38,16 +38,17 @@ _SUM_UNITS = 6
 _ROUNDING_UNITS = 2
 
 
-def disagreement(piece: Piece, rotary: nn.Module, like: Tensor) -> str | None:
+def disagreement(piece: Piece, rotary: Callable[..., Any], like: Tensor) -> str | None:
     """Why piece, which is not installed, may not stand for its module; None if it may.
 
     Args:
         piece: bound to its module.
-        rotary: the model's rotary embedding.
+        rotary: gives the position_embeddings of the piece's layer, of hidden states and position
+            ids; None where it has none.
         like: a tensor of the dtype and on the device of the hidden states.
     """
     generator = torch.Generator(like.device).manual_seed(0)
-    if isinstance(piece, RmsNorm):
+    if isinstance(piece, Norm):
         return _norm_disagreement(piece, like, generator)
     more_bits = torch.float64 if like.dtype == torch.float32 else torch.float32
     inputs = [
@@ -106,7 +107,7 @@ def likeness(kind: type[Piece], module: nn.Module) -> object:
     )
 
 
-def _norm_disagreement(piece: RmsNorm, like: Tensor, generator: torch.Generator) -> str | None:
+def _norm_disagreement(piece: Norm, like: Tensor, generator: torch.Generator) -> str | None:
     """Holds the module and the op to the formula, on rows of several sizes.
 
     A copy with random weights stands for the module: weights of one or zero would hide what they
@@ -114,12 +115,19 @@ def _norm_disagreement(piece: RmsNorm, like: Tensor, generator: torch.Generator)
     """
     module: Any = copy.deepcopy(piece.module)
     options: Any = {"generator": generator, "device": like.device}
-    weight = 1 + 0.5 * torch.randn(module.weight.shape, **options)
-    module.weight = nn.Parameter(weight.to(module.weight.dtype), requires_grad=False)
+    for name, parameter in list(module.named_parameters(recurse=False)):
+        values = 1 + 0.5 * torch.randn(parameter.shape, **options)
+        setattr(module, name, nn.Parameter(values.to(parameter.dtype), requires_grad=False))
+    tensors = {name: x.double() for name, x in module.named_parameters(recurse=False)}
+    weight, bias = tensors.get("weight"), tensors.get("bias")
     sizes = torch.tensor([1.0, max(piece.eps, 1e-6) ** 0.5, 30.0], device=like.device)
-    rows = torch.randn((8, 3, module.weight.shape[0]), **options) * sizes[:, None]
+    rows = torch.randn((8, 3, piece.width), **options) * sizes[:, None]
     x = rows.to(like.dtype)
-    exact = reference.rms_norm(x.double(), module.weight.double(), piece.eps)
+    if isinstance(piece, LayerNorm):
+        exact = reference.layer_norm(x.double(), weight, bias, piece.eps, piece.offset)
+    else:
+        assert weight is not None
+        exact = reference.rms_norm(x.double(), weight, piece.eps, piece.offset)
     unit = torch.finfo(like.dtype).eps * exact.abs().amax(-1, keepdim=True)
     limit = _ROUNDING_UNITS + _SUM_UNITS * (
         torch.finfo(torch.float32).eps / torch.finfo(like.dtype).eps
@@ -130,7 +138,7 @@ def _norm_disagreement(piece: RmsNorm, like: Tensor, generator: torch.Generator)
         if not units <= limit:  # NaN is no agreement
             return (
                 f"on random input {what} errs by {units:.3g} units in the last place of the row's "
-                f"scale, more than {limit:.3g}, from an RMS norm with eps = {piece.eps:g}"
+                f"scale, more than {limit:.3g}, from a {type(piece).__name__} of eps {piece.eps:g}"
             )
     return None
 
@@ -150,12 +158,13 @@ def _run(
             positions = torch.arange(seen, seen + x.shape[1], device=x.device).unsqueeze(0)
             call = {
                 "hidden_states": x.clone(),
-                "position_embeddings": rotary(x, positions),
                 "position_ids": positions,
                 "attention_mask": None,
                 "use_cache": True,
                 cache_name: cache,
             }
+            if (angles := rotary(x, positions)) is not None:
+                call["position_embeddings"] = angles
             out = forward(**call)
             outputs.append(out[0] if isinstance(out, tuple) else out)
             seen += x.shape[1]
@@ -241,8 +250,12 @@ def _attend_with_ours(
 
 
 class _Smooth(nn.Module):
-    def forward(self, x: Tensor) -> Tensor:
-        return x.sin()
+    def __init__(self, router_scores: bool) -> None:
+        super().__init__()
+        self.router_scores = router_scores
+
+    def forward(self, x: Tensor) -> Tensor | tuple[Tensor, None]:
+        return (x.sin(), None) if self.router_scores else x.sin()
 
 
 @contextmanager
@@ -256,7 +269,7 @@ def _own_mlp_left_out(piece: Piece) -> Iterator[None]:
         yield
         return
     mlp = getattr(piece.module, piece.spec.mlp)
-    setattr(piece.module, piece.spec.mlp, _Smooth())
+    setattr(piece.module, piece.spec.mlp, _Smooth(piece.spec.router_scores))
     try:
         yield
     finally:

@@ -14,39 +14,46 @@ class LayerSpec:
     Names are of attributes of transformers' modules; "" is what a family lacks.
     """
 
-    # The four places a norm can stand in. With parallel, attention and MLP read the same input.
-    norm: Literal["rms", "rms+1", "layer"] = "rms"
+    # The four places a norm can stand in; +1: the weight is stored less 1.
+    norm: Literal["rms", "rms+1", "layer", "layer+1"] = "rms"
     first_norm: str = "input_layernorm"  # before the attention
     attention_norm: str = ""  # of the attention's output
     middle_norm: str = "post_attention_layernorm"  # before the MLP
     mlp_norm: str = ""  # of the MLP's output
-    parallel: bool = False
+    # Attention and MLP both read the layer's input, each through its norm or both through the
+    # first. A name is of the config: whether they do.
+    parallel: bool | str = False
 
     attention: str = "self_attn"
     qkv: tuple[str, ...] = ("q_proj", "k_proj", "v_proj")  # one name: a fused linear
+    qkv_order: Literal["parts", "heads"] = "parts"  # of a fused one: all of q first, or by head
     output: str = "o_proj"
-    conv1d: bool = False  # linears are GPT-2's, weights transposed
+    head_dim: str = "head_dim"
     qk_norm: Literal["none", "head", "full"] = "none"  # over each head, or over all of them
     qk_norm_names: tuple[str, str] = ("q_norm", "k_norm")
     qk_norm_after_rope: bool = False
-    rope: Literal["half", "interleaved"] = "half"  # rotary_dim is the tables' width
-    rope_angles: Literal["halves", "pairs"] = "halves"  # how the rotary module lays them out
-    use_rope: str = ""  # of the attention: whether it turns q and k
-    rope_kind: str = ""  # of the attention: which of several rotary embeddings
+    rope: Literal["half", "interleaved", "none"] = "half"  # rotary_dim is the tables' width
+    # How the rotary module lays its angles out: in halves, in pairs, or each once.
+    rope_angles: Literal["halves", "pairs", "once"] = "halves"
+    # Of the attention: whether it turns q and k. "window": where a window is, or no layer has one.
+    use_rope: str = ""
     scale: str = "scaling"
     window: str = ""  # of the attention or its config: keys seen, the query's own included
     softcap: str = ""
     sinks: str = ""
 
+    # gated: act(gate) * up. own: the module's forward. plain: linears of the layer itself.
     mlp: str = "mlp"
-    mlp_kind: Literal["gated", "own", "plain", "experts"] = "gated"  # own: the module's forward
+    mlp_kind: Literal["gated", "own", "plain"] = "gated"
     gate_up: tuple[str, ...] = ("gate_proj", "up_proj")  # one name: a fused linear
     down: str = "down_proj"
     activation: str = "hidden_act"  # of the config
+    router_scores: bool = False  # the MLP gives them too, after its output
 
     residual_multiplier: str = ""  # of the layer
     embedding_multiplier: str = ""  # of the base model
     logits_scaling: str = ""  # of the config, divides the logits
+    logit_scale: str = ""  # of the config, multiplies the logits
     final_softcap: str = ""  # of the config
 
     @property
@@ -59,17 +66,23 @@ class LayerSpec:
 # Fields of transformers' configs that change what a layer computes: the LayerSpec field that reads
 # each ("" while none does), and the values that change nothing.
 _CONFIG_FIELDS: dict[str, tuple[str, tuple[Any, ...]]] = {
+    "add_cross_attention": ("", (None, False)),
     "alibi": ("", (None, False)),
     "attention_chunk_size": ("", (None,)),
     "attn_logit_softcapping": ("softcap", (None,)),
+    "attn_output_gate": ("", (None, False)),
     "clip_qkv": ("", (None,)),
+    "do_layer_norm_before": ("", (None, True)),
     "embedding_multiplier": ("embedding_multiplier", (1.0,)),
     "final_logit_softcapping": ("final_softcap", (None,)),
-    "logit_scale": ("", (None, 1.0)),
+    "hidden_size_per_layer_input": ("", (None, 0)),
+    "logit_scale": ("logit_scale", (None, 1.0)),
     "logits_scaling": ("logits_scaling", (1.0,)),
     "n_routed_experts": ("mlp_kind", (None, 0, 1)),
     "num_experts": ("mlp_kind", (None, 0, 1)),
+    "num_kv_shared_layers": ("", (None, 0)),
     "num_local_experts": ("mlp_kind", (None, 0, 1)),
+    "qk_layernorm": ("", (None, False)),
     "residual_multiplier": ("residual_multiplier", (1.0,)),
     "sliding_window": ("window", (None,)),
     "use_parallel_residual": ("parallel", (None, False)),

@@ -8,16 +8,17 @@ from torch import Tensor
 from llamatelemetry.ops._contract import inference_only, register_fake
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
-    """Root-mean-square norm: ``x / sqrt(mean(x²) + eps) * weight``, accumulated in float32.
+def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6, weight_offset: float = 0.0) -> Tensor:
+    """Root-mean-square norm: ``x / sqrt(mean(x²) + eps) * (weight + weight_offset)``, in float32.
 
     Args:
         x: [..., hidden_size], float32, float16 or bfloat16; rows contiguous, evenly spaced
         weight: [hidden_size], dtype and device of x
+        weight_offset: 1 where a module stores its weight less 1 (Gemma)
 
     Returns:
         shape and dtype of x, contiguous; normalised in float32, rounded, then multiplied, as
-        transformers' modules do
+        transformers' modules do; with an offset rounded once, after the product
 
     Raises:
         RuntimeError: naming the argument, the rule and the value
@@ -26,15 +27,17 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
         Zhang & Sennrich 2019, arXiv:1910.07467
     """
     inference_only("rms_norm", x=x, weight=weight)
-    return torch.ops.llamatelemetry.rms_norm.default(x, weight, eps)
+    return torch.ops.llamatelemetry.rms_norm.default(x, weight, eps, weight_offset)
 
 
 @register_fake("rms_norm")
-def _(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+def _(x: Tensor, weight: Tensor, eps: float, weight_offset: float = 0.0) -> Tensor:
     return x.new_empty(x.shape)
 
 
-def fused_add_rms_norm_(x: Tensor, residual: Tensor, weight: Tensor, eps: float = 1e-6) -> None:
+def fused_add_rms_norm_(
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float = 1e-6, weight_offset: float = 0.0
+) -> None:
     """Adds and norms in one pass: ``residual += x; x = rms_norm(residual, weight, eps)``.
 
     Args:
@@ -42,6 +45,7 @@ def fused_add_rms_norm_(x: Tensor, residual: Tensor, weight: Tensor, eps: float 
             contiguous, evenly spaced, each at its own distance. The sum is rounded to the dtype
             before it is normed
         weight: [hidden_size], dtype and device of x
+        weight_offset: as in rms_norm
 
     Raises:
         RuntimeError: naming the argument, the rule and the value
@@ -50,22 +54,28 @@ def fused_add_rms_norm_(x: Tensor, residual: Tensor, weight: Tensor, eps: float 
         Zhang & Sennrich 2019, arXiv:1910.07467
     """
     inference_only("fused_add_rms_norm_", x=x, residual=residual, weight=weight)
-    torch.ops.llamatelemetry.fused_add_rms_norm_.default(x, residual, weight, eps)
+    torch.ops.llamatelemetry.fused_add_rms_norm_.default(x, residual, weight, eps, weight_offset)
 
 
 @register_fake("fused_add_rms_norm_")
-def _(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> None:
+def _(x: Tensor, residual: Tensor, weight: Tensor, eps: float, weight_offset: float = 0.0) -> None:
     return None
 
 
 def layer_norm(
-    x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
+    x: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    weight_offset: float = 0.0,
 ) -> Tensor:
-    """Layer norm: ``(x - mean(x)) / sqrt(variance(x) + eps) * weight + bias``, all in float32.
+    """Layer norm: ``(x - mean(x)) / sqrt(variance(x) + eps) * (weight + weight_offset) + bias``, in
+    float32.
 
     Args:
         x: [..., hidden_size], float32, float16 or bfloat16; rows contiguous, evenly spaced
         weight, bias: [hidden_size], dtype and device of x; each may be left out
+        weight_offset: 1 where a module stores its weight less 1 (Nemotron); nothing without weight
 
     Returns:
         shape and dtype of x, contiguous; rounded once
@@ -77,11 +87,17 @@ def layer_norm(
         Ba, Kiros & Hinton 2016, arXiv:1607.06450
     """
     inference_only("layer_norm", x=x, weight=weight, bias=bias)
-    return torch.ops.llamatelemetry.layer_norm.default(x, weight, bias, eps)
+    return torch.ops.llamatelemetry.layer_norm.default(x, weight, bias, eps, weight_offset)
 
 
 @register_fake("layer_norm")
-def _(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+def _(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    weight_offset: float = 0.0,
+) -> Tensor:
     return x.new_empty(x.shape)
 
 

@@ -7,13 +7,14 @@ from collections import Counter
 
 import pytest
 import torch
-from families import FAMILIES, LAYERS, VOCAB, OpCounter, PackedRun, tiny_model
+from families import FAMILIES, IN_DTYPES, LAYERS, VOCAB, OpCounter, PackedRun, tiny_model
 from tolerance import assert_within_2x
 from torch.testing import assert_close
 from transformers import DynamicCache, StaticCache
 
-from llamatelemetry.models.families import family_of
 from llamatelemetry.models.patching import forward_tokens, patch, unpatch
+from llamatelemetry.models.pieces.norm import norm_piece
+from llamatelemetry.models.stack import stack_of
 
 LENGTHS = (4, 9, 1)
 LONGEST = 9
@@ -41,7 +42,7 @@ def exact_twin(model, family, device):
 
 @pytest.mark.parametrize("cache", [None, "dynamic", "static"])
 @pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("family", "dtype"), IN_DTYPES)
 def test_padded_logits(family, side, cache, device, dtype):
     ids, mask = padded_batch(side, device)
     model = tiny_model(family, device, dtype)
@@ -70,14 +71,16 @@ def test_padded_logits(family, side, cache, device, dtype):
         assert_within_2x(ours, same_dtype, ref64)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("family", "dtype"), IN_DTYPES)
 def test_every_replacement_is_kept(family, device, dtype):
     model = tiny_model(family, device, dtype)
-    spec = family_of(model).spec
+    stack = stack_of(model)
+    spec, norm = stack.spec, norm_piece(stack.spec)
+    norms = [name for name in spec.norms if getattr(stack.layers[0], name) is not None]
     report = patch(model)
     assert report.refused == {}
     assert report.replaced == Counter(
-        RmsNorm=len(spec.norms) * LAYERS + 1,
+        {norm.__name__: len(norms) * LAYERS + 1},
         Attention=LAYERS,
         GatedMlp=LAYERS * (spec.mlp_kind == "gated"),
         DecoderLayer=LAYERS,
@@ -85,7 +88,7 @@ def test_every_replacement_is_kept(family, device, dtype):
     assert patch(model) is report
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("family", "dtype"), IN_DTYPES)
 def test_unpatch_restores_everything(family, device, dtype):
     model = tiny_model(family, device, dtype)
     ids, mask = padded_batch("left", device)

@@ -15,6 +15,7 @@ from llamatelemetry.models import patching
 from llamatelemetry.models.families import FAMILIES
 from llamatelemetry.models.opset import NATIVE
 from llamatelemetry.models.patching import patch, unpatch
+from llamatelemetry.models.stack import stack_of
 
 LIKE_LLAMA = ("Llama", "Mistral", "Qwen2", "Qwen3", "Granite")
 
@@ -212,9 +213,8 @@ def test_the_cache_is_taken_under_either_name(name, device):
 @pytest.mark.parametrize("family", TINY)
 def test_a_probe_leaves_no_trace(family, device):
     model = tiny_model(family, device)
-    spec = FAMILIES[type(model).__name__].spec
+    stack = stack_of(model)
     config, pointers = model.config.to_dict(), [p.data_ptr() for p in model.parameters()]
-    wanted = patching._wanted(model, spec)
-    assert patching._refusals(model, spec, NATIVE, wanted) == {}
+    assert patching._refusals(model, stack, NATIVE, patching._wanted(stack)) == {}
     assert model.config.to_dict() == config
     assert [p.data_ptr() for p in model.parameters()] == pointers

@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from families import FAMILIES, LAYERS, VOCAB, OpCounter, PackedRun, quantise_, tiny_model
+from families import LAYERS, QUANTISED, VOCAB, OpCounter, PackedRun, quantise_, tiny_model
 from tolerance import assert_within_2x
 
 from llamatelemetry.inference.recording import Recording
@@ -29,7 +29,7 @@ def dense_twin(model, dtype):
     return twin
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", QUANTISED)
 def test_packed_logits(family, formats, device, dtype):
     model = tiny_model(family, device, dtype)
     quantise_(model, formats)

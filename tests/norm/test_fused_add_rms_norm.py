@@ -34,6 +34,15 @@ def test_values(device, dtype, shape):
     )
 
 
+@pytest.mark.parametrize("shape", [(3, 7), (4, 4096), (1, 70001)])
+def test_an_offset_of_the_weight(device, dtype, shape):
+    x, residual, weight = case(device, dtype, shape)
+    total = residual + x
+    fused_add_rms_norm_(x, residual, weight, 1e-5, 1.0)
+    assert torch.equal(residual, total)
+    assert torch.equal(x, rms_norm(total, weight, 1e-5, 1.0))
+
+
 @given(st.integers(1, 5), st.integers(1, 700), st.integers(0, 9), st.integers(0, 9))
 def test_each_has_its_own_row_stride(num_tokens, hidden_size, gap_x, gap_residual):
     def strided(gap):
@@ -70,7 +79,7 @@ def test_refusals(device):
 
 def test_opcheck(device, dtype):
     run_opcheck("fused_add_rms_norm_", *case(device, dtype, (2, 3, 24)), 1e-6)
-    run_opcheck("fused_add_rms_norm_", *case(device, dtype, (0, 24)), 1e-6)
+    run_opcheck("fused_add_rms_norm_", *case(device, dtype, (0, 24)), 1e-6, 1.0)
 
 
 def test_reference(device, dtype):

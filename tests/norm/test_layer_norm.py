@@ -45,6 +45,19 @@ def test_weight_and_bias_are_optional(device, dtype, has_weight, has_bias):
     assert_right(x, weight if has_weight else None, bias if has_bias else None)
 
 
+@pytest.mark.parametrize("has_weight", [True, False])
+def test_an_offset_of_the_weight(device, dtype, has_weight):
+    x, weight, bias = case(device, dtype, (5, 300), mean=3.0)
+    weight = weight if has_weight else None
+    ours = layer_norm(x, weight, bias, 1e-5, 1.0)
+    moved = None if weight is None else weight.double() + 1
+    exact = reference.layer_norm(x.double(), moved, bias.double(), 1e-5)
+    theirs = torch.nn.functional.layer_norm(
+        x.float(), (300,), None if moved is None else moved.float(), bias.float(), 1e-5
+    )
+    assert_within_2x(ours, theirs.to(dtype), exact)
+
+
 def test_a_large_mean_costs_no_variance(device):
     x = torch.randn(4, 777, device=device) + 1000
     ours = layer_norm(x)
@@ -127,7 +140,7 @@ def test_opcheck(device, dtype):
     x, weight, bias = case(device, dtype, (2, 3, 24))
     run_opcheck("layer_norm", x, weight, bias, 1e-5)
     run_opcheck("layer_norm", x, None, None, 1e-5)
-    run_opcheck("layer_norm", x[:, :0], weight, None, 1e-5)
+    run_opcheck("layer_norm", x[:, :0], weight, None, 1e-5, 1.0)
 
 
 def test_reference(device):

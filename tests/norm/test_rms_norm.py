@@ -60,7 +60,7 @@ def test_opcheck(device, dtype):
     x = torch.randn(2, 3, 24, dtype=dtype, device=device)
     run_opcheck("rms_norm", x, torch.randn(24, dtype=dtype, device=device), 1e-6)
     run_opcheck("rms_norm", x[:, :0], torch.randn(24, dtype=dtype, device=device), 1e-6)
-    run_opcheck("rms_norm", x.transpose(0, 1).contiguous(), x.new_ones(24), 1e-6)
+    run_opcheck("rms_norm", x.transpose(0, 1).contiguous(), x.new_ones(24), 1e-6, 1.0)
 
 
 @pytest.mark.parametrize("hidden_size", [576, 2048])
@@ -69,6 +69,27 @@ def test_rounds_as_transformers_does(device, dtype, hidden_size):
     x = torch.randint(-16, 17, (16, hidden_size), device=device).to(dtype) / 4
     weight = torch.randn(hidden_size, dtype=dtype, device=device)
     assert torch.equal(rms_norm(x, weight, 1e-5), transformers_rms_norm(x, weight, 1e-5))
+
+
+def gemma_rms_norm(x, weight, eps):
+    """The arithmetic of GemmaRMSNorm: all of it in float32."""
+    x32 = x.to(torch.float32)
+    normed = x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + eps)
+    return (normed * (1.0 + weight.float())).to(x.dtype)
+
+
+@pytest.mark.parametrize("shape", [(3, 7), (2, 5, 576), (4, 4096), (1, 70001)])
+def test_an_offset_of_the_weight(device, dtype, shape):
+    x = torch.randn(shape, dtype=dtype, device=device)
+    weight = torch.randn(shape[-1], dtype=dtype, device=device)
+    assert_within_2x(
+        rms_norm(x, weight, 1e-5, 1.0),
+        gemma_rms_norm(x, weight, 1e-5),
+        reference.rms_norm(x.double(), weight.double(), 1e-5, 1.0),
+    )
+    if shape[-1] % 64 == 0:  # as above: only the roundings are left to differ
+        x = torch.randint(-16, 17, shape, device=device).to(dtype) / 4
+        assert torch.equal(rms_norm(x, weight, 1e-5, 1.0), gemma_rms_norm(x, weight, 1e-5))
 
 
 def test_replay(device, dtype):

@@ -7,11 +7,14 @@ from collections import Counter
 from collections.abc import Sequence
 
 import gguf
+import hf_models  # noqa: F401  (registers "exact" attention)
+import pytest
 import torch
 import transformers
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from llamatelemetry.inference.kv_pages import KvPages
 from llamatelemetry.models.patching import forward_tokens, rope_tables
 from llamatelemetry.models.step_input import DecoderState, StepInput
 from llamatelemetry.ops import QuantFormat, repack
@@ -36,8 +39,19 @@ _COMMON = {
     "eos_token_id": None,
     "pad_token_id": None,
 }
+_LEFT_OUT = ("head_dim", "num_key_value_heads")  # where None
 _SLIDING = {"sliding_window": WINDOW, "layer_types": ["sliding_attention", "full_attention"]}
-FAMILIES = {
+# Heads together as wide as the hidden size; and as many for keys as for queries.
+_SQUARE = {"hidden_size": 3 * NUM_KV * HEAD_DIM // 2, "head_dim": None}
+_HEADS = _SQUARE | {"hidden_size": 192, "num_attention_heads": 6, "num_key_value_heads": None}
+_EXPERTS = {
+    "num_local_experts": 4,
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 48,
+}
+# Whose every linear can hold packed weights, and the embedding too.
+_PACKABLE = {
     "llama": ("Llama", {"tie_word_embeddings": True}),
     "llama_bias": ("Llama", {"attention_bias": True, "mlp_bias": True}),
     "llama_gelu": ("Llama", {"hidden_act": "gelu_pytorch_tanh"}),
@@ -70,30 +84,90 @@ FAMILIES = {
     "seed_oss": ("SeedOss", {"attention_bias": True, "attention_out_bias": True}),
     "smollm3": ("SmolLM3", {"no_rope_layers": [1, 0]}),
 }
-# Tiny models of classes that the table of families has no row for.
-_OTHERS = {
-    "olmo2": ("Olmo2", {}),
-    "mixtral": (
-        "Mixtral",
-        {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None},
+FAMILIES = {
+    **_PACKABLE,
+    "gemma": ("Gemma", {}),
+    "gemma2": ("Gemma2", _SLIDING | {"query_pre_attn_scalar": 50, "attn_logit_softcapping": 2.0}),
+    "gemma3": (
+        "Gemma3Text",
+        _SLIDING | {"query_pre_attn_scalar": 50, "final_logit_softcapping": 5.0},
     ),
+    "olmo2": ("Olmo2", {"attention_bias": True}),
+    "olmo3": ("Olmo3", _SLIDING),
+    "exaone4": ("Exaone4", _SLIDING),
+    "exaone4_full": (
+        "Exaone4",
+        {"sliding_window": None, "layer_types": ["full_attention"] * LAYERS},
+    ),
+    "ernie": ("Ernie4_5", {"use_bias": True}),
+    "cohere": ("Cohere", {"logit_scale": 0.3}),
+    "cohere2": ("Cohere2", _SLIDING | {"logit_scale": 0.3}),
+    "olmo": ("Olmo", _SQUARE),
+    "stablelm": ("StableLm", _SQUARE | {"use_qkv_bias": True}),
+    "stablelm_parallel": ("StableLm", _SQUARE | {"use_parallel_residual": True}),
+    "starcoder2": ("Starcoder2", {"sliding_window": WINDOW}),
+    "phi": ("Phi", _SQUARE),
+    "nemotron": ("Nemotron", {"attention_bias": True}),
+    "gpt2": ("GPT2", _HEADS | {"scale_attn_by_inverse_layer_idx": True}),
+    "gpt_neox": ("GPTNeoX", _HEADS),
+    "gpt_neox_serial": ("GPTNeoX", _HEADS | {"use_parallel_residual": False}),
+    "opt": ("OPT", _HEADS | {"word_embed_proj_dim": 192, "ffn_dim": 160}),
+    "mixtral": ("Mixtral", _EXPERTS | {"sliding_window": WINDOW}),
+    "qwen2_moe": (
+        "Qwen2Moe",
+        _EXPERTS | {"mlp_only_layers": [1], "shared_expert_intermediate_size": 48},
+    ),
+    "qwen3_moe": ("Qwen3Moe", _EXPERTS),
+    "olmoe": ("Olmoe", _SQUARE | _EXPERTS),
+    "granitemoe": (
+        "GraniteMoe",
+        _SQUARE
+        | _EXPERTS
+        | {
+            "attention_multiplier": 0.2,
+            "residual_multiplier": 0.3,
+            "embedding_multiplier": 2.0,
+            "logits_scaling": 1.5,
+        },
+    ),
+    "gpt_oss": ("GptOss", _SLIDING | _EXPERTS),
 }
+
+QUANTISED = [*_PACKABLE, "olmo2", "exaone4", "ernie", "cohere2"]
+# Half precision where the layer rounds in another place than Llama's does.
+_IN_HALF = [*QUANTISED, "gemma2", "nemotron", "gpt_neox", "gpt_oss"]
+IN_DTYPES = [
+    pytest.param(family, dtype, id=f"{str(dtype)[6:]}-{family}")
+    for family in FAMILIES
+    for dtype in (torch.float32, torch.float16, torch.bfloat16)
+    if dtype == torch.float32 or family in _IN_HALF
+]
 
 
 def tiny_model(
     family: str, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
 ) -> transformers.PreTrainedModel:
     """A random model of a family whose every parameter matters."""
-    name, options = (FAMILIES | _OTHERS)[family]
-    config = getattr(transformers, f"{name}Config")(**(_COMMON | options))
+    name, options = FAMILIES[family]
+    values = {k: v for k, v in (_COMMON | options).items() if k not in _LEFT_OUT or v is not None}
+    config = getattr(transformers, f"{name}Config")(**values)
+    if getattr(config, "attn_logit_softcapping", None):
+        # torch's attention leaves it out, and eager's masks are infinite in float64
+        config._attn_implementation = "exact" if dtype == torch.float64 else "eager"
     with torch.inference_mode(False), torch.no_grad():
-        model = getattr(transformers, f"{name}ForCausalLM")(config).eval()
+        model = getattr(transformers, _causal(name))(config).eval()
+        if dtype == torch.float64 and hasattr(model, "set_experts_implementation"):
+            model.set_experts_implementation("eager")  # the others have no float64
         for parameter in model.parameters():
             if parameter.ndim == 1:
                 parameter.normal_(mean=1.0, std=0.3)
             else:
                 parameter.normal_(std=1.2 * parameter.shape[1] ** -0.5)
         return model.to(device=device, dtype=dtype)
+
+
+def _causal(name: str) -> str:
+    return {"GPT2": "GPT2LMHeadModel"}.get(name, name.removesuffix("Text") + "ForCausalLM")
 
 
 def quantise_(model: transformers.PreTrainedModel, formats: Sequence[str] = ("Q4_1",)) -> None:
@@ -121,14 +195,11 @@ class PackedRun:
 
     def __init__(self, model: transformers.PreTrainedModel, batch: int, page_size: int = 4) -> None:
         self.model, self.page_size = model, page_size
-        like = model.model.norm.weight
         blocks = 32 // page_size
-        shape = (batch * blocks, page_size, NUM_KV, HEAD_DIM)
-        caches = [
-            (like.new_full(shape, torch.nan), like.new_full(shape, torch.nan))
-            for _ in range(LAYERS)
-        ]
-        self.state = DecoderState(caches, rope_tables(model, 32))
+        pages = KvPages.for_model(model, batch * blocks, page_size)
+        for cache in itertools.chain(*pages.layers):
+            cache.fill_(torch.nan)
+        self.state = DecoderState(pages.layers, rope_tables(model, 32))
         self.table = torch.randperm(batch * blocks).view(batch, blocks).int()
         self.lengths = [0] * batch
 

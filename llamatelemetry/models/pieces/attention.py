@@ -16,13 +16,14 @@ from llamatelemetry.models.pieces.base import (
     Piece,
     eager_attention_of,
     take_cache,
+    without_encoder,
 )
 from llamatelemetry.models.pieces.merge import columns_of, merge_runs, rows_of, unmerge_linears
-from llamatelemetry.models.pieces.norm import eps_of
+from llamatelemetry.models.pieces.norm import eps_of, offset_of
 from llamatelemetry.models.spec import LayerSpec
 from llamatelemetry.models.step_input import StepInput
 
-Norm = tuple[Tensor, float]  # weight, eps
+Norm = tuple[Tensor, float, float]  # weight, eps, what is added to the weight
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,7 @@ class _Projection:
 
     linear: Callable[[Tensor], Tensor]
     heads: list[int]
+    by_head: bool  # q, k and v of a head beside each other
     norms: list[Norm | None]
     whole: bool  # the norms are over all heads together
     ops: OpSet
@@ -39,6 +41,8 @@ class _Projection:
     def parts(self, x: Tensor) -> list[Tensor]:
         """[num_tokens, heads, head_dim] each."""
         rows = self.linear(x).view(x.shape[0], -1, self.head_dim)
+        if self.by_head:
+            return [rows[:, i::3] for i in range(3)]
         parts = list(rows.split(self.heads, 1))
         for i, norm in enumerate(self.norms):
             if norm is None:
@@ -61,12 +65,12 @@ class Attention(Piece):
         self, module: nn.Module, spec: LayerSpec, config: Any, ops: OpSet = NATIVE
     ) -> None:
         super().__init__(module, spec, config, ops)
-        self.head_dim = int(self.module.head_dim)
+        self.head_dim = int(getattr(self.module, spec.head_dim))
         self.scale = float(getattr(self.module, spec.scale))
         self.softcap = float(getattr(self.module, spec.softcap) or 0.0) if spec.softcap else 0.0
-        self.turns = bool(getattr(self.module, spec.use_rope)) if spec.use_rope else True
         self.interleaved = spec.rope == "interleaved"
         self.read_window()
+        self.turns = self._turns()
         self.bind()
 
     def read_window(self) -> None:
@@ -74,17 +78,28 @@ class Attention(Piece):
         self.interface_kwargs: dict[str, Any] = {}
         if name := self.spec.window:
             owner = self.module if hasattr(self.module, name) else self.config
-            self.window = self.interface_kwargs["sliding_window"] = getattr(owner, name)
+            is_sliding = getattr(self.module, "is_sliding", True)
+            self.window = getattr(owner, name) if is_sliding else None
+            self.interface_kwargs["sliding_window"] = self.window
         if self.spec.softcap:
             self.interface_kwargs["softcap"] = self.softcap or None
         left = -1 if self.window is None else self.window - 1
         self.scores = (self.scale, True, left, -1, self.softcap)  # causal, nothing to the right
+
+    def _turns(self) -> bool:
+        spec = self.spec
+        if spec.rope == "none":
+            return False
+        if spec.use_rope == "window":
+            return self.window is not None or getattr(self.config, spec.window, None) is None
+        return bool(getattr(self.module, spec.use_rope)) if spec.use_rope else True
 
     def bind(self) -> None:
         spec = self.spec
         self.linears = [getattr(self.module, name) for name in spec.qkv]
         output = getattr(self.module, spec.output)
         heads = self._heads(output)
+        self.num_heads_kv = heads[1]
         norms: list[Norm | None] = [None, None, None]
         if spec.qk_norm != "none":
             norms = [*(self._norm(name) for name in spec.qk_norm_names), None]
@@ -98,6 +113,7 @@ class Attention(Piece):
                 _Projection(
                     linear.forward,
                     heads[:parts],
+                    spec.qkv_order == "heads",
                     norms[:parts],
                     spec.qk_norm == "full",
                     self.ops,
@@ -117,7 +133,7 @@ class Attention(Piece):
 
     def _norm(self, name: str) -> Norm:
         norm = getattr(self.module, name)
-        return norm.weight, eps_of(norm)
+        return norm.weight, eps_of(norm), offset_of(self.spec.norm)
 
     def unbind(self) -> None:
         unmerge_linears(self.linears)
@@ -127,11 +143,15 @@ class Attention(Piece):
         return [part for one in self.projections for part in one.parts(x)]
 
     def turn(
-        self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None
+        self,
+        q: Tensor,
+        k: Tensor,
+        rope: tuple[Tensor, Tensor] | None,
+        positions: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         """q and k after the rotary embedding, in place, and the norms that come after it."""
-        if self.turns:
-            self.ops.rotary_embedding_(q, k, cos, sin, positions, self.interleaved)
+        if self.turns and rope is not None:
+            self.ops.rotary_embedding_(q, k, *rope, positions, self.interleaved)
         if self.norms_after:
             q, k = (
                 x if norm is None else self.ops.rms_norm(x.contiguous(), *norm)
@@ -143,31 +163,38 @@ class Attention(Piece):
         self,
         x: Tensor,
         step: StepInput,
-        rope: tuple[Tensor, Tensor],
+        rope: tuple[Tensor, Tensor] | None,
         k_cache: Tensor,
         v_cache: Tensor,
     ) -> Tensor:
         q, k, v = self.project(x)
-        q, k = self.turn(q, k, *rope, step.positions)
+        q, k = self.turn(q, k, rope, step.positions)
         self.ops.append_kv_(k, v, k_cache, v_cache, step.slot_mapping)
         starts, longest = step.cu_seqlens_q, step.max_seqlen_q
+        sinks = {"sinks": getattr(self.module, self.spec.sinks)} if self.spec.sinks else {}
         if step.is_whole:
-            out = self.ops.flash_attn_varlen(q, k, v, starts, longest, *self.scores)
+            out = self.ops.flash_attn_varlen(q, k, v, starts, longest, *self.scores, **sinks)
         else:
             cache = (k_cache, v_cache, step.block_table, step.cache_seqlens)
-            out = self.ops.paged_attention(q, *cache, starts, longest, *self.scores)
+            out = self.ops.paged_attention(q, *cache, starts, longest, *self.scores, **sinks)
         return self.ops.all_reduce(self.o(out.view(x.shape[0], -1)))
 
     def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
-        if torch.is_grad_enabled() or self.changed():
+        if torch.is_grad_enabled() or self.changed() or self.module.training:
             return self.original(*args, **kwargs)
         call = self.named(args, kwargs)
-        hidden_states, angles = call.pop("hidden_states"), call.pop("position_embeddings")
+        if not without_encoder(call):
+            return self.original(*args, **kwargs)
+        hidden_states, angles = call.pop("hidden_states"), call.pop("position_embeddings", None)
         attention_mask, cache = call.pop("attention_mask", None), take_cache(call)
         batch, seqlen, hidden_size = hidden_states.shape
         q, k, v = self.project(hidden_states.reshape(-1, hidden_size))
-        cos, sin = (x.expand(batch, -1, -1).flatten(0, 1) for x in rope_angles(self.spec, *angles))
-        q, k = self.turn(q, k, cos, sin, None)
+        rope = None
+        if angles is not None:
+            cos, sin = rope_angles(self.spec, *angles)
+            cos, sin = (x.expand(batch, -1, -1).flatten(0, 1).to(q.dtype) for x in (cos, sin))
+            rope = (cos, sin)
+        q, k = self.turn(q, k, rope, None)
         q, k, v = (x.unflatten(0, (batch, seqlen)).transpose(1, 2) for x in (q, k, v))
         if cache is not None:
             # Modules that call it "cache" also hand it their keywords, which a paged one fills in.
@@ -176,17 +203,24 @@ class Attention(Piece):
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_of(self.module)
         )
-        dropout = self.module.attention_dropout if self.module.training else 0.0
         call |= self.interface_kwargs
+        if self.spec.sinks:
+            call["s_aux"] = getattr(self.module, self.spec.sinks)
         out, weights = attend(
-            self.module, q, k, v, attention_mask, dropout=dropout, scaling=self.scale, **call
+            self.module, q, k, v, attention_mask, dropout=0.0, scaling=self.scale, **call
         )
         return self.ops.all_reduce(self.o(out.reshape(batch, seqlen, -1))), weights
 
 
 def rope_angles(spec: LayerSpec, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
     """cos and sin as the rotary op takes them: one value per turned element."""
-    if spec.rope == "interleaved" and spec.rope_angles == "halves":
+    layout = "pairs" if spec.rope == "interleaved" else "halves"
+    if spec.rope_angles == layout:
+        return cos, sin
+    if spec.rope_angles != "once":
         half = cos.shape[-1] // 2
-        cos, sin = (x[..., :half].repeat_interleave(2, -1) for x in (cos, sin))
-    return cos, sin
+        step = 2 if spec.rope_angles == "pairs" else 1
+        cos, sin = (x[..., : half * step : step] for x in (cos, sin))
+    if layout == "pairs":
+        return cos.repeat_interleave(2, -1), sin.repeat_interleave(2, -1)
+    return torch.cat([cos, cos], -1), torch.cat([sin, sin], -1)

@@ -17,7 +17,9 @@ from llamatelemetry.models.spec import LayerSpec
 
 # What the forward of an attention or a layer may be called with. transformers 5.24 renamed
 # past_key_values to cache; a module's own signature says which of the two it has.
-CACHE_NAMES = ("cache", "past_key_values")
+CACHE_NAMES = ("cache", "past_key_values", "layer_past")
+# Of decoders that can have an encoder beside them: what hands a call over to the module's forward.
+ENCODER_NAMES = ("encoder_hidden_states", "encoder_attention_mask")
 KNOWN_TO_LAYERS = frozenset(
     {
         "hidden_states",
@@ -25,6 +27,8 @@ KNOWN_TO_LAYERS = frozenset(
         "position_embeddings",
         "position_ids",
         "use_cache",
+        "output_attentions",
+        *ENCODER_NAMES,
         *CACHE_NAMES,
     }
 )
@@ -183,6 +187,11 @@ def parameters_of(forward: Callable[..., Any], known: frozenset[str]) -> tuple[s
             f"forward must take the cache as one of {', '.join(CACHE_NAMES)}, got {names}"
         )
     return tuple(names)
+
+
+def without_encoder(call: dict[str, Any]) -> bool:
+    """Takes an encoder's arguments out of a call, and says whether it had none."""
+    return all(call.pop(name, None) is None for name in ENCODER_NAMES)
 
 
 def take_cache(call: dict[str, Any]) -> Any:

@@ -7,32 +7,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.activations import ACT2FN
 
 from llamatelemetry.models.opset import NATIVE, OpSet
-from llamatelemetry.models.pieces.base import KNOWN_TO_LAYERS, Piece
-from llamatelemetry.models.pieces.norm import eps_of
+from llamatelemetry.models.pieces.base import KNOWN_TO_LAYERS, Piece, without_encoder
+from llamatelemetry.models.pieces.norm import NormFunction
 from llamatelemetry.models.spec import LayerSpec
-
-# What this package's pieces can do of what a LayerSpec can say. A field that is not named here is a
-# name, which they look up whatever it is.
-_SERVED: dict[str, tuple[Any, ...]] = {
-    "norm": ("rms",),
-    "parallel": (False,),
-    "conv1d": (False,),
-    "rope_kind": ("",),
-    "sinks": ("",),
-    "mlp_kind": ("gated", "own"),
-    "final_softcap": ("",),
-}
-
-
-def unserved(spec: LayerSpec) -> str | None:
-    """What a spec asks for that no piece does yet; None where all of it is served."""
-    for name, served in _SERVED.items():
-        value = getattr(spec, name)
-        if value not in served:
-            return f"LayerSpec.{name} must be one of {served}, got {value!r}"
-    return None
 
 
 class DecoderLayer(Piece):
@@ -44,15 +24,22 @@ class DecoderLayer(Piece):
         self, module: nn.Module, spec: LayerSpec, config: Any, ops: OpSet = NATIVE
     ) -> None:
         super().__init__(module, spec, config, ops)
-        self.first_norm = norm_of(module, spec.first_norm)
-        self.attention_norm = norm_of(module, spec.attention_norm)
-        self.middle_norm = norm_of(module, spec.middle_norm)
-        self.mlp_norm = norm_of(module, spec.mlp_norm)
+        self.first_norm = norm_of(module, spec.first_norm, spec, ops)
+        self.attention_norm = norm_of(module, spec.attention_norm, spec, ops)
+        self.middle_norm = norm_of(module, spec.middle_norm, spec, ops)
+        self.mlp_norm = norm_of(module, spec.mlp_norm, spec, ops)
         self.multiplier = number_of(module, spec.residual_multiplier)
+        is_parallel = spec.parallel
+        self.is_parallel = bool(
+            getattr(config, is_parallel) if isinstance(is_parallel, str) else is_parallel
+        )
+        if spec.mlp_kind == "plain":
+            self.activation = ACT2FN[getattr(config, spec.activation)]
 
     def bypassed(self) -> list[tuple[str, nn.Module]]:
         names = (self.spec.attention_norm, self.spec.middle_norm, self.spec.mlp_norm)
-        return [(name, norm_of(self.module, name)) for name in names if name]
+        norms = ((name, getattr(self.module, name)) for name in names if name)
+        return [(name, norm) for name, norm in norms if norm is not None]
 
     def run(
         self,
@@ -65,48 +52,59 @@ class DecoderLayer(Piece):
 
         Args:
             x: the layer's input after its first norm.
-            residual: the layer's input; afterwards with the attention's part.
+            residual: the layer's input; afterwards with the attention's part, or as it was where
+                attention and MLP are parallel.
             attend: the attention, of x.
             mlp: the MLP.
         """
-        x = self._scaled(self._normed(attend(x), self.attention_norm))
-        x = add_norm(self.ops, x, residual, self.middle_norm)
-        return self._scaled(self._normed(mlp(x), self.mlp_norm))
-
-    def _normed(self, x: Tensor, norm: Any) -> Tensor:
-        return x if norm is None else self.ops.rms_norm(x, norm.weight, eps_of(norm))
+        attended = self._scaled(_normed(attend(x), self.attention_norm))
+        if self.is_parallel:
+            x = x if self.middle_norm is None else self.middle_norm(residual)
+            return attended + self._scaled(_normed(mlp(x), self.mlp_norm))
+        x = add_norm(attended, residual, self.middle_norm)
+        return self._scaled(_normed(mlp(x), self.mlp_norm))
 
     def _scaled(self, x: Tensor) -> Tensor:
         return x if self.multiplier == 1.0 else x * self.multiplier
 
+    def mlp(self, x: Tensor) -> Tensor:
+        """The MLP's modules as they stand in the layer, hooks included."""
+        spec = self.spec
+        if spec.mlp_kind == "plain":
+            (up,) = spec.gate_up
+            return getattr(self.module, spec.down)(self.activation(getattr(self.module, up)(x)))
+        out = getattr(self.module, spec.mlp)(x)
+        return out[0] if spec.router_scores else out
+
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        if torch.is_grad_enabled() or self.changed():
+        if torch.is_grad_enabled() or self.changed() or self.module.training:
             return self.original(*args, **kwargs)
         call = self.named(args, kwargs)
+        if not without_encoder(call):
+            return self.original(*args, **kwargs)
         hidden_states = call.pop("hidden_states")
         attention = getattr(self.module, self.spec.attention)
         residual = hidden_states.clone()  # the caller may keep its tensor
-        x = hidden_states if self.first_norm is None else self.first_norm(hidden_states)
+        first_norm = self.spec.first_norm
+        x = getattr(self.module, first_norm)(hidden_states) if first_norm else hidden_states
         # The modules are called, not their pieces, so that hooks on them are.
-        x = self.run(
-            x,
-            residual,
-            lambda x: attention(hidden_states=x, **call)[0],
-            getattr(self.module, self.spec.mlp),
-        )
+        x = self.run(x, residual, lambda x: attention(hidden_states=x, **call)[0], self.mlp)
         return residual.add_(x)
 
 
-def add_norm(ops: OpSet, x: Tensor, residual: Tensor, norm: Any) -> Tensor:
-    """``residual += x``, and norm of it in place of x; the sum itself where there is no norm."""
-    if norm is None:
-        return residual.add_(x)
-    ops.fused_add_rms_norm_(x, residual, norm.weight, eps_of(norm))
-    return x
+def _normed(x: Tensor, norm: NormFunction | None) -> Tensor:
+    return x if norm is None else norm(x)
 
 
-def norm_of(layer: nn.Module, name: str) -> Any:
-    return getattr(layer, name) if name else None
+def add_norm(x: Tensor, residual: Tensor, norm: NormFunction | None) -> Tensor:
+    """``residual += x``, and norm of it, maybe in x; the sum itself where there is no norm."""
+    return residual.add_(x) if norm is None else norm.after_add(x, residual)
+
+
+def norm_of(owner: nn.Module, name: str, spec: LayerSpec, ops: OpSet) -> NormFunction | None:
+    """A norm that a module has under this name; None where it has none."""
+    norm = getattr(owner, name) if name else None
+    return None if norm is None else NormFunction(norm, spec.norm, ops)
 
 
 def number_of(owner: Any, name: str) -> float:

@@ -9,6 +9,7 @@ from typing import Any, cast
 
 import torch
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from llamatelemetry.quantization.modules import QuantLinear, expand, merge_quant_linears
 
@@ -97,11 +98,15 @@ def _plain_tensors() -> Iterator[None]:
 
 def rows_of(linear: Any) -> int:
     """How many features a linear gives, by its weight's shape where that says it."""
+    if type(linear) is Conv1D:
+        return linear.weight.shape[1]
     return linear.weight.shape[0] if type(linear) is nn.Linear else linear.out_features
 
 
 def columns_of(linear: Any) -> int:
     """How many features a linear takes, by its weight's shape where that says it."""
+    if type(linear) is Conv1D:
+        return linear.weight.shape[0]
     return linear.weight.shape[1] if type(linear) is nn.Linear else linear.in_features
 
 

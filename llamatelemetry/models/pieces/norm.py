@@ -1,4 +1,4 @@
-"""The norm over the hidden size, where a module of its own is called."""
+"""Norms: as functions that read their module's tensors, and as pieces where a module is called."""
 
 from __future__ import annotations
 
@@ -12,18 +12,42 @@ from llamatelemetry.models.pieces.base import Piece
 from llamatelemetry.models.spec import LayerSpec
 
 
-class RmsNorm(Piece):
-    """``x / sqrt(mean(x²) + eps) * weight``."""
+class NormFunction:
+    """What a norm's module computes, in one op; its tensors are read at every call."""
+
+    def __init__(self, module: Any, kind: str, ops: OpSet) -> None:
+        self.module, self.ops = module, ops
+        self.is_rms = kind.startswith("rms")
+        self.eps = eps_of(module)
+        self.offset = offset_of(kind)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        module = self.module
+        weight = getattr(module, "weight", None)
+        if self.is_rms:
+            return self.ops.rms_norm(x, weight, self.eps, self.offset)
+        bias = getattr(module, "bias", None)
+        return self.ops.layer_norm(x, weight, bias, self.eps, self.offset)
+
+    def after_add(self, x: Tensor, residual: Tensor) -> Tensor:
+        """``residual += x``, and the norm of it, which may be in x."""
+        if not self.is_rms:
+            return self(residual.add_(x))
+        self.ops.fused_add_rms_norm_(x, residual, self.module.weight, self.eps, self.offset)
+        return x
+
+
+class Norm(Piece):
+    """A norm over the last dimension."""
+
+    known = frozenset({*Piece.known, "input"})
 
     def __init__(
         self, module: nn.Module, spec: LayerSpec, config: Any, ops: OpSet = NATIVE
     ) -> None:
         super().__init__(module, spec, config, ops)
-        self.eps = eps_of(module)
-        self.bind()
-
-    def bind(self) -> None:
-        self.weight: Tensor = self.module.weight
+        self.function = NormFunction(module, spec.norm, ops)
+        self.eps, self.offset = self.function.eps, self.function.offset
 
     def forward(self, *args: Tensor, **kwargs: Tensor) -> Tensor:
         if (
@@ -31,8 +55,30 @@ class RmsNorm(Piece):
         ):  # ours have no gradients; the module's forward has
             return self.original(*args, **kwargs)
         (x,) = self.named(args, kwargs).values()
-        return self.ops.rms_norm(x.contiguous(), self.weight, self.eps)
+        return self.function(x.contiguous())
+
+
+class RmsNorm(Norm):
+    """``x / sqrt(mean(x²) + eps) * (weight + offset)``."""
+
+
+class LayerNorm(Norm):
+    """``(x - mean(x)) / sqrt(variance(x) + eps) * (weight + offset) + bias``."""
+
+
+def norm_piece(spec: LayerSpec) -> type[Norm]:
+    """The piece for a family's norms."""
+    return RmsNorm if spec.norm.startswith("rms") else LayerNorm
 
 
 def eps_of(norm: Any) -> float:
-    return float(norm.variance_epsilon)
+    """A norm's eps, under either of transformers' names; layer norms without one have torch's."""
+    for name in ("variance_epsilon", "eps"):
+        if hasattr(norm, name):
+            return float(getattr(norm, name))
+    return 1e-5
+
+
+def offset_of(kind: str) -> float:
+    """What is added to the weight of a norm of this kind."""
+    return float(kind.endswith("+1"))

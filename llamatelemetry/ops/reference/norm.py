@@ -6,19 +6,27 @@ import torch
 from torch import Tensor
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps) * weight
+def rms_norm(x: Tensor, weight: Tensor, eps: float, weight_offset: float = 0.0) -> Tensor:
+    return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps) * (weight + weight_offset)
 
 
-def fused_add_rms_norm_(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> None:
+def fused_add_rms_norm_(
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float, weight_offset: float = 0.0
+) -> None:
     residual += x
-    x.copy_(rms_norm(residual, weight, eps))
+    x.copy_(rms_norm(residual, weight, eps, weight_offset))
 
 
-def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+def layer_norm(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    weight_offset: float = 0.0,
+) -> Tensor:
     centred = x - x.mean(-1, keepdim=True)
     out = centred * torch.rsqrt(centred.pow(2).mean(-1, keepdim=True) + eps)
-    out = out if weight is None else out * weight
+    out = out if weight is None else out * (weight + weight_offset)
     return out if bias is None else out + bias
 
 
