@@ -5,6 +5,11 @@ from typing import TYPE_CHECKING
 from llamatelemetry._lazy import lazy_names
 
 if TYPE_CHECKING:
+    from llamatelemetry.inference.batch import BatchConfig as BatchConfig
+    from llamatelemetry.inference.batch import BatchInferenceOptimizer as BatchInferenceOptimizer
+    from llamatelemetry.inference.batch import (
+        batch_inference_optimized as batch_inference_optimized,
+    )
     from llamatelemetry.inference.batch_size import search_batch_size as search_batch_size
     from llamatelemetry.inference.batch_size import suggest_batch_size as suggest_batch_size
     from llamatelemetry.inference.engine import GenerationStats as GenerationStats
@@ -39,6 +44,11 @@ if TYPE_CHECKING:
 __getattr__, __dir__, __all__ = lazy_names(
     __name__,
     {
+        "batch": (
+            "BatchConfig",
+            "BatchInferenceOptimizer",
+            "batch_inference_optimized",
+        ),
         "batch_size": (
             "search_batch_size",
             "suggest_batch_size",

@@ -14,6 +14,11 @@ import llamatelemetry.inference as package
 
 # module -> name -> (parameter, default) pairs in order; a parameter alone has no default.
 FUNCTIONS = {
+    "batch": {
+        "BatchInferenceOptimizer": [("config", None), ("count_tokens", None)],
+        "BatchInferenceOptimizer.batch_infer": ["prompts", "inference_fn", "**kwargs"],
+        "batch_inference_optimized": ["prompts", "model", ("max_batch_size", 8), "**kwargs"],
+    },
     "flash_attn": {
         "check_flash_attention_available": [],
         "enable_flash_attention": ["model", ("config", None)],
@@ -71,6 +76,13 @@ FUNCTIONS = {
     },
 }
 DATACLASSES = {
+    "batch": {
+        "BatchConfig": [
+            ("max_batch_size", 8),
+            ("max_tokens", 2048),
+            ("dynamic_batching", True),
+        ]
+    },
     "flash_attn": {
         "FlashAttentionConfig": [
             ("enabled", True),

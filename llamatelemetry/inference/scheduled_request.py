@@ -1,0 +1,91 @@
+"""A request as the scheduler sees it: tokens, limits and how far it is. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Hashable, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+
+class StopText(Protocol):
+    """What watches a request's text for stop strings, as TextStream does."""
+
+    stopped: bool
+
+    def push(self, token_id: int) -> str: ...
+
+
+@dataclass(eq=False)
+class ScheduledRequest:
+    """One sequence to be generated.
+
+    Attributes:
+        name: names its blocks.
+        prompt: token ids, at least one.
+        max_tokens: tokens drawn at most.
+        min_tokens: before so many are drawn, none of stop_ids may be.
+        stop_ids: the first of these ends it; it is kept as the last token.
+        priority: lower goes first.
+        arrival: a number that grows; decides among equal priorities.
+        text: watches for stop strings; None watches for nothing.
+        tokens: of the prompt, then those drawn.
+        num_computed: leading tokens whose keys and values are in the cache.
+        num_placed: leading tokens that have blocks; 0 while it has none.
+        num_cached: leading tokens whose keys and values were in the cache already, at first.
+        preemptions: how often its blocks were taken from it.
+        finish_reason: "stop", "length", "cancelled" or "error"; None while it is open.
+    """
+
+    name: Hashable
+    prompt: Sequence[int]
+    max_tokens: int
+    min_tokens: int = 0
+    stop_ids: Collection[int] = ()
+    priority: int = 0
+    arrival: int = 0
+    text: StopText | None = None
+    tokens: list[int] = field(init=False)
+    num_computed: int = 0
+    num_placed: int = 0
+    num_cached: int | None = None
+    preemptions: int = 0
+    finish_reason: str | None = None
+
+    def __post_init__(self) -> None:
+        self.tokens = list(self.prompt)
+
+    @property
+    def rank(self) -> tuple[int, int]:
+        """Lower goes first and is preempted last."""
+        return self.priority, self.arrival
+
+    @property
+    def num_drawn(self) -> int:
+        return len(self.tokens) - len(self.prompt)
+
+    @property
+    def num_left(self) -> int:
+        """Tokens that a forward has still to run on before the next one can be drawn."""
+        return len(self.tokens) - self.num_computed
+
+    @property
+    def most_tokens(self) -> int:
+        """How long it may become."""
+        return len(self.prompt) + self.max_tokens
+
+    @property
+    def forbidden(self) -> Collection[int]:
+        """Tokens that may not be drawn next."""
+        return self.stop_ids if self.num_drawn < self.min_tokens else ()
+
+    def take(self, token: int) -> str:
+        """Adds a drawn token, ends the request where it is the last; returns the text that it
+        makes certain."""
+        self.tokens.append(token)
+        is_stop = token in self.stop_ids and self.num_drawn > self.min_tokens
+        piece = "" if self.text is None else self.text.push(token)
+        if is_stop or (self.text is not None and self.text.stopped):
+            self.finish_reason = "stop"
+        elif self.num_drawn >= self.max_tokens:
+            self.finish_reason = "length"
+        return piece

@@ -1,0 +1,247 @@
+"""Which tokens of which requests the next forward runs on: one budget a step. No torch.
+
+Requests at work come first, then those that wait, by priority and arrival; the last prompt is cut
+into chunks where the budget ends. Where no block is left for a token, the request that goes last
+gives its blocks up and computes them again later: its tokens stay, so its text does too.
+"""
+
+from __future__ import annotations
+
+import bisect
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from llamatelemetry.inference.block_manager import BlockManager, OutOfBlocks
+from llamatelemetry.inference.scheduled_request import ScheduledRequest
+
+# How much a request that ends changes the share of max_tokens that others are expected to use.
+SHARE_RATE = 0.1
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Tokens [begin, end) of a request, on which one forward runs."""
+
+    request: ScheduledRequest
+    begin: int
+    end: int
+    table: list[int]  # blocks of the request
+    draws: bool  # whether the next token is drawn from the last one's logits
+
+
+@dataclass
+class Plan:
+    """One step.
+
+    Attributes:
+        pieces: at most one a request: first those that decode, then prompts.
+        copies: (source, destination) of blocks to be copied before.
+        preempted: requests that gave their blocks up for this step.
+    """
+
+    pieces: list[Piece] = field(default_factory=list)
+    copies: list[tuple[int, int]] = field(default_factory=list)
+    preempted: list[ScheduledRequest] = field(default_factory=list)
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(piece.end - piece.begin for piece in self.pieces)
+
+
+class Scheduler:
+    """Plans steps over the blocks of one cache. Not thread-safe: the caller holds a lock.
+
+    A request is admitted only if, were every one at work to become as long as is to be expected,
+    no step would be short of blocks: requests that give up their blocks at once would cost more
+    than they bring. What is to be expected is a share of max_tokens: that which finished requests
+    have used lately, and all of it after every preemption.
+
+    Args:
+        blocks: BlockManager, with no sequences in it.
+        max_step_tokens: tokens of one forward at most; at least max_running, so that every
+            request at work can decode in every step.
+        max_running: requests at work at most.
+        expected_share: the share to begin with.
+
+    Attributes:
+        running: requests that have blocks, in order of rank.
+        waiting: the others, likewise.
+    """
+
+    def __init__(
+        self,
+        blocks: BlockManager,
+        max_step_tokens: int,
+        max_running: int,
+        expected_share: float = 1.0,
+    ) -> None:
+        if max_running < 1:
+            raise ValueError(f"Scheduler: max_running must be at least 1, got {max_running}")
+        if max_step_tokens < max_running:
+            raise ValueError(
+                f"Scheduler: max_step_tokens must be at least max_running ({max_running}), so that "
+                f"every request at work can decode in a step, got {max_step_tokens}"
+            )
+        if not 0 <= expected_share <= 1:
+            raise ValueError(f"Scheduler: expected_share must lie in [0, 1], got {expected_share}")
+        self.blocks = blocks
+        self.max_step_tokens, self.max_running = max_step_tokens, max_running
+        self.expected_share = expected_share
+        self.running: list[ScheduledRequest] = []
+        self.waiting: list[ScheduledRequest] = []
+        self._refused: ScheduledRequest | None = None  # the first to wait, until blocks are freed
+
+    def add(self, request: ScheduledRequest) -> None:
+        """Puts a new request in the queue.
+
+        Raises:
+            OutOfBlocks: for one that the whole cache could not hold; nothing was changed.
+        """
+        needed = self.blocks.blocks_for(request.most_tokens)
+        if needed > self.blocks.num_blocks:
+            raise OutOfBlocks(
+                f"Out of KV cache memory: a prompt of {len(request.prompt)} tokens and "
+                f"{request.max_tokens} more need {needed} blocks of {self.blocks.page_size} "
+                f"tokens, the whole cache has {self.blocks.num_blocks}"
+            )
+        _insert(self.waiting, request)
+
+    def schedule(self) -> Plan:
+        """The next step's tokens. What was planned and never computed is planned again."""
+        plan = Plan()
+        for request in list(self.running):
+            if request.num_placed and request.num_placed < len(request.tokens):
+                self._place(request, plan)
+        budget = self.max_step_tokens
+        # Those that decode first: a long prompt never makes them wait. sorted keeps the ranks.
+        for request in sorted(self.running, key=lambda request: request.num_left > 1):
+            budget -= self._plan(request, budget, plan)
+        while budget and self.waiting and not plan.preempted:
+            request = self.waiting[0]
+            if len(self.running) >= self.max_running or not self._admit(request):
+                break
+            budget -= self._plan(request, budget, plan)
+        return plan
+
+    def computed(self, piece: Piece) -> None:
+        """Says that a piece's keys and values are in the cache."""
+        piece.request.num_computed = piece.end
+        self.blocks.commit(piece.request.name, piece.end)
+
+    def end(self, request: ScheduledRequest, reason: str | None = None) -> None:
+        """Takes a request out, wherever it is, and frees its blocks.
+
+        Args:
+            request: one that was added and not ended.
+            reason: its finish_reason, where take has set none.
+        """
+        request.finish_reason = request.finish_reason or reason
+        if request in self.waiting:
+            self.waiting.remove(request)
+        else:
+            self.running.remove(request)
+            self._free(request)
+        if request.finish_reason in ("stop", "length"):
+            used = request.num_drawn / request.max_tokens
+            self.expected_share += SHARE_RATE * (used - self.expected_share)
+        self._refused = None
+
+    def preempt(self, request: ScheduledRequest) -> None:
+        """Puts a request that is at work back in the queue; its tokens stay."""
+        self.running.remove(request)
+        self._free(request)
+        request.preemptions += 1
+        _insert(self.waiting, request)
+        self.expected_share = 1.0
+
+    def _place(self, request: ScheduledRequest, plan: Plan) -> None:
+        """Blocks for tokens that were drawn, from those that go last where none is left."""
+        tokens = request.tokens[request.num_placed :]
+        while True:
+            try:
+                plan.copies += self.blocks.append(request.name, tokens)
+            except OutOfBlocks:
+                last = self.running[-1]
+                self.preempt(last)
+                plan.preempted.append(last)
+                if last is request:
+                    return
+            else:
+                request.num_placed += len(tokens)
+                return
+
+    def _plan(self, request: ScheduledRequest, budget: int, plan: Plan) -> int:
+        """Puts as many of a request's tokens as the budget allows in the plan; returns how many."""
+        count, left = min(request.num_left, budget), request.num_left
+        if count:
+            begin = request.num_computed
+            table = self.blocks.table(request.name)
+            plan.pieces.append(Piece(request, begin, begin + count, table, draws=count == left))
+        return count
+
+    def _admit(self, request: ScheduledRequest) -> bool:
+        """Gives the first that waits its blocks, if there is room for it to go on."""
+        if self.running and (request is self._refused or not self._has_room(request)):
+            self._refused = request
+            return False
+        try:
+            cached = self.blocks.allocate(request.name, request.tokens)
+        except OutOfBlocks:
+            self._refused = request
+            return False
+        self.waiting.remove(request)
+        request.num_computed, request.num_placed = cached, len(request.tokens)
+        if request.num_cached is None:
+            request.num_cached = cached
+        _insert(self.running, request)
+        return True
+
+    def _has_room(self, request: ScheduledRequest) -> bool:
+        """Whether the blocks would suffice at each time when a request is expected to end."""
+        rows = [(len(one.tokens), self._expected(one)) for one in (*self.running, request)]
+        shared = sum(self.blocks.blocks_for(one.num_placed) for one in self.running) - (
+            self.blocks.num_blocks - self.blocks.num_available
+        )
+        size = self.blocks.page_size
+        for steps in {steps for _, steps in rows}:
+            needed = sum(-(-(length + steps) // size) for length, left in rows if left >= steps)
+            if needed > self.blocks.num_blocks + max(shared, 0):
+                return False
+        return True
+
+    def _expected(self, request: ScheduledRequest) -> int:
+        """Tokens that a request will probably draw yet, at least one."""
+        most = math.ceil(self.expected_share * request.max_tokens)
+        return max(most - request.num_drawn, 1)
+
+    def _free(self, request: ScheduledRequest) -> None:
+        self.blocks.free(request.name)
+        request.num_computed = request.num_placed = 0
+        self._refused = None
+
+    def check(self) -> None:
+        """Walks every invariant; raises RuntimeError that names those that do not hold."""
+        self.blocks.check()
+        rules = {
+            "both queues are in order": _in_order(self.running) and _in_order(self.waiting),
+            "no more requests are at work than may be": len(self.running) <= self.max_running,
+            "those at work and no others have blocks": (
+                set(self.blocks.sequences()) == {one.name for one in self.running}
+            ),
+            "no request is ended": all(
+                one.finish_reason is None for one in (*self.running, *self.waiting)
+            ),
+            "at least one token is left to run on": all(one.num_left for one in self.running),
+        }
+        if broken := [rule for rule, holds in rules.items() if not holds]:
+            raise RuntimeError(f"Scheduler: broken invariants: {'; '.join(broken)}")
+
+
+def _insert(queue: list[ScheduledRequest], request: ScheduledRequest) -> None:
+    bisect.insort(queue, request, key=lambda one: one.rank)
+
+
+def _in_order(queue: Iterable[ScheduledRequest]) -> bool:
+    ranks = [request.rank for request in queue]
+    return ranks == sorted(ranks)
