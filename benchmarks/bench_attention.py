@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 from harness import Case, main
@@ -42,6 +43,45 @@ def decode_sdpa(q: Tensor, *inputs: Tensor) -> Tensor:
     return out.transpose(1, 2)
 
 
+def decode_cut(q: Tensor, *inputs: Tensor) -> Tensor:
+    """The same, bit for bit whatever the batch."""
+    return paged_attention(q[:, 0], *inputs[:5], max_seqlen_q=1, split_size=1024)[0][:, None]
+
+
+def decode_terms(q: Tensor, *inputs: Tensor) -> Tensor:
+    """With sinks and ALiBi."""
+    sinks, slopes, *_ = inputs[5:]
+    terms = {"sinks": sinks, "alibi_slopes": slopes}
+    return paged_attention(q[:, 0], *inputs[:5], max_seqlen_q=1, **terms)[0][:, None]
+
+
+def decode_terms_sdpa(q: Tensor, *inputs: Tensor) -> Tensor:
+    """A sink is a key of zeros whose value is zeros; the mask holds what is added to scores."""
+    bias, k, v = inputs[-3:]
+    out = torch.nn.functional.scaled_dot_product_attention(
+        q.transpose(1, 2), k, v, attn_mask=bias, enable_gqa=True
+    )
+    return out.transpose(1, 2)
+
+
+def with_terms(case: Case) -> Case:
+    """A case of decode with sinks and ALiBi."""
+    q, *paged, k, v = case.inputs
+    num_heads, num_keys = q.shape[2], k.shape[2]
+    sinks = torch.randn(num_heads, device=q.device)
+    slopes = torch.rand(num_heads, device=q.device) / 64
+    bias = slopes[:, None] * torch.arange(1 - num_keys, 1, device=q.device)
+    bias = torch.cat([sinks[:, None], bias], 1).to(q.dtype)[None, :, None]
+    wider = (torch.nn.functional.pad(x, (0, 0, 1, 0)) for x in (k, v))
+    return replace(
+        case,
+        name=f"{case.name}, sinks and ALiBi",
+        inputs=(q, *paged, sinks, slopes, bias.expand(len(q), -1, -1, -1), *wider),
+        ours=decode_terms,
+        baselines={"sdpa": decode_terms_sdpa},
+    )
+
+
 def decode_cases(device: torch.device, quick: bool) -> Iterator[Case]:
     """Decode steps of a batch on a GPU, Llama-3-8B's heads."""
     heads_q, heads_kv, head_dim = 32, 8, 128
@@ -59,7 +99,7 @@ def decode_cases(device: torch.device, quick: bool) -> Iterator[Case]:
             x[order].view(batch, num_keys, heads_kv, head_dim).transpose(1, 2).contiguous()
             for x in (keys, values)
         )
-        yield Case(
+        case = Case(
             f"batch {batch}, 1 of {num_keys} {heads_q}/{heads_kv}x{head_dim} bfloat16",
             inputs=(
                 q,
@@ -74,6 +114,10 @@ def decode_cases(device: torch.device, quick: bool) -> Iterator[Case]:
             baselines={"sdpa": decode_sdpa},
             bytes_moved=keys.nbytes + values.nbytes,
         )
+        yield case
+        if (batch, num_keys) == (32, 4096):
+            yield replace(case, name=f"{case.name}, split_size 1024", ours=decode_cut)
+            yield with_terms(case)
 
 
 def cases(device: torch.device, quick: bool) -> Iterator[Case]:

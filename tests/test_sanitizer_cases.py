@@ -59,6 +59,15 @@ def paged_attention(q, k_cache, v_cache, table, lengths, starts):
     return ops.paged_attention(q, k_cache, v_cache, table, lengths, starts, max_seqlen_q=5)
 
 
+def decode(options):
+    def run(q, k_cache, v_cache, table, lengths, starts, sinks, slopes):
+        args = (q.half(), k_cache.half(), v_cache.half(), table, lengths, starts)
+        terms = {"sinks": sinks, "alibi_slopes": slopes}
+        return ops.paged_attention(*args, max_seqlen_q=2, **terms, **options)
+
+    return run
+
+
 def flash_case(backend, dtype, head_dim, options):
     def run(q, k, v):
         if q.is_cuda and (reason := flash_why_not(backend, dtype)):
@@ -173,6 +182,16 @@ CASES = {
         )
         for size in (7, 8)
     },
+    **{
+        f"paged decode, {options}": lambda options=options: (
+            *(decode(options), randn(3, 6, 24), randn(90, 4, 2, 24), randn(90, 4, 2, 24)),
+            torch.randperm(90, dtype=torch.int32).view(2, 45),
+            torch.tensor([170, 9], dtype=torch.int32),
+            torch.tensor([0, 2, 3], dtype=torch.int32),
+            *(randn(6), torch.rand(6)),
+        )
+        for options in ({}, {"split_size": 64}, {"num_splits": 2}, {"window_size": (70, 0)})
+    },
     "quantised": lambda: (quantised, randn(9, 96), q8_0_rows(20, 96)),
     "sample in one slice": lambda: (sample, randn(3, 1003)),
     "sample in slices": lambda: (sample, randn(3, 5003)),
@@ -188,7 +207,7 @@ def test_gpu_gives_what_the_cpu_gives(case):
         *((x,) if isinstance(x, torch.Tensor) else x for x in (on_gpu, on_cpu)), strict=True
     )
     for gpu, cpu in pairs:
-        rounding = 1e-4 if not case.startswith(("flash", "paged prefill")) else 2e-2
+        rounding = 1e-4 if not case.startswith(("flash", "paged prefill", "paged decode")) else 2e-2
         assert gpu.dtype == cpu.dtype
         # Converted on the CPU: what a kernel reads of a result, initcheck would report.
         gpu = gpu.cpu()

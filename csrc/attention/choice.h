@@ -25,6 +25,10 @@ constexpr int64_t kMaxSplitQueries = 16;
 // lanes along rows.
 constexpr int kMaxDecodeRows = 16;
 constexpr int64_t kMinSplitKeys = 64;  // of a part: a block of keys of cpu/decode.h
+// What split_size is a multiple of: tiles of keys of every kernel that splits.
+constexpr int64_t kSplitMultiple = 64;
+static_assert(kSplitMultiple % decode::kTileKeys == 0 && kSplitMultiple % kMinSplitKeys == 0);
+constexpr int64_t kMaxSplitKeys = int64_t{1} << 30;
 
 enum class AttentionImpl : int { kNone, kCpu, kDecode, kSm75, kSm80, kSm90, kSimt };
 
@@ -60,10 +64,9 @@ struct AttentionDescriptor {
   DType dtype;
   DType kv_dtype;  // of what keys and values are stored in
   bool has_scales;
-  bool has_score_terms;  // sinks or ALiBi
-  bool is_packed;        // sequences of any length
-  bool aligned;          // rows of q, k and v lie apart, each at a multiple of 16 bytes
-  int64_t page_size;     // 0: keys are dense
+  bool is_packed;     // sequences of any length
+  bool aligned;       // rows of q, k and v lie apart, each at a multiple of 16 bytes
+  int64_t page_size;  // 0: keys are dense
   int64_t head_dim;
   int64_t batch;
   int64_t num_heads_q;
@@ -72,13 +75,19 @@ struct AttentionDescriptor {
   int64_t seqlen_k;
   int64_t total_q;
   int64_t total_k;
+  // What the caller asks of kernels that split, 0: nothing. A row's bits then depend on nothing but
+  // its own sequence.
+  int num_splits;
+  int split_keys;
 };
 
 struct AttentionPlan {
   AttentionImpl impl;
   TileClass tile;
-  int num_splits;  // parts that the keys of a sequence are cut into
-  int num_blocks;  // decode: of the grid, which share the keys of all sequences evenly; else 0
+  int num_splits;     // parts that the keys of a sequence are cut into, at most
+  int split_keys;     // where they are cut: at multiples of it; 0: into equal parts
+  bool fixed_splits;  // whether the caller said so; else decode shares the batch's keys evenly
+  int num_blocks;     // decode: of the grid; else 0
 };
 
 static inline constexpr const char* impl_name(AttentionImpl impl) {
@@ -185,9 +194,6 @@ static inline constexpr const char* why_not(AttentionImpl impl, const AttentionD
   if (impl == AttentionImpl::kCpu && d.on_cuda) return "the tensors are on a GPU";
   if (impl != AttentionImpl::kCpu && !d.on_cuda) return "the tensors are on the CPU";
   if (d.kv_dtype != d.dtype || d.has_scales) return "keys and values must be stored in q's dtype";
-  if (d.page_size > 0 && d.has_score_terms && impl != AttentionImpl::kDecode) {
-    return "over pages there are no sinks and no ALiBi";
-  }
   switch (impl) {
     case AttentionImpl::kCpu: return nullptr;
     case AttentionImpl::kDecode: return why_not_decode(d);
@@ -216,10 +222,25 @@ static inline constexpr AttentionImpl best_impl(const AttentionDescriptor& d) {
   return AttentionImpl::kNone;
 }
 
+static inline constexpr bool has_fixed_splits(const AttentionDescriptor& d) {
+  return d.num_splits > 0 || d.split_keys > 0;
+}
+
 // Into how many parts the keys of a sequence are cut, so that few queries over many keys use every
 // thread. A function of shapes only, and not of the batch: a result does not depend on neighbours.
 static inline constexpr int num_splits_of(AttentionImpl impl, const AttentionDescriptor& d) {
-  if (impl != AttentionImpl::kCpu || d.page_size == 0 || d.seqlen_q > kMaxSplitQueries) return 1;
+  const bool on_cpu = impl == AttentionImpl::kCpu;
+  if (on_cpu && (d.page_size == 0 || d.seqlen_q > kMaxSplitQueries)) return 1;
+  if (!on_cpu && impl != AttentionImpl::kDecode) return 1;
+  const auto most_parts = [&](int64_t keys) {
+    return d.seqlen_k > 0 ? (d.seqlen_k + keys - 1) / keys : 1;
+  };
+  if (d.split_keys > 0) return static_cast<int>(most_parts(d.split_keys));
+  if (d.num_splits > 0) {
+    const int64_t most = most_parts(kMinSplitKeys);
+    return d.num_splits < most ? d.num_splits : static_cast<int>(most);
+  }
+  if (!on_cpu) return 1;
   const int64_t parts = d.seqlen_k / kMinSplitKeys;
   const int64_t most = parts < d.num_threads ? parts : d.num_threads;
   return static_cast<int>(most < 1 ? 1 : most);
@@ -250,6 +271,8 @@ static inline constexpr AttentionPlan plan_of(AttentionImpl impl, const Attentio
   return {.impl = impl,
           .tile = tile_class_of(impl, d),
           .num_splits = num_splits_of(impl, d),
+          .split_keys = d.split_keys,
+          .fixed_splits = has_fixed_splits(d) && (decodes || impl == AttentionImpl::kCpu),
           .num_blocks = decodes ? d.num_sms * decode::resident_blocks(decode::config_of(d.head_dim),
                                                                       d.max_shared_bytes)
                                 : 0};

@@ -6,7 +6,8 @@
 
 namespace llamatelemetry {
 
-Error launch_decode(const AttentionParams& params, Stream stream);  // dense and paged
+Error launch_decode(const AttentionParams& params, Stream stream);        // dense and paged
+Error launch_decode_fixed(const AttentionParams& params, Stream stream);  // of it, fixed splits
 Error launch_sm75(const AttentionParams& params, Stream stream);
 Error launch_sm80(const AttentionParams& params, Stream stream);
 Error launch_sm80_paged(const AttentionParams& params, Stream stream);

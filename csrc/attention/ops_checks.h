@@ -55,6 +55,51 @@ inline void check_scores(const char* op, double softmax_scale, int64_t window_le
         "lie in [0, " + std::to_string(kMaxSoftcap) + "] (0: off)", std::to_string(softcap));
 }
 
+// What every op of attention is told about its scores.
+struct ScoreOptions {
+  const std::optional<Tensor>& sinks;
+  const std::optional<Tensor>& alibi_slopes;
+  double softmax_scale;
+  bool causal;
+  int64_t window_left;
+  int64_t window_right;
+  double softcap;
+};
+
+inline void check_score_tensor(const char* op, const char* arg, const Tensor& x, const Tensor& q) {
+  check_dtype(op, arg, x, ScalarType::Float);
+  check_device(op, arg, x, "q", q);
+  check_contiguous(op, arg, x);
+}
+
+// Checks the options and sets what they say in p, whose batch and num_heads_q are known.
+inline void set_scores(const char* op, AttentionParams& p, const Tensor& q,
+                       const ScoreOptions& options) {
+  check_scores(op, options.softmax_scale, options.window_left, options.window_right,
+               options.softcap);
+  if (options.sinks) {
+    check_shape(op, "sinks", *options.sinks, "[num_heads_q]", {p.num_heads_q});
+    check_score_tensor(op, "sinks", *options.sinks, q);
+    p.sinks = options.sinks->const_data_ptr<float>();
+  }
+  if (options.alibi_slopes) {
+    const Tensor& slopes = *options.alibi_slopes;
+    const bool per_sequence = slopes.dim() == 2;
+    if (per_sequence) {
+      check_shape(op, "alibi_slopes", slopes, "[batch, num_heads_q]", {p.batch, p.num_heads_q});
+    } else {
+      check_shape(op, "alibi_slopes", slopes, "[num_heads_q]", {p.num_heads_q});
+    }
+    check_score_tensor(op, "alibi_slopes", slopes, q);
+    p.alibi_slopes = slopes.const_data_ptr<float>();
+    p.alibi_batch_stride = per_sequence ? p.num_heads_q : 0;
+  }
+  p.window_left = window_side(options.window_left);
+  p.window_right = options.causal ? 0 : window_side(options.window_right);
+  p.softmax_scale = static_cast<float>(options.softmax_scale);
+  p.softcap = static_cast<float>(options.softcap);
+}
+
 inline Heads heads_of(const Tensor& x) {
   const bool packed = x.dim() == 3;
   return {.data = x.const_data_ptr(),
@@ -94,7 +139,6 @@ inline AttentionDescriptor descriptor_of(const AttentionParams& p) {
   d.dtype = p.dtype;
   d.kv_dtype = p.k.dtype;
   d.has_scales = p.k.scales != nullptr || p.v.scales != nullptr;
-  d.has_score_terms = p.sinks != nullptr || p.alibi_slopes != nullptr;
   d.is_packed = p.cu_seqlens_q != nullptr;
   d.page_size = p.k.page_size;
   d.head_dim = p.head_dim;
@@ -105,6 +149,8 @@ inline AttentionDescriptor descriptor_of(const AttentionParams& p) {
   d.seqlen_k = p.seqlen_k;
   d.total_q = p.total_q;
   d.total_k = p.total_k;
+  d.num_splits = p.plan.num_splits;
+  d.split_keys = p.plan.split_keys;
   const bool paged = d.page_size > 0;
   const int64_t parts_k = paged ? p.num_pages : p.batch;
   const int64_t tokens_q = d.is_packed ? p.total_q : p.seqlen_q;
@@ -125,7 +171,8 @@ inline AttentionImpl impl_of_name(const char* op, const std::string& name) {
   return AttentionImpl::kNone;
 }
 
-// The plan for these params: of the implementation that backend names, or of the best.
+// The plan for these params: of the implementation that backend names, or of the best. p.plan holds
+// the splits that the caller asked for.
 inline AttentionPlan plan_for(const char* op, const std::optional<std::string>& backend,
                               const AttentionParams& p) {
   const AttentionDescriptor d = descriptor_of(p);
@@ -184,9 +231,11 @@ inline Workspace allocate_workspace(const Tensor& q, AttentionParams& p) {
   if (plan.num_splits > 1) {
     allocate_partials(plan.num_splits * p.total_q * p.num_heads_q, p.head_dim);
   }
-  if (plan.num_blocks > 0) {  // each leaves at most one part
-    allocate_partials(int64_t{plan.num_blocks} * decode::kRowTile,
-                      decode::config_of(p.head_dim).head_dim);
+  if (plan.num_blocks > 0) {
+    if (!plan.fixed_splits) {  // each leaves at most one part
+      allocate_partials(int64_t{plan.num_blocks} * decode::kRowTile,
+                        decode::config_of(p.head_dim).head_dim);
+    }
     workspace.flags = allocate(q, {plan.num_blocks}, ScalarType::Long);
     p.part_flags = reinterpret_cast<uint64_t*>(workspace.flags->mutable_data_ptr());
     p.launch_number = fresh_launch_number();

@@ -8,52 +8,9 @@
 namespace llamatelemetry {
 namespace {
 
-// The options that flash_attn and flash_attn_varlen share, in the order of the schema.
-struct DenseOptions {
-  const std::optional<Tensor>& sinks;
-  const std::optional<Tensor>& alibi_slopes;
-  double softmax_scale;
-  bool causal;
-  int64_t window_left;
-  int64_t window_right;
-  double softcap;
-};
-
-void check_score_tensor(const char* op, const char* arg, const Tensor& x, const Tensor& q) {
-  check_dtype(op, arg, x, ScalarType::Float);
-  check_device(op, arg, x, "q", q);
-  check_contiguous(op, arg, x);
-}
-
-void set_scores(const char* op, AttentionParams& p, const Tensor& q, const DenseOptions& options) {
-  check_scores(op, options.softmax_scale, options.window_left, options.window_right,
-               options.softcap);
-  if (options.sinks) {
-    check_shape(op, "sinks", *options.sinks, "[num_heads_q]", {p.num_heads_q});
-    check_score_tensor(op, "sinks", *options.sinks, q);
-    p.sinks = options.sinks->const_data_ptr<float>();
-  }
-  if (options.alibi_slopes) {
-    const Tensor& slopes = *options.alibi_slopes;
-    const bool per_sequence = slopes.dim() == 2;
-    if (per_sequence) {
-      check_shape(op, "alibi_slopes", slopes, "[batch, num_heads_q]", {p.batch, p.num_heads_q});
-    } else {
-      check_shape(op, "alibi_slopes", slopes, "[num_heads_q]", {p.num_heads_q});
-    }
-    check_score_tensor(op, "alibi_slopes", slopes, q);
-    p.alibi_slopes = slopes.const_data_ptr<float>();
-    p.alibi_batch_stride = per_sequence ? p.num_heads_q : 0;
-  }
-  p.window_left = window_side(options.window_left);
-  p.window_right = options.causal ? 0 : window_side(options.window_right);
-  p.softmax_scale = static_cast<float>(options.softmax_scale);
-  p.softcap = static_cast<float>(options.softcap);
-}
-
 // Checks what both forms share and fills everything but the lengths, the plan and the results.
 AttentionParams dense_params(const char* op, const Tensor& q, const Tensor& k, const Tensor& v,
-                             int64_t batch, const DenseOptions& options) {
+                             int64_t batch, const ScoreOptions& options) {
   const DType dtype = check_floating(op, "q", q);
   const int64_t heads = q.dim() - 2;
   check_head_dim(op, q.size(heads + 1));

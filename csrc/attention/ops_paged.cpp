@@ -39,6 +39,20 @@ void check_tables(const char* op, const PagedTensors& t) {
   check_lengths(op, "cu_seqlens_q", t.cu_seqlens_q, "[batch + 1]", batch + 1, t.q);
 }
 
+void check_splits(const char* op, int64_t num_splits, int64_t split_size) {
+  constexpr int64_t kMostSplits = 1 << 16;
+  check(num_splits >= 0 && num_splits <= kMostSplits, op, "num_splits",
+        "lie in [0, " + std::to_string(kMostSplits) + "] (0: the kernel chooses)",
+        std::to_string(num_splits));
+  check(split_size >= 0 && split_size % kSplitMultiple == 0 && split_size <= kMaxSplitKeys, op,
+        "split_size",
+        "be a multiple of " + std::to_string(kSplitMultiple) + " up to " +
+            std::to_string(kMaxSplitKeys) + " (0: the kernel chooses)",
+        std::to_string(split_size));
+  check(num_splits == 0 || split_size == 0, op, "num_splits", "be 0 beside a split_size",
+        std::to_string(num_splits));
+}
+
 KeyValueView pages_of(const Tensor& cache, DType dtype) {
   return {.rows = heads_of(cache), .page_size = cache.size(1), .scales = nullptr, .dtype = dtype};
 }
@@ -67,13 +81,12 @@ AttentionParams paged_params(const PagedTensors& t, DType dtype, int64_t max_seq
   return p;
 }
 
-std::tuple<Tensor, Tensor> paged_attention(const Tensor& q, const Tensor& k_cache,
-                                           const Tensor& v_cache, const Tensor& block_table,
-                                           const Tensor& cache_seqlens, const Tensor& cu_seqlens_q,
-                                           int64_t max_seqlen_q, double softmax_scale, bool causal,
-                                           int64_t window_left, int64_t window_right,
-                                           double softcap,
-                                           std::optional<StringHandle> backend_handle) {
+std::tuple<Tensor, Tensor> paged_attention(
+    const Tensor& q, const Tensor& k_cache, const Tensor& v_cache, const Tensor& block_table,
+    const Tensor& cache_seqlens, const Tensor& cu_seqlens_q, int64_t max_seqlen_q,
+    double softmax_scale, bool causal, int64_t window_left, int64_t window_right, double softcap,
+    std::optional<StringHandle> backend_handle, const std::optional<Tensor>& sinks,
+    const std::optional<Tensor>& alibi_slopes, int64_t num_splits, int64_t split_size) {
   const auto backend = take_string(backend_handle);
   constexpr const char* op = "paged_attention";
   const DType dtype = check_floating(op, "q", q);
@@ -84,14 +97,13 @@ std::tuple<Tensor, Tensor> paged_attention(const Tensor& q, const Tensor& k_cach
   check_cache(op, tensors);
   check_tables(op, tensors);
   check_at_least(op, "max_seqlen_q", max_seqlen_q, 0);
-  check_scores(op, softmax_scale, window_left, window_right, softcap);
-
+  check_splits(op, num_splits, split_size);
   const DeviceGuard guard(q);
   AttentionParams params = paged_params(tensors, dtype, max_seqlen_q);
-  params.window_left = window_side(window_left);
-  params.window_right = causal ? 0 : window_side(window_right);
-  params.softmax_scale = static_cast<float>(softmax_scale);
-  params.softcap = static_cast<float>(softcap);
+  set_scores(op, params, q,
+             {sinks, alibi_slopes, softmax_scale, causal, window_left, window_right, softcap});
+  params.plan.num_splits = static_cast<int>(num_splits);
+  params.plan.split_keys = static_cast<int>(split_size);
   params.plan = plan_for(op, backend, params);
   Tensor out = allocate(q, q.sizes());
   Tensor lse = allocate(q, {params.num_heads_q, params.total_q}, ScalarType::Float);

@@ -61,8 +61,8 @@ struct AttentionParams {
   float* lse;                    // [batch, num_heads_q, seqlen_q], packed [num_heads_q, total_q]
   // Split-KV workspace (plan.num_splits > 1): unnormalised outputs, and (row max in log2 units, row
   // sum). [num_splits, total_q * num_heads_q, head_dim] and [num_splits, total_q * num_heads_q, 2].
-  // Decode (plan.num_blocks > 0): a part a block, of 16 rows, and a flag for each, which counts
-  // where it is launch_number.
+  // Decode (plan.num_blocks > 0) where splits are not fixed: a part a block, of 16 rows. Either way
+  // a flag for each block, which counts where it is launch_number.
   float* partial_out;
   float* partial_stats;
   uint64_t* part_flags;

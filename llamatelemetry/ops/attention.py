@@ -46,7 +46,7 @@ def flash_attn(
     Returns:
         out as q, contiguous, and lse [batch, num_heads_q, seqlen_q] float32, the natural log of the
         sum of exponentials, the sink's included. A query that sees no key gives 0 and -inf (the
-        sink where there is one).
+        sink where there is one). Keys that the window hides from every query never matter.
 
     Raises:
         RuntimeError: naming the argument, the rule and the value, and for a forced backend why it
@@ -143,62 +143,50 @@ def paged_attention(
     window_size: tuple[int, int] = (-1, -1),
     softcap: float = 0.0,
     backend: str | None = None,
+    sinks: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
+    num_splits: int = 0,
+    split_size: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    """Attention of packed queries over their sequences' cached keys, accumulated in float32:
-    ``softmax(softcap · tanh(q kᵀ · softmax_scale / softcap)) v``.
-
-    Query i of a sequence with ``seqlen_q`` queries and n keys stands at key ``n - seqlen_q + i``
-    (bottom-right alignment); it sees keys up to there if causal, and in a window those at most
-    ``window_size`` = (left, right) keys away.
+    """flash_attn of packed queries, each sequence's over its own keys in a paged cache.
 
     Args:
         q: [total_q, num_heads_q, head_dim], float32, float16 or bfloat16: the queries of all
             sequences, one after the other; any token and head strides
         k_cache, v_cache: [num_blocks, page_size, num_heads_kv, head_dim], dtype and device of q;
-            any strides with a contiguous last dimension; num_heads_kv divides num_heads_q; head_dim
-            a multiple of 8 up to 256; any page_size (on Hopper chunks of 16 or more queries run on
-            flash_attn's own kernel where it is 8, 16, 32, 64 or a multiple of 128, or where a
-            sequence has one page)
+            any strides with a contiguous last dimension; any page_size (on Hopper chunks of 16 or
+            more queries run on flash_attn's own kernel where it is 8, 16, 32, 64 or a multiple of
+            128, or where a sequence has one page)
         block_table: [batch, max_blocks] int32, the blocks of each sequence in order
         cache_seqlens: [batch] int32, keys of each sequence, its own queries' (appended before)
             included
         cu_seqlens_q: [batch + 1] int32, where each sequence's queries start in q, and the end
         max_seqlen_q: no sequence has more queries; sizes the launch
-        softmax_scale: default 1 / sqrt(head_dim)
-        window_size: -1: unlimited
-        softcap: 0: off
-        backend: as in flash_attn, but for "sm75", which does not serve pages. "decode", which
-            serves few queries on a GPU, divides the keys of the whole batch evenly, so the last
-            bits of a row depend on the other lengths; with "simt" they do not
+        softmax_scale, causal, window_size, softcap, sinks, alibi_slopes: as in flash_attn
+        backend: as in flash_attn, but for "sm75", which does not serve pages
+        num_splits: into how many equal parts the kernels of few queries (up to 15 a sequence on a
+            GPU, 16 on the CPU) cut the keys of each sequence, at most; 0: they choose
+        split_size: the same kernels cut at its multiples, itself a multiple of 64; 0: they choose.
+            With either of the two, and with kernels of more queries always, a row's bits depend on
+            its own sequence alone, among calls that the same kernel serves
 
     Returns:
-        out as q, contiguous, and lse [num_heads_q, total_q] float32, the natural log of the sum of
-        exponentials. A query that sees no key gives 0 and -inf; rows of q past the last sequence
-        are left unwritten. Lengths and tables are read when the kernel runs; table entries and
-        slots past a sequence's end never matter.
+        out as q, contiguous, and lse [num_heads_q, total_q] float32, as in flash_attn; rows of q
+        past the last sequence are left unwritten. Lengths and tables are read when the kernel runs.
+        Table entries and slots past a sequence's end, or that the window hides from all its
+        queries, never matter.
 
     Raises:
         RuntimeError: naming the argument, the rule and the value
 
     Source:
-        Kwon et al. 2023, arXiv:2309.06180; Dao 2023, arXiv:2307.08691; softcap: Gemma Team 2024,
-        arXiv:2408.00118
+        Kwon et al. 2023, arXiv:2309.06180; split keys: Dao et al. 2023 (Flash-Decoding)
     """
-    inference_only("paged_attention", q=q, k_cache=k_cache, v_cache=v_cache)
+    inference_only("paged_attention", q=q, k_cache=k_cache, v_cache=v_cache, sinks=sinks)
     return torch.ops.llamatelemetry.paged_attention.default(
-        q,
-        k_cache,
-        v_cache,
-        block_table,
-        cache_seqlens,
-        cu_seqlens_q,
-        max_seqlen_q,
+        *(q, k_cache, v_cache, block_table, cache_seqlens, cu_seqlens_q, max_seqlen_q),
         q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale,
-        causal,
-        window_size[0],
-        window_size[1],
-        softcap,
-        backend,
+        *(causal, *window_size, softcap, backend, sinks, alibi_slopes, num_splits, split_size),
     )
 
 
@@ -217,6 +205,10 @@ def _(
     window_right: int,
     softcap: float,
     backend: str | None = None,
+    sinks: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
+    num_splits: int = 0,
+    split_size: int = 0,
 ) -> tuple[Tensor, Tensor]:
     lse = q.new_empty((q.shape[1], q.shape[0]), dtype=torch.float32)
     return q.new_empty(q.shape), lse

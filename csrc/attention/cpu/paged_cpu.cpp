@@ -26,7 +26,7 @@ void write_result(const Params& p, int64_t index, const float* o, float row_max,
 template <typename Element>
 struct PagedSource {
   using T = Element;
-  static constexpr bool kHasAlibi = false;
+  static constexpr bool kHasAlibi = true;
 
   const Params& p;
   int64_t sequence;
@@ -47,7 +47,7 @@ struct PagedSource {
         num_queries(params.cu_seqlens_q[index + 1] - first_query),
         num_keys(params.cache_seqlens[index]),
         head_dim(params.head_dim),
-        rule{params.softmax_scale, params.softcap, false} {}
+        rule{params.softmax_scale, params.softcap, params.alibi_slopes != nullptr} {}
 
   int64_t num_rows() const { return num_queries * p.group_size; }
   // Token and query head of a row, folded: where its results lie.
@@ -70,22 +70,39 @@ struct PagedSource {
 
   const T* query(int64_t row) const {
     const int64_t token = first_query + row / p.group_size;
-    const int64_t head = kv_head * p.group_size + row % p.group_size;
-    return static_cast<const T*>(p.q.data) + token * p.q.token_stride + head * p.q.head_stride;
+    return static_cast<const T*>(p.q.data) + token * p.q.token_stride + head(row) * p.q.head_stride;
   }
   KeyRange keys(int64_t row) const {
     return paged_keys(p, num_keys, num_queries, row / p.group_size);
   }
   // This split of the keys that any of rows [begin, end) sees.
   KeyRange keys(int64_t begin, int64_t end) const {
-    const KeyRange all{keys(begin).begin, keys(end - 1).end};
-    const int64_t size = round_up(ceil_div(larger(all.end - all.begin, 0), p.plan.num_splits), 4);
-    const int64_t first = smaller(all.begin + split * size, all.end);
-    return {first, smaller(first + size, all.end)};
+    const KeyRange own = part(split);
+    const int64_t first = larger(own.begin, keys(begin).begin);
+    return {first, larger(first, smaller(own.end, keys(end - 1).end))};
+  }
+  // The keys of a split: of all that any row of the sequence sees, not of these alone.
+  KeyRange part(int64_t index) const {
+    if (p.plan.num_splits == 1) return {0, INT64_MAX};
+    if (const int64_t size = p.plan.split_keys; size > 0) return {index * size, (index + 1) * size};
+    const KeyRange all{keys(0).begin, keys(num_rows() - 1).end};
+    const int64_t step = p.plan.fixed_splits ? kBlockKeys : 4;
+    const int64_t size =
+        round_up(ceil_div(larger(all.end - all.begin, 0), p.plan.num_splits), step);
+    return {all.begin + index * size, all.begin + (index + 1) * size};
   }
   void find_keys(KeyRange keys, const T** rows) const { find(p.k.rows, keys, rows); }
   void find_values(KeyRange keys, const T** rows) const { find(p.v.rows, keys, rows); }
-  float sink(int64_t) const { return -INFINITY; }
+  int64_t head(int64_t row) const { return kv_head * p.group_size + row % p.group_size; }
+  float slope(int64_t row) const {
+    return p.alibi_slopes[sequence * p.alibi_batch_stride + head(row)];
+  }
+  float position(int64_t row) const {
+    return static_cast<float>(num_keys - num_queries + row / p.group_size);
+  }
+  float sink(int64_t row) const {  // of one split: they are added up
+    return p.sinks == nullptr || split > 0 ? -INFINITY : p.sinks[head(row)];
+  }
   int64_t partial_of(int64_t row) const {
     return split * p.total_q * p.num_heads_q + index_of(row);
   }

@@ -8,32 +8,15 @@
 // Grid: as many blocks as the GPU holds; plan.cuh says what each does.
 #pragma once
 
-#include "attention/decode/plan.cuh"
+#include "attention/decode/merge.cuh"
 #include "ptx/math.cuh"
 #include "ptx/mma.cuh"
 #include "ptx/shared.cuh"
-#include "ptx/sync.cuh"
 #include "tile/convert.cuh"
 #include "tile/dependent_launch.cuh"
 #include "tile/swizzled_tile.cuh"
 
 namespace llamatelemetry::decode {
-
-// A row tile of one key head of a sequence.
-struct Segment {
-  int kv_head, group_size;
-  int first_row, num_rows;
-
-  __device__ Segment(const AttentionParams& p, const Sequence& s, int which)
-      : kv_head(which / s.row_tiles),
-        group_size(static_cast<int>(p.group_size)),
-        first_row(which % s.row_tiles * kRowTile),
-        num_rows(min(kRowTile, s.num_queries * group_size - first_row)) {}
-  __device__ int query(int row) const { return (first_row + row) / group_size; }
-  __device__ int head(int row) const {
-    return kv_head * group_size + (first_row + row) % group_size;
-  }
-};
 
 // What two rows of a lane's fragments, group and group + 8, need beside their queries.
 struct RowRules {
@@ -42,9 +25,11 @@ struct RowRules {
   int position[2];       // among the keys
 };
 
-template <typename T, Config kConfig>
+template <typename T, Config kConfig, bool kFixed>
 struct Decode {
   using Params = AttentionParams;
+  using Merge = Merging<T, kConfig, kFixed>;
+  using Sequence = decode::Sequence<kFixed>;
   static constexpr int kHeadDim = kConfig.head_dim;
   static constexpr int kStages = kConfig.stages;
   using Tile = SwizzledTile<kHeadDim>;
@@ -52,24 +37,15 @@ struct Decode {
   static constexpr int kNumThreads = kNumWarps * kWarpSize;
   static constexpr int kMinBlocks = kConfig.blocks_per_sm;
   static constexpr int kDimSteps = kHeadDim / 16;
-  static constexpr int kVector = 4;  // columns of a row that a thread merges at a time
-  static constexpr int kRowVectors = kHeadDim / kVector;
-  static constexpr int kItems = (kRowTile * kRowVectors + kNumThreads - 1) / kNumThreads;
-  static constexpr int kLoadsAtOnce = 8;
 
   struct Stage {
     char k[Tile::bytes(kWarpKeys)];
     char v[Tile::bytes(kWarpKeys)];
   };
-  struct Merge {  // row statistics: max in log2 units, and sum
-    float o[kNumWarps][kRowTile][kHeadDim + 4];
-    float2 stats[kNumWarps][kRowTile];
-    float2 part_stats[kRowTile][kMaxPartsAtOnce];
-  };
   struct alignas(128) Shared {
     union {
       Stage stages[kNumWarps][kStages];
-      Merge merge;
+      typename Merge::Shared merge;
     };
     char queries[kConfig.queries_in_registers ? 1 : Tile::bytes(kRowTile)];
   };
@@ -83,8 +59,8 @@ struct Decode {
     Shared& shared = *reinterpret_cast<Shared*>(s_bytes);
     let_successors_start();
     wait_for_predecessors();
-    const Plan plan(p);
-    const Runs runs(plan.total_tiles(), gridDim.x);
+    const Plan<kFixed> plan(p);
+    const Runs runs(plan.total_units(), gridDim.x, kFixed ? 1 : kMinRunTiles);
     const int block = blockIdx.x;
     if (block >= runs.num_runs) return;
     const int begin = runs.first_of(block);
@@ -92,33 +68,54 @@ struct Decode {
     if (begin >= end) return;
     // The pieces of a run in reverse: the one that later blocks wait for comes first, the one that
     // waits for earlier blocks last.
-    int first_tile;  // of the sequence, among all tiles
-    int index = plan.find(end - 1, &first_tile);
+    int first_unit;  // of the sequence, among all
+    int index = plan.find(end - 1, &first_unit);
     while (true) {
       const Sequence sequence(p, index);
-      while (end > begin && end > first_tile) {
-        const int which = (end - 1 - first_tile) / sequence.tiles;
-        const int segment_begin = first_tile + which * sequence.tiles;
+      while (end > begin && end > first_unit) {
+        const int which = (end - 1 - first_unit) / sequence.units;
+        const int segment_begin = first_unit + which * sequence.units;
         const int from = max(begin, segment_begin);
         const Segment segment(p, sequence, which);
-        const int first_block = runs.block_of(segment_begin);
-        const int last_block = runs.block_of(segment_begin + sequence.tiles - 1);
-        attend(p, sequence, index, segment, from - segment_begin, end - from, shared);
-        if (first_block == last_block) {
-          finish(p, sequence, index, segment, shared.merge);
-        } else if (block == last_block) {
-          combine(p, sequence, index, segment, first_block, shared.merge);
-        } else {
-          leave_part(p, segment, shared.merge);
-        }
+        const Merge merge{p, sequence, index, segment, shared.merge};
+        attend_piece(merge, runs, segment_begin, from, end, shared);
         __syncthreads();  // the stages are free again
         end = from;
       }
       if (end == begin) return;
       do {
         --index;
-        first_tile -= Sequence(p, index).work(p);
-      } while (first_tile == end);
+        first_unit -= Sequence(p, index).work(p);
+      } while (first_unit == end);
+    }
+  }
+
+  // Units [from, end) of the segment that begins at segment_begin.
+  static __device__ void attend_piece(const Merge& merge, const Runs& runs, int segment_begin,
+                                      int from, int end, Shared& shared) {
+    const int num_units = merge.s.units;
+    const int block = blockIdx.x;
+    const int last_block = runs.block_of(segment_begin + num_units - 1);
+    const auto block_of = [&](int unit) { return runs.block_of(segment_begin + unit); };
+    if constexpr (kFixed) {
+      for (int unit = end - 1 - segment_begin; unit >= from - segment_begin; --unit) {
+        const TileRange tiles = merge.s.tiles_of(unit);
+        attend(merge, tiles.begin, tiles.end - tiles.begin, shared);
+        if (num_units == 1) return merge.finish();
+        merge.leave_part(unit);
+        __syncthreads();  // the stages are free again
+      }
+      block == last_block ? merge.combine(block_of) : merge.announce();
+    } else {
+      attend(merge, from - segment_begin, end - from, shared);
+      if (block_of(0) == last_block) {
+        merge.finish();
+      } else if (block == last_block) {
+        merge.combine(block_of);
+      } else {
+        merge.leave_part(block);
+        merge.announce();
+      }
     }
   }
 
@@ -253,8 +250,11 @@ struct Decode {
 
   // Attends num_tiles tiles from tile on; leaves o and the row statistics of each warp in
   // shared.merge.
-  static __device__ void attend(const Params& p, const Sequence& s, int index,
-                                const Segment& segment, int tile, int num_tiles, Shared& shared) {
+  static __device__ void attend(const Merge& merge, int tile, int num_tiles, Shared& shared) {
+    const Params& p = merge.p;
+    const Sequence& s = merge.s;
+    const int index = merge.index;
+    const Segment& segment = merge.segment;
     Stage* stages = shared.stages[warp()];
     const int first_key = (s.begin / kTileKeys + tile) * kTileKeys;
     Loader loader(p, s, index, segment.kv_head, first_key);
@@ -290,7 +290,7 @@ struct Decode {
     }
     ptx::cp_async_wait<0>();
     __syncthreads();
-    leave_warp(segment, o, max, sum, shared.merge);
+    merge.leave_warp(o, max, sum);
     __syncthreads();
   }
 
@@ -375,192 +375,6 @@ struct Decode {
       weights[2 * t] = pack_two(x[t][0], x[t][1], T{});
       weights[2 * t + 1] = pack_two(x[t][2], x[t][3], T{});
     }
-  }
-  // Of a row that has seen no key yet the maximum is -infinity, and so are its scores.
-  static __device__ float finite_or_zero(float row_max) {
-    return row_max == -INFINITY ? 0.0f : row_max;
-  }
-
-  // ---- Merging warps and parts ----
-
-  // Four columns of a row: o, not yet divided by the sum of the weights; the row's statistics.
-  struct Partial {
-    float4 o{};
-    float max = -INFINITY;
-    float sum = 0;
-
-    // Adds another's that is exponentiated against its own maximum; max covers both already.
-    __device__ void add(const float4& other_o, float other_max, float other_sum) {
-      const float factor = ptx::exp2_approx(other_max - finite_or_zero(max));
-      o.x += other_o.x * factor;
-      o.y += other_o.y * factor;
-      o.z += other_o.z * factor;
-      o.w += other_o.w * factor;
-      sum += other_sum * factor;
-    }
-  };
-
-  static __device__ void leave_warp(const Segment& segment, const float (&o)[2 * kDimSteps][4],
-                                    const float (&max)[2], const float (&sum)[2], Merge& merge) {
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int row = lane() / 4 + 8 * half;
-      const float row_sum = warp_reduce<Sum, 4>(sum[half]);
-      if (row >= segment.num_rows) continue;
-      float* to = merge.o[warp()][row] + lane() % 4 * 2;
-#pragma unroll
-      for (int t = 0; t < 2 * kDimSteps; ++t) {
-        *reinterpret_cast<float2*>(to + 8 * t) = {o[t][2 * half], o[t][2 * half + 1]};
-      }
-      merge.stats[warp()][row] = {max[half], row_sum};
-    }
-  }
-
-  static __device__ Partial merged(const Merge& merge, int row, int column) {
-    Partial all;
-#pragma unroll
-    for (int w = 0; w < kNumWarps; ++w) all.max = fmaxf(all.max, merge.stats[w][row].x);
-#pragma unroll
-    for (int w = 0; w < kNumWarps; ++w) {
-      all.add(*reinterpret_cast<const float4*>(&merge.o[w][row][column]), merge.stats[w][row].x,
-              merge.stats[w][row].y);
-    }
-    return all;
-  }
-
-  // Calls body(row, column) for this thread's vectors of the segment's rows.
-  template <typename Body>
-  static __device__ void for_each_vector(const Segment& segment, Body&& body) {
-    for (int i = threadIdx.x; i < segment.num_rows * kRowVectors; i += kNumThreads) {
-      body(i / kRowVectors, i % kRowVectors * kVector);
-    }
-  }
-
-  static __device__ void finish(const Params& p, const Sequence& s, int index,
-                                const Segment& segment, const Merge& merge) {
-    for_each_vector(segment, [&](int row, int column) {
-      write(p, s, index, segment, row, column, merged(merge, row, column));
-    });
-  }
-
-  static __device__ void write(const Params& p, const Sequence& s, int index,
-                               const Segment& segment, int row, int column, Partial x) {
-    const int head = segment.head(row);
-    float factor = 1;
-    if (p.sinks != nullptr) {
-      const float sink = p.sinks[head] * kLog2E;
-      const float row_max = fmaxf(x.max, sink);
-      factor = ptx::exp2_approx(x.max - finite_or_zero(row_max));
-      x.sum = x.sum * factor + ptx::exp2_approx(sink - finite_or_zero(row_max));
-      x.max = row_max;
-    }
-    factor = x.sum == 0 ? 0.0f : factor / x.sum;
-    const bool packed = p.cu_seqlens_q != nullptr;
-    const int64_t query = s.first_query + segment.query(row);
-    const int64_t token = packed ? query : index * p.seqlen_q + query;
-    if (column < p.head_dim) {
-      T* out = static_cast<T*>(p.out) + (token * p.num_heads_q + head) * p.head_dim + column;
-      *reinterpret_cast<uint2*>(out) = {pack_two(x.o.x * factor, x.o.y * factor, T{}),
-                                        pack_two(x.o.z * factor, x.o.w * factor, T{})};
-    }
-    if (column == 0) {
-      const int64_t at =
-          packed ? head * p.total_q + token : (index * p.num_heads_q + head) * p.seqlen_q + query;
-      p.lse[at] = x.sum == 0 ? -INFINITY : (x.max + log2f(x.sum)) * kLn2;
-    }
-  }
-
-  // A block leaves at most one part, its number: of the segment that its run ends in but does not
-  // end.
-  static __device__ void leave_part(const Params& p, const Segment& segment, const Merge& merge) {
-    const int part = blockIdx.x;
-    for_each_vector(segment, [&](int row, int column) {
-      const Partial x = merged(merge, row, column);
-      const int64_t at = int64_t{part} * kRowTile + row;
-      __stcg(reinterpret_cast<float4*>(p.partial_out + at * kHeadDim + column), x.o);
-      if (column == 0) __stcg(reinterpret_cast<float2*>(p.partial_stats) + at, {x.max, x.sum});
-    });
-    __threadfence();
-    __syncthreads();
-    if (threadIdx.x == 0) ptx::store_release(p.part_flags + part, p.launch_number);
-  }
-
-  // The last block of a segment adds the parts of the blocks before it, in their order, and its
-  // own. It waits for them; they wait for nobody before they leave theirs. That they have started
-  // is so where blocks start in the order of their index, as they do on every GPU so far; where
-  // all blocks fit the GPU at once, as the grid is chosen, the order does not matter.
-  static __device__ void combine(const Params& p, const Sequence& s, int index,
-                                 const Segment& segment, int first_block, Merge& merge) {
-    const int num_parts = static_cast<int>(blockIdx.x) - first_block;
-#pragma unroll 1
-    for (int item = 0; item < kItems; ++item) {
-      const int i = threadIdx.x + item * kNumThreads;
-      const int row = i / kRowVectors, column = i % kRowVectors * kVector;
-      Partial all;
-#pragma unroll 1
-      for (int begin = 0; begin < num_parts; begin += kMaxPartsAtOnce) {
-        const int count = min(kMaxPartsAtOnce, num_parts - begin);
-        if (item == 0 || num_parts > kMaxPartsAtOnce) {
-          gather_stats(p, segment, first_block + begin, count, merge);
-        }
-        if (row < segment.num_rows) {
-          add_parts(p, merge.part_stats[row], first_block + begin, count, row, column, all);
-        }
-      }
-      if (row < segment.num_rows) {
-        const Partial own = merged(merge, row, column);
-        Partial x;
-        x.max = fmaxf(all.max, own.max);
-        x.add(all.o, all.max, all.sum);
-        x.add(own.o, own.max, own.sum);
-        write(p, s, index, segment, row, column, x);
-      }
-    }
-    // For a graph's next replay, which comes with the same number.
-    __syncthreads();
-    for (int i = threadIdx.x; i < num_parts; i += kNumThreads) {
-      p.part_flags[first_block + i] = 0;
-    }
-  }
-
-  // Waits for parts and takes their statistics. A flag is there when it carries this launch's
-  // number: the workspace holds anything at first.
-  static __device__ void gather_stats(const Params& p, const Segment& segment, int begin, int count,
-                                      Merge& merge) {
-    __syncthreads();  // the statistics before are read
-    for (int i = threadIdx.x; i < count * segment.num_rows; i += kNumThreads) {
-      const int part = begin + i % count, row = i / count;
-      while (ptx::load_acquire(p.part_flags + part) != p.launch_number) {
-      }
-      const auto* stats = reinterpret_cast<const float2*>(p.partial_stats);
-      merge.part_stats[row][i % count] = __ldcg(stats + part * kRowTile + row);
-    }
-    __syncthreads();
-  }
-
-  static __device__ void add_parts(const Params& p, const float2 (&stats)[kMaxPartsAtOnce],
-                                   int begin, int count, int row, int column, Partial& all) {
-    Partial x;
-    x.max = all.max;
-    for (int i = 0; i < count; ++i) x.max = fmaxf(x.max, stats[i].x);
-    x.add(all.o, all.max, all.sum);
-#pragma unroll 1
-    for (int first = 0; first < count; first += kLoadsAtOnce) {
-      float4 o[kLoadsAtOnce];
-#pragma unroll
-      for (int i = 0; i < kLoadsAtOnce; ++i) {
-        const int block = begin + first + i;
-        const int64_t at = int64_t{block} * kRowTile + row;
-        if (first + i < count) {
-          o[i] = __ldcg(reinterpret_cast<const float4*>(p.partial_out + at * kHeadDim + column));
-        }
-      }
-#pragma unroll
-      for (int i = 0; i < kLoadsAtOnce; ++i) {
-        if (first + i < count) x.add(o[i], stats[first + i].x, stats[first + i].y);
-      }
-    }
-    all = x;
   }
 };
 

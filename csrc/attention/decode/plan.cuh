@@ -5,6 +5,9 @@
 // segments, in order, are cut into runs that differ by at most one tile, so that a long sequence
 // beside short ones does not set the time. Where a run ends inside a segment the next block goes on
 // with it, and the last block of the segment combines the parts.
+//
+// kFixed: the caller says where segments are cut, and runs are made of whole parts. Then what a
+// sequence gets depends on no other, bit for bit. So a unit of the plan is a tile, or such a part.
 //                                                       (Stream-K: Osama et al. 2023, for GEMM)
 #pragma once
 
@@ -14,7 +17,13 @@
 
 namespace llamatelemetry::decode {
 
+// Tiles [begin, end) of a segment.
+struct TileRange {
+  int begin, end;
+};
+
 // One sequence as the plan sees it.
+template <bool kFixed>
 struct Sequence {
   int first_query;
   int num_queries;
@@ -23,6 +32,9 @@ struct Sequence {
   int begin, end;  // the keys that any query sees
   int tiles;       // from the one that holds begin on; at least 1, so that every row is written
   int row_tiles;   // of (query, head of the group) rows
+  int units;       // of a segment
+  // kFixed: a part's tiles, and how many of the first part's lie before the tile of `begin`.
+  int part_tiles, tiles_before;
 
   __device__ Sequence(const AttentionParams& p, int index) {
     const SequenceSpan span = sequence_span(p, index);
@@ -34,6 +46,19 @@ struct Sequence {
     end = static_cast<int>(keys_of(p, num_queries - 1).end);
     tiles = max(1, (end + kTileKeys - 1) / kTileKeys - begin / kTileKeys);
     row_tiles = (num_queries * static_cast<int>(p.group_size) + kRowTile - 1) / kRowTile;
+    units = tiles;
+    if constexpr (kFixed) {
+      const AttentionPlan& plan = p.plan;
+      part_tiles = plan.split_keys > 0 ? plan.split_keys / kTileKeys
+                                       : (tiles + plan.num_splits - 1) / plan.num_splits;
+      tiles_before = plan.split_keys > 0 ? begin / kTileKeys % part_tiles : 0;
+      units = (tiles_before + tiles + part_tiles - 1) / part_tiles;
+    }
+  }
+  // kFixed: of a part.
+  __device__ TileRange tiles_of(int unit) const {
+    const int first = unit * part_tiles - tiles_before;
+    return {max(first, 0), min(first + part_tiles, tiles)};
   }
   __device__ KeyRange keys_of(const AttentionParams& p, int query) const {
     return p.k.page_size > 0
@@ -41,56 +66,57 @@ struct Sequence {
                : window_keys(p.window_left, p.window_right, num_keys, num_queries, query);
   }
   __device__ int work(const AttentionParams& p) const {
-    return num_queries > 0 ? tiles * row_tiles * static_cast<int>(p.num_heads_kv) : 0;
+    return num_queries > 0 ? units * row_tiles * static_cast<int>(p.num_heads_kv) : 0;
   }
 };
 
-// Block b's run is the tiles [first_of(b), first_of(b + 1)).
+// Block b's run is the units [first_of(b), first_of(b + 1)).
 struct Runs {
-  int num_runs, quotient, remainder;  // the first `remainder` runs have one tile more
+  int num_runs, quotient, remainder;  // the first `remainder` runs have one unit more
 
-  __device__ Runs(int total, int num_blocks)
-      : num_runs(max(1, min(num_blocks, total / kMinRunTiles))),
+  __device__ Runs(int total, int num_blocks, int shortest)
+      : num_runs(max(1, min(num_blocks, total / shortest))),
         quotient(total / num_runs),
         remainder(total % num_runs) {}
   __device__ int first_of(int block) const { return block * quotient + min(block, remainder); }
-  __device__ int block_of(int tile) const {
+  __device__ int block_of(int unit) const {
     const int longer = remainder * (quotient + 1);
-    return tile < longer ? tile / (quotient + 1) : remainder + (tile - longer) / quotient;
+    return unit < longer ? unit / (quotient + 1) : remainder + (unit - longer) / quotient;
   }
 };
 
 // Looks through the sequences, a lane each; every warp does so for itself.
+template <bool kFixed>
 class Plan {
  public:
   __device__ explicit Plan(const AttentionParams& p) : p_(p) {}
 
-  __device__ int total_tiles() const {
+  __device__ int total_units() const {
     int sum = 0;
     for (int first = 0; first < p_.batch; first += kWarpSize) sum += work_of_lane(first);
     return __shfl_sync(~0u, inclusive_scan(sum), kWarpSize - 1);
   }
-  // The sequence that holds a tile, and the first tile of that sequence.
-  __device__ int find(int tile, int* first_tile) const {
+  // The sequence that holds a unit, and the first unit of that sequence.
+  __device__ int find(int unit, int* first_unit) const {
     int before = 0;
     for (int first = 0; first < p_.batch; first += kWarpSize) {
       const int work = work_of_lane(first);
       const int end = before + inclusive_scan(work);
-      const unsigned past = __ballot_sync(~0u, end > tile);
+      const unsigned past = __ballot_sync(~0u, end > unit);
       if (past != 0) {
         const int holder = __ffs(static_cast<int>(past)) - 1;
-        *first_tile = __shfl_sync(~0u, end - work, holder);
+        *first_unit = __shfl_sync(~0u, end - work, holder);
         return first + holder;
       }
       before = __shfl_sync(~0u, end, kWarpSize - 1);
     }
-    return 0;  // not reached: tile < total_tiles()
+    return 0;  // not reached: unit < total_units()
   }
 
  private:
   __device__ int work_of_lane(int first) const {
     const int index = first + static_cast<int>(threadIdx.x % kWarpSize);
-    return index < p_.batch ? Sequence(p_, index).work(p_) : 0;
+    return index < p_.batch ? Sequence<kFixed>(p_, index).work(p_) : 0;
   }
   static __device__ int inclusive_scan(int value) {
 #pragma unroll

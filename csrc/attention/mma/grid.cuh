@@ -28,8 +28,12 @@ struct MmaWork {
   int kv_head;
   int first_row;
   int num_queries;
+  // Dense keys in front of the first that any query sees are none of the sequence's here: nobody
+  // counts, reads or multiplies them. In pages they keep their places.
+  int64_t first_key;  // dense: in k and v
   int num_keys;
-  int end_key;  // keys from here on are in no page
+  int begin_key;  // the first that any query sees
+  int end_key;    // keys from here on are in no page
 
   __device__ MmaWork(const MmaGrid& grid, int block_rows) {
     const AttentionParams& p = grid.attn;
@@ -41,8 +45,14 @@ struct MmaWork {
     first_row = place.row_block * block_rows;
     const SequenceSpan sequence = sequence_span(p, index);
     num_queries = static_cast<int>(sequence.num_queries);
-    num_keys = end_key = static_cast<int>(sequence.num_keys);
-    if (p.k.page_size > 0) end_key = static_cast<int>(min(sequence.num_keys, p.seqlen_k));
+    const int64_t hidden =
+        window_keys(p.window_left, p.window_right, sequence.num_keys, sequence.num_queries, 0)
+            .begin;
+    const bool paged = p.k.page_size > 0;
+    first_key = sequence.first_key + hidden;
+    num_keys = static_cast<int>(paged ? sequence.num_keys : sequence.num_keys - hidden);
+    begin_key = paged ? static_cast<int>(hidden) : 0;
+    end_key = paged ? static_cast<int>(min(sequence.num_keys, p.seqlen_k)) : num_keys;
   }
 
   // The keys that a row of the sequence sees.

@@ -139,8 +139,8 @@ struct AttentionSm75 {
                                 const char* s_rows) {
     const AttentionParams& p = grid.attn;
     const SequenceSpan sequence = sequence_span(p, warp.work.index);
-    Loader keys(p.k.rows, warp, sequence.first_key, shared.tiles.k);
-    Loader values(p.v.rows, warp, sequence.first_key, shared.tiles.v);
+    Loader keys(p.k.rows, warp, warp.work.first_key, shared.tiles.k);
+    Loader values(p.v.rows, warp, warp.work.first_key, shared.tiles.v);
     keys.fetch(warp.first_tile);
     const HeadRows<T> q(p.q, warp.work.index, sequence.first_query + warp.work.first_row,
                         warp.work.head);

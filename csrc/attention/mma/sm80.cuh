@@ -70,8 +70,10 @@ struct AttentionSm80 {
       const TileShare<Tile, kKeys, kNumThreads> share;
       share.template for_each<2>([&](int, uint32_t to, int row, int chunk) {
         const int column = chunk * Tile::kChunkElements;
-        const bool exists = first_key + row < warp.work.end_key && column < warp.p.head_dim;
-        const T* from = exists ? x.row(first_key + row) + column : x.head;
+        const int key = first_key + row;
+        const bool exists =
+            key >= warp.work.begin_key && key < warp.work.end_key && column < warp.p.head_dim;
+        const T* from = exists ? x.row(key) + column : x.head;
         if (warp.grid.aligned) {
           ptx::cp_async_16_or_zeros(address + to, from, exists);
         } else {
@@ -201,10 +203,9 @@ struct AttentionSm80 {
   template <typename KeyLoader, bool kAligned>
   static __device__ void attend(Warp& warp, Shared& shared, const char* s_rows) {
     const AttentionParams& p = warp.p;
-    const SequenceSpan sequence = sequence_span(p, warp.work.index);
-    KeyLoader loader(warp, sequence.first_key, shared);
-    const HeadRows<T> q(p.q, warp.work.index, sequence.first_query + warp.work.first_row,
-                        warp.work.head);
+    KeyLoader loader(warp, warp.work.first_key, shared);
+    const int64_t first_query = sequence_span(p, warp.work.index).first_query;
+    const HeadRows<T> q(p.q, warp.work.index, first_query + warp.work.first_row, warp.work.head);
     load_tile<kAligned, kRows, kAligned ? 8 : 1>(q.first, q.stride,
                                                  warp.work.num_queries - warp.work.first_row,
                                                  static_cast<int>(p.head_dim), shared.q);

@@ -8,6 +8,17 @@
 namespace llamatelemetry {
 namespace {
 
+// position: of the query among its sequence's keys.
+__device__ RowScoreRule rule_of(const AttentionParams& p, int64_t index, int64_t head,
+                                int64_t position) {
+  return {.softmax_scale = p.softmax_scale,
+          .softcap = p.softcap,
+          .alibi_slope =
+              p.alibi_slopes == nullptr ? 0 : p.alibi_slopes[index * p.alibi_batch_stride + head],
+          .position = position,
+          .sink = p.sinks == nullptr ? -INFINITY : p.sinks[head]};
+}
+
 template <typename T, int kNumWarps>
 __global__ void __launch_bounds__(kNumWarps* kWarpSize)
     attention_simt_kernel(const AttentionParams p) {
@@ -27,13 +38,8 @@ __global__ void __launch_bounds__(kNumWarps* kWarpSize)
   };
   const T* q = static_cast<const T*>(p.q.data) + index * p.q.batch_stride +
                (sequence.first_query + query) * p.q.token_stride + head * p.q.head_stride;
-  const RowScoreRule rule{.softmax_scale = p.softmax_scale,
-                          .softcap = p.softcap,
-                          .alibi_slope = p.alibi_slopes == nullptr
-                                             ? 0
-                                             : p.alibi_slopes[index * p.alibi_batch_stride + head],
-                          .position = sequence.num_keys - sequence.num_queries + query,
-                          .sink = p.sinks == nullptr ? -INFINITY : p.sinks[head]};
+  const RowScoreRule rule =
+      rule_of(p, index, head, sequence.num_keys - sequence.num_queries + query);
   float* lse = packed ? p.lse + head * p.total_q + token
                       : p.lse + (index * p.num_heads_q + head) * p.seqlen_q + query;
   attend_row<T, kNumWarps>(
@@ -59,11 +65,7 @@ __global__ void __launch_bounds__(kNumWarps* kWarpSize)
       return head_rows + table[key / page_size] * x.batch_stride + key % page_size * x.token_stride;
     };
   };
-  const RowScoreRule rule{.softmax_scale = p.softmax_scale,
-                          .softcap = p.softcap,
-                          .alibi_slope = 0,
-                          .position = num_keys - num_queries + query,
-                          .sink = -INFINITY};
+  const RowScoreRule rule = rule_of(p, index, head, num_keys - num_queries + query);
   attend_row<T, kNumWarps>(
       static_cast<const T*>(p.q.data) + token * p.q.token_stride + head * p.q.head_stride,
       paged_keys(p, num_keys, num_queries, query), rows_of(p.k.rows), rows_of(p.v.rows), rule,

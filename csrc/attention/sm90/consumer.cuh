@@ -87,6 +87,7 @@ struct Consumer {
         const bool adds = attend_blocks(t);
         // Before the values: they come after the next tile's queries.
         if constexpr (!Tile::kStoresInQueries) release_q();
+        if constexpr (kMask == MaskKind::kLocal) zero_head(work.first_seen - t.blocks.lo * kBlockN);
         begin_values(adds);
         store_lse(p, work, warp, t.rows, t.scale);
         next_slot = wait_tile();
@@ -188,6 +189,23 @@ struct Consumer {
     }
     ptx::fence_proxy_async_shared();
     ptx::named_barrier_sync(kTailBarrier, Tile::kConsumers * kGroupThreads);
+  }
+
+  // The first `hidden` values of the next block, where no query of the sequence sees them: behind a
+  // window they may be anything, and 0 * NaN is NaN. Warpgroups write the same zeros, so none
+  // waits for another.
+  __device__ __forceinline__ void zero_head(int hidden) {
+    if (hidden <= 0) return;
+    wait_v();
+    constexpr int kChunks = kColumnBlockBytes / 16;
+    const int bad = hidden * kChunks;
+    for (int i = threadIdx.x % kGroupThreads; i < bad * Tile::kColumnBlocks; i += kGroupThreads) {
+      const int block = i / bad;
+      uint8_t* at = s.v[v_ring.slot] + block * kBlockN * kColumnBlockBytes + (i - block * bad) * 16;
+      *reinterpret_cast<uint4*>(at) = make_uint4(0, 0, 0, 0);
+    }
+    ptx::fence_proxy_async_shared();
+    ptx::named_barrier_sync(kStoreBarrier + group, kGroupThreads);
   }
 
   __device__ __forceinline__ void begin_scores(uint64_t q) {

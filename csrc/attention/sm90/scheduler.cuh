@@ -46,8 +46,16 @@ __device__ void publish_tiles(const Sm90Args& a, Sm90Storage<Tile>& s) {
       const int past = num_queries % Tile::kBlockM;
       if (past > 0) first_row -= (Tile::kBlockM - past) / kGroupRows * kGroupRows;
     }
-    const Window window{static_cast<int>(p.window_left), static_cast<int>(p.window_right),
-                        static_cast<int>(min(sequence.num_keys, capacity)), num_keys - num_queries};
+    Window window{static_cast<int>(p.window_left), static_cast<int>(p.window_right),
+                  static_cast<int>(min(sequence.num_keys, capacity)), num_keys - num_queries};
+    // Keys in front of the first that any query sees: dense ones are none of the sequence's here,
+    // those in pages keep their places.
+    const int hidden = window_begin<kMask>(window, 0);
+    const bool paged = p.k.page_size > 0;
+    if (!paged) {
+      window.num_keys -= hidden;
+      window.offset -= hidden;
+    }
     const auto blocks_of_rows = [&](int first, int num_rows) {
       return key_blocks<kMask, Tile::kBlockN>(window, max(first, 0),
                                               min(first + num_rows, num_queries) - 1);
@@ -66,7 +74,8 @@ __device__ void publish_tiles(const Sm90Args& a, Sm90Storage<Tile>& s) {
     work.sequence = place.sequence;
     work.batch = packed ? 0 : place.sequence;
     work.first_query = static_cast<int>(sequence.first_query);
-    work.first_key = static_cast<int>(sequence.first_key);
+    work.first_key = static_cast<int>(sequence.first_key) + (paged ? 0 : hidden);
+    work.first_seen = paged ? hidden : 0;
     work.sink = p.sinks == nullptr ? -INFINITY : p.sinks[place.head] * kLog2E;
     work.slope = p.alibi_slopes == nullptr
                      ? 0.0f

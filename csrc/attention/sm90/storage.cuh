@@ -66,8 +66,9 @@ struct TileWork {
   int batch;        // in the tensor maps
   int first_query;  // the token of row 0 of the sequence there
   int first_key;
-  float sink;   // in log2 units; -inf: none
-  float slope;  // 0: none
+  int first_seen;  // pages: the first key that any query of the sequence sees; dense: 0
+  float sink;      // in log2 units; -inf: none
+  float slope;     // 0: none
 };
 constexpr int kNoRow = INT_MIN;
 constexpr int kWorkSlots = 2;  // a tile keeps its slot until its results are stored

@@ -90,6 +90,7 @@ def paged_attention(
     cu_seqlens_q: Tensor,
     *,
     causal: bool = True,
+    alibi_slopes: Tensor | None = None,
     **options: object,
 ) -> tuple[Tensor, Tensor]:
     out, lse = torch.zeros_like(q), q.new_full((q.shape[1], q.shape[0]), -torch.inf)
@@ -98,5 +99,12 @@ def paged_attention(
         rows = slice(starts[b], starts[b + 1])
         blocks = block_table[b, : -(-num_keys // k_cache.shape[1])]
         k, v = (cache[blocks].flatten(0, 1)[:num_keys] for cache in (k_cache, v_cache))
-        out[rows], lse[:, rows] = attention(q[rows], k, v, causal=causal, **options)  # type: ignore[arg-type]
+        out[rows], lse[:, rows] = attention(
+            q[rows],
+            k,
+            v,
+            causal=causal,
+            alibi_slopes=_slopes_of(alibi_slopes, b),
+            **options,  # type: ignore[arg-type]
+        )
     return out, lse

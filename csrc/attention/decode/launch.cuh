@@ -1,0 +1,38 @@
+// Launching decode kernels: the configuration that serves head_dim.
+#pragma once
+
+#include "attention/decode/decode.cuh"
+#include "attention/launchers.h"
+#include "tile/kernel_entry.cuh"
+
+namespace llamatelemetry::decode {
+
+template <typename T, Config kConfig, bool kFixed>
+Error launch(const AttentionParams& p, Stream stream) {
+  using Kernel = Decode<T, kConfig, kFixed>;
+  static_assert(Kernel::kSharedBytes == kConfig.shared_bytes());
+  if (cudaFuncSetAttribute(kernel_entry<Kernel>, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                           Kernel::kSharedBytes) != cudaSuccess) {
+    return last_launch_error();
+  }
+  launch_overlapped(kernel_entry<Kernel>, dim3(static_cast<unsigned>(p.plan.num_blocks)),
+                    Kernel::kNumThreads, stream, p, Kernel::kSharedBytes);
+  return last_launch_error();
+}
+
+template <Config kConfig, bool kFixed>
+Error launch(const AttentionParams& p, Stream stream) {
+  return p.dtype == DType::kFloat16 ? launch<Half, kConfig, kFixed>(p, stream)
+                                    : launch<BFloat16, kConfig, kFixed>(p, stream);
+}
+
+template <bool kFixed>
+Error launch_any_width(const AttentionParams& p, Stream stream) {
+  if (p.head_dim <= 64) return launch<kConfigs[0], kFixed>(p, stream);
+  if (p.head_dim <= 96) return launch<kConfigs[1], kFixed>(p, stream);
+  if (p.head_dim <= 128) return launch<kConfigs[2], kFixed>(p, stream);
+  if (p.head_dim <= 192) return launch<kConfigs[3], kFixed>(p, stream);
+  return launch<kConfigs[4], kFixed>(p, stream);
+}
+
+}  // namespace llamatelemetry::decode
