@@ -7,6 +7,7 @@ from llamatelemetry._lazy import lazy_names
 if TYPE_CHECKING:
     from llamatelemetry.inference.batch import BatchConfig as BatchConfig
     from llamatelemetry.inference.batch import BatchInferenceOptimizer as BatchInferenceOptimizer
+    from llamatelemetry.inference.batch import ContinuousBatching as ContinuousBatching
     from llamatelemetry.inference.batch import (
         batch_inference_optimized as batch_inference_optimized,
     )
@@ -38,6 +39,9 @@ if TYPE_CHECKING:
     from llamatelemetry.inference.kv_cache import restore_kv_cache as restore_kv_cache
     from llamatelemetry.inference.recording import Recording as Recording
     from llamatelemetry.inference.recording import RecordingError as RecordingError
+    from llamatelemetry.inference.request_handle import RequestHandle as RequestHandle
+    from llamatelemetry.inference.request_handle import RequestResult as RequestResult
+    from llamatelemetry.inference.request_handle import RequestStats as RequestStats
     from llamatelemetry.inference.sampling import SamplingParams as SamplingParams
     from llamatelemetry.inference.text_stream import TextStream as TextStream
 
@@ -47,6 +51,7 @@ __getattr__, __dir__, __all__ = lazy_names(
         "batch": (
             "BatchConfig",
             "BatchInferenceOptimizer",
+            "ContinuousBatching",
             "batch_inference_optimized",
         ),
         "batch_size": (
@@ -78,6 +83,11 @@ __getattr__, __dir__, __all__ = lazy_names(
         "recording": (
             "Recording",
             "RecordingError",
+        ),
+        "request_handle": (
+            "RequestHandle",
+            "RequestResult",
+            "RequestStats",
         ),
         "sampling": ("SamplingParams",),
         "text_stream": ("TextStream",),

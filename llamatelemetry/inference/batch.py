@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from llamatelemetry.inference.arguments import integer
+from llamatelemetry.inference.continuous import ContinuousBatching as ContinuousBatching
 
 # Names of a function's first parameter that say that it takes a list.
 _PLURAL = {"prompts", "batch", "inputs", "texts", "requests", "batch_prompts"}

@@ -156,13 +156,18 @@ class DecodeStep:
 class StepRunner:
     """The steps of one model over its paged cache. Not thread-safe: the caller holds a lock.
 
+    Args:
+        max_steps: decode steps that are kept at most, one a number of rows.
+
     Attributes:
         pages: KvPages, the cache.
         state: DecoderState, the cache and the tables of the rotary embedding.
     """
 
-    def __init__(self, model: Any, page_size: int = PAGE_SIZE) -> None:
-        self.model = model
+    def __init__(
+        self, model: Any, page_size: int = PAGE_SIZE, max_steps: int = MAX_DECODE_STEPS
+    ) -> None:
+        self.model, self.max_steps = model, max_steps
         self.pages = KvPages.for_model(model, 0, page_size)
         self._rope: list[tuple[Tensor, Tensor]] = []
         self.state = DecoderState(caches=self.pages.layers, rope=self._rope)
@@ -176,7 +181,7 @@ class StepRunner:
         is_alike = (like.dtype, like.device) == (self.pages.dtype, self.pages.device)
         return model is self.model and is_alike
 
-    def ready(self, num_positions: int, num_blocks: int, *, keep: bool) -> None:
+    def ready(self, num_positions: int, num_blocks: int, *, keep: bool) -> bool:
         """Grows the tables and the cache to these sizes where they are smaller; drops the decode
         steps where a pointer that they have frozen is no longer right.
 
@@ -185,10 +190,14 @@ class StepRunner:
             num_blocks: of the cache.
             keep: whether the blocks there are hold what somebody needs.
 
+        Returns:
+            Whether the weights lie where they lay: others may stand in their place.
+
         Raises:
             ValueError: for a rotary embedding that has no table for so many positions.
         """
         pointers = _pointers(self.model)
+        same_weights = pointers == self._pointers
         num_positions = max(num_positions, self._num_positions)
         if (pointers, num_positions) != (self._pointers, self._num_positions):
             self._steps.clear()
@@ -197,6 +206,11 @@ class StepRunner:
         if num_blocks > self.pages.num_blocks:
             self._steps.clear()
             self.pages.grow(num_blocks, keep=keep)
+        return same_weights
+
+    def drop_steps(self) -> None:
+        """Forgets the decode steps, as after an error in one."""
+        self._steps.clear()
 
     def prefill(self, chunks: Sequence[Chunk], width: int) -> Tensor:
         """Logits [batch, vocab_size] of the last token of each chunk."""
@@ -208,7 +222,7 @@ class StepRunner:
         step = self._steps.get(batch)
         if step is None or step.width < width:
             self._steps.pop(batch, None)
-            while len(self._steps) >= MAX_DECODE_STEPS:
+            while len(self._steps) >= self.max_steps:
                 self._steps.popitem(last=False)
             step = DecodeStep(self.model, self.state, batch, width, self.pages.page_size)
             self._steps[batch] = step

@@ -92,12 +92,8 @@ class Scheduler:
         self.waiting: list[ScheduledRequest] = []
         self._refused: ScheduledRequest | None = None  # the first to wait, until blocks are freed
 
-    def add(self, request: ScheduledRequest) -> None:
-        """Puts a new request in the queue.
-
-        Raises:
-            OutOfBlocks: for one that the whole cache could not hold; nothing was changed.
-        """
+    def require_fit(self, request: ScheduledRequest) -> None:
+        """Raises OutOfBlocks for a request that the whole cache could not hold."""
         needed = self.blocks.blocks_for(request.most_tokens)
         if needed > self.blocks.num_blocks:
             raise OutOfBlocks(
@@ -105,6 +101,14 @@ class Scheduler:
                 f"{request.max_tokens} more need {needed} blocks of {self.blocks.page_size} "
                 f"tokens, the whole cache has {self.blocks.num_blocks}"
             )
+
+    def add(self, request: ScheduledRequest) -> None:
+        """Puts a new request in the queue.
+
+        Raises:
+            OutOfBlocks: for one that the whole cache could not hold; nothing was changed.
+        """
+        self.require_fit(request)
         _insert(self.waiting, request)
 
     def schedule(self) -> Plan:
@@ -160,7 +164,8 @@ class Scheduler:
         tokens = request.tokens[request.num_placed :]
         while True:
             try:
-                plan.copies += self.blocks.append(request.name, tokens)
+                # One more, for a decode step moves its rows on to the next position by itself.
+                plan.copies += self.blocks.reserve(request.name, len(tokens) + 1)
             except OutOfBlocks:
                 last = self.running[-1]
                 self.preempt(last)
@@ -168,6 +173,7 @@ class Scheduler:
                 if last is request:
                     return
             else:
+                self.blocks.append(request.name, tokens)
                 request.num_placed += len(tokens)
                 return
 
@@ -186,7 +192,7 @@ class Scheduler:
             self._refused = request
             return False
         try:
-            cached = self.blocks.allocate(request.name, request.tokens)
+            cached = self.blocks.allocate(request.name, request.tokens, reserve=1)
         except OutOfBlocks:
             self._refused = request
             return False
@@ -200,7 +206,7 @@ class Scheduler:
     def _has_room(self, request: ScheduledRequest) -> bool:
         """Whether the blocks would suffice at each time when a request is expected to end."""
         rows = [(len(one.tokens), self._expected(one)) for one in (*self.running, request)]
-        shared = sum(self.blocks.blocks_for(one.num_placed) for one in self.running) - (
+        shared = sum(self.blocks.blocks_for(one.num_placed + 1) for one in self.running) - (
             self.blocks.num_blocks - self.blocks.num_available
         )
         size = self.blocks.page_size

@@ -17,6 +17,25 @@ FUNCTIONS = {
     "batch": {
         "BatchInferenceOptimizer": [("config", None), ("count_tokens", None)],
         "BatchInferenceOptimizer.batch_infer": ["prompts", "inference_fn", "**kwargs"],
+        "ContinuousBatching": [
+            ("max_batch_size", 8),
+            ("engine", None),
+            ("max_step_tokens", None),
+            ("num_blocks", None),
+            ("share_prefixes", True),
+        ],
+        "ContinuousBatching.submit": [
+            "prompt",
+            ("params", None),
+            ("max_tokens", 128),
+            ("min_tokens", 0),
+            ("stop_sequences", ()),
+            ("stop_token_ids", ()),
+            ("ignore_eos", False),
+            ("priority", 0),
+        ],
+        "ContinuousBatching.step": [],
+        "ContinuousBatching.run": [],
         "batch_inference_optimized": ["prompts", "model", ("max_batch_size", 8), "**kwargs"],
     },
     "flash_attn": {
@@ -52,6 +71,12 @@ FUNCTIONS = {
             "available_vram_gb",
             ("context_length", 2048),
         ],
+    },
+    "request_handle": {
+        "RequestHandle.result": [("timeout", None)],
+        "RequestHandle.cancel": [],
+        "RequestHandle.done": [],
+        "RequestHandle.tokens": [],
     },
     "kv_cache": {
         "KVCache": ["config"],
@@ -105,6 +130,19 @@ DATACLASSES = {
             ("device", None),
         ]
     },
+    "request_handle": {
+        "RequestResult": ["text", "token_ids", "finish_reason", "stats"],
+        "RequestStats": [
+            "enqueued",
+            "started",
+            "first_token",
+            "last_token",
+            "num_prompt_tokens",
+            "num_tokens",
+            ("cached_tokens", 0),
+            ("preemptions", 0),
+        ],
+    },
     "engine": {
         "InferResult": [
             "success",
@@ -140,7 +178,8 @@ def test_every_public_name_is_in_a_table():
     tables = [*FUNCTIONS.values(), *DATACLASSES.values()]
     names = {name for table in tables for name in table if "." not in name}
     older = {"GenerationStats", "Recording", "RecordingError", "SamplingParams", "TextStream"}
-    assert set(package.__all__) == names | older | {"FLASH_ATTN_AVAILABLE", "PagedKVCache"}
+    others = {"FLASH_ATTN_AVAILABLE", "PagedKVCache", "RequestHandle"}
+    assert set(package.__all__) == names | older | others
     assert set(package.__all__) <= set(dir(package))
     assert package.FLASH_ATTN_AVAILABLE is package.check_flash_attention_available()
 

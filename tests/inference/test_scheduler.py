@@ -73,6 +73,7 @@ class World:
             )
         if request.name in fails:  # what a forward that raises leaves: nothing noted
             return
+        assert len(piece.table) > piece.end // PAGE or not piece.draws  # the next one has a block
         for position in range(piece.begin, piece.end):
             self.slots[self.slot(piece.table, position)] = tuple(request.tokens[: position + 1])
         self.scheduler.computed(piece)

@@ -1,0 +1,258 @@
+"""Continuous batching: requests join and leave the batch with every token."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+import time
+from collections.abc import Callable, Collection, Sequence
+from typing import Any
+
+from llamatelemetry.inference.arguments import integer
+from llamatelemetry.inference.engine import InferenceEngine, token_ids
+from llamatelemetry.inference.request_handle import RequestHandle
+from llamatelemetry.inference.running_batch import RunningBatch
+from llamatelemetry.inference.sampling import GREEDY, SamplingParams
+from llamatelemetry.inference.scheduled_request import ScheduledRequest
+from llamatelemetry.inference.text_stream import TextStream
+from llamatelemetry.models.patching import patch
+
+# Tokens of a step, by device: how long a prompt may keep those that decode from their next token.
+STEP_TOKENS = {"cpu": 256, "cuda": 4096}
+_POLL_S = 0.02  # a thread that waits for another's step looks again
+
+
+class ContinuousBatching:
+    """Generates for many requests at once over one paged cache.
+
+    Each step draws a token for every request at work, and prompts are computed beside them, in
+    chunks where they are long. Greedy text is what the request gives alone, but for near-ties
+    that the rounding of other shapes decides. Threads may share it: a step at a time is run, by
+    whoever waits for a result, calls step or run. An exception in one request ends that one alone.
+
+    Prefixes of equal tokens are computed once. Weights changed in place do not show: call
+    ``forget_prefixes`` then.
+
+    Args:
+        max_batch_size: requests at work at once; others wait.
+        engine: an InferenceEngine, or a transformers model (patched here) for prompts of token ids.
+        max_step_tokens: tokens of one step at most; default 256 on the CPU and 4096 on a GPU.
+        num_blocks: blocks of 64 tokens in the cache. None grows it to what max_batch_size of the
+            open requests may need at most; with a number, requests wait for blocks, or give
+            theirs up and compute them again.
+        share_prefixes: whether later requests use what earlier ones have in the cache.
+
+    Attributes:
+        max_batch_size: as given.
+        active_requests: handles of the requests that have not ended, in order of submission.
+
+    Example:
+        >>> from llamatelemetry.inference import ContinuousBatching
+        >>> ContinuousBatching(max_batch_size=4).active_requests
+        []
+
+        With an engine::
+
+            batcher = ContinuousBatching(8, InferenceEngine(load_model("smollm2")))
+            first, second = (batcher.submit(text, max_tokens=32) for text in ("One", "Two"))
+            for piece in first:  # runs the steps of both
+                print(piece, end="")
+            print(second.result().text, second.stats.ttft)
+    """
+
+    def __init__(
+        self,
+        max_batch_size: int = 8,
+        engine: Any = None,
+        *,
+        max_step_tokens: int | None = None,
+        num_blocks: int | None = None,
+        share_prefixes: bool = True,
+    ) -> None:
+        for name, value in (
+            ("max_batch_size", max_batch_size),
+            ("max_step_tokens", max_step_tokens),
+            ("num_blocks", num_blocks),
+        ):
+            if value is not None and integer(f"ContinuousBatching: {name}", value) < 1:
+                raise ValueError(f"ContinuousBatching: {name} must be at least 1, got {value}")
+        self.max_batch_size = max_batch_size
+        self.engine = engine
+        self._lock = threading.Lock()
+        self._progress = threading.Condition()
+        self._names = itertools.count()
+        self._batch: RunningBatch | None = None
+        self._fixed_blocks = num_blocks
+        self._tokenizer: Any = None
+        self._eos: Collection[int] = ()
+        if engine is None:
+            return
+        if isinstance(engine, InferenceEngine):
+            self.model, self._tokenizer = engine.loaded.model, engine.tokenizer
+            self._eos = engine.loaded.eos_ids
+        else:
+            self.model, self._eos = engine, _eos_of(engine)
+            patch(engine)
+        tokens = STEP_TOKENS.get(self.model.device.type, STEP_TOKENS["cuda"])
+        self._batch = RunningBatch(
+            self.model,
+            max_batch_size,
+            max_step_tokens or max(tokens, max_batch_size),
+            num_blocks,
+            share_prefixes,
+        )
+
+    @property
+    def active_requests(self) -> list[RequestHandle]:
+        opened = [] if self._batch is None else list(self._batch.open.values())
+        return [handle for handle in opened if not handle.done()]
+
+    def submit(
+        self,
+        prompt: str | Sequence[int],
+        params: SamplingParams | None = None,
+        max_tokens: int = 128,
+        *,
+        min_tokens: int = 0,
+        stop_sequences: str | Sequence[str] = (),
+        stop_token_ids: Collection[int] = (),
+        ignore_eos: bool = False,
+        priority: int = 0,
+    ) -> RequestHandle:
+        """Queues a request; never waits for a step.
+
+        Args:
+            prompt: text, as a user's turn where the model has a chat template, or token ids.
+            params: SamplingParams; None is greedy.
+            max_tokens: tokens drawn at most.
+            min_tokens: before so many are drawn, none of the tokens that end the text may be.
+            stop_sequences: the text ends before the first that appears.
+            stop_token_ids: end the text as the model's own end tokens do.
+            ignore_eos: whether the model's own end tokens do not.
+            priority: lower goes first; among equals, who came first.
+
+        Raises:
+            ValueError: for an argument of another type or out of range, by name; for a prompt that
+                is empty or does not fit the context with max_tokens.
+            OutOfBlocks: for a request that num_blocks can never hold.
+        """
+        batch = self._batch
+        if batch is None:
+            raise ValueError("ContinuousBatching: engine must be given to submit a request")
+        ids = self._ids(prompt)
+        count, least = integer("max_tokens", max_tokens), integer("min_tokens", min_tokens)
+        if count < 1:
+            raise ValueError(f"max_tokens must be at least 1, got {max_tokens}")
+        if not 0 <= least <= count:
+            raise ValueError(f"min_tokens must lie in [0, max_tokens = {count}], got {min_tokens}")
+        context = int(self.model.config.max_position_embeddings)
+        if len(ids) + count > context:
+            raise ValueError(
+                f"prompt and max_tokens must fit the model's context of {context} tokens, got "
+                f"{len(ids)} + {count}"
+            )
+        if params is not None and not isinstance(params, SamplingParams):
+            raise ValueError(f"params must be SamplingParams or None, got {params!r}")
+        stops = self._checked("stop_token_ids", stop_token_ids)
+        text = None
+        if self._tokenizer is not None:
+            text = TextStream(self._tokenizer, stop_sequences, "stop_sequences")
+        elif stop_sequences:
+            raise ValueError("stop_sequences: an engine with a tokenizer must be given for them")
+        name = next(self._names)
+        request = ScheduledRequest(
+            name,
+            ids,
+            count,
+            min_tokens=least,
+            stop_ids=frozenset([*stops, *(() if ignore_eos else self._eos)]),
+            priority=integer("priority", priority),
+            arrival=name,
+            text=text,
+        )
+        if self._fixed_blocks is not None:
+            batch.scheduler.require_fit(request)
+        handle = RequestHandle(request, params or GREEDY, text, self._drive, self._sweep)
+        batch.submit(handle)
+        return handle
+
+    def step(self) -> list[RequestHandle]:
+        """One step: at most one token more for each request.
+
+        Returns:
+            Handles of the requests that a forward ran on, or that ended.
+        """
+        with self._lock:
+            handles = [] if self._batch is None else self._batch.step()
+        self._tell()
+        return handles
+
+    def run(self) -> list[RequestHandle]:
+        """Steps until no request is open; returns those that ended, in order of submission."""
+        ended: dict[int, RequestHandle] = {}
+        while self.active_requests:
+            ended |= {h.request.arrival: h for h in self.step() if h.done()}
+        return [ended[arrival] for arrival in sorted(ended)]
+
+    def forget_prefixes(self) -> None:
+        """Shares nothing that is cached now with later requests, as after a change of weights."""
+        if self._batch is not None:
+            with self._lock:
+                self._batch.scheduler.blocks.forget_prefixes()
+
+    def _ids(self, prompt: str | Sequence[int]) -> list[int]:
+        if isinstance(prompt, str):
+            if self._tokenizer is None:
+                raise ValueError("prompt must be token ids where engine is a model, got text")
+            prompt = self.engine.encode(prompt)
+        ids = self._checked("prompt: a token id", token_ids(prompt))
+        if not ids:
+            raise ValueError("prompt must hold at least one token, got an empty one")
+        return ids
+
+    def _checked(self, name: str, ids: Collection[int]) -> list[int]:
+        if isinstance(ids, (str, bytes)) or not hasattr(ids, "__iter__"):
+            raise ValueError(f"{name} must be token ids, got {ids!r}")
+        vocab_size = self.model.get_input_embeddings().num_embeddings
+        checked = [integer(name, token) for token in ids]
+        for token in checked:
+            if not 0 <= token < vocab_size:
+                raise ValueError(f"{name}: token ids must lie in [0, {vocab_size}), got {token}")
+        return checked
+
+    def _drive(self, until: Callable[[], bool], timeout: float | None) -> None:
+        end = None if timeout is None else time.monotonic() + timeout
+        while not until():
+            if end is not None and time.monotonic() >= end:
+                raise TimeoutError(f"the request must end within {timeout} s, it has not")
+            if self._lock.acquire(blocking=False):
+                try:
+                    if self._batch is not None and not until():
+                        self._batch.step()
+                finally:
+                    self._lock.release()
+                self._tell()
+            else:
+                with self._progress:
+                    self._progress.wait(_POLL_S)
+
+    def _tell(self) -> None:
+        with self._progress:
+            self._progress.notify_all()
+
+    def _sweep(self) -> None:
+        """Ends what was cancelled now, or before the next step where one is in progress."""
+        if self._lock.acquire(blocking=False):
+            try:
+                if self._batch is not None:
+                    self._batch.reap()
+            finally:
+                self._lock.release()
+            self._tell()
+
+
+def _eos_of(model: Any) -> Collection[int]:
+    end = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    if end is None:
+        return ()
+    return (end,) if isinstance(end, int) else tuple(end)

@@ -1,0 +1,195 @@
+"""What submit gives back: the text of one request as it comes, its end, and its times."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import CancelledError
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from llamatelemetry.inference.sampling import SamplingParams
+from llamatelemetry.inference.scheduled_request import ScheduledRequest, StopText
+from llamatelemetry.profiling.metrics import RequestTimes
+
+
+class _Text(StopText, Protocol):
+    text: str
+
+    def finish(self) -> str: ...
+
+
+@dataclass(frozen=True)
+class RequestStats(RequestTimes):
+    """The times of one request, NaN for what has not happened; see ``RequestTimes``.
+
+    Attributes:
+        cached_tokens: leading prompt tokens that the cache held already.
+        preemptions: how often its blocks were taken from it, to be computed again.
+    """
+
+    cached_tokens: int = 0
+    preemptions: int = 0
+
+
+@dataclass(frozen=True)
+class RequestResult:
+    """A finished request.
+
+    Attributes:
+        text: up to a stop string; "" where there is no tokenizer.
+        token_ids: all that were drawn, with the one that ended it.
+        finish_reason: "stop" or "length".
+        stats: RequestStats.
+    """
+
+    text: str
+    token_ids: list[int]
+    finish_reason: str
+    stats: RequestStats
+
+
+class RequestHandle:
+    """A request that was submitted. Whoever waits for it runs the steps, if no other thread does.
+
+    Iterating gives its text in pieces; ``tokens`` gives its token ids.
+
+    Attributes:
+        error: what ended it, if an exception did.
+        params: its SamplingParams.
+    """
+
+    def __init__(
+        self,
+        request: ScheduledRequest,
+        params: SamplingParams,
+        text: Any,
+        drive: Callable[[Callable[[], bool], float | None], None],
+        withdraw: Callable[[], None],
+    ) -> None:
+        self.request, self.params = request, params
+        self.error: BaseException | None = None
+        self.is_withdrawn = self._is_done = False
+        self._text: _Text | None = text
+        self._pieces: list[str] = []
+        self._drive, self._withdraw = drive, withdraw
+        self._enqueued = time.perf_counter()
+        self._started = self._first = self._last = math.nan
+
+    def __repr__(self) -> str:
+        state = self.request.finish_reason or "open"
+        return f"<RequestHandle {self.request.name}: {state}, {self.request.num_drawn} tokens>"
+
+    def done(self) -> bool:
+        """Whether it has ended, in whatever way."""
+        return self._is_done
+
+    def cancelled(self) -> bool:
+        return self._is_done and self.request.finish_reason == "cancelled"
+
+    def cancel(self) -> bool:
+        """Ends it before the next step, at once where no step is in progress.
+
+        Returns:
+            False if it has ended already.
+        """
+        if self.done():
+            return False
+        self.is_withdrawn = True
+        self._withdraw()
+        return True
+
+    def result(self, timeout: float | None = None) -> RequestResult:
+        """Waits for the end.
+
+        Args:
+            timeout: seconds; None waits as long as it takes.
+
+        Raises:
+            TimeoutError: it has not ended by then; it goes on.
+            CancelledError: it was cancelled.
+            Exception: what ended it.
+        """
+        self._drive(self.done, timeout)
+        if self.cancelled():
+            raise CancelledError
+        if self.error is not None:
+            raise self.error
+        text = "" if self._text is None else self._text.text
+        return RequestResult(text, self.token_ids, str(self.request.finish_reason), self.stats)
+
+    def __iter__(self) -> Iterator[str]:
+        """Pieces of the text as they come; ends where the request is cancelled.
+
+        Raises:
+            ValueError: there is no tokenizer.
+            Exception: what ended the request.
+        """
+        if self._text is None:
+            raise ValueError("the text of a request needs an engine with a tokenizer; see tokens()")
+        return self._follow(self._pieces)
+
+    def tokens(self) -> Iterator[int]:
+        """Token ids as they come; ends and raises as iterating does."""
+        drawn = self.request.tokens
+        return self._follow(drawn, len(self.request.prompt))
+
+    def _follow(self, items: list[Any], begin: int = 0) -> Iterator[Any]:
+        count = begin
+
+        def has_more() -> bool:
+            return len(items) > count
+
+        while True:
+            self._drive(lambda: has_more() or self._is_done, None)
+            if not has_more():
+                break
+            yield items[count]
+            count += 1
+        if self.error is not None:
+            raise self.error
+
+    @property
+    def token_ids(self) -> list[int]:
+        """Those drawn so far."""
+        return self.request.tokens[len(self.request.prompt) :]
+
+    @property
+    def stats(self) -> RequestStats:
+        """Its times and counts so far."""
+        request = self.request
+        cached = request.num_cached or 0
+        return RequestStats(
+            enqueued=self._enqueued,
+            started=self._started,
+            first_token=self._first,
+            last_token=self._last,
+            num_prompt_tokens=len(request.prompt) - cached,
+            num_tokens=request.num_drawn,
+            cached_tokens=cached,
+            preemptions=request.preemptions,
+        )
+
+    # ---- For the batcher ----
+
+    def begins(self) -> None:
+        """The first forward for it begins."""
+        if math.isnan(self._started):
+            self._started = time.perf_counter()
+
+    def take(self, token: int) -> None:
+        """A token was drawn."""
+        self._last = time.perf_counter()
+        if math.isnan(self._first):
+            self._first = self._last
+        piece = self.request.take(token)
+        if self.request.finish_reason is not None and self._text is not None:
+            piece += self._text.finish()
+        if piece:
+            self._pieces.append(piece)
+
+    def end(self, error: BaseException | None) -> None:
+        """It has ended; the last that is done to it, for other threads look on."""
+        self.error = error
+        self._is_done = True

@@ -1,0 +1,159 @@
+"""The requests that are open, their scheduler and their cache: one step after the other."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from typing import Any
+
+from llamatelemetry.inference.block_manager import BlockManager, OutOfBlocks
+from llamatelemetry.inference.plan_runner import PlanRunner
+from llamatelemetry.inference.request_handle import RequestHandle
+from llamatelemetry.inference.runner import PAGE_SIZE
+from llamatelemetry.inference.scheduled_request import ScheduledRequest
+from llamatelemetry.inference.scheduler import Scheduler
+
+
+class RunningBatch:
+    """What ContinuousBatching does under its lock.
+
+    Args:
+        model: a patched transformers model.
+        max_rows: requests at work at once.
+        step_tokens: tokens of a step at most.
+        num_blocks: of the cache; None grows it to what max_rows requests may need.
+        share_prefixes: as in BlockManager.
+
+    Attributes:
+        open: handles of the requests that have not ended, by name, in order of submission.
+        incoming: those of them that the scheduler does not know yet; any thread may append.
+        scheduler: Scheduler.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        max_rows: int,
+        step_tokens: int,
+        num_blocks: int | None,
+        share_prefixes: bool,
+    ) -> None:
+        self.model, self.max_rows = model, max_rows
+        self.open: dict[object, RequestHandle] = {}
+        self.incoming: deque[RequestHandle] = deque()
+        self._step_tokens, self._fixed, self._share = step_tokens, num_blocks, share_prefixes
+        self._begin()
+
+    def _begin(self) -> None:
+        """An empty cache, as the model is now."""
+        blocks = BlockManager(self._fixed or 0, PAGE_SIZE, share_prefixes=self._share)
+        self.scheduler = Scheduler(blocks, self._step_tokens, self.max_rows)
+        self._runner = PlanRunner(
+            self.model,
+            lambda request: self.open[request.name].params,
+            self.max_rows,
+            PAGE_SIZE,
+        )
+
+    def submit(self, handle: RequestHandle) -> None:
+        """From any thread, without a lock."""
+        self.open[handle.request.name] = handle
+        self.incoming.append(handle)
+
+    def step(self) -> list[RequestHandle]:
+        """Returns handles of the requests that a forward ran on, or that ended."""
+        touched = self.reap()
+        if not self._runner.runner.serves(self.model):
+            self._move()
+        while self.incoming:
+            touched += self._take_in(self.incoming.popleft())
+        plan = self.scheduler.schedule()
+        for piece in plan.pieces:
+            self.open[piece.request.name].begins()
+        for piece, result in self._runner.run(plan):
+            handle = self.open[piece.request.name]
+            touched.append(handle)
+            if isinstance(result, Exception):
+                self._end(handle, result)
+                continue
+            self.scheduler.computed(piece)
+            if result is not None:
+                self._take(handle, result)
+        return touched
+
+    def _take(self, handle: RequestHandle, token: int) -> None:
+        try:
+            handle.take(token)
+        except Exception as error:  # of its text, whatever the tokenizer makes of it
+            self._end(handle, error)
+        else:
+            if handle.request.finish_reason is not None:
+                self._end(handle)
+
+    def _end(self, handle: RequestHandle, error: BaseException | None = None) -> None:
+        """Takes a request out, finished, cancelled or because of an error."""
+        request = handle.request
+        reason = "cancelled" if error is None else "error"
+        if request in self.scheduler.running or request in self.scheduler.waiting:
+            self.scheduler.end(request, reason)
+        request.finish_reason = request.finish_reason or reason
+        handle.end(error)
+        self.open.pop(request.name, None)
+
+    def reap(self) -> list[RequestHandle]:
+        """Ends those that were cancelled."""
+        gone = [handle for handle in list(self.open.values()) if handle.is_withdrawn]
+        for handle in gone:
+            if handle in self.incoming:
+                self.incoming.remove(handle)
+            self._end(handle)
+        return gone
+
+    def _take_in(self, handle: RequestHandle) -> list[RequestHandle]:
+        """Gives the scheduler a new request; returns it where that ends it."""
+        try:
+            self._make_room(handle.request)
+            self.scheduler.add(handle.request)
+        except Exception as error:
+            self._end(handle, error)
+            return [handle]
+        return []
+
+    def _make_room(self, request: ScheduledRequest) -> None:
+        """Grows the cache for all that is open, else for what was before and this one, else for
+        this one alone; the tables for the longest."""
+        known = [*self.scheduler.running, *self.scheduler.waiting, request]
+        coming = [handle.request for handle in self.incoming]
+        for requests in ([*known, *coming], known):
+            try:
+                return self._grow(requests, exact=False)
+            except (RuntimeError, ValueError):
+                continue  # the memory or the rotary embedding: the least that is needed may do
+        try:
+            self._grow([request], exact=True)
+        except RuntimeError as error:
+            raise OutOfBlocks(f"Out of KV cache memory: it cannot grow: {error}") from error
+        return None
+
+    def _grow(self, requests: Sequence[ScheduledRequest], *, exact: bool) -> None:
+        blocks, runner = self.scheduler.blocks, self._runner
+        counts = sorted(blocks.blocks_for(one.most_tokens) for one in requests)
+        width = runner.width_for(counts[-1])
+        positions = min(width * PAGE_SIZE, int(self.model.config.max_position_embeddings))
+        if exact:
+            positions = max(one.most_tokens for one in requests)
+        wanted = self._fixed or max(sum(counts[-self.max_rows :]), blocks.num_blocks)
+        is_used = blocks.num_available < blocks.num_blocks or self._share
+        same = runner.runner.ready(positions, wanted, keep=is_used and blocks.num_blocks > 0)
+        runner.width = width
+        blocks.add_blocks(wanted - blocks.num_blocks)
+        if not same:
+            blocks.forget_prefixes()
+
+    def _move(self) -> None:
+        """The model has another device or dtype: everything at work is computed anew."""
+        requests = [*self.scheduler.running, *self.scheduler.waiting]
+        for request in list(self.scheduler.running):
+            self.scheduler.preempt(request)
+        self._begin()
+        self.incoming.extendleft(self.open[request.name] for request in reversed(requests))
