@@ -1,11 +1,13 @@
 """Runs the notebooks and writes their outputs: python notebooks/render.py [NAME ...]
 
 NN_name.py, in jupytext's percent format, is the source. NN_name.ipynb beside it is what this makes:
-the same cells with what they gave on this machine. Edit the .py, then run this.
+the same cells with what they gave on this machine, and of some the picture for README.md. Edit the
+.py, then run this.
 """
 
 from __future__ import annotations
 
+import base64
 import re
 import subprocess
 import sys
@@ -18,6 +20,7 @@ from nbclient import NotebookClient
 
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted(path for path in (ROOT / "notebooks").glob("[0-9]*.py"))
+PICTURES = {"02_flash_attention": ROOT / "docs" / "flash_attention_cpu.png"}
 MOST_SECONDS = 600  # of a cell; a machine at rest needs a few
 
 
@@ -67,13 +70,23 @@ def cleaned(output: Any) -> Any:
     return output
 
 
+def picture(notebook: Any) -> bytes:
+    """The first picture among the outputs, as PNG."""
+    outputs = (output for cell in notebook.cells for output in cell.get("outputs", []))
+    data = (output.get("data", {}).get("image/png") for output in outputs)
+    return base64.b64decode(next(png for png in data if png))
+
+
 def main(names: list[str]) -> int:
     known = {source.stem: source for source in NOTEBOOKS}
     if unknown := sorted(set(names) - known.keys()):
         print(f"render.py: names must be of {sorted(known)}, got {unknown}", file=sys.stderr)
         return 2
     for name in names or known:
-        nbformat.write(execute(known[name]), known[name].with_suffix(".ipynb"))
+        notebook = execute(known[name])
+        nbformat.write(notebook, known[name].with_suffix(".ipynb"))
+        if name in PICTURES:
+            PICTURES[name].write_bytes(picture(notebook))
         print(f"{name}: written")
     return 0
 

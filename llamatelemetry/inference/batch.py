@@ -30,6 +30,10 @@ class BatchConfig:
 
     Raises:
         ValueError: a limit below 1.
+
+    Example:
+        >>> BatchConfig(max_batch_size=4)
+        BatchConfig(max_batch_size=4, max_tokens=2048, dynamic_batching=True)
     """
 
     max_batch_size: int = 8

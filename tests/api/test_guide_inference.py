@@ -9,10 +9,13 @@ from torch import nn
 from torch.nn import functional as F
 
 from llamatelemetry.inference import (
+    BatchConfig,
+    BatchInferenceOptimizer,
     FlashAttentionConfig,
     KVCache,
     KVCacheConfig,
     PagedKVCache,
+    batch_inference_optimized,
     check_flash_attention_available,
     disable_flash_attention,
     enable_flash_attention,
@@ -117,6 +120,44 @@ def test_generate_with_our_cache(device):
     assert torch.equal(model.generate(ids, **asked), want)
     restore_kv_cache(model)
     assert torch.equal(model.generate(ids, **asked), want)
+
+
+# Batching
+
+
+def test_batches(device):
+    model = tiny_model("llama", device)
+    sizes = []
+
+    def last_token(prompts: list[list[int]], temperature: float = 0.0) -> list[int]:
+        sizes.append(len(prompts))
+        assert temperature == 0.5
+        mask = torch.zeros(len(prompts), 8, dtype=torch.long, device=device)
+        ids = mask.clone()
+        for row, prompt in enumerate(prompts):
+            ids[row, -len(prompt) :] = torch.tensor(prompt, device=device)
+            mask[row, -len(prompt) :] = 1
+        return model(ids, attention_mask=mask).logits[:, -1].argmax(-1).tolist()
+
+    prompts = [[1 + i, 2 + i, 3 + i][: 1 + i % 3] for i in range(7)]
+    want = [model(torch.tensor([p], device=device)).logits[0, -1].argmax().item() for p in prompts]
+    optimizer = BatchInferenceOptimizer(BatchConfig(max_batch_size=4, max_tokens=64))
+    assert optimizer.batch_infer(prompts, last_token, temperature=0.5) == want
+    assert sorted(sizes) == [3, 4]
+    assert batch_inference_optimized(prompts, last_token, max_batch_size=2, temperature=0.5) == want
+    with pytest.raises(ValueError, match="must have a method infer or be callable"):
+        batch_inference_optimized(prompts, object())
+
+
+def test_one_failing_prompt_loses_no_other():
+    def half(prompt):
+        if prompt == "bad":
+            raise KeyError(prompt)
+        return len(prompt) / 2
+
+    with pytest.raises(KeyError) as raised:
+        BatchInferenceOptimizer().batch_infer(["four", "bad", "twelve"], half)
+    assert raised.value.results == [2.0, None, 3.0]
 
 
 # Profiling

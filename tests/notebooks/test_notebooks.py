@@ -69,6 +69,14 @@ def test_every_notebook_has_a_source():
     assert made == [source.stem for source in render.NOTEBOOKS] != []
 
 
+@pytest.mark.parametrize("name", render.PICTURES)
+def test_the_picture_is_the_notebooks(name):
+    notebook = nbformat.read(ROOT / "notebooks" / f"{name}.ipynb", as_version=4)
+    path = render.PICTURES[name]
+    assert path.read_bytes() == render.picture(notebook)
+    assert f"]({path.relative_to(ROOT).as_posix()})" in (ROOT / "README.md").read_text()
+
+
 @pytest.mark.slow
 @names
 def test_notebook_runs(source, monkeypatch):
