@@ -18,6 +18,7 @@ from llamatelemetry.cuda.capture import (
     warm_up,
     warn_without_cuda,
 )
+from llamatelemetry.models.forwards import StandIn, standing
 from llamatelemetry.models.hf_overrides import OVERRIDES
 
 _log = logging.getLogger("llamatelemetry")
@@ -36,7 +37,8 @@ def enable_cuda_graphs(model: nn.Module) -> nn.Module:
     The first call with new shapes, dtypes or constants captures; later ones copy their tensors in,
     replay, and return copies of the outputs. Weights may change in place; where one has moved, all
     graphs are captured anew. Another attention implementation or enable_flash_attention is a new
-    signature; after any other change to what the model computes, disable and enable. Calls that
+    signature; after any other change to what the model computes, disable and enable. Where the
+    model is patched, generate's steps are graphs too, as with optimize_kv_cache. Other calls that
     cannot be a graph (gradients, CPU tensors, caches that grow, a forward that waits for the GPU or
     writes into its inputs) run as before, and the log says once why.
 
@@ -52,11 +54,15 @@ def enable_cuda_graphs(model: nn.Module) -> nn.Module:
         ...     layer(torch.ones(3, 4)).shape
         torch.Size([3, 2])
     """
-    if isinstance(model.__dict__.get("forward"), GraphedForward):
+    if standing(model, GraphedForward) is not None:
         return model
     if not torch.cuda.is_available():
         warn_without_cuda("enable_cuda_graphs")
-    model.forward = GraphedForward(model)
+    if "_llamatelemetry" in model.__dict__:  # it is patched, so transformers is imported
+        from llamatelemetry.inference import model_cache
+
+        model_cache.use(model, model_cache.CUDA_GRAPHS)
+    GraphedForward(model).install()
     return model
 
 
@@ -74,12 +80,14 @@ def disable_cuda_graphs(model: nn.Module) -> nn.Module:
         >>> disable_cuda_graphs(layer) is layer
         True
     """
-    graphed = model.__dict__.get("forward")
-    if isinstance(graphed, GraphedForward):
-        graphed.clear()
-        del model.forward
-        if graphed.replaced is not None:
-            model.forward = graphed.replaced
+    graphed = standing(model, GraphedForward)
+    if graphed is None:
+        return model
+    graphed.remove()
+    if "_prepare_cache_for_generation" in model.__dict__:
+        from llamatelemetry.inference import model_cache
+
+        model_cache.leave(model, model_cache.CUDA_GRAPHS)
     return model
 
 
@@ -91,18 +99,8 @@ class _Entry:
     graph: CUDAGraph
 
 
-class GraphedForward:
-    """Stands in a model's ``forward``.
-
-    Args:
-        model: whose forward it runs.
-    """
-
-    def __init__(self, model: nn.Module) -> None:
-        self.replaced = model.__dict__.get("forward")
-        self.__wrapped__ = self._original = model.forward
-        self._model = model
-        self._start()
+class GraphedForward(StandIn):
+    """A model's forward, replayed."""
 
     def _start(self) -> None:
         self._lock = threading.RLock()
@@ -111,14 +109,6 @@ class GraphedForward:
         self._pool: Any = None
         self._done: Any = None
         self._reasons: set[str] = set()
-
-    def __getstate__(self) -> dict[str, Any]:
-        names = ("replaced", "__wrapped__", "_original", "_model")
-        return {name: self.__dict__[name] for name in names}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)  # a copy of the model captures for itself
-        self._start()
 
     @property
     def num_graphs(self) -> int:
@@ -135,7 +125,8 @@ class GraphedForward:
             self._pool = self._done = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling():
+        takes = getattr(self._original, "takes", None)
+        if torch.compiler.is_compiling() or (takes is not None and takes(args, kwargs)):
             return self._original(*args, **kwargs)
         leaves, tree = pytree.tree_flatten((args, kwargs))
         modules = modules_of(self._model)

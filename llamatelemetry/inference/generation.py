@@ -194,7 +194,7 @@ class TokenGenerator:
         """Runs the prompts through the model in chunks; returns logits [batch, vocab_size]."""
         logits: list[Tensor | None] = [None] * len(prompts)
         budget = PREFILL_TOKENS[batch.runner.pages.device.type]
-        for pieces in _pieces([len(prompt) for prompt in prompts], budget):
+        for pieces in prefill_pieces([len(prompt) for prompt in prompts], budget):
             chunks = [
                 Chunk(prompts[row][begin:end], begin, batch.tables[row])
                 for row, begin, end in pieces
@@ -243,7 +243,7 @@ class TokenGenerator:
             batch.blocks.free((batch.turn, row))
 
 
-def _pieces(lengths: Sequence[int], budget: int) -> Iterator[list[tuple[int, int, int]]]:
+def prefill_pieces(lengths: Sequence[int], budget: int) -> Iterator[list[tuple[int, int, int]]]:
     """Cuts rows of these lengths into (row, begin, end) pieces of at most budget tokens a chunk."""
     pieces: list[tuple[int, int, int]] = []
     room = budget

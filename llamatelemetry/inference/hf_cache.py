@@ -18,6 +18,14 @@ from llamatelemetry.inference.kv_cache import KVCache, PagedKVCache
 _CROPS_TO_LENGTH = "max_length" in inspect.signature(DynamicLayer.crop).parameters
 
 
+def kept_after_crop(length: int, tokens_to_remove: Any) -> int:
+    """How many of length tokens stay: -tokens_to_remove go; of a positive number, as transformers
+    had it before, so many stay. What 0 means, the release says."""
+    number = int(tokens_to_remove)  # generate gives a tensor
+    stay = number > 0 or (number == 0 and _CROPS_TO_LENGTH)
+    return min(number, length) if stay else max(length + number, 0)
+
+
 class _Layer(CacheLayerMixin):
     """What both kinds share: they are allocated from the start, and no mask is offset."""
 
@@ -40,12 +48,9 @@ class _Layer(CacheLayerMixin):
         return int(self.get_max_length())
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Takes -tokens_to_remove tokens away, as DynamicLayer does; of a positive number, as
-        transformers had it before, so many tokens stay. What 0 means, the release says."""
-        length, number = self.get_seq_length(), int(tokens_to_remove)  # generate gives a tensor
-        stay = number > 0 or (number == 0 and _CROPS_TO_LENGTH)
-        kept = number if stay else max(length + number, 0)
-        if kept < length:
+        """Takes tokens away as DynamicLayer does: kept_after_crop."""
+        kept = kept_after_crop(self.get_seq_length(), tokens_to_remove)
+        if kept < self.get_seq_length():
             self._truncate(kept)
 
     def batch_repeat_interleave(self, repeats: int) -> None:

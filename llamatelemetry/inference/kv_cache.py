@@ -205,11 +205,20 @@ class KVCache(ServesTransformers):
 
 
 def optimize_kv_cache(model: _Model) -> _Model:
-    """Gives a model's generate a KVCache a layer in the place of transformers' growing tensors.
+    """Gives a model's generate buffers, or pages, in the place of transformers' growing tensors.
 
-    They are made once a call, as long as it may get, so that no step copies what was cached; tokens
-    stay the same. Sliding windows, static and offloaded caches, and caches given to generate stay
-    as they are. ``restore_kv_cache`` undoes it.
+    A model that ``patch`` has prepared, before or after, keeps all keys and values in one paged
+    cache: prompts run packed, without padding on their left, and each further token of a batch is
+    one replay of a recording (CPU, quantised weights) or of a CUDA graph. Processors, sampling,
+    streamers, criteria, beams, assistants and returned caches stay generate's own. What this does
+    not serve (other masks, embeddings, gradients, hidden states, a module that was changed) goes
+    the model's own way with the same result, and the log says once why. The pages stay for later
+    calls and grow to what open caches need together; caches of a copied or pickled model, and
+    threads, do not meet in them.
+
+    Another model has a KVCache a layer, made once a call, as long as it may get, so that no step
+    copies what was cached; sliding windows, static and offloaded caches, and caches given to
+    generate stay as they are. ``restore_kv_cache`` undoes it and frees the pages.
 
     Args:
         model: A transformers model that can generate.

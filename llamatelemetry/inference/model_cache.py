@@ -1,4 +1,4 @@
-"""A model whose generate keeps keys and values in our buffers."""
+"""A model whose generate keeps keys and values in our buffers, or all in the paged cache."""
 
 from __future__ import annotations
 
@@ -7,13 +7,20 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import DynamicCache, DynamicLayer
+from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from llamatelemetry.inference.hf_cache import ContiguousLayer
 from llamatelemetry.inference.kv_cache import KVCache
 from llamatelemetry.inference.kv_cache_config import KVCacheConfig
+from llamatelemetry.inference.packed_cache import PackedCache
+from llamatelemetry.inference.packed_forward import PackedForward
+from llamatelemetry.inference.packed_rows import PackedRows
+from llamatelemetry.models.forwards import standing
+from llamatelemetry.models.patching import why_not_packed
 from llamatelemetry.models.pieces.base import CACHE_NAMES
 
+# Users of PackedForward.
+KV_CACHE, CUDA_GRAPHS = "optimize_kv_cache", "enable_cuda_graphs"
 _METHOD = "_prepare_cache_for_generation"  # transformers' generate calls it once, for its cache
 
 
@@ -95,13 +102,52 @@ def _prepare(
         model, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length,
         *args, **kwargs,
     )  # fmt: skip
-    made: list[Any] = [model_kwargs.get(name) for name in CACHE_NAMES]
-    for cache, before in zip(made, given, strict=True):
-        if before is None and type(cache) is DynamicCache and not cache.offloading:
+    forward = standing(model, PackedForward)
+    packs = forward is not None and _packs(model)
+    keeps_buffers = forward is None or KV_CACHE in forward.users
+    for name, before in zip(CACHE_NAMES, given, strict=True):
+        cache: Any = model_kwargs.get(name)
+        if isinstance(before, PackedCache) and before.rows is not None:
+            before.rows.capacity = max(before.rows.capacity, max_cache_length)
+        if before is not None or type(cache) is not DynamicCache or cache.offloading:
+            continue
+        kinds = {type(layer) for layer in cache.layers}
+        if keeps_buffers:
             cache.layers = [
                 _OwnLayer(max_cache_length) if type(layer) is DynamicLayer else layer
                 for layer in cache.layers
             ]
+        if packs and forward is not None and kinds <= {DynamicLayer, DynamicSlidingWindowLayer}:
+            rows = PackedRows(forward.shared, max_cache_length)
+            model_kwargs[name] = PackedCache(cache.layers, rows)
+
+
+def _packs(model: Any) -> bool:
+    """Whether the packed decoder is there to serve generate."""
+    is_compiled = getattr(model, "_compiled_call_impl", None) is not None
+    devices = {parameter.device for parameter in model.parameters()}
+    return not is_compiled and len(devices) == 1 and why_not_packed(model) is None
+
+
+def use(model: Any, user: str) -> None:
+    """Has a model's generate run in the paged cache wherever the model is patched as a whole."""
+    forward = standing(model, PackedForward)
+    if forward is None:
+        forward = PackedForward(model)
+        forward.install()
+    forward.users.add(user)
+    model.__dict__[_METHOD] = partial(_prepare, model)
+
+
+def leave(model: Any, user: str) -> None:
+    """Undoes a user's use; with the last one's all is as it was."""
+    forward = standing(model, PackedForward)
+    if forward is None:
+        return
+    forward.users.discard(user)
+    if not forward.users:
+        model.__dict__.pop(_METHOD, None)
+        forward.remove()
 
 
 def optimize(model: Any) -> None:
@@ -117,9 +163,9 @@ def optimize(model: Any) -> None:
             "optimize_kv_cache: model must have keys and values of one width, got "
             f"{type(model).__name__} with latent attention"
         )
-    model.__dict__[_METHOD] = partial(_prepare, model)
+    use(model, KV_CACHE)
 
 
 def restore(model: Any) -> None:
     """Does what restore_kv_cache says."""
-    model.__dict__.pop(_METHOD, None)
+    leave(model, KV_CACHE)

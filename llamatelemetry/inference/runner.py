@@ -6,7 +6,7 @@ import logging
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -99,6 +99,9 @@ class DecodeStep:
             self._record()
         return self.input_ids
 
+    def _next_ids(self, logits: Tensor) -> Tensor:
+        return self.sampling.sample(logits, self.offsets)
+
     def _run_eagerly(self) -> None:
         step = self.input
         logits = forward_tokens(self._model, self.input_ids, step, self._state)
@@ -108,7 +111,7 @@ class DecodeStep:
             step.slot_mapping,
             step.cache_seqlens,
             self.offsets,
-            self.sampling.sample(logits, self.offsets),
+            self._next_ids(logits),
             self.active,
             step.block_table,
             self._page_size,
@@ -153,6 +156,9 @@ class DecodeStep:
         self._replay = graph.replay
 
 
+_Step = TypeVar("_Step", bound=DecodeStep)
+
+
 class StepRunner:
     """The steps of one model over its paged cache. Not thread-safe: the caller holds a lock.
 
@@ -172,7 +178,8 @@ class StepRunner:
         self._rope: list[tuple[Tensor, Tensor]] = []
         self.state = DecoderState(caches=self.pages.layers, rope=self._rope)
         self._num_positions = 0
-        self._steps: OrderedDict[int, DecodeStep] = OrderedDict()  # by rows, the last used last
+        # by kind and rows, the last used last
+        self._steps: OrderedDict[tuple[type, int], DecodeStep] = OrderedDict()
         self._pointers = _pointers(model)
 
     def serves(self, model: Any) -> bool:
@@ -212,21 +219,31 @@ class StepRunner:
         """Forgets the decode steps, as after an error in one."""
         self._steps.clear()
 
-    def prefill(self, chunks: Sequence[Chunk], width: int) -> Tensor:
-        """Logits [batch, vocab_size] of the last token of each chunk."""
-        ids, step = prepare(chunks, self.pages.page_size, width, self.pages.device)
+    def prefill(
+        self, chunks: Sequence[Chunk], width: int, kept: Sequence[int] | None = None
+    ) -> Tensor:
+        """Logits [batch, vocab_size] of the last token of each chunk, or of the tokens whose places
+        among those of all chunks are kept."""
+        device = self.pages.device
+        ids, step = prepare(chunks, self.pages.page_size, width, device)
+        if kept is not None:
+            step.kept = torch.tensor(kept, dtype=torch.int64).to(device)
         return forward_tokens(self.model, ids, step, self.state)
 
     def decode_step(self, batch: int, width: int) -> DecodeStep:
         """The step for so many rows of at most width blocks, a new one where none is at hand."""
-        step = self._steps.get(batch)
-        if step is None or step.width < width:
-            self._steps.pop(batch, None)
+        return self.step_of(DecodeStep, batch, width)
+
+    def step_of(self, kind: type[_Step], batch: int, width: int) -> _Step:
+        """decode_step of another kind."""
+        step = self._steps.get((kind, batch))
+        if not isinstance(step, kind) or step.width < width:
+            self._steps.pop((kind, batch), None)
             while len(self._steps) >= self.max_steps:
                 self._steps.popitem(last=False)
-            step = DecodeStep(self.model, self.state, batch, width, self.pages.page_size)
-            self._steps[batch] = step
-        self._steps.move_to_end(batch)
+            step = kind(self.model, self.state, batch, width, self.pages.page_size)
+            self._steps[kind, batch] = step
+        self._steps.move_to_end((kind, batch))
         return step
 
 

@@ -89,7 +89,7 @@ class Decoder:
         return None
 
     def forward(self, input_ids: Tensor, step: StepInput, state: DecoderState) -> Tensor:
-        """Logits of the last token of each sequence, [batch, vocab_size]."""
+        """Logits of the last token of each sequence, or of those kept, [batch, vocab_size]."""
         last, norm = self.blocks[-1], self.first_norm
         residual = self._embedded(input_ids, step.positions)
         x = residual if norm is None else norm(residual)
@@ -102,8 +102,8 @@ class Decoder:
                 v_cache=v_cache,
             )
             x = block.layer.run(x, residual, attend, block.mlp)
-            if block is last and step.max_seqlen_q > 1:
-                ends = step.cu_seqlens_q[1:] - 1
+            if block is last and (step.max_seqlen_q > 1 or step.kept is not None):
+                ends = step.cu_seqlens_q[1:] - 1 if step.kept is None else step.kept
                 x, residual = x[ends], residual[ends]
             x = add_norm(x, residual, block.next_norm)
         return self._scaled(self.model.get_output_embeddings()(x))

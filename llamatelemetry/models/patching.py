@@ -34,6 +34,7 @@ __all__ = [
     "patch",
     "rope_tables",
     "unpatch",
+    "why_not_packed",
 ]
 
 
@@ -257,14 +258,23 @@ def unpatch(model: Any) -> None:
         leave(model, _USER)
 
 
+def why_not_packed(model: Any) -> str | None:
+    """Why forward_tokens would refuse the model as it is now; None if it would not."""
+    patched: _Patched | None = model.__dict__.get("_llamatelemetry")
+    if patched is None:
+        return "it is not patched"
+    if patched.decoder is None:
+        return patched.report.not_packed or str(patched.report.refused)
+    return patched.decoder.why_not()
+
+
 @torch.no_grad()
 def forward_tokens(model: Any, input_ids: Tensor, step: StepInput, state: DecoderState) -> Tensor:
     """Logits [batch, vocab_size] of the last token of each sequence; appends to the paged cache."""
     patched: _Patched | None = model.__dict__.get("_llamatelemetry")
     if patched is None or patched.decoder is None:
-        report = None if patched is None else patched.report
-        reasons = "it is not patched" if report is None else report.not_packed or report.refused
-        raise ValueError(f"forward_tokens: model must be patched as a whole, got {reasons}")
+        reason = why_not_packed(model)
+        raise ValueError(f"forward_tokens: model must be patched as a whole, got {reason}")
     if (reason := patched.decoder.why_not()) is not None:
         raise RuntimeError(f"forward_tokens: {reason}; call unpatch(model) and patch(model) again")
     return patched.decoder.forward(input_ids, step, state)

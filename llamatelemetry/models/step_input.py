@@ -20,6 +20,7 @@ class StepInput:
         cu_seqlens_q: [batch + 1] int32, where each sequence's tokens begin; every one has some
         max_seqlen_q: most tokens that one sequence has in this step; 1 is a decode step
         is_whole: whether every sequence begins with this step: its keys are this step's own
+        kept: [num_kept] int64, the tokens whose logits are asked for; None for each sequence's last
     """
 
     positions: Tensor
@@ -29,6 +30,7 @@ class StepInput:
     cu_seqlens_q: Tensor
     max_seqlen_q: int
     is_whole: bool
+    kept: Tensor | None = None
 
 
 @dataclass(frozen=True)
