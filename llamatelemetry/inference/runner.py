@@ -230,6 +230,10 @@ class StepRunner:
             step.kept = torch.tensor(kept, dtype=torch.int64).to(device)
         return forward_tokens(self.model, ids, step, self.state)
 
+    def steps(self) -> list[DecodeStep]:
+        """Those that are at hand, the last used last."""
+        return list(self._steps.values())
+
     def decode_step(self, batch: int, width: int) -> DecodeStep:
         """The step for so many rows of at most width blocks, a new one where none is at hand."""
         return self.step_of(DecodeStep, batch, width)

@@ -109,7 +109,7 @@ def test_options_of_generate(family, options, quantised, device, models):
         assert torch.equal(generated(ours, inputs, **options), wanted)
     assert calls == []
     assert blocks_of(ours).num_sequences == 0
-    modes = {step.mode for step in ours.forward.shared.pages().runner._steps.values()}
+    modes = {step.mode for step in ours.forward.shared.pages().runner.steps()}
     assert modes == {"graph" if device.type == "cuda" else "recorded" if quantised else "eager"}
 
 
