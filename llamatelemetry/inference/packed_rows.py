@@ -11,6 +11,7 @@ from torch import Tensor
 from llamatelemetry.inference.block_manager import BlockManager
 from llamatelemetry.inference.generation import PREFILL_TOKENS, prefill_pieces
 from llamatelemetry.inference.logits_step import LogitsStep
+from llamatelemetry.inference.runner import StepRunner
 from llamatelemetry.inference.shared_pages import Pages, SharedPages
 from llamatelemetry.inference.step import Chunk
 
@@ -120,7 +121,11 @@ class PackedRows:
         if step.owner != self._version:
             step.place(self._version, self._tables, self._lengths())
         step.owner = None  # until took_step: whatever stops this run, the next begins anew
-        return step.step(input_ids)
+        try:
+            return step.step(input_ids)
+        except BaseException:
+            self._runner.drop_steps()
+            raise
 
     def replays(self) -> bool:
         """Whether decode would replay what was recorded or captured before."""
@@ -239,16 +244,14 @@ class PackedRows:
         self._room, self._version = self.capacity, object()
 
     def _step(self) -> LogitsStep:
-        assert self._pages is not None
-        return self._pages.runner.step_of(LogitsStep, self.batch, self._width())
+        return self._runner.step_of(LogitsStep, self.batch, self._width())
 
     def _width(self) -> int:
         return max(len(table) for table in self._tables)
 
     def _run(self, rows: Sequence[Sequence[int]], kept: int) -> Tensor:
         """Logits [batch, kept, vocab_size] of the last tokens of each row, which has these more."""
-        assert self._pages is not None
-        runner = self._pages.runner
+        runner = self._runner
         begins = [self.columns - skip if self.columns else 0 for skip in self.padding]
         found: list[list[Tensor]] = [[] for _ in rows]
         budget = PREFILL_TOKENS[runner.pages.device.type]
@@ -266,6 +269,11 @@ class PackedRows:
             for i, row in enumerate(owners):
                 found[row].append(logits[i])
         return torch.stack([torch.stack(row) for row in found])
+
+    @property
+    def _runner(self) -> StepRunner:
+        assert self._pages is not None
+        return self._pages.runner
 
     @property
     def _blocks(self) -> BlockManager:
