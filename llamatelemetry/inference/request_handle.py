@@ -27,6 +27,11 @@ class RequestStats(RequestTimes):
     Attributes:
         cached_tokens: leading prompt tokens that the cache held already.
         preemptions: how often its blocks were taken from it, to be computed again.
+
+    Example:
+        >>> handle = ContinuousBatching(4, model).submit([1, 2, 3], max_tokens=2)
+        >>> handle.result().stats.num_tokens, handle.stats.cached_tokens
+        (2, 0)
     """
 
     cached_tokens: int = 0
@@ -42,6 +47,11 @@ class RequestResult:
         token_ids: all that were drawn, with the one that ended it.
         finish_reason: "stop" or "length".
         stats: RequestStats.
+
+    Example:
+        >>> handle = ContinuousBatching(4, model).submit([1, 2, 3], max_tokens=2)
+        >>> handle.result().finish_reason
+        'length'
     """
 
     text: str
@@ -58,6 +68,14 @@ class RequestHandle:
     Attributes:
         error: what ended it, if an exception did.
         params: its SamplingParams.
+
+    Example:
+        >>> batcher = ContinuousBatching(4, model)
+        >>> first, second = (batcher.submit(ids, max_tokens=3) for ids in ([1, 2], [3]))
+        >>> len(list(first.tokens()))  # runs the steps of both
+        3
+        >>> second.cancel(), second.done()
+        (False, True)
     """
 
     def __init__(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from concurrent.futures import CancelledError
+
 import pytest
 import torch
 from families import VOCAB, tiny_model
@@ -11,6 +13,7 @@ from torch.nn import functional as F
 from llamatelemetry.inference import (
     BatchConfig,
     BatchInferenceOptimizer,
+    ContinuousBatching,
     FlashAttentionConfig,
     KVCache,
     KVCacheConfig,
@@ -158,6 +161,28 @@ def test_one_failing_prompt_loses_no_other():
     with pytest.raises(KeyError) as raised:
         BatchInferenceOptimizer().batch_infer(["four", "bad", "twelve"], half)
     assert raised.value.results == [2.0, None, 3.0]
+
+
+def test_continuous_batching(device):
+    model = tiny_model("llama", device)
+    prompts, counts = [[1 + i, 2 + i, 3 + i] for i in range(5)], [3, 7, 5, 4, 6]
+    want = []
+    for prompt, count in zip(prompts, counts, strict=True):
+        ids = torch.tensor([prompt], device=device)
+        asked = {"max_new_tokens": count, "do_sample": False, "pad_token_id": 0}
+        want.append(model.generate(ids, **asked)[0, 3:].tolist())
+    batcher = ContinuousBatching(max_batch_size=2, engine=model)
+    assert batcher.max_batch_size == 2
+    handles = [batcher.submit(p, max_tokens=n) for p, n in zip(prompts, counts, strict=True)]
+    cancelled = batcher.submit([9, 8, 7], max_tokens=50)
+    assert len(batcher.active_requests) == 6
+    assert list(handles[0].tokens()) == want[0]
+    assert cancelled.cancel()
+    batcher.run()
+    assert batcher.active_requests == []
+    assert [handle.result().token_ids for handle in handles] == want
+    with pytest.raises(CancelledError):
+        cancelled.result()
 
 
 # Profiling
