@@ -11,6 +11,7 @@ from typing import Any
 
 from llamatelemetry import machine
 from llamatelemetry._native import library
+from llamatelemetry.cli.output import writing
 
 
 def cuda_code(capability: str, archs: list[str]) -> str | None:
@@ -146,13 +147,14 @@ def print_rich(found: dict[str, Any]) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Exit code: 0, or 1 where no op can run; the report says why."""
     found = report()
-    if arguments.json:
-        print(json.dumps(found, indent=2))
-    else:
-        try:
-            print_rich(found)
-        except ModuleNotFoundError:
-            print_plain(found)  # rich comes with the extra [hf]
+    with writing():
+        if arguments.json:
+            print(json.dumps(found, indent=2))
+        else:
+            try:
+                print_rich(found)
+            except ModuleNotFoundError:
+                print_plain(found)  # rich comes with the extra [hf]
     return 1 if found["build"]["problem"] else 0
 
 

@@ -4,11 +4,23 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import os
 import resource
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
+
+from llamatelemetry.cli.output import OutputError, emit, warnings_as_sentences
+
+_SAMPLING = (
+    ("temperature", float, "T", "0 is greedy", "0"),
+    ("top-k", int, "K", "keeps the K most likely tokens, 0 every one", "0"),
+    ("top-p", float, "P", "keeps the most likely tokens up to this mass", "1"),
+    ("min-p", float, "P", "keeps tokens at least P times as likely as the best", "0"),
+    ("repetition-penalty", float, "R", "above 1 repeats less", "1"),
+)
 
 
 def add_command(commands: Any) -> None:
@@ -19,13 +31,16 @@ def add_command(commands: Any) -> None:
     parser.add_argument(
         "--model",
         default="smollm2",
-        help="smollm2, a .gguf file or a transformers directory (default: %(default)s)",
+        help="smollm2, a .gguf file, a directory of transformers or peft, or the id of a model in "
+        "the Hugging Face cache (default: %(default)s)",
     )
+    parser.add_argument("--system", metavar="TEXT", help="a system prompt before the prompt")
     parser.add_argument("--max-tokens", type=int, default=128, metavar="N")
-    parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 is greedy")
-    parser.add_argument("--top-k", type=int, default=0, metavar="K", help="0 keeps every token")
-    parser.add_argument("--top-p", type=float, default=1.0, metavar="P")
-    parser.add_argument("--min-p", type=float, default=0.0, metavar="P")
+    own = "(default: the model's generation_config, else {})"
+    for name, kind, letter, what, default in _SAMPLING:
+        parser.add_argument(
+            f"--{name}", type=kind, metavar=letter, help=f"{what} {own.format(default)}"
+        )
     parser.add_argument("--seed", type=int, default=0, metavar="S")
     parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="repeatable")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
@@ -35,24 +50,24 @@ def add_command(commands: Any) -> None:
     parser.add_argument(
         "--compare", action="store_true", help="also run plain transformers on the same weights"
     )
+    parser.add_argument("--traceback", action="store_true", help="show where an error came from")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Exit code: 0; after a sentence on stderr 2 for bad input, 1 where the installation cannot."""
+    """Exit code: 0; after a sentence on stderr 2 for bad input, 1 where the installation cannot or
+    something unexpected happened."""
     try:
-        return _generate(args)
+        with warnings_as_sentences():
+            return _generate(args)
     except KeyboardInterrupt:
         print(file=sys.stderr)
         return 130
-    except ImportError as error:
-        print(f"llamatelemetry: {_missing(error)}", file=sys.stderr)
-        return 1
-    except (ValueError, MemoryError, RuntimeError) as error:
-        sentence = _refusal(error)
-        if sentence is None:
+    except Exception as error:
+        if args.traceback or isinstance(error, OutputError):
             raise
+        code, sentence = _refusal(error)
         print(f"llamatelemetry: {sentence}", file=sys.stderr)
-        return 2
+        return code
 
 
 def _missing(error: ImportError) -> str:
@@ -65,15 +80,44 @@ def _missing(error: ImportError) -> str:
     return " ".join(str(error).removeprefix("llamatelemetry: ").split())
 
 
-def _refusal(error: Exception) -> str | None:
-    """The sentence for an error that is the input's or the machine's, None for one of ours."""
+def _refusal(error: Exception) -> tuple[int, str]:
+    """Exit code and sentence for an error."""
     text = " ".join(str(error).split())
-    if isinstance(error, ValueError):
-        return text
+    if isinstance(error, ImportError):
+        return 1, _missing(error)
     out_of_memory = type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in text
     if isinstance(error, MemoryError) or out_of_memory:
-        return f"out of memory; use a smaller model or fewer --max-tokens ({text})"
-    return None
+        return 2, f"out of memory; use a smaller model or fewer --max-tokens ({text})"
+    if isinstance(error, (ValueError, FloatingPointError)):
+        return 2, text
+    return 1, f"{type(error).__name__}: {text:.300}; --traceback shows where it came from"
+
+
+def _text(name: str, argument: str) -> str:
+    """An argument of the command line as text; its bytes are UTF-8 whatever the locale says."""
+    try:
+        return os.fsencode(argument).decode()
+    except UnicodeDecodeError as error:
+        what = f"the byte 0x{error.object[error.start]:02x} at {error.start}"
+    except UnicodeEncodeError as error:
+        what = f"half a surrogate pair at {error.start}"
+    raise ValueError(f"{name} must be UTF-8, got {what}")
+
+
+def _given(args: argparse.Namespace) -> dict[str, Any]:
+    """The numbers of sampling that the command line has."""
+    names = [name.replace("-", "_") for name, *_ in _SAMPLING]
+    given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    return given | {"seed": args.seed}
+
+
+def _quiet_transformers() -> None:
+    """What goes wrong is said in a sentence of ours, and a bar is for who watches."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()
 
 
 def _generate(args: argparse.Namespace) -> int:
@@ -81,13 +125,10 @@ def _generate(args: argparse.Namespace) -> int:
 
     from llamatelemetry.inference.sampling import SamplingParams
 
-    params = SamplingParams(
-        temperature=args.temperature,
-        top_k=args.top_k,
-        top_p=args.top_p,
-        min_p=args.min_p,
-        seed=args.seed,
-    )
+    prompt, given = _text("PROMPT", args.prompt), _given(args)
+    system = None if args.system is None else _text("--system", args.system)
+    stops = [_text("--stop", stop) for stop in args.stop]
+    SamplingParams(**given)  # refuses numbers before a model is loaded
     if args.device == "cuda" and not torch.cuda.is_available():
         raise ValueError(
             "--device cuda needs a CUDA GPU that torch can use, and there is none here"
@@ -99,16 +140,19 @@ def _generate(args: argparse.Namespace) -> int:
     from llamatelemetry.inference.engine import InferenceEngine
     from llamatelemetry.loading.find import load_model
 
+    _quiet_transformers()
     with _progress_bar("loading") as progress:
         loaded = load_model(args.model, device=device, exact=args.exact, progress=progress)
     engine = InferenceEngine(loaded)
-    for piece in engine.stream(args.prompt, params, args.max_tokens, args.stop):
-        print(piece, end="", flush=True)
-    print()
+    params = replace(engine.defaults.unasked(), **given)
+    for piece in engine.stream(prompt, params, args.max_tokens, stops, system_prompt=system):
+        emit(piece)
+    emit("\n")
     rows = [*_rows(engine.stats), _peak_memory()]
     print(" · ".join(f"{name} {value}" for name, value in rows), file=sys.stderr)
     if args.compare:
-        plain = _plain_transformers(args, engine, device)
+        ids = engine.encode(prompt, system)
+        plain = _plain_transformers(args, engine, ids, device)
         print(f"{'':18}{'llamatelemetry':>18}{'transformers':>18}", file=sys.stderr)
         for (name, ours), (_, theirs) in zip(_rows(engine.stats), _rows(plain), strict=True):
             print(f"{name:18}{ours:>18}{theirs:>18}", file=sys.stderr)
@@ -117,13 +161,18 @@ def _generate(args: argparse.Namespace) -> int:
 
 def _rows(stats: Any) -> list[tuple[str, str]]:
     """What a GenerationStats says, as label and value."""
+    speed = f"{stats.decode_tokens_per_s:.1f} tok/s" if stats.generated_tokens > 1 else "none"
     return [
-        ("prompt", f"{stats.prompt_tokens} tokens"),
-        ("generated", f"{stats.generated_tokens} tokens"),
+        ("prompt", _tokens(stats.prompt_tokens)),
+        ("generated", _tokens(stats.generated_tokens)),
         ("first token", f"{stats.first_token_s:.3f} s"),
         ("prompt speed", f"{stats.prompt_tokens_per_s:.0f} tok/s"),
-        ("generation speed", f"{stats.decode_tokens_per_s:.1f} tok/s"),
+        ("generation speed", speed),
     ]
+
+
+def _tokens(count: int) -> str:
+    return f"{count} token{'' if count == 1 else 's'}"
 
 
 def _peak_memory() -> tuple[str, str]:
@@ -135,7 +184,9 @@ def _peak_memory() -> tuple[str, str]:
     return "peak memory", f"{peak_kib / 2**10:.0f} MiB"
 
 
-def _plain_transformers(args: argparse.Namespace, engine: Any, device: str) -> Any:
+def _plain_transformers(
+    args: argparse.Namespace, engine: Any, prompt: list[int], device: str
+) -> Any:
     """GenerationStats of transformers' generate: same weights, dense in bfloat16, same prompt."""
     import torch
 
@@ -143,7 +194,7 @@ def _plain_transformers(args: argparse.Namespace, engine: Any, device: str) -> A
     from llamatelemetry.loading.dense import load_dense
 
     model = load_dense(args.model, device=device, dtype=torch.bfloat16)
-    ids = torch.tensor([engine.encode(args.prompt)], device=device)
+    ids = torch.tensor([prompt], device=device)
     times: list[float] = []
 
     class _Clock:

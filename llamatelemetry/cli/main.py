@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from llamatelemetry.cli import doctor, generate
+from llamatelemetry.cli.output import guarded, replace_what_a_terminal_lacks
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -18,8 +19,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     generate.add_command(commands)
     doctor.add_command(commands)
+    replace_what_a_terminal_lacks()
     parsed = parser.parse_args(arguments)
-    return int(parsed.run(parsed))
+    return guarded(lambda: int(parsed.run(parsed)))
 
 
 if __name__ == "__main__":

@@ -9,12 +9,14 @@ from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 from llamatelemetry.inference.arguments import integer
-from llamatelemetry.inference.engine import InferenceEngine, token_ids
+from llamatelemetry.inference.engine import InferenceEngine
+from llamatelemetry.inference.prompts import sequence
 from llamatelemetry.inference.request_handle import RequestHandle
 from llamatelemetry.inference.running_batch import RunningBatch
 from llamatelemetry.inference.sampling import GREEDY, SamplingParams
 from llamatelemetry.inference.scheduled_request import ScheduledRequest
 from llamatelemetry.inference.text_stream import TextStream
+from llamatelemetry.loading.find import context_length_of
 from llamatelemetry.models.patching import patch
 
 # Tokens of a step, by device: how long a prompt may keep those that decode from their next token.
@@ -109,7 +111,7 @@ class ContinuousBatching:
 
     def submit(
         self,
-        prompt: str | Sequence[int],
+        prompt: Any,
         params: SamplingParams | None = None,
         max_tokens: int = 128,
         *,
@@ -122,7 +124,8 @@ class ContinuousBatching:
         """Queues a request; never waits for a step.
 
         Args:
-            prompt: text, as a user's turn where the model has a chat template, or token ids.
+            prompt: text, as a user's turn where the model has a chat template, messages, or token
+                ids.
             params: SamplingParams; None is greedy.
             max_tokens: tokens drawn at most.
             min_tokens: before so many are drawn, none of the tokens that end the text may be.
@@ -145,7 +148,7 @@ class ContinuousBatching:
             raise ValueError(f"max_tokens must be at least 1, got {max_tokens}")
         if not 0 <= least <= count:
             raise ValueError(f"min_tokens must lie in [0, max_tokens = {count}], got {min_tokens}")
-        context = int(self.model.config.max_position_embeddings)
+        context = context_length_of(self.model.config)
         if len(ids) + count > context:
             raise ValueError(
                 f"prompt and max_tokens must fit the model's context of {context} tokens, got "
@@ -200,12 +203,12 @@ class ContinuousBatching:
             with self._lock:
                 self._batch.scheduler.blocks.forget_prefixes()
 
-    def _ids(self, prompt: str | Sequence[int]) -> list[int]:
-        if isinstance(prompt, str):
-            if self._tokenizer is None:
-                raise ValueError("prompt must be token ids where engine is a model, got text")
+    def _ids(self, prompt: Any) -> list[int]:
+        if self._tokenizer is not None:
             prompt = self.engine.encode(prompt)
-        ids = self._checked("prompt: a token id", token_ids(prompt))
+        elif isinstance(prompt, str):
+            raise ValueError("prompt must be token ids where engine is a model, got text")
+        ids = self._checked("prompt: a token id", sequence(prompt))
         if not ids:
             raise ValueError("prompt must hold at least one token, got an empty one")
         return ids

@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
-import threading
 import time
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from llamatelemetry.inference.defaults import ModelDefaults, UnsetFloat, UnsetInt
 from llamatelemetry.inference.generation import TokenGenerator
-from llamatelemetry.inference.sampling import GREEDY, SamplingParams
+from llamatelemetry.inference.packed import patch_or_reason
+from llamatelemetry.inference.prompts import PromptEncoder, is_a_prompt
+from llamatelemetry.inference.sampling import SamplingParams
 from llamatelemetry.inference.text_stream import TextStream
 from llamatelemetry.loading.find import LoadedModel
-from llamatelemetry.models.patching import patch
+
+# infer's defaults, where neither the call nor the model's generation_config says another.
+_TEMPERATURE, _TOP_P, _TOP_K = UnsetFloat(0.7), UnsetFloat(0.9), UnsetInt(40)
+_MIN_P, _REPETITION_PENALTY = UnsetFloat(0.0), UnsetFloat(1.0)
+# What infer gives back as error_message: bad input, a model or machine that cannot.
+_FAILURES = (ValueError, RuntimeError, ArithmeticError, MemoryError)
 
 
 @dataclass(frozen=True)
@@ -67,7 +75,11 @@ class GenerationStats:
 class InferenceEngine:
     """Generates text with a model that ``load_model`` returned; patches the model.
 
-    Threads may share it: their generations take turns, a step each, and none changes another's.
+    A prompt is text, which becomes a user's turn where the model has a chat template, messages
+    (mappings with role and content), or token ids. A model that the packed steps do not serve
+    generates by transformers' own forward, which a warning says once. What generation_config.json
+    asks for holds where a request says nothing else. Threads may share an engine: their generations
+    take turns, a step each, and none changes another's.
 
     Attributes:
         model: LoadedModel; its transformers model is patched in place
@@ -77,71 +89,83 @@ class InferenceEngine:
         >>> engine = InferenceEngine(loaded)  # loaded = load_model("smollm2")
         >>> engine.infer("Name three rivers.", max_tokens=4).tokens_generated
         4
+
+    Raises:
+        ValueError: for a generation_config with numbers that are none
     """
 
     def __init__(self, model: LoadedModel) -> None:
         self.loaded = model
         self.tokenizer = model.tokenizer
-        self.patch_report = patch(model.model)
-        self.generator = TokenGenerator(model.model)
+        self.defaults = ModelDefaults(model.generation)
+        self.patch_report, reason = patch_or_reason(model.model)
+        self.generator = TokenGenerator(model.model, reason)
         self.stats = GenerationStats()
-        self._encoding = threading.Lock()  # transformers sets up a tokenizer anew for each call
+        self._encoder = PromptEncoder(model.tokenizer)
 
-    def encode(self, prompt: str) -> list[int]:
-        """Token ids of a prompt, as a user's turn where the model has a chat template."""
-        if not isinstance(prompt, str):
-            raise ValueError(f"prompt must be text, got {prompt!r}")
-        with self._encoding:
-            if getattr(self.tokenizer, "chat_template", None):
-                prompt = self._as_turn(prompt)
-                return list(self.tokenizer.encode(prompt, add_special_tokens=False))
-            return list(self.tokenizer.encode(prompt))
+    def encode(self, prompt: Any, system_prompt: str | None = None) -> list[int]:
+        """Token ids of a prompt.
 
-    def _as_turn(self, prompt: str) -> str:
-        from jinja2 import TemplateError
+        Args:
+            prompt: text, messages or token ids. The name of a control token in what a user wrote
+                gives the tokens of its letters.
+            system_prompt: a system turn before text
 
-        turn = [{"role": "user", "content": prompt}]
-        try:
-            return str(
-                self.tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
-            )
-        except TemplateError as error:
-            raise ValueError(f"prompt: the model's chat template refuses it: {error}") from error
+        Raises:
+            ValueError: for what is no prompt, and what the chat template refuses
+        """
+        return self._encoder.encode(prompt, system_prompt)
 
     def stream(
         self,
-        prompt: str | Sequence[int],
+        prompt: Any,
         params: SamplingParams | None = None,
         max_tokens: int = 128,
         stop_sequences: str | Sequence[str] = (),
+        *,
+        system_prompt: str | None = None,
     ) -> Iterator[str]:
         """Yields text as it comes, until max_tokens, the end of the turn or a stop sequence.
 
         Args:
-            prompt: text, or token ids that go to the model as they are
-            params: SamplingParams; None is greedy
+            prompt: text, messages, or token ids that go to the model as they are
+            params: SamplingParams; None is what the model's generation_config asks for, and greedy
+                where it asks for nothing
             stop_sequences: a str is one stop sequence
+            system_prompt: a system turn before text
 
         Raises:
-            ValueError: for a prompt that is empty or longer than the context, and for arguments of
-                another type, by name
+            ValueError: at once, for a prompt that is empty or longer than the context, and for
+                arguments of another type, by name
         """
-        return self._stream(prompt, params, max_tokens, stop_sequences, GenerationStats())
+        params = self.defaults.unasked() if params is None else params
+        stops = () if stop_sequences is None else stop_sequences
+        stats = GenerationStats()
+        return self._stream(prompt, params, max_tokens, stops, stats, system_prompt)
 
     def _stream(
         self,
-        prompt: str | Sequence[int],
-        params: SamplingParams | None,
+        prompt: Any,
+        params: SamplingParams,
         max_tokens: int,
         stop_sequences: str | Sequence[str],
         stats: GenerationStats,
+        system_prompt: str | None,
     ) -> Iterator[str]:
-        ids = self.encode(prompt) if isinstance(prompt, str) else token_ids(prompt)
+        """Checks all that there is to check, then streams when it is iterated."""
+        if not isinstance(params, SamplingParams):
+            raise ValueError(f"params must be SamplingParams, got {params!r:.80}")
+        ids = self.encode(prompt, system_prompt)
         stats.prompt_tokens = len(ids)
-        self.stats = stats
         text = TextStream(self.tokenizer, stop_sequences, "stop_sequences")
+        steps = self.generator.generate([ids], [params], max_tokens, self.loaded.eos_ids)
+        return self._texts(steps, text, stats)
+
+    def _texts(
+        self, steps: Iterator[list[int | None]], text: TextStream, stats: GenerationStats
+    ) -> Iterator[str]:
+        self.stats = stats
         start = time.perf_counter()
-        steps = self.generator.generate([ids], [params or GREEDY], max_tokens, self.loaded.eos_ids)
         for (token,) in steps:
             stats.add(1, time.perf_counter() - start)
             assert token is not None, "a single row ends with its generation"
@@ -154,23 +178,45 @@ class InferenceEngine:
 
     def infer(
         self,
-        prompt: str,
+        prompt: Any,
         max_tokens: int = 128,
-        temperature: float = 0.7,
-        top_p: float = 0.9,
-        top_k: int = 40,
+        temperature: float = _TEMPERATURE,
+        top_p: float = _TOP_P,
+        top_k: int = _TOP_K,
         seed: int = 0,
         stop_sequences: str | Sequence[str] | None = None,
+        *,
+        min_p: float = _MIN_P,
+        repetition_penalty: float = _REPETITION_PENALTY,
+        system_prompt: str | None = None,
     ) -> InferResult:
-        """Generates and returns the whole text; refused input comes back as error_message."""
+        """Generates and returns the whole text; what goes wrong comes back as error_message.
+
+        Args:
+            prompt: text, messages or token ids
+            temperature, top_p, top_k, min_p, repetition_penalty: as in SamplingParams; where the
+                model's generation_config has one and the call does not, the config's holds
+            seed: same seed, same prompt: same text
+            stop_sequences: the text ends before the first that appears
+            system_prompt: a system turn before text
+        """
         start = time.perf_counter()
         stats = GenerationStats()
         try:
-            params = SamplingParams(temperature=temperature, top_p=top_p, top_k=top_k, seed=seed)
+            params = self.defaults.filled(
+                temperature=temperature,
+                top_p=top_p,
+                top_k=top_k,
+                min_p=min_p,
+                repetition_penalty=repetition_penalty,
+                seed=seed,
+            )
             stops = () if stop_sequences is None else stop_sequences
-            text = "".join(self._stream(prompt, params, max_tokens, stops, stats))
-        except ValueError as error:
-            return InferResult(False, "", 0, _ms_since(start), 0.0, str(error))
+            pieces = self._stream(prompt, params, max_tokens, stops, stats, system_prompt)
+            text = "".join(pieces)
+        except _FAILURES as error:
+            message = str(error) or type(error).__name__
+            return InferResult(False, "", 0, _ms_since(start), 0.0, message)
         return InferResult(
             True,
             text,
@@ -181,40 +227,72 @@ class InferenceEngine:
 
     def infer_batch(
         self,
-        prompts: Sequence[str],
+        prompts: Sequence[Any],
         params: SamplingParams | None = None,
         max_tokens: int = 128,
+        stop_sequences: str | Sequence[str] = (),
+        *,
+        system_prompt: str | None = None,
     ) -> list[str]:
-        """One text a prompt, decoded together as one ragged batch without padding."""
-        if isinstance(prompts, str):
-            raise ValueError(f"prompts must be a list of texts, got the text {prompts!r}")
-        if not prompts:
-            return []
-        ids = [self.encode(prompt) for prompt in prompts]
-        stats = self.stats = GenerationStats(sum(map(len, ids)), sequences=len(ids))
-        texts = [TextStream(self.tokenizer) for _ in prompts]
-        rows = [params or GREEDY] * len(prompts)
-        eos = self.loaded.eos_ids
-        start = time.perf_counter()
-        for tokens in self.generator.generate(ids, rows, max_tokens, eos):
-            stats.add(sum(token is not None for token in tokens), time.perf_counter() - start)
-            for text, token in zip(texts, tokens, strict=True):
-                if token is not None:
-                    text.push(token)
-        for text in texts:
-            text.finish()
+        """One text a prompt, decoded together as one ragged batch without padding.
+
+        A prompt that is empty, does not fit the context or that the chat template refuses gives ""
+        and a warning with the reason; the others are as they would be without it.
+
+        Args:
+            prompts: each as infer's
+            params, max_tokens, stop_sequences, system_prompt: as stream's, for all of them
+
+        Raises:
+            ValueError: for what is no prompt, arguments of another type, and where no prompt is
+                left
+        """
+        if isinstance(prompts, (str, bytes)) or not isinstance(prompts, Iterable):
+            raise ValueError(f"prompts must be a list of texts, got {prompts!r:.80}")
+        prompts, params = list(prompts), self.defaults.unasked() if params is None else params
+        texts = [TextStream(self.tokenizer, stop_sequences, "stop_sequences") for _ in prompts]
+        rows, kept, failures = [], [], []
+        for i, prompt in enumerate(prompts):
+            is_a_prompt(prompt)
+            try:
+                ids = self.encode(prompt, system_prompt)
+                self.generator.check([ids], [params], max_tokens)
+            except ValueError as error:
+                failures.append((i, error))
+            else:
+                rows.append(ids)
+                kept.append(texts[i])
+        if failures and not rows:
+            raise failures[0][1]
+        for i, reason in failures:
+            warnings.warn(f"infer_batch: prompts[{i}] gives no text: {reason}", stacklevel=2)
+        self._run_batch(rows, kept, params, max_tokens)
         return [text.text for text in texts]
 
-
-def token_ids(prompt: Any) -> list[int]:
-    """A prompt that is not text, as a list.
-
-    Raises:
-        ValueError: for what is no sequence.
-    """
-    if not isinstance(prompt, Iterable) or isinstance(prompt, bytes):
-        raise ValueError(f"prompt must be text or a sequence of token ids, got {prompt!r}")
-    return list(prompt)
+    def _run_batch(
+        self,
+        rows: Sequence[list[int]],
+        texts: Sequence[TextStream],
+        params: SamplingParams,
+        max_tokens: int,
+    ) -> None:
+        """Generates for rows of ids into their texts."""
+        stats = self.stats = GenerationStats(sum(map(len, rows)), sequences=len(rows))
+        if not rows:
+            return
+        stopped: set[int] = set()
+        start = time.perf_counter()
+        for tokens in self.generator.generate(
+            rows, [params] * len(rows), max_tokens, self.loaded.eos_ids, stopped
+        ):
+            stats.add(sum(token is not None for token in tokens), time.perf_counter() - start)
+            for row, (text, token) in enumerate(zip(texts, tokens, strict=True)):
+                if token is not None:
+                    text.push(token)
+                if text.stopped:
+                    stopped.add(row)
+        for text in texts:
+            text.finish()
 
 
 def _ms_since(start: float) -> float:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import itertools
 import threading
+import warnings
 from collections import deque
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -14,36 +14,23 @@ from torch import Tensor
 
 from llamatelemetry.inference.arguments import integer
 from llamatelemetry.inference.block_manager import BlockManager
-from llamatelemetry.inference.runner import StepRunner
-from llamatelemetry.inference.sampling import SamplingParams, SamplingTensors, sampling_tensors
+from llamatelemetry.inference.packed import NotPackedError, why_not_packed
+from llamatelemetry.inference.penalised_step import PenalisedStep
+from llamatelemetry.inference.plain_generation import PlainGenerator
+from llamatelemetry.inference.rows import Rows, prefill_pieces
+from llamatelemetry.inference.runner import DecodeStep, StepRunner
+from llamatelemetry.inference.sampling import (
+    SamplingParams,
+    mark_seen_,
+    penalises,
+    refuse_nan,
+    sampling_tensors,
+)
 from llamatelemetry.inference.step import Chunk
+from llamatelemetry.loading.find import context_length_of
 
 # Prompt tokens in one forward, by device: bounds the activations.
 PREFILL_TOKENS = {"cpu": 1024, "cuda": 16384}
-
-
-@dataclass
-class _Batch:
-    """The rows of one generate: what the host knows of them between two steps."""
-
-    turn: int
-    runner: StepRunner
-    blocks: BlockManager
-    width: int  # blocks of the longest row
-    sampling: SamplingTensors
-    tables: list[list[int]]  # blocks of each row
-    lengths: list[int]  # tokens of each row, the last included, whose keys are not in the cache
-    tokens: list[int] = field(default_factory=list)  # the last of each row
-    active: list[bool] = field(default_factory=list)
-    count: int = 0  # tokens drawn for each active row
-
-    def took(self, tokens: list[int]) -> None:
-        """Notes what a step has drawn."""
-        self.tokens = tokens
-        self.count += 1
-        self.lengths = [
-            length + is_active for length, is_active in zip(self.lengths, self.active, strict=True)
-        ]
 
 
 class TokenGenerator:
@@ -54,27 +41,37 @@ class TokenGenerator:
     its turn step by step. One batch's rows stay loaded in the recorded or captured decode step as
     long as no other of as many rows comes between.
 
+    Where the packed steps do not serve the model, or not as it is now, transformers' own forward
+    runs, and a warning says why, once for each reason.
+
     Attributes:
-        decode_mode: how the last step was run: "recorded" (CPU), "graph" (CUDA) or "eager"
+        decode_mode: how the last step was run: "recorded" (CPU), "graph" (CUDA), "eager", or
+            "transformers" by its own forward
+
+    Args:
+        not_packed: why the packed steps do not serve the model, where that is known.
     """
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, not_packed: str | None = None) -> None:
         self.model = model
         self.decode_mode = "eager"
-        self.max_context = int(model.config.max_position_embeddings)
+        self.max_context = context_length_of(model.config)
+        self._not_packed = not_packed
+        self._plain = PlainGenerator(model)
+        self._said: set[str] = set()
         self.runner: StepRunner | None = None
         self.blocks: BlockManager | None = None
         self._lock = threading.Lock()
         self._turns = itertools.count()
-        self._ended: deque[_Batch] = deque()  # their blocks are to be freed
+        self._ended: deque[Rows] = deque()  # their blocks are to be freed
 
-    @torch.inference_mode()
     def generate(
         self,
         prompts: Sequence[Sequence[int]],
         params: Sequence[SamplingParams],
         max_tokens: int,
         eos_token_ids: Collection[int] = (),
+        stopped: Collection[int] = (),
     ) -> Iterator[list[int | None]]:
         """Yields one list a step: the new token of each row, None for rows that have ended.
 
@@ -83,15 +80,39 @@ class TokenGenerator:
             params: one SamplingParams a row
             max_tokens: tokens generated for a row at most
             eos_token_ids: a row ends with the first of these, which is yielded
+            stopped: rows that are to end; the caller may add to it between two steps
 
         Raises:
-            ValueError: for an empty prompt, one that does not fit the context, or a token that the
-                model does not have
+            ValueError: at once, for an empty prompt, one that does not fit the context, or a token
+                that the model does not have
             RuntimeError: when the model was moved to another device or dtype meanwhile
+            FloatingPointError: when the model's logits are NaN
         """
-        rows = self._checked(prompts, params, max_tokens)
+        rows = self.check(prompts, params, max_tokens)
+        return self._generate(rows, params, max_tokens, eos_token_ids, stopped)
+
+    @torch.inference_mode()
+    def _generate(
+        self,
+        rows: Sequence[Sequence[int]],
+        params: Sequence[SamplingParams],
+        max_tokens: int,
+        eos_token_ids: Collection[int],
+        stopped: Collection[int],
+    ) -> Iterator[list[int | None]]:
+        batch, reason = None, self._not_packed
         with self._lock:
-            batch = self._begin(rows, params, max_tokens)
+            reason = reason or why_not_packed(self.model)
+            if reason is None:
+                try:
+                    batch = self._begin(rows, params, max_tokens)
+                except NotPackedError as error:
+                    reason = str(error)
+        if batch is None:
+            self._say(str(reason))
+            self.decode_mode = "transformers"
+            yield from self._plain.generate(rows, params, max_tokens, eos_token_ids, stopped)
+            return
         try:
             for count in range(1, max_tokens + 1):
                 was_active, tokens = batch.active, batch.tokens
@@ -100,8 +121,8 @@ class TokenGenerator:
                     for token, is_active in zip(tokens, was_active, strict=True)
                 ]
                 batch.active = [
-                    is_active and token not in eos_token_ids
-                    for token, is_active in zip(tokens, was_active, strict=True)
+                    is_active and token not in eos_token_ids and row not in stopped
+                    for row, (token, is_active) in enumerate(zip(tokens, was_active, strict=True))
                 ]
                 if not any(batch.active) or count == max_tokens:
                     return
@@ -110,9 +131,22 @@ class TokenGenerator:
         finally:
             self._end(batch)
 
-    def _checked(
+    def _say(self, reason: str) -> None:
+        if reason not in self._said:
+            self._said.add(reason)
+            warnings.warn(
+                f"{type(self.model).__name__} generates by transformers' own forward: {reason}",
+                stacklevel=4,
+            )
+
+    def check(
         self, prompts: Sequence[Sequence[int]], params: Sequence[SamplingParams], max_tokens: int
     ) -> list[list[int]]:
+        """Rows of ids that generate takes.
+
+        Raises:
+            ValueError: as generate.
+        """
         if not prompts or len(prompts) != len(params):
             raise ValueError(
                 f"prompts and params must be as many and at least one, got {len(prompts)} and "
@@ -123,7 +157,8 @@ class TokenGenerator:
         rows = [[integer("prompt: a token id", token) for token in row] for row in prompts]
         if not all(rows):
             raise ValueError("every prompt must hold at least one token, got an empty one")
-        vocab_size = self.model.get_input_embeddings().num_embeddings
+        embeddings = self.model.get_input_embeddings()
+        vocab_size = getattr(embeddings, "num_embeddings", None) or embeddings.weight.shape[0]
         for token in {end for row in rows for end in (min(row), max(row))}:
             if not 0 <= token < vocab_size:
                 raise ValueError(f"prompt: token ids must lie in [0, {vocab_size}), got {token}")
@@ -137,7 +172,7 @@ class TokenGenerator:
 
     def _begin(
         self, prompts: Sequence[Sequence[int]], params: Sequence[SamplingParams], max_tokens: int
-    ) -> _Batch:
+    ) -> Rows:
         """Blocks for the rows, the prompts in the cache, and the first token of each."""
         self._free_ended()
         runner, blocks = self._with_room(prompts, max_tokens)
@@ -146,7 +181,7 @@ class TokenGenerator:
             blocks.allocate((turn, row), prompt, reserve=max_tokens)
             tables.append(blocks.table((turn, row)))
         device = runner.pages.device
-        batch = _Batch(
+        batch = Rows(
             turn=turn,
             runner=runner,
             blocks=blocks,
@@ -154,14 +189,20 @@ class TokenGenerator:
             sampling=sampling_tensors(params, device),
             tables=tables,
             lengths=[len(prompt) for prompt in prompts],
+            seen=[list(prompt) for prompt in prompts] if penalises(params) else None,
             active=[True] * len(prompts),
         )
         try:
             logits = self._prefill(prompts, batch)
+            refuse_nan(logits)
+            batch.vocab_size = logits.shape[1]
             offsets = torch.zeros(len(prompts), dtype=torch.int64, device=device)
-            batch.took(batch.sampling.sample(logits, offsets).tolist())
+            seen = None
+            if batch.seen is not None:
+                seen = mark_seen_(logits.new_empty(logits.shape, dtype=torch.bool), batch.seen)
+            batch.took(batch.sampling.sample(logits, offsets, seen).tolist())
         except BaseException:
-            self._free(batch)
+            batch.free()
             raise
         return batch
 
@@ -190,7 +231,7 @@ class TokenGenerator:
         self.runner, self.blocks = runner, blocks
         return runner, blocks
 
-    def _prefill(self, prompts: Sequence[Sequence[int]], batch: _Batch) -> Tensor:
+    def _prefill(self, prompts: Sequence[Sequence[int]], batch: Rows) -> Tensor:
         """Runs the prompts through the model in chunks; returns logits [batch, vocab_size]."""
         logits: list[Tensor | None] = [None] * len(prompts)
         budget = PREFILL_TOKENS[batch.runner.pages.device.type]
@@ -205,7 +246,7 @@ class TokenGenerator:
                     logits[row] = last[i]
         return torch.stack([row for row in logits if row is not None])
 
-    def _step(self, batch: _Batch, *, has_changed: bool) -> None:
+    def _step(self, batch: Rows, *, has_changed: bool) -> None:
         """One more token of every active row."""
         self._free_ended()
         if batch.runner is not self.runner:
@@ -213,18 +254,24 @@ class TokenGenerator:
                 "generate: the model must stay on its device and in its dtype until the last "
                 "token, got another; start again"
             )
-        step = batch.runner.decode_step(len(batch.tables), batch.width)
+        kind = DecodeStep if batch.seen is None else PenalisedStep
+        step = batch.runner.step_of(kind, len(batch.tables), batch.width)
         if step.owner != batch.turn:
             rows = zip(batch.tokens, batch.lengths, batch.tables, strict=True)
             chunks = [Chunk([token], length - 1, table) for token, length, table in rows]
             counts = [batch.count] * len(chunks)
             step.load(batch.turn, chunks, batch.sampling, counts, batch.active)
+            if batch.seen is not None and isinstance(step, PenalisedStep):
+                step.load_seen(batch.seen, batch.vocab_size)
         elif has_changed:
             step.hold(batch.active)
-        batch.took(step.run().tolist())
+        tokens = step.run().tolist()
+        if 0 in tokens:  # what a row of NaN alone gives
+            refuse_nan(step.logits[torch.tensor(batch.active, device=step.logits.device)])
+        batch.took(tokens)
         self.decode_mode = step.mode
 
-    def _end(self, batch: _Batch) -> None:
+    def _end(self, batch: Rows) -> None:
         """Frees a batch's blocks now, or when the step in progress is over: this may run inside it,
         for an abandoned generation ends wherever it is collected."""
         self._ended.append(batch)
@@ -236,26 +283,4 @@ class TokenGenerator:
 
     def _free_ended(self) -> None:
         while self._ended:
-            self._free(self._ended.popleft())
-
-    def _free(self, batch: _Batch) -> None:
-        for row in reversed(range(len(batch.tables))):
-            batch.blocks.free((batch.turn, row))
-
-
-def prefill_pieces(lengths: Sequence[int], budget: int) -> Iterator[list[tuple[int, int, int]]]:
-    """Cuts rows of these lengths into (row, begin, end) pieces of at most budget tokens a chunk."""
-    pieces: list[tuple[int, int, int]] = []
-    room = budget
-    for row, length in enumerate(lengths):
-        begin = 0
-        while begin < length:
-            end = min(length, begin + room)
-            pieces.append((row, begin, end))
-            room -= end - begin
-            begin = end
-            if room == 0:
-                yield pieces
-                pieces, room = [], budget
-    if pieces:
-        yield pieces
+            self._ended.popleft().free()

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from llamatelemetry.inference.block_manager import BlockManager
-from llamatelemetry.inference.generation import PREFILL_TOKENS, prefill_pieces
+from llamatelemetry.inference.generation import PREFILL_TOKENS
 from llamatelemetry.inference.logits_step import LogitsStep
+from llamatelemetry.inference.rows import prefill_pieces
 from llamatelemetry.inference.runner import StepRunner
 from llamatelemetry.inference.shared_pages import Pages, SharedPages
 from llamatelemetry.inference.step import Chunk

@@ -9,7 +9,14 @@ from typing import Any
 import torch
 
 from llamatelemetry.inference.runner import StepRunner
-from llamatelemetry.inference.sampling import GREEDY, SamplingParams, sampling_tensors
+from llamatelemetry.inference.sampling import (
+    GREEDY,
+    SamplingParams,
+    mark_seen_,
+    penalises,
+    refuse_nan,
+    sampling_tensors,
+)
 from llamatelemetry.inference.scheduled_request import ScheduledRequest
 from llamatelemetry.inference.scheduler import Piece, Plan
 from llamatelemetry.inference.step import Chunk
@@ -69,7 +76,7 @@ class PlanRunner:
         self.runner.pages.copy_blocks(plan.copies)
         kinds: dict[str, list[Piece]] = {}
         for piece in plan.pieces:
-            kinds.setdefault(_kind(piece), []).append(piece)
+            kinds.setdefault(self._kind(piece), []).append(piece)
         # Apart, for each kind runs through kernels of its own: no token depends on which others
         # there are in a step.
         yield from self._isolated(kinds.get("decoding", []), self._decode)
@@ -79,6 +86,15 @@ class PlanRunner:
     def width_for(self, num_blocks: int) -> int:
         """Columns of the block tables once a sequence may have so many blocks."""
         return max(self.width, 1 << max(num_blocks - 1, 0).bit_length())
+
+    def _kind(self, piece: Piece) -> str:
+        """What forward a piece has part in: those that are masked need logits to look at."""
+        if piece.begin == 0:
+            return "whole"
+        if not piece.draws or piece.end - piece.begin > 1:
+            return "continued"
+        is_masked = piece.request.forbidden or penalises([self._params_of(piece.request)])
+        return "masked" if is_masked else "decoding"
 
     def _isolated(
         self, pieces: list[Piece], forward: Callable[[list[Piece]], list[int | None]]
@@ -108,9 +124,14 @@ class PlanRunner:
         for row, request in zip(logits, requests, strict=True):
             if request.forbidden:
                 row[list(request.forbidden)] = -torch.inf
-        sampling = sampling_tensors([self._params_of(one) for one in requests], logits.device)
+        refuse_nan(logits)
+        params, seen = [self._params_of(one) for one in requests], None
+        if penalises(params):
+            seen = logits.new_empty(logits.shape, dtype=torch.bool)
+            mark_seen_(seen, [one.tokens for one in requests])
         offsets = torch.tensor([one.num_drawn for one in requests], device=logits.device)
-        tokens = iter(sampling.sample(logits, offsets).tolist())
+        sampling = sampling_tensors(params, logits.device)
+        tokens = iter(sampling.sample(logits, offsets, seen).tolist())
         return [next(tokens) if piece.draws else None for piece in pieces]
 
     def _decode(self, pieces: list[Piece]) -> list[int | None]:
@@ -130,19 +151,13 @@ class PlanRunner:
             step.load(None, chunks, sampling, counts + [0] * spare, active)
         step.owner = None  # until the run is over: an interrupted one leaves rows in between
         tokens = step.run().tolist()[: len(pieces)]
+        if 0 in tokens:  # what a row of NaN alone gives
+            refuse_nan(step.logits[: len(pieces)])
         self.decode_mode = step.mode
         # The step itself has moved its rows on to the next token.
         self._loaded = [_Loaded(p.request, p.length + 1, p.table) for p in wanted]
         step.owner = self._loaded
         return tokens
-
-
-def _kind(piece: Piece) -> str:
-    if piece.begin == 0:
-        return "whole"
-    if not piece.draws or piece.end - piece.begin > 1:
-        return "continued"
-    return "masked" if piece.request.forbidden else "decoding"
 
 
 def _buckets(device: str, max_rows: int) -> Sequence[int]:

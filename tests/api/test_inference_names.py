@@ -97,6 +97,9 @@ FUNCTIONS = {
             ("top_k", 40),
             ("seed", 0),
             ("stop_sequences", None),
+            ("min_p", 0.0),
+            ("repetition_penalty", 1.0),
+            ("system_prompt", None),
         ],
     },
 }

@@ -15,7 +15,7 @@ END, TURN = VOCAB - 2, VOCAB - 1  # ids of the tokens <|end|> and <|turn|>
 
 def tiny_tokenizer(**options: Any) -> PreTrainedTokenizerFast:
     """A token a byte, as far as the vocabulary of tiny models goes, and two control tokens."""
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())[:END]
+    letters = [*sorted(pre_tokenizers.ByteLevel.alphabet())[: END - 1], "Ġ"]
     vocabulary = {letter: i for i, letter in enumerate(letters)} | {"<|end|>": END}
     tokenizer = Tokenizer(models.BPE(vocabulary | {"<|turn|>": TURN}, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

@@ -1,0 +1,191 @@
+"""One token for every row of a batch, run eagerly once, then recorded (CPU) or captured (CUDA)."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llamatelemetry.inference.recording import Recording, RecordingError
+from llamatelemetry.inference.sampling import GREEDY, SamplingTensors, sampling_tensors
+from llamatelemetry.inference.step import Chunk, prepare
+from llamatelemetry.models.patching import forward_tokens
+from llamatelemetry.models.step_input import DecoderState
+from llamatelemetry.ops import advance_step_
+
+_log = logging.getLogger("llamatelemetry")
+
+
+class DecodeStep:
+    """One token for every row of a batch, and the tensors that say where the rows stand.
+
+    They stay where they are, so the first run's recording or graph serves all later runs, of other
+    rows too, which load puts in place.
+
+    Attributes:
+        mode: "recorded" (CPU), "graph" (CUDA), or "eager": before the first run, and on the CPU
+            where an op of the model cannot be recorded.
+        recording: the CPU's recording once there is one, to be profiled.
+        owner: whose rows are loaded, whatever the caller named.
+        logits: [batch, vocab_size] of the last run; there are none before the first.
+    """
+
+    logits: Tensor
+    draws_outside = False  # whether the next tokens are drawn by ops that no recording holds
+
+    def __init__(self, model: Any, state: DecoderState, batch: int, width: int, size: int) -> None:
+        device = state.caches[0][0].device
+        blank = [Chunk([0], 0, [])] * batch
+        self.input_ids, self.input = prepare(blank, size, width, device)
+        self.input.is_whole = False
+        self.sampling = sampling_tensors([GREEDY] * batch, device)
+        self.offsets = torch.zeros_like(self.input_ids)
+        self.active = torch.zeros_like(self.input_ids, dtype=torch.bool)
+        self.mode = "eager"
+        self.recording: Recording | None = None
+        self.owner: object = None
+        self._model, self._state, self._page_size = model, state, size
+        self._replay: Callable[[], None] | None = None
+
+    @property
+    def width(self) -> int:
+        return self.input.block_table.shape[1]
+
+    def load(
+        self,
+        owner: object,
+        rows: Sequence[Chunk],
+        sampling: SamplingTensors,
+        offsets: Sequence[int],
+        active: Sequence[bool],
+    ) -> None:
+        """Puts other rows in place.
+
+        Args:
+            owner: a name for them.
+            rows: the last token of each, whose keys are not in the cache yet.
+            sampling: how each row's next token is chosen.
+            offsets: how many tokens each row has drawn.
+            active: see hold.
+        """
+        device, own = self.input_ids.device, self.input
+        ids, step = prepare(rows, self._page_size, self.width, device)
+        self.input_ids.copy_(ids)
+        for name in ("positions", "slot_mapping", "block_table", "cache_seqlens"):
+            getattr(own, name).copy_(getattr(step, name))
+        self.sampling.copy_(sampling)
+        self.offsets.copy_(torch.tensor(offsets))
+        self.owner = owner
+        self.hold(active)
+
+    def hold(self, active: Sequence[bool]) -> None:
+        """Rows that are not active stay where they are from now on, and write nothing."""
+        self.active.copy_(torch.tensor(active, dtype=torch.bool))
+        self.input.slot_mapping.masked_fill_(~self.active, -1)
+
+    def run(self) -> Tensor:
+        """The next token of each row, [batch] int64, overwritten by the next run."""
+        if self._replay is not None:
+            self._replay()
+        elif self.input_ids.is_cuda:
+            self._capture()
+        else:
+            self._record()
+        return self.input_ids
+
+    def _next_ids(self, logits: Tensor) -> Tensor:
+        return self.sampling.sample(logits, self.offsets)
+
+    def _run_eagerly(self) -> None:
+        self._run_forward()
+        self._draw()
+
+    def _run_forward(self) -> None:
+        self.logits = forward_tokens(self._model, self.input_ids, self.input, self._state)
+
+    def _draw(self) -> None:
+        """Chooses the next tokens by the logits and puts them in place."""
+        step = self.input
+        advance_step_(
+            self.input_ids,
+            step.positions,
+            step.slot_mapping,
+            step.cache_seqlens,
+            self.offsets,
+            self._next_ids(self.logits),
+            self.active,
+            step.block_table,
+            self._page_size,
+        )
+
+    def _record(self) -> None:
+        if _hooked(self._model):  # a replay would not call them
+            self._replay = self._run_eagerly
+            return self._run_eagerly()
+        try:
+            with Recording() as recording:
+                self._run_forward()
+                if not self.draws_outside:
+                    self._draw()
+        except RecordingError as error:
+            _log.info("decoding eagerly: %s", error)
+            self._replay = self._run_eagerly
+            return self._run_eagerly()
+        self.mode = "recorded"
+        self.recording = recording
+        self._replay = recording.replay
+        if self.draws_outside:
+            self._draw()
+            self._replay = self._replay_and_draw
+        return None
+
+    def _replay_and_draw(self) -> None:
+        assert self.recording is not None
+        self.recording.replay()
+        self._draw()
+
+    def _capture(self) -> None:
+        """Runs once, which warms up what the capture must not do, then captures for later runs.
+
+        All of it under the model's own device: torch captures on a stream of the current one.
+        """
+        if _hooked(self._model):  # a replay would not call them
+            self._replay = self._run_eagerly
+            return self._run_eagerly()
+        device = self.input_ids.device
+        with torch.cuda.device(device):
+            stream, current = torch.cuda.Stream(device), torch.cuda.current_stream(device)
+            stream.wait_stream(current)
+            with torch.cuda.stream(stream):
+                self._run_eagerly()
+            current.wait_stream(stream)
+            graph = torch.cuda.CUDAGraph()
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                # thread_local: what other threads do meanwhile is no error of this capture.
+                with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+                    self._run_eagerly()
+        if any("graph is empty" in str(warning.message).lower() for warning in caught):
+            raise RuntimeError(
+                f"DecodeStep: the graph must hold the step's kernels, got an empty one on {device}"
+            )
+        self.mode = "graph"
+        self._replay = graph.replay
+        return None
+
+
+def modules_of(model: Any) -> list[tuple[Any, int]]:
+    """The modules of a model and how many hooks each has, which a recording or graph has frozen
+    too. They are kept, so that no new one can be taken for an old one."""
+    return [
+        (module, len(module._forward_hooks) + len(module._forward_pre_hooks))
+        for module in model.modules()
+    ]
+
+
+def _hooked(model: Any) -> bool:
+    return any(count for _, count in modules_of(model))

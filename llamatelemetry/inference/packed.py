@@ -1,0 +1,64 @@
+"""Whether the packed steps serve a model as it is now, and patching it so that they may."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+from llamatelemetry.models.patching import PatchReport, patch, unpatch
+
+
+class NotPackedError(ValueError):
+    """The packed steps do not serve a model, or not for so long a text."""
+
+
+def patch_or_reason(model: Any) -> tuple[PatchReport, str | None]:
+    """Patches a model; of one that patch does not know, its attention alone.
+
+    Returns:
+        The report, and why the packed steps do not serve the model; None where they do.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what matters of it is said when it matters
+            report = patch(model)
+    except ValueError as error:
+        return PatchReport(not_packed=str(error)), _with_our_attention(model, str(error))
+    return report, None
+
+
+def _with_our_attention(model: Any, reason: str) -> str:
+    from llamatelemetry.inference.flash_attn import enable_flash_attention
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            enable_flash_attention(model)
+    except Exception as error:  # whatever its attention is made of; it stays as it was
+        return f"{reason}; its attention stays as it was: {error}"
+    return reason
+
+
+def why_not_packed(model: Any) -> str | None:
+    """Why the packed forward would not be the model's; None if it is.
+
+    A model whose modules were replaced since it was patched is patched anew. One that is not
+    patched at all is left to forward_tokens, which says so.
+    """
+    if (patched := model.__dict__.get("_llamatelemetry")) is None:
+        return None
+    if patched.decoder is not None and (reason := patched.decoder.why_not()) is not None:
+        if any(m._forward_hooks or m._forward_pre_hooks for m in model.modules()):
+            return str(reason)  # patching would call the hooks, and hooks may go again
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            unpatch(model)
+            patch(model, ops=patched.ops)
+        patched = model._llamatelemetry
+    if patched.decoder is not None:
+        return patched.decoder.why_not()
+    report: PatchReport = patched.report
+    if report.not_packed is not None:
+        return report.not_packed
+    reasons = {reason: name for name, reason in reversed(report.refused.items())}
+    return "; ".join(f"{name}: {reason}" for reason, name in reasons.items()) or None
