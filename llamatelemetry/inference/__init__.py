@@ -43,6 +43,8 @@ if TYPE_CHECKING:
     from llamatelemetry.inference.request_handle import RequestResult as RequestResult
     from llamatelemetry.inference.request_handle import RequestStats as RequestStats
     from llamatelemetry.inference.sampling import SamplingParams as SamplingParams
+    from llamatelemetry.inference.speculative import SpeculationStats as SpeculationStats
+    from llamatelemetry.inference.speculative import SpeculativeDecoder as SpeculativeDecoder
     from llamatelemetry.inference.text_stream import TextStream as TextStream
 
 __getattr__, __dir__, __all__ = lazy_names(
@@ -90,6 +92,10 @@ __getattr__, __dir__, __all__ = lazy_names(
             "RequestStats",
         ),
         "sampling": ("SamplingParams",),
+        "speculative": (
+            "SpeculationStats",
+            "SpeculativeDecoder",
+        ),
         "text_stream": ("TextStream",),
     },
 )

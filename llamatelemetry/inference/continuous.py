@@ -109,6 +109,11 @@ class ContinuousBatching:
         opened = [] if self._batch is None else list(self._batch.open.values())
         return [handle for handle in opened if not handle.done()]
 
+    @property
+    def decode_mode(self) -> str:
+        """How the last decode step was run: "recorded" (CPU), "graph" (CUDA) or "eager"."""
+        return "eager" if self._batch is None else self._batch.decode_mode
+
     def submit(
         self,
         prompt: Any,

@@ -55,6 +55,10 @@ class RunningBatch:
             PAGE_SIZE,
         )
 
+    @property
+    def decode_mode(self) -> str:
+        return self._runner.decode_mode
+
     def submit(self, handle: RequestHandle) -> None:
         """From any thread, without a lock."""
         self.open[handle.request.name] = handle

@@ -78,6 +78,21 @@ FUNCTIONS = {
         "RequestHandle.done": [],
         "RequestHandle.tokens": [],
     },
+    "speculative": {
+        "SpeculativeDecoder": [
+            "target_model",
+            ("draft_model", None),
+            ("gamma", 4),
+            ("params", None),
+            ("max_ngram", 3),
+        ],
+        "SpeculativeDecoder.generate_step": ["input_ids"],
+        "SpeculativeDecoder.generate": [
+            "input_ids",
+            ("max_new_tokens", 128),
+            ("eos_token_ids", ()),
+        ],
+    },
     "kv_cache": {
         "KVCache": ["config"],
         "KVCache.update": ["layer_idx", "k", "v", ("positions", None)],
@@ -145,6 +160,14 @@ DATACLASSES = {
             ("cached_tokens", 0),
             ("preemptions", 0),
         ],
+    },
+    "speculative": {
+        "SpeculationStats": [
+            ("steps", 0),
+            ("drafted", 0),
+            ("accepted", 0),
+            ("generated", 0),
+        ]
     },
     "engine": {
         "InferResult": [

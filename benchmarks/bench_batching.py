@@ -1,0 +1,98 @@
+"""Eight requests at once beside one after the other: SmolLM2 Q4_1 on the CPU, continuous batching.
+
+All contestants draw the same number of greedy tokens for the same eight prompts, in one process and
+in turns; prefixes are not shared, so that every prompt is computed by each of them.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+
+import harness
+import torch
+from bench_generate import TEXT
+
+from llamatelemetry.inference.continuous import ContinuousBatching
+from llamatelemetry.inference.engine import InferenceEngine
+from llamatelemetry.inference.sampling import GREEDY
+from llamatelemetry.loading.find import find_model, load_model
+
+REQUESTS = 8
+PROMPT_TOKENS, NEW_TOKENS = 32, 96
+
+Contestant = Callable[[], "list[list[int]]"]  # tokens of each request
+
+
+def together(batcher: ContinuousBatching, prompts: list[list[int]]) -> Contestant:
+    def serve() -> list[list[int]]:
+        handles = [batcher.submit(ids, None, NEW_TOKENS, ignore_eos=True) for ids in prompts]
+        batcher.run()
+        return [handle.result().token_ids for handle in handles]
+
+    return serve
+
+
+def one_after_the_other(batcher: ContinuousBatching, prompts: list[list[int]]) -> Contestant:
+    return lambda: [together(batcher, [ids])()[0] for ids in prompts]
+
+
+def generate(engine: InferenceEngine, prompts: list[list[int]]) -> Contestant:
+    def serve() -> list[list[int]]:
+        return [
+            [token for (token,) in engine.generator.generate([ids], [GREEDY], NEW_TOKENS)]
+            for ids in prompts
+        ]
+
+    return serve
+
+
+def compare(name: str, ours: Contestant, others: dict[str, Contestant], rounds: int) -> harness.Row:
+    contestants = {"ours": ours, **others}
+    counts = {peer: [len(row) for row in serve()] for peer, serve in contestants.items()}
+    assert len({tuple(count) for count in counts.values()}) == 1, counts
+    samples = harness.interleave(
+        {peer: lambda serve=serve: harness.timed_us(serve) for peer, serve in contestants.items()},
+        rounds,
+    )
+    return harness.Row(name, samples["ours"], {peer: samples[peer] for peer in others})
+
+
+def measure(path: str, rounds: int) -> list[harness.Row]:
+    engine = InferenceEngine(load_model(path, device="cpu"))
+    ids = engine.tokenizer.encode(TEXT, add_special_tokens=False)
+    prompts = [ids[i : i + PROMPT_TOKENS] for i in range(REQUESTS)]
+    batcher = ContinuousBatching(REQUESTS, engine, share_prefixes=False)
+    label = f"{PROMPT_TOKENS} tokens in, {NEW_TOKENS} out"
+    rows = [
+        compare(
+            f"{REQUESTS} requests, {label}",
+            together(batcher, prompts),
+            {"one at a time": one_after_the_other(batcher, prompts)},
+            rounds,
+        ),
+        compare(
+            f"1 request, {label}",
+            together(batcher, prompts[:1]),
+            {"generate": generate(engine, prompts[:1])},
+            4 * rounds,
+        ),
+    ]
+    assert batcher.decode_mode == "recorded", batcher.decode_mode
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--device", choices=["cpu"], default="cpu")
+    parser.add_argument("--quick", action="store_true", help="one round, no JSON")
+    parser.add_argument("--model", default="smollm2")
+    arguments = parser.parse_args()
+    rows = measure(str(find_model(arguments.model)), rounds=1 if arguments.quick else 5)
+    harness.print_rows(rows)
+    if not arguments.quick:
+        print(f"wrote {harness.save('batching', torch.device('cpu'), rows)}")
+
+
+if __name__ == "__main__":
+    main()
