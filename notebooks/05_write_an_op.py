@@ -205,7 +205,7 @@ axes.set_ylim(bottom=0)
 axes.set_xlabel("values of x")
 axes.set_ylabel("bandwidth (GB/s)")
 axes.grid(alpha=0.3)
-axes.legend(loc="upper left")
+axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2)
 plt.show()
 
 # %% [markdown]

@@ -60,6 +60,8 @@ def capability_of(device: int | torch.device = 0) -> tuple[int, int] | None:
     """The compute capability of a GPU; None without CUDA or without such a device."""
     if not torch.cuda.is_available():
         return None
+    if not isinstance(device, int) and torch.device(device).type != "cuda":
+        return None
     index = device if isinstance(device, int) else torch.device(device).index or 0
     if not 0 <= index < torch.cuda.device_count():
         return None

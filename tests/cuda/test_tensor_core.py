@@ -40,6 +40,7 @@ def test_support(a_gpu):
     assert check_tensor_core_support(0)
     assert check_tensor_core_support(torch.device("cuda"))
     assert not check_tensor_core_support(1)
+    assert not check_tensor_core_support(torch.device("cpu"))
     a_gpu("Tesla P100-PCIE-16GB", (6, 0))
     assert not check_tensor_core_support()
 
