@@ -16,6 +16,10 @@ def load_dense(name_or_path: str | Path, *, device: str | torch.device, dtype: t
 
     Raises:
         ModelFileError: in one sentence
+
+    Example:
+        >>> load_dense(directory, device="cpu", dtype=torch.bfloat16).dtype
+        torch.bfloat16
     """
     model = load_model(name_or_path, device=device, dtype=dtype).model
     expand(model, dtype)

@@ -10,7 +10,14 @@ _LONGEST = 400  # characters of another library's words
 
 
 class ModelFileError(ValueError):
-    """A model cannot be loaded: one sentence that names the file and what is wrong with it."""
+    """A model cannot be loaded: one sentence that names the file and what is wrong with it.
+
+    Example:
+        >>> load_model("nowhere.gguf")
+        Traceback (most recent call last):
+            ...
+        llamatelemetry.loading.errors.ModelFileError: nowhere.gguf: must be ...
+    """
 
 
 @contextmanager

@@ -24,7 +24,12 @@ _OF_A_MODEL = ("config.json", "adapter_config.json")  # either makes a directory
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A causal language model, its tokenizer, and what generation needs to know of them."""
+    """A causal language model, its tokenizer, and what generation needs to know of them.
+
+    Example:
+        >>> load_model(directory).context_length
+        2048
+    """
 
     model: Any  # transformers PreTrainedModel, eval mode, no parameter requires grad
     tokenizer: Any  # transformers PreTrainedTokenizerFast
@@ -62,6 +67,10 @@ def find_model(name_or_path: str | Path) -> Path:
 
     Raises:
         ModelFileError: says what was looked for, or how to install the package
+
+    Example:
+        >>> find_model(directory) == directory
+        True
     """
     if not isinstance(name_or_path, (str, Path)):
         raise ModelFileError(f"a model's name or path must be text, got {name_or_path!r:.80}")
@@ -125,6 +134,10 @@ def load_model(
     Raises:
         ModelFileError: in one sentence
         ValueError: for a device or dtype that nothing runs on
+
+    Example:
+        >>> load_model(directory).model.dtype  # or load_model("smollm2"), load_model("model.gguf")
+        torch.float32
     """
     device, dtype = usable_device(device), usable_dtype(dtype)
     path = find_model(name_or_path)

@@ -1,7 +1,7 @@
 """Every public name's docstring has an example, and it runs on a CPU as it stands.
 
 An example may use torch, the public names of its package, `model` (a tiny transformers Llama of
-random weights) and `loaded` (the same as load_model returns it).
+random weights), `loaded` (the same as load_model returns it) and `directory` (where it is saved).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from llamatelemetry import LoadedModel
 from llamatelemetry.cuda import triton_registry
 
-PACKAGES = ("cuda", "inference", "profiling", "models")
+PACKAGES = ("cuda", "inference", "loading", "models", "profiling")
 FLAGS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
 PUBLIC = [
     (package, name)
@@ -50,6 +50,14 @@ def tiny():
     return LoadedModel(model, PreTrainedTokenizerFast(tokenizer_object=tokenizer), "tiny", ())
 
 
+@pytest.fixture(scope="module")
+def directory(tiny, tmp_path_factory):
+    path = tmp_path_factory.mktemp("tiny")
+    tiny.model.save_pretrained(path)
+    tiny.tokenizer.save_pretrained(path)
+    return path
+
+
 @pytest.fixture
 def as_on_a_cpu(monkeypatch):
     """No CUDA; torch's switches and the registry of kernels are afterwards as before."""
@@ -65,13 +73,14 @@ def as_on_a_cpu(monkeypatch):
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(("package", "name"), PUBLIC, ids=[name for _, name in PUBLIC])
-def test_the_example_runs(package, name, tiny, as_on_a_cpu):
+def test_the_example_runs(package, name, tiny, directory, as_on_a_cpu):
     module = importlib.import_module(f"llamatelemetry.{package}")
     value = getattr(module, name)
     own = {public: getattr(module, public) for public in module.__all__}
     with torch.inference_mode(False):
         loaded = copy.deepcopy(tiny)
-    names = own | {"torch": torch, "loaded": loaded, "model": loaded.model}
+    given = {"loaded": loaded, "model": loaded.model, "directory": directory}
+    names = own | {"torch": torch} | given
     assert value.__doc__, f"{name} has no docstring"
     test = doctest.DocTestParser().get_doctest(value.__doc__, names, name, None, 0)
     assert test.examples, f"{name}'s docstring has no example"
