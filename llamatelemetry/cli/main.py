@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from llamatelemetry.cli import doctor, generate
+from llamatelemetry.cli import doctor, generate, serve
 from llamatelemetry.cli.output import guarded, replace_what_a_terminal_lacks
 
 
@@ -14,10 +14,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one subcommand and returns the exit code of the process."""
     parser = argparse.ArgumentParser(
         prog="llamatelemetry",
-        description="Generates text with a local model, or says what this machine can do.",
+        description="Generates text with a local model or serves it; says what a machine can do.",
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     generate.add_command(commands)
+    serve.add_command(commands)
     doctor.add_command(commands)
     replace_what_a_terminal_lacks()
     parsed = parser.parse_args(arguments)

@@ -168,6 +168,11 @@ class RequestHandle:
         if self.error is not None:
             raise self.error
 
+    def pieces_from(self, index: int) -> tuple[list[str], bool]:
+        """Pieces of the text from one on, and whether there will be no more; never waits."""
+        is_done = self._is_done  # first: what came before the end is then seen
+        return self._pieces[index:], is_done
+
     @property
     def token_ids(self) -> list[int]:
         """Those drawn so far."""

@@ -1,0 +1,99 @@
+"""The serve command: an OpenAI-compatible server of one model."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from typing import Any
+
+from llamatelemetry.cli.output import warnings_as_sentences
+
+KEY = "LLAMATELEMETRY_API_KEY"
+
+
+def add_command(commands: Any) -> None:
+    """Adds ``serve`` to the subparsers of the command line."""
+    parser = commands.add_parser("serve", help="serve a model by the OpenAI-compatible HTTP API")
+    parser.set_defaults(run=run)
+    parser.add_argument("model", metavar="MODEL", help="smollm2, a .gguf file or a directory")
+    parser.add_argument("--host", default="127.0.0.1", help="default: this machine alone")
+    parser.add_argument("--port", type=int, default=8000, metavar="N", help="default: %(default)s")
+    parser.add_argument("--served-model-name", metavar="NAME", help="default: MODEL as given")
+    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
+    parser.add_argument("--max-batch-size", type=int, default=16, metavar="N")
+    parser.add_argument(
+        "--max-open", type=int, default=256, metavar="N", help="requests open at once; then 429"
+    )
+    parser.add_argument("--timeout", type=float, default=600.0, metavar="S", help="of a request")
+    parser.add_argument("--max-body-bytes", type=int, default=4 << 20, metavar="N")
+    parser.add_argument(
+        "--api-key", metavar="KEY", help=f"what clients must send; default: ${KEY}, or nothing"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Exit code: 0 after an orderly shutdown; after a sentence on stderr 2 for bad input, 1 where
+    the installation cannot."""
+    try:
+        with warnings_as_sentences():
+            return _serve(args)
+    except ImportError as error:
+        print(
+            f"llamatelemetry: serve needs {error.name}, which is not installed; install what it "
+            'needs with: pip install --no-build-isolation ".[serve]"',
+            file=sys.stderr,
+        )
+        return 1
+    except (ValueError, OSError) as error:
+        print(f"llamatelemetry: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+
+
+def _check(args: argparse.Namespace) -> None:
+    for name in ("max_open", "max_body_bytes"):
+        if getattr(args, name) < 1:
+            value = getattr(args, name)
+            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+    if not 0 < args.port < 65536:
+        raise ValueError(f"--port must lie in [1, 65535], got {args.port}")
+    if not 0 < args.timeout < float("inf"):
+        raise ValueError(f"--timeout must be finite and above 0, got {args.timeout}")
+
+
+def _serve(args: argparse.Namespace) -> int:
+    _check(args)  # before what takes seconds to import
+    import torch
+    import uvicorn
+
+    from llamatelemetry.inference.continuous import ContinuousBatching
+    from llamatelemetry.inference.engine import InferenceEngine
+    from llamatelemetry.loading.find import load_model
+    from llamatelemetry.serving.app import ServerConfig, create_app
+
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda needs a CUDA GPU that torch can use, and there is none")
+    device = args.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    engine = InferenceEngine(load_model(args.model, device=device))
+    config = ServerConfig(
+        model=args.served_model_name or args.model,
+        api_key=args.api_key or os.environ.get(KEY) or None,
+        max_open=args.max_open,
+        max_body_bytes=args.max_body_bytes,
+        timeout_s=args.timeout,
+    )
+    app = create_app(ContinuousBatching(args.max_batch_size, engine), config)
+    print(
+        f"serving {config.model} on http://{args.host}:{args.port} (API under /v1, a chat at /)",
+        file=sys.stderr,
+    )
+    uvicorn.run(
+        app,
+        host=args.host,
+        port=args.port,
+        log_level="warning",
+        timeout_graceful_shutdown=int(config.drain_s),
+    )
+    return 0

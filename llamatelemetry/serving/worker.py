@@ -1,0 +1,160 @@
+"""The thread that steps the batcher, and what requests of an event loop see of it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import threading
+import time
+from collections.abc import AsyncIterator
+from typing import Any
+
+from llamatelemetry.inference.continuous import ContinuousBatching
+from llamatelemetry.inference.request_handle import RequestHandle
+
+_log = logging.getLogger("llamatelemetry")
+
+
+class ServerBusy(RuntimeError):
+    """As many requests are open as may be, or the server is shutting down."""
+
+
+class Worker:
+    """Runs the steps of a ContinuousBatching in a thread of its own, as long as there are any.
+
+    submit and follow are called from one event loop, which start names.
+
+    Args:
+        batcher: ContinuousBatching with an engine.
+        max_open: requests open at once, those that wait included.
+
+    Attributes:
+        failure: what ended the thread, if an exception did.
+    """
+
+    def __init__(self, batcher: ContinuousBatching, max_open: int) -> None:
+        self.batcher, self.max_open = batcher, max_open
+        self.failure: BaseException | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._stepped = asyncio.Event()
+        self._work = threading.Event()
+        self._is_draining = self._is_stopped = False
+        self._thread = threading.Thread(target=self._run, name="llamatelemetry-steps", daemon=True)
+
+    def start(self) -> None:
+        """Begins to step; called in the event loop that will follow requests."""
+        self._loop = asyncio.get_running_loop()
+        self._thread.start()
+
+    @property
+    def num_open(self) -> int:
+        return len(self.batcher.active_requests)
+
+    def submit(self, count: int, *args: Any, **kwargs: Any) -> list[RequestHandle]:
+        """Hands requests to the batcher, all or none.
+
+        Args:
+            count: how many; each of args is a list of as many values.
+            args, kwargs: as ContinuousBatching.submit takes them; kwargs are the same for all.
+
+        Raises:
+            ServerBusy: there is no room for count more.
+            Exception: what the batcher refuses.
+        """
+        if self.failure is not None:
+            raise ServerBusy(f"the server's steps have ended: {self.failure}")
+        if self._is_draining:
+            raise ServerBusy("the server is shutting down")
+        if self.num_open + count > self.max_open:
+            raise ServerBusy(
+                f"the server takes {self.max_open} requests at once, and {self.num_open} are open"
+            )
+        handles: list[RequestHandle] = []
+        try:
+            for values in zip(*args, strict=True):
+                handles.append(self.batcher.submit(*values, **kwargs))
+        except BaseException:
+            for handle in handles:
+                handle.cancel()
+            raise
+        self._work.set()
+        return handles
+
+    async def follow(self, handle: RequestHandle, timeout: float) -> AsyncIterator[str]:
+        """Pieces of a request's text as they come; cancels it when the caller goes.
+
+        Args:
+            handle: of submit.
+            timeout: seconds from now until which the request must have ended.
+
+        Raises:
+            TimeoutError: it has not; it is cancelled.
+            Exception: what ended the request.
+        """
+        count, end = 0, time.monotonic() + timeout
+        try:
+            while True:
+                stepped = self._stepped
+                pieces, is_done = handle.pieces_from(count)
+                for piece in pieces:
+                    yield piece
+                count += len(pieces)
+                if is_done:
+                    break
+                if self.failure is not None:
+                    raise RuntimeError(f"the server's steps have ended: {self.failure}")
+                try:
+                    await asyncio.wait_for(stepped.wait(), max(end - time.monotonic(), 0))
+                except asyncio.TimeoutError:
+                    raise TimeoutError(f"the request must end within {timeout} s") from None
+        finally:
+            handle.cancel()
+        if handle.error is not None:
+            raise handle.error
+
+    async def drain(self, seconds: float) -> int:
+        """Takes no more requests, and waits for those that are open.
+
+        Args:
+            seconds: after so many, those still open are cancelled.
+
+        Returns:
+            How many had to be cancelled.
+        """
+        self._is_draining = True
+        end = time.monotonic() + seconds
+        while self.num_open and self.failure is None and time.monotonic() < end:
+            await asyncio.sleep(0.02)
+        left = self.batcher.active_requests
+        for handle in left:
+            handle.cancel()
+        self._is_stopped = True
+        self._work.set()
+        await asyncio.to_thread(self._thread.join, 5.0)
+        return len(left)
+
+    def _run(self) -> None:
+        try:
+            while not self._is_stopped:
+                if self.num_open:
+                    self.batcher.step()
+                    self._tell()
+                else:
+                    self._tell()
+                    self._work.wait(1.0)
+                    self._work.clear()
+        except BaseException as error:
+            self.failure = error
+            _log.exception("the server's steps have ended")
+            self._tell()
+
+    def _tell(self) -> None:
+        assert self._loop is not None
+        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody follows any more
+            self._loop.call_soon_threadsafe(self._wake)
+
+    def _wake(self) -> None:
+        """Everyone who waits for a step looks; the next wait is for the next step."""
+        stepped, self._stepped = self._stepped, asyncio.Event()
+        stepped.set()
