@@ -100,23 +100,23 @@ for piece in engine.stream("Why is the sky blue?", max_tokens=NEW_TOKENS):
 prompt = engine.encode("Why is the sky blue?")
 
 
-def with_transformers():
+def with_transformers(count):
     ids = torch.tensor([prompt])
     out = plain.generate(
-        ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW_TOKENS, do_sample=False
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=count, do_sample=False
     )
     return out[0, len(prompt) :].tolist()
 
 
-def with_engine():
-    return list(engine.stream(prompt, max_tokens=NEW_TOKENS))
+def with_engine(count):
+    return list(engine.stream(prompt, max_tokens=count))
 
 
 def timed(generate):
-    """What generate returns, and its tokens per second."""
-    generate()  # the first call sets up buffers
+    """What generate(NEW_TOKENS) returns, and its tokens per second."""
+    generate(2)  # the first call sets up buffers
     start = time.perf_counter()
-    result = generate()
+    result = generate(NEW_TOKENS)
     return result, NEW_TOKENS / (time.perf_counter() - start)
 
 
