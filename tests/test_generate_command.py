@@ -72,6 +72,13 @@ def test_a_prompt_longer_than_the_context_is_refused(capsys, tmp_path):
     assert "must fit the model's context of 64 tokens" in err
 
 
+def _as_of_transformers(name):
+    """What its lazy modules raise where a package that they need is missing."""
+    error = ModuleNotFoundError("Could not import module 'AttentionInterface'.")
+    error.__cause__ = ModuleNotFoundError(f"No module named '{name}'", name=name)
+    return error
+
+
 @pytest.mark.parametrize(
     ("error", "sentence"),
     [
@@ -80,9 +87,10 @@ def test_a_prompt_longer_than_the_context_is_refused(capsys, tmp_path):
             "generate needs tokenizers, which is not installed; install what it needs with: pip "
             'install --no-build-isolation ".[hf]"',
         ),
+        (_as_of_transformers("safetensors"), "generate needs safetensors, which is not installed"),
         (ImportError("llamatelemetry: the library is missing; way out"), "the library is missing"),
     ],
-    ids=["extra", "library"],
+    ids=["extra", "lazy", "library"],
 )
 def test_an_installation_that_cannot_serve_is_said(capsys, monkeypatch, error, sentence):
     def load(*_, **__):

@@ -72,9 +72,14 @@ def run(args: argparse.Namespace) -> int:
 
 def _missing(error: ImportError) -> str:
     """The sentence for a package that is not there or a library that does not load."""
-    if isinstance(error, ModuleNotFoundError) and error.name:
+    # transformers says of a module that it cannot be imported, and in the cause why.
+    chain: list[BaseException] = [error]
+    while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None:
+        chain.append(cause)
+    absent = [e.name for e in chain if isinstance(e, ModuleNotFoundError) and e.name]
+    if absent:
         return (
-            f"generate needs {error.name}, which is not installed; install what it needs with: "
+            f"generate needs {absent[-1]}, which is not installed; install what it needs with: "
             'pip install --no-build-isolation ".[hf]"'
         )
     return " ".join(str(error).removeprefix("llamatelemetry: ").split())

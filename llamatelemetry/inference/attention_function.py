@@ -54,7 +54,7 @@ def flash_attention_forward(
     left, right = window_of("flash_attention_forward", window_size)
     check_numbers("flash_attention_forward", dropout_p, softmax_scale)
     _check_tensors(query, key, value)
-    scale = query.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
+    scale = max(query.shape[-1], 1) ** -0.5 if softmax_scale is None else softmax_scale
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
     scores = Scores(scale, causal, left, right, 0.0)
     if serves(q, k, v, scores, dropout_p):
@@ -83,6 +83,8 @@ def _check_tensors(query: Tensor, key: Tensor, value: Tensor) -> None:
             )
     if not query.is_floating_point():
         raise ValueError(f"{op}: query must be a floating-point tensor, got {query.dtype}")
+    if query.shape[3] == 0:
+        raise ValueError(f"{op}: head_dim must be at least 1, got 0")
     if key.shape[0] != query.shape[0] or key.shape[3] != query.shape[3]:
         raise ValueError(
             f"{op}: key must have query's batch and head_dim, got {list(key.shape)} for "

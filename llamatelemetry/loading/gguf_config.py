@@ -31,6 +31,8 @@ _OTHER_KEYS = {
     "rope.scaling.type",
     "rope.scaling.original_context_length",
     "rope.scaling.finetuned",
+    "rope.scaling.yarn_beta_fast",
+    "rope.scaling.yarn_beta_slow",
     "vocab_size",
     "tensor_data_layout",
 }
@@ -45,6 +47,9 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "final_logit_softcapping": (0,),
     "pooling_type": (0,),
     "rope.scaling.attn_factor": (1,),
+    "rope.scaling.yarn_attn_factor": (1,),
+    "rope.scaling.yarn_ext_factor": (1, -1),  # -1 is llama.cpp's word for its default, 1 in yarn
+    "rope.scaling.yarn_log_multiplier": (0,),
     "use_parallel_residual": (False,),
 }
 
@@ -106,6 +111,7 @@ def config_of(file: GgufFile, model_type: str, family: Gguf) -> Any:
             rms_norm_eps=file.positive(prefix + "attention.layer_norm_rms_epsilon", float),
             rope_parameters=_rope_parameters(file, prefix),
             tie_word_embeddings="output.weight" not in file.tensors,
+            **_biases(file, model_type),
             **{f"{name}_token_id": ids.get(name) for name in ("bos", "pad")},
             eos_token_id=list(eos_ids(file)) or None,
         )
@@ -145,4 +151,25 @@ def _rope_parameters(file: GgufFile, prefix: str) -> dict[str, Any]:
         return {"rope_type": "default", "rope_theta": theta}
     if scaling == "linear":
         return {"rope_type": "linear", "rope_theta": theta, "factor": file.positive(key, float)}
-    raise file.error(f"{prefix}rope.scaling.type must be one of none, linear, got {scaling}")
+    if scaling == "yarn":
+        trained = file.positive(prefix + "context_length", int)
+        original = prefix + "rope.scaling.original_context_length"
+        found = {
+            "rope_type": "yarn",
+            "rope_theta": theta,
+            "factor": file.positive(key, float),
+            "original_max_position_embeddings": file.positive(original, int, trained),
+        }
+        for name in ("beta_fast", "beta_slow"):
+            if (beta := f"{prefix}rope.scaling.yarn_{name}") in file.metadata:
+                found[name] = file.positive(beta, float)
+        return found
+    raise file.error(f"{prefix}rope.scaling.type must be one of none, linear, yarn, got {scaling}")
+
+
+def _biases(file: GgufFile, model_type: str) -> dict[str, bool]:
+    """The config's words for biases that only some files of a family have."""
+    if model_type not in ("llama", "granite"):
+        return {}
+    kinds = {"attention_bias": "attn_q", "mlp_bias": "ffn_up"}
+    return {field: f"blk.0.{name}.bias" in file.tensors for field, name in kinds.items()}

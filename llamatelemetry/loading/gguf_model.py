@@ -34,6 +34,7 @@ _LAYER_MODULES = {
     "ffn_down": "mlp.down_proj",
 }
 _MODULES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
+_NO_BIAS = ".self_attn.o_proj.bias"  # transformers' attention has it where the others have biases
 _ROPE_FACTORS = "rope_freqs.weight"
 
 
@@ -80,6 +81,11 @@ def build_model(
         done += tensor.num_bytes
         if progress is not None:
             progress(done, total)
+    for name in [name for name in waiting if name.endswith(_NO_BIAS)]:
+        module = model.get_submodule(name.removesuffix(".bias"))
+        zeros = torch.zeros(module.out_features, dtype=dtype, device=device)
+        module.bias = nn.Parameter(zeros, requires_grad=False)
+        waiting.remove(name)
     if waiting:
         raise file.error(f"the tensor for {min(waiting)} is missing")
     if config.tie_word_embeddings:

@@ -32,6 +32,13 @@ def _split(pattern: str) -> pre_tokenizers.PreTokenizer:
 
 _SINGLE_DIGITS = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), _GPT2])
 _LLAMA3 = _split(rf"{_CONTRACTIONS}|{_WORDS}|\p{{N}}{{1,3}}|{_REST}")
+# Mistral's: words end where an upper-case letter follows a lower-case one, digits stand alone.
+_HEAD, _UPPER, _LOWER = r"[^\r\n\p{L}\p{N}]?", r"\p{Lu}\p{Lt}", r"\p{Ll}"
+_EITHER = r"\p{Lm}\p{Lo}\p{M}"
+_TEKKEN = _split(
+    rf"{_HEAD}[{_UPPER}{_EITHER}]*[{_LOWER}{_EITHER}]+|{_HEAD}[{_UPPER}{_EITHER}]+"
+    rf"[{_LOWER}{_EITHER}]*|\p{{N}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 _QWEN2 = _split(rf"{_CONTRACTIONS}|{_WORDS}|\p{{N}}|{_REST}")
 
 # tokenizer.ggml.pre: how text falls into the words that byte-pair merges stay inside
@@ -43,11 +50,15 @@ PRE_TOKENIZERS = {
     "refact": _SINGLE_DIGITS,
     "llama-bpe": _LLAMA3,
     "llama3": _LLAMA3,
+    "smaug-bpe": _LLAMA3,
+    "tekken": _TEKKEN,
+    "deepseek-r1-qwen": _QWEN2,
     "qwen2": _QWEN2,
 }
 # of those, what differs where the metadata does not say
-_ADD_BOS = {"llama-bpe", "llama3"}
-_WHOLE_WORDS_FIRST = {"llama-bpe", "llama3"}  # a word of the vocabulary is never merged from parts
+_ADD_BOS = {"llama-bpe", "llama3", "tekken"}
+# a word of the vocabulary is never merged from parts
+_WHOLE_WORDS_FIRST = {"llama-bpe", "llama3", "tekken"}
 _NFC = {"qwen2"}
 
 

@@ -63,7 +63,7 @@ def flash_attn(
         v,
         sinks,
         alibi_slopes,
-        q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale,
+        max(q.shape[-1], 1) ** -0.5 if softmax_scale is None else softmax_scale,
         causal,
         window_size[0],
         window_size[1],
@@ -120,7 +120,7 @@ def flash_attn_varlen(
         max_seqlen_k,
         sinks,
         alibi_slopes,
-        q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale,
+        max(q.shape[-1], 1) ** -0.5 if softmax_scale is None else softmax_scale,
         causal,
         window_size[0],
         window_size[1],
@@ -185,7 +185,7 @@ def paged_attention(
     inference_only("paged_attention", q=q, k_cache=k_cache, v_cache=v_cache, sinks=sinks)
     return torch.ops.llamatelemetry.paged_attention.default(
         *(q, k_cache, v_cache, block_table, cache_seqlens, cu_seqlens_q, max_seqlen_q),
-        q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale,
+        max(q.shape[-1], 1) ** -0.5 if softmax_scale is None else softmax_scale,
         *(causal, *window_size, softcap, backend, sinks, alibi_slopes, num_splits, split_size),
     )
 

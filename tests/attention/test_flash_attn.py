@@ -212,6 +212,7 @@ def test_refusals(device):
         "head_dim must be a multiple of 8 up to 256, got 60",
         tensors=[x[..., :60] for x in (q, k, v)],
     )
+    refuses("head_dim must be a multiple of 8 up", tensors=[x[..., :0] for x in (q, k, v)])
     refuses(
         "num_heads_q must be a multiple of num_heads_kv = 2, got 5", tensors=(q[:, :, :5], k, v)
     )

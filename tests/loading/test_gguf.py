@@ -1,7 +1,9 @@
 """Models from GGUF files against transformers' models of the dequantised weights."""
 
 import copy
+import math
 
+import gguf
 import pytest
 import torch
 from gguf_models import FAMILIES, write_model
@@ -82,6 +84,57 @@ def test_rope_factors_and_linear_scaling(path):
     assert torch.equal(model.model.rotary_emb.inv_freq, reference.model.rotary_emb.inv_freq / 4)
 
 
+@pytest.mark.parametrize("original", [16, None])
+def test_yarn(path, original):
+    def scale(writer):
+        writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
+        writer.add_rope_scaling_factor(4.0)
+        writer.add_float32("llama.rope.scaling.yarn_ext_factor", 1.0)
+        writer.add_float32("llama.rope.scaling.yarn_beta_fast", 24.0)
+        if original is not None:
+            writer.add_rope_scaling_orig_ctx_len(original)
+
+    write_model(path, extra=scale)
+    model = load_gguf(path, exact=True).model
+    yarn = {
+        "rope_type": "yarn",
+        "rope_theta": 5000.0,
+        "factor": 4.0,
+        "beta_fast": 24.0,
+        "original_max_position_embeddings": original or 64,
+    }
+    config = copy.deepcopy(model.config)
+    config.rope_parameters = yarn
+    theirs = type(model.model.rotary_emb)(config)
+    ours = model.model.rotary_emb
+    assert torch.equal(ours.inv_freq, theirs.inv_freq)
+    assert ours.attention_scaling == theirs.attention_scaling > 1
+    # By hand, of the paper: what turns seldom is stretched, what turns often is not.
+    plain = 1 / 5000.0 ** (torch.arange(0, 32, 2) / 32)
+    assert ours.inv_freq[-1] == pytest.approx(plain[-1] / 4)
+    assert ours.attention_scaling == pytest.approx(0.1 * math.log(4) + 1)
+
+
+def test_biases_that_some_files_have(path):
+    width = {"attn_q": 256, "attn_k": 64, "attn_v": 64}
+    biases = {f"blk.{i}.{name}.bias": torch.randn(n) for i in range(2) for name, n in width.items()}
+
+    def extra(writer):
+        for name, bias in biases.items():
+            writer.add_tensor(name, bias.numpy())
+
+    reference = write_model(path, extra=extra)
+    model = load_gguf(path, exact=True).model
+    assert torch.equal(model.model.layers[1].self_attn.o_proj.bias, torch.zeros(256))
+    for i, layer in enumerate(reference.model.layers):
+        for name, heads in (("q", 8), ("k", 2), ("v", 0)):
+            bias = biases[f"blk.{i}.attn_{name}.bias"]
+            if heads:  # pairs of neighbours to halves
+                bias = bias.view(heads, -1, 2).transpose(1, 2).reshape(-1)
+            getattr(layer.self_attn, f"{name}_proj").bias = torch.nn.Parameter(bias)
+    logits_close(model, reference)
+
+
 def test_what_comes_with_the_model(path):
     write_model(path, extra=lambda writer: writer.add_name("Small"))
     steps = []
@@ -134,8 +187,8 @@ REFUSALS = {
         r"a mixture of experts is not supported",
     ),
     "rope scaling": (
-        {"extra": lambda w: w.add_string("llama.rope.scaling.type", "yarn")},
-        r"llama.rope.scaling.type must be one of none, linear, got yarn",
+        {"extra": lambda w: w.add_string("llama.rope.scaling.type", "longrope")},
+        r"llama.rope.scaling.type must be one of none, linear, yarn, got longrope",
     ),
     "partial rope": (
         {"extra": lambda w: w.kv_data[0]["llama.rope.dimension_count"].__setattr__("value", 16)},
@@ -146,8 +199,8 @@ REFUSALS = {
         r"tensor v.weight has no place",
     ),
     "extra bias": (
-        {"extra": lambda w: w.add_tensor("blk.0.attn_q.bias", torch.zeros(256).numpy())},
-        r"tensor blk.0.attn_q.bias is no part of a llama model",
+        {"extra": lambda w: w.add_tensor("blk.0.attn_norm.bias", torch.zeros(256).numpy())},
+        r"tensor blk.0.attn_norm.bias is no part of a llama model",
     ),
     "shape": (
         {"extra": lambda w: w.kv_data[0]["llama.feed_forward_length"].__setattr__("value", 768)},

@@ -1,10 +1,13 @@
 """Tokenizers from metadata, against transformers' own conversion and against the text itself."""
 
+import inspect
+import re
+
 import gguf
 import pytest
 from gguf_models import CONTROL, TEXT, add_tokenizer, byte_level_vocabulary, finish
-from tokenizers import pre_tokenizers
-from transformers import AutoTokenizer
+from tokenizers import Regex, pre_tokenizers
+from transformers import AutoTokenizer, tokenization_utils_tokenizers
 
 from llamatelemetry.loading.gguf_file import GgufFile, ModelFileError
 from llamatelemetry.loading.tokenizer import PRE_TOKENIZERS, build_tokenizer, eos_ids
@@ -68,6 +71,9 @@ WORDS = {
     "smollm": [" they", "'ll", " pay", " ", "1", "2", "3", "4", "5", "?!"],
     "llama-bpe": [" they", "'ll", " pay", " ", "123", "45", "?!"],
     "qwen2": [" they", "'ll", " pay", " ", "1", "2", "3", "4", "5", "?!"],
+    "tekken": [" they", "'ll", " pay", " ", "1", "2", "3", "4", "5", "?!"],
+    "smaug-bpe": [" they", "'ll", " pay", " ", "123", "45", "?!"],
+    "deepseek-r1-qwen": [" they", "'ll", " pay", " ", "1", "2", "3", "4", "5", "?!"],
 }
 
 
@@ -75,6 +81,16 @@ WORDS = {
 def test_words(pre):
     found = PRE_TOKENIZERS[pre].pre_tokenize_str(" they'll pay 12345?!")
     assert [word.replace("Ġ", " ") for word, _ in found] == WORDS[pre]
+
+
+def test_tekken_is_the_pattern_that_transformers_has_for_it():
+    source = inspect.getsource(tokenization_utils_tokenizers)
+    pattern = re.search(r'r"(.*\\p\{Lt\}.*)"', source)[1]
+    theirs = pre_tokenizers.Split(Regex(pattern), "isolated")
+    for text in (*TEXTS, "helloWorld ABCdef fooBAR éÀ 12a\u0301b", "a//b\n/c  \n d ǅx ʰʰA 日本A"):
+        bytes_of = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        want = pre_tokenizers.Sequence([theirs, bytes_of]).pre_tokenize_str(text)
+        assert PRE_TOKENIZERS["tekken"].pre_tokenize_str(text) == want
 
 
 def test_special_tokens_and_template(path):
@@ -125,8 +141,8 @@ def test_refusals(path):
     def refuses(message):
         return pytest.raises(ModelFileError, match=message)
 
-    with refuses(r"tokenizer.ggml.pre must be one of gpt-2, .*qwen2, got tekken"):
-        byte_level(path, "tekken")
+    with refuses(r"tokenizer.ggml.pre must be one of gpt-2, .*qwen2, got chatglm-bpe"):
+        byte_level(path, "chatglm-bpe")
     with refuses(r"tokenizer.ggml.model must be gpt2 or llama, got bert"):
         byte_level(
             path,
