@@ -134,6 +134,8 @@ def decoder_of(
 
     An MLP may be any module.
     """
+    if stack.spec.attention_kind == "own":
+        return None, f"the attention of {type(model).__name__} stays transformers' own"
     if (reason := _not_causal(model, stack)) is not None:
         return None, reason
     spec = stack.spec
@@ -154,9 +156,11 @@ def decoder_of(
 
 def _not_causal(model: Any, stack: Stack) -> str | None:
     """Why a model is no decoder with a vocabulary projection and nothing else; None if it is."""
-    if stack.is_row(model) and stack.path == stack.family.parts.stack:
-        return None
-    return f"{type(model).__name__} is not the causal language model that a row is of"
+    get_head = getattr(model, "get_output_embeddings", None)
+    has_head = get_head is not None and get_head() is not None
+    if not has_head or stack.path != stack.family.parts.stack or model.config is not stack.config:
+        return f"{type(model).__name__} is not decoder layers and a vocabulary projection alone"
+    return None
 
 
 def _as_batch(mlp: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:

@@ -78,20 +78,9 @@ def _native_varlen(
 
 
 def _native_paged(*args: Any, sinks: Tensor | None = None) -> Tensor:
-    out, lse = _paged_attention(*args)
-    return out if sinks is None else _with_sinks(out, lse, sinks)
-
-
-def _with_sinks(out: Tensor, lse: Tensor, sinks: Tensor) -> Tensor:
-    """Attention as if each head had one more score, without a value.
-
-    Args:
-        out: [num_tokens, num_heads_q, head_dim], of the scores without it
-        lse: [num_heads_q, num_tokens] float32
-        sinks: [num_heads_q]
-    """
-    share = torch.sigmoid(lse - sinks.float().unsqueeze(1))
-    return (out * share.t().unsqueeze(-1)).to(out.dtype)
+    more = () if sinks is None else (None, sinks.float())
+    out, _ = _paged_attention(*args, *more)
+    return out
 
 
 NATIVE = OpSet(
@@ -149,8 +138,8 @@ def _exact_varlen(
     sinks: Tensor | None = None,
 ) -> Tensor:
     qkv = (q.double(), k.double(), v.double())
-    out, lse = reference.flash_attn_varlen(*qkv, starts, starts, **_options(*scores))
-    return (out if sinks is None else _with_sinks(out, lse, sinks)).to(q.dtype)
+    out, _ = reference.flash_attn_varlen(*qkv, starts, starts, sinks=sinks, **_options(*scores))
+    return out.to(q.dtype)
 
 
 def _exact_paged(
@@ -166,8 +155,8 @@ def _exact_paged(
 ) -> Tensor:
     tensors = (q.double(), k_cache.double(), v_cache.double())
     where = (block_table, cache_seqlens, cu_seqlens_q)
-    out, lse = reference.paged_attention(*tensors, *where, **_options(*scores))
-    return (out if sinks is None else _with_sinks(out, lse, sinks)).to(q.dtype)
+    out, _ = reference.paged_attention(*tensors, *where, sinks=sinks, **_options(*scores))
+    return out.to(q.dtype)
 
 
 # Plain PyTorch: where no kernel is to be trusted, and the oracle of a new OpSet.

@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llamatelemetry.models.decoder import Decoder, decoder_of, rope_tables
+from llamatelemetry.models.decoder import Decoder, rope_tables
 from llamatelemetry.models.families import FAMILIES
+from llamatelemetry.models.guess import find_stack
 from llamatelemetry.models.hf_attention import choose_ours, leave, register
 from llamatelemetry.models.hf_overrides import in_force
 from llamatelemetry.models.opset import NATIVE, OpSet
@@ -24,8 +25,9 @@ from llamatelemetry.models.pieces.mlp import GatedMlp
 from llamatelemetry.models.pieces.norm import norm_piece
 from llamatelemetry.models.probe import disagreement, likeness
 from llamatelemetry.models.spec import LayerSpec, unread_field
-from llamatelemetry.models.stack import Stack, stack_of
+from llamatelemetry.models.stack import Stack
 from llamatelemetry.models.step_input import DecoderState, StepInput
+from llamatelemetry.models.whole import WholeProbe, evaluating, whole_decoder
 
 __all__ = [
     "FAMILIES",
@@ -105,7 +107,8 @@ def patch(model: Any, strict: bool = False, ops: OpSet = NATIVE) -> PatchReport:
     if (patched := model.__dict__.get("_llamatelemetry")) is not None:
         return _again(patched, strict, ops)
     register()
-    stack = stack_of(model)
+    stack = find_stack(model, lambda stack: _refusals(model, stack, ops, _wanted(stack)))
+    whole = None if stack.is_base() and stack.is_row(model) else WholeProbe(stack)
     wanted = _wanted(stack)
     refused = _refusals(model, stack, ops, wanted)
     pieces = {}
@@ -123,11 +126,18 @@ def patch(model: Any, strict: bool = False, ops: OpSet = NATIVE) -> PatchReport:
     for piece in pieces.values():
         piece.install()
     report = PatchReport(Counter(type(piece).__name__ for piece in pieces.values()), refused)
-    if report.replaced["Attention"] and ops.attn_implementation is not None:
+    has_attention = report.replaced["Attention"] or stack.spec.attention_kind == "own"
+    if pieces and has_attention and ops.attn_implementation is not None:
         choose_ours(model, _USER)
+    if whole is not None and (reason := whole.disagreement()) is not None:
+        _take_out(model, pieces)
+        pieces, refused = {}, dict.fromkeys(wanted, reason)
+        report = PatchReport(Counter(), refused)
+        if strict:
+            raise _disagree(refused)
     decoder = None
     if all(name in pieces for name, kind in wanted.items() if kind is not GatedMlp):
-        decoder, report.not_packed = decoder_of(model, stack, ops, pieces)
+        decoder, report.not_packed = whole_decoder(model, stack, ops, pieces, whole)
     if decoder is not None and (reason := decoder.why_not()) is not None:
         decoder, report.not_packed = None, reason
         warnings.warn(f"patch: the engine cannot run this model: {reason}", stacklevel=3)
@@ -170,7 +180,8 @@ def _wanted(stack: Stack) -> dict[str, type[Piece]]:
         kinds: dict[str, type[Piece]] = {
             name: norm for name in spec.norms if getattr(layer, name, None) is not None
         }
-        kinds[spec.attention] = Attention
+        if spec.attention_kind == "projected":
+            kinds[spec.attention] = Attention
         if spec.mlp_kind == "gated":
             kinds[spec.mlp] = GatedMlp
         wanted |= {stack.layer_name(i, name): kind for name, kind in kinds.items()}
@@ -214,7 +225,8 @@ def _verdict(
         for name, part in piece.bypassed():
             if has_hooks(part._forward_hooks, part._forward_pre_hooks):
                 return f"{name} carries forward hooks, which the replacement would not run"
-        return disagreement(piece, stack.angles(layer), stack.like())
+        with evaluating(module):
+            return disagreement(piece, stack.angles(layer), stack.like())
     except Exception as error:  # of whatever the module is made of
         return _reason(error)
     finally:
@@ -253,9 +265,13 @@ def unpatch(model: Any) -> None:
     """
     patched: _Patched | None = model.__dict__.pop("_llamatelemetry", None)
     if patched is not None:
-        for piece in patched.pieces.values():
-            piece.remove()
-        leave(model, _USER)
+        _take_out(model, patched.pieces)
+
+
+def _take_out(model: Any, pieces: Mapping[str, Piece]) -> None:
+    for piece in pieces.values():
+        piece.remove()
+    leave(model, _USER)
 
 
 def why_not_packed(model: Any) -> str | None:

@@ -200,6 +200,7 @@ def _attend(
     s_aux: Tensor | None = None,
     position_ids: Tensor | None = None,
     use_cache: bool | None = None,
+    output_attentions: bool | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
     """What a module asks of the attention interface, each of its arguments honoured or refused.

@@ -25,6 +25,7 @@ class LayerSpec:
     parallel: bool | str = False
 
     attention: str = "self_attn"
+    attention_kind: Literal["projected", "own"] = "projected"  # own: the module's forward
     qkv: tuple[str, ...] = ("q_proj", "k_proj", "v_proj")  # one name: a fused linear
     qkv_order: Literal["parts", "heads"] = "parts"  # of a fused one: all of q first, or by head
     output: str = "o_proj"

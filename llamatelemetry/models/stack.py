@@ -131,6 +131,6 @@ def stack_of(model: Any) -> Stack:
                 if kind.__name__ in bases and kind.__module__.startswith("transformers."):
                     return Stack(bases[kind.__name__], path, module)
     raise ValueError(
-        f"patch: model must be one of {', '.join(FAMILIES)}, or have the base model of one inside, "
-        f"got {type(model).__name__}"
+        "patch: model must have decoder layers of a class in models/families.py, or built alike, "
+        f"got {type(model).__name__}; enable_flash_attention chooses our attention alone"
     )
