@@ -19,7 +19,7 @@ from llamatelemetry.inference.sampling import GREEDY
 from llamatelemetry.loading.find import find_model, load_model
 
 REQUESTS = 8
-PROMPT_TOKENS, NEW_TOKENS = 32, 96
+PROMPT_TOKENS, NEW_TOKENS = 16, 48
 
 Contestant = Callable[[], "list[list[int]]"]  # tokens of each request
 

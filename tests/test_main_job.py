@@ -88,3 +88,33 @@ def test_the_command_line_writes_text(model_path):
     assert "Paris" in done.stdout
     assert "generation speed" in done.stderr
     assert "peak memory" in done.stderr
+
+
+@pytest.mark.slow
+def test_requests_at_once_have_the_texts_of_each_alone(model_path, device):
+    from llamatelemetry.inference import ContinuousBatching, InferenceEngine
+
+    engine = InferenceEngine(
+        load_model(model_path, device=device.type, dtype=torch.float32, exact=True)
+    )
+    batcher = ContinuousBatching(4, engine, max_step_tokens=16, num_blocks=12)
+    counts = [NEW_TOKENS if i % 2 else 24 for i in range(len(PROMPTS))]
+    handles = [
+        batcher.submit(prompt, GREEDY, count) for prompt, count in zip(PROMPTS, counts, strict=True)
+    ]
+    batcher.run()
+    plain = load_dense(model_path, device=device.type, dtype=torch.float32)
+    for prompt, count, handle in zip(PROMPTS, counts, handles, strict=True):
+        steps = engine.generator.generate(
+            [engine.encode(prompt)], [GREEDY], count, engine.loaded.eos_ids
+        )
+        alone = [token for (token,) in steps]
+        ours = handle.result().token_ids
+        pairs = enumerate(zip(ours, alone, strict=False))
+        differs = next((i for i, (a, b) in pairs if a != b), None)
+        if differs is None:
+            assert len(ours) == len(alone)
+            continue
+        ids = torch.tensor([engine.encode(prompt) + alone[:differs]], device=device)
+        best, second = plain(ids, logits_to_keep=1).logits[0, -1].topk(2).values.tolist()
+        assert best - second < CLOSE, f"{prompt!r}: token {differs}"

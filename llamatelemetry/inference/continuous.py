@@ -10,6 +10,7 @@ from typing import Any
 
 from llamatelemetry.inference.arguments import integer
 from llamatelemetry.inference.engine import InferenceEngine
+from llamatelemetry.inference.packed import why_not_packed
 from llamatelemetry.inference.prompts import sequence
 from llamatelemetry.inference.request_handle import RequestHandle
 from llamatelemetry.inference.running_batch import RunningBatch
@@ -43,6 +44,9 @@ class ContinuousBatching:
             open requests may need at most; with a number, requests wait for blocks, or give
             theirs up and compute them again.
         share_prefixes: whether later requests use what earlier ones have in the cache.
+
+    Raises:
+        ValueError: for a number below 1, and for a model that the packed steps do not serve.
 
     Attributes:
         max_batch_size: as given.
@@ -87,14 +91,21 @@ class ContinuousBatching:
         self._fixed_blocks = num_blocks
         self._tokenizer: Any = None
         self._eos: Collection[int] = ()
+        self._unasked = GREEDY
         if engine is None:
             return
         if isinstance(engine, InferenceEngine):
             self.model, self._tokenizer = engine.loaded.model, engine.tokenizer
-            self._eos = engine.loaded.eos_ids
+            self._eos, self._unasked = engine.loaded.eos_ids, engine.defaults.unasked()
         else:
             self.model, self._eos = engine, _eos_of(engine)
             patch(engine)
+        if "_llamatelemetry" not in self.model.__dict__ or why_not_packed(self.model):
+            reason = why_not_packed(self.model) or "patch does not know it"
+            raise ValueError(
+                f"ContinuousBatching: the model must be one that packed steps serve, got "
+                f"{type(self.model).__name__}: {reason}"
+            )
         tokens = STEP_TOKENS.get(self.model.device.type, STEP_TOKENS["cuda"])
         self._batch = RunningBatch(
             self.model,
@@ -131,7 +142,8 @@ class ContinuousBatching:
         Args:
             prompt: text, as a user's turn where the model has a chat template, messages, or token
                 ids.
-            params: SamplingParams; None is greedy.
+            params: SamplingParams; None is what the engine's model asks for in its
+                generation_config, and greedy where it asks for nothing.
             max_tokens: tokens drawn at most.
             min_tokens: before so many are drawn, none of the tokens that end the text may be.
             stop_sequences: the text ends before the first that appears.
@@ -180,7 +192,7 @@ class ContinuousBatching:
         )
         if self._fixed_blocks is not None:
             batch.scheduler.require_fit(request)
-        handle = RequestHandle(request, params or GREEDY, text, self._drive, self._sweep)
+        handle = RequestHandle(request, params or self._unasked, text, self._drive, self._sweep)
         batch.submit(handle)
         return handle
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from llamatelemetry.inference.block_manager import BlockManager, OutOfBlocks
+from llamatelemetry.inference.kv_pages import floating_parameter
 from llamatelemetry.inference.plan_runner import PlanRunner
 from llamatelemetry.inference.request_handle import RequestHandle
 from llamatelemetry.inference.runner import PAGE_SIZE
@@ -46,6 +47,7 @@ class RunningBatch:
 
     def _begin(self) -> None:
         """An empty cache, as the model is now."""
+        self._like = floating_parameter(self.model)
         blocks = BlockManager(self._fixed or 0, PAGE_SIZE, share_prefixes=self._share)
         self.scheduler = Scheduler(blocks, self._step_tokens, self.max_rows)
         self._runner = PlanRunner(
@@ -67,9 +69,12 @@ class RunningBatch:
     def step(self) -> list[RequestHandle]:
         """Returns handles of the requests that a forward ran on, or that ended."""
         touched = self.reap()
-        if not self._runner.runner.serves(self.model):
+        pages = self._runner.runner.pages
+        if (self._like.dtype, self._like.device) != (pages.dtype, pages.device):
             self._move()
         while self.incoming:
+            if not self._runner.runner.serves(self.model):
+                self._move()  # its parameters are others
             touched += self._take_in(self.incoming.popleft())
         plan = self.scheduler.schedule()
         for piece in plan.pieces:

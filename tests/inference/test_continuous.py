@@ -13,8 +13,9 @@ from families import tiny_model
 
 from llamatelemetry.inference import continuous, running_batch
 from llamatelemetry.inference.continuous import ContinuousBatching
+from llamatelemetry.inference.defaults import ModelDefaults
 from llamatelemetry.inference.runner import DecodeStep
-from llamatelemetry.inference.sampling import SamplingParams
+from llamatelemetry.inference.sampling import GREEDY, SamplingParams
 from llamatelemetry.models.patching import patch
 from llamatelemetry.profiling.metrics import summarise
 
@@ -83,6 +84,27 @@ def test_rows_are_loaded_when_they_change_and_not_else(tmp_path, device, monkeyp
     batcher.run()
     assert loads == [2, 1]
     assert (len(first.token_ids), len(second.token_ids)) == (30, 10)
+
+
+def test_what_a_request_does_not_say_is_the_model_s(tmp_path, device):
+    engine, _ = make_engine(tmp_path, device)
+    engine.defaults = ModelDefaults({"do_sample": True, "temperature": 1.5, "seed": 9})
+    batcher = ContinuousBatching(2, engine)
+    handles = [batcher.submit("the cat", max_tokens=20), batcher.submit("the cat", GREEDY, 20)]
+    texts = [handle.result().text for handle in handles]
+    assert texts[0] == "".join(engine.stream("the cat", max_tokens=20))
+    assert texts[1] == "".join(engine.stream("the cat", GREEDY, max_tokens=20))
+    assert texts[0] != texts[1]
+
+
+def test_a_repetition_penalty_beside_others(tmp_path, device):
+    engine, _ = make_engine(tmp_path, device)
+    params = [GREEDY, SamplingParams(temperature=0.0, repetition_penalty=1.8)]
+    wanted = ["".join(engine.stream("the cat", one, max_tokens=20)) for one in params]
+    batcher = ContinuousBatching(2, engine)
+    handles = [batcher.submit("the cat", one, 20) for one in params]
+    assert [handle.result().text for handle in handles] == wanted
+    assert wanted[0] != wanted[1]
 
 
 def test_ends(tmp_path, device):
