@@ -161,7 +161,7 @@ class _Service:
         self, shape: Shape, body: Generation, prompts: list[Any], limit: int, request: Request
     ) -> Response:
         """Submits n requests for each prompt, and answers with their texts or a stream of them."""
-        params = body.sampling() * len(prompts)
+        params = body.sampling(self.worker.batcher.engine.defaults) * len(prompts)
         rows = [ids for ids in prompts for _ in range(body.n)]
         handles = self.worker.submit(
             len(rows), rows, params, max_tokens=limit, stop_sequences=body.stop

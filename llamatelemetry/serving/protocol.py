@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from llamatelemetry.inference.defaults import ModelDefaults, UnsetFloat, UnsetInt
 from llamatelemetry.inference.sampling import SamplingParams
 
 MAX_CHOICES = 64  # of one request: n times its prompts
@@ -54,7 +56,9 @@ class Generation(BaseModel):
     """What a chat and a completion have in common.
 
     Attributes:
-        temperature, top_p, top_k, min_p, seed: see SamplingParams; no seed draws one.
+        temperature, top_p, top_k, min_p, repetition_penalty: see SamplingParams; where a request
+            has none the model's generation_config holds, and else the defaults here.
+        seed: see SamplingParams; none draws one.
         max_tokens: of each choice.
         n: choices for each prompt.
         stop: an answer ends before the first of these strings.
@@ -64,10 +68,11 @@ class Generation(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     model: str | None = None
-    temperature: Annotated[float, Field(ge=0, le=2)] = 1.0
-    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
-    top_k: Annotated[int, Field(ge=0, lt=2**31)] = 0
-    min_p: Annotated[float, Field(ge=0, le=1)] = 0.0
+    temperature: Annotated[float, Field(ge=0, le=2)] = UnsetFloat(1.0)
+    top_p: Annotated[float, Field(gt=0, le=1)] = UnsetFloat(1.0)
+    top_k: Annotated[int, Field(ge=0, lt=2**31)] = UnsetInt(0)
+    min_p: Annotated[float, Field(ge=0, le=1)] = UnsetFloat(0.0)
+    repetition_penalty: Annotated[float, Field(gt=0, allow_inf_nan=False)] = UnsetFloat(1.0)
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] = 1
@@ -102,19 +107,22 @@ class Generation(BaseModel):
     def includes_usage(self) -> bool:
         return self.stream_options is not None and self.stream_options.include_usage
 
-    def sampling(self) -> list[SamplingParams]:
-        """One for each of the n choices: the seeds follow one another."""
+    def sampling(self, defaults: ModelDefaults) -> list[SamplingParams]:
+        """One for each of the n choices: the seeds follow one another.
+
+        Args:
+            defaults: of the model.
+        """
         first = random.getrandbits(62) if self.seed is None else self.seed
-        return [
-            SamplingParams(
-                temperature=self.temperature,
-                top_k=self.top_k,
-                top_p=self.top_p,
-                min_p=self.min_p,
-                seed=(first + i + 2**63) % 2**64 - 2**63,
-            )
-            for i in range(self.n)
-        ]
+        filled = defaults.filled(
+            temperature=self.temperature,
+            top_p=self.top_p,
+            top_k=self.top_k,
+            min_p=self.min_p,
+            repetition_penalty=self.repetition_penalty,
+        )
+        seeds = ((first + i + 2**63) % 2**64 - 2**63 for i in range(self.n))
+        return [dataclasses.replace(filled, seed=seed) for seed in seeds]
 
 
 class TextPart(BaseModel):

@@ -28,7 +28,7 @@ TEMPLATE = (
 )
 
 
-def tiny_engine() -> InferenceEngine:
+def tiny_engine(generation=None) -> InferenceEngine:
     with torch.inference_mode(False):
         torch.manual_seed(0)
         model = tiny_model("llama")
@@ -39,7 +39,7 @@ def tiny_engine() -> InferenceEngine:
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
     tokenizer.decoder = Fuse()
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, chat_template=TEMPLATE)
-    return InferenceEngine(LoadedModel(model, fast, "tiny", ()))
+    return InferenceEngine(LoadedModel(model, fast, "tiny", (), generation or {}))
 
 
 def free_port() -> int:
@@ -49,9 +49,9 @@ def free_port() -> int:
 
 
 @contextlib.contextmanager
-def served(**config):
+def served(engine=None, **config):
     """The address of a running server, and the uvicorn server."""
-    app = create_app(ContinuousBatching(4, tiny_engine()), ServerConfig("tiny", **config))
+    app = create_app(ContinuousBatching(4, engine or tiny_engine()), ServerConfig("tiny", **config))
     port = free_port()
     server = uvicorn.Server(uvicorn.Config(app, port=port, log_level="error"))
     thread = threading.Thread(target=server.run, daemon=True)

@@ -111,6 +111,20 @@ def test_completions_take_text_ids_and_lists(client):
     assert ask([ids, ids], n=2) == ([text] * 4, 10)
 
 
+def test_the_models_own_defaults_hold_where_a_request_says_nothing():
+    generation = {"temperature": 0.0, "repetition_penalty": 1.5}
+    engine = tiny_engine(generation)
+    want = engine.infer("hello", max_tokens=12).text
+    with served(engine=engine) as (address, _), httpx.Client(base_url=address) as http:
+        body = {"messages": ASK["messages"], "max_tokens": 12}
+        said = [
+            http.post("/v1/chat/completions", json=body | more).json()["choices"][0]["message"]
+            for more in ({}, {"temperature": 1.9, "seed": 3}, {"repetition_penalty": 1.0})
+        ]
+    assert said[0]["content"] == want
+    assert len({message["content"] for message in said}) == 3
+
+
 def test_stop_strings(client):
     whole = client.completions.create(model="tiny", prompt="x", temperature=0, max_tokens=12)
     stop = whole.choices[0].text[3:5]
