@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from llamatelemetry.models.hf_overrides import in_force
 from llamatelemetry.models.opset import OpSet
 from llamatelemetry.models.pieces.attention import Attention, rope_angles
-from llamatelemetry.models.pieces.base import Piece, has_hooks
+from llamatelemetry.models.pieces.base import Piece
 from llamatelemetry.models.pieces.layer import DecoderLayer, add_norm, norm_of, number_of
 from llamatelemetry.models.pieces.mlp import GatedMlp
 from llamatelemetry.models.pieces.norm import NormFunction
+from llamatelemetry.models.pieces.watch import has_hooks
 from llamatelemetry.models.stack import Stack, stack_of
 from llamatelemetry.models.step_input import DecoderState, StepInput
 
@@ -51,6 +52,11 @@ class Decoder:
             for name in (parts.layers, parts.norm)
         ]
         self._bound += [(stack.layers._modules, *item) for item in stack.layers._modules.items()]
+        self._bound += [
+            (layer._modules, name, getattr(layer, name, None))
+            for layer in stack.layers
+            for name in (*spec.norms, spec.attention)
+        ]
         called = [stack.embedding, model.get_output_embeddings(), stack.rotary]
         for i, layer in enumerate(stack.layers):
             if spec.mlp_kind == "plain":
@@ -72,6 +78,12 @@ class Decoder:
         softcap = getattr(config, spec.final_softcap) if spec.final_softcap else None
         self.final_softcap = float(softcap or 0.0)
 
+    def is_replaced(self) -> bool:
+        """Whether modules or weights are others than those that it is made of."""
+        return any(entries.get(key) is not module for entries, key, module in self._bound) or any(
+            piece.is_replaced() for piece in self.pieces.values()
+        )
+
     def why_not(self) -> str | None:
         """What of the model as it is now the packed forward would leave out; None if nothing."""
         for before, after, name in self._left_out:
@@ -82,8 +94,10 @@ class Decoder:
                 return f"{key} of the model's modules has been replaced since patch"
         for name, piece in self.pieces.items():
             if (part := piece.changed()) is not None:
-                return f"{name}.{part} has been replaced or hooked since patch"
+                return f"{name}: {part}"
         for block in self.blocks:
+            if getattr(block.attention.module, "is_causal", True) is False:
+                return "its attention must be causal, got is_causal = False"
             if (changed := in_force(block.attention.module)) is not None:
                 return f"the engine does not know of {changed}: disable_flash_attention undoes it"
         return None

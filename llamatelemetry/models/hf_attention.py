@@ -16,7 +16,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from llamatelemetry.models.hf_fallback import theirs, wants_weights
 from llamatelemetry.models.hf_kernels import Scores, attend, serves
 from llamatelemetry.models.hf_layout import KeyLayout
-from llamatelemetry.models.hf_masks import key_mask, mask_of
+from llamatelemetry.models.hf_masks import KeyMask, key_mask, mask_of
 from llamatelemetry.models.hf_overrides import OVERRIDES, Overrides
 
 NAME = "llamatelemetry"
@@ -66,6 +66,9 @@ def attention_forward(
         scale, dropout, causal, attention_mask = _overridden(
             overrides, module, query, key, attention_mask, scale, dropout, causal, sliding_window
         )
+    if not causal and isinstance(attention_mask, KeyMask):
+        # Where torch's attention gets no mask, a module's own is_causal counts, so it does here.
+        attention_mask = None if attention_mask.key_layout.is_plain_causal else attention_mask
     window = -1 if sliding_window is None else sliding_window - 1
     if attention_mask is None:
         scores = Scores(scale, causal and query.shape[2] > 1, window if causal else -1, -1, 0.0)

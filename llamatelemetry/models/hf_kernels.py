@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from llamatelemetry._native import kernels
 from llamatelemetry._native.facts import LIMITS
@@ -27,6 +28,13 @@ _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _MAX_SOFTCAP = 10000.0
 MAX_HEAD_DIM = 256
 _said: set[str] = set()
+
+
+def is_transformed() -> bool:
+    """Whether vmap, jvp or their like are at work, of which our ops know nothing."""
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._functorch.maybe_current_level() is not None or forward_ad._current_level >= 0
 
 
 class Scores(NamedTuple):
@@ -61,6 +69,7 @@ def serves(
     kind = query.device.type
     return (
         not dropout
+        and not is_transformed()
         and (kind == "cpu" or (kind == "cuda" and "flash_attn" not in kernels.without_cuda))
         and query.dtype in _DTYPES
         and query.dtype == key.dtype == value.dtype

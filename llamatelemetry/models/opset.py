@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -36,6 +37,19 @@ class OpSet:
     gated: Mapping[str, Callable[[Tensor], Tensor]]
     all_reduce: Callable[[Tensor], Tensor]
     attn_implementation: str | None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> OpSet:
+        return self
+
+    def __reduce__(self) -> str | tuple[Any, ...]:
+        """By name, as a function is: functions made at run time have no other way."""
+        for name in ("NATIVE", "REFERENCE"):
+            if self is globals().get(name):
+                return name
+        raise pickle.PicklingError(
+            "a patched model can be pickled with NATIVE or REFERENCE ops, got others: call "
+            "unpatch(model) first"
+        )
 
 
 def _gated(silu: Any, gelu: Any, gelu_tanh: Any) -> dict[str, Callable[[Tensor], Tensor]]:

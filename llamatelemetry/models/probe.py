@@ -7,8 +7,7 @@ bits. Pieces that read a cache run as generation does: a prompt, one token, then
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -23,11 +22,11 @@ from llamatelemetry.models.pieces.base import CACHE_NAMES, Piece
 from llamatelemetry.models.pieces.layer import DecoderLayer
 from llamatelemetry.models.pieces.merge import in_more_bits
 from llamatelemetry.models.pieces.norm import LayerNorm, Norm
+from llamatelemetry.models.probe_setting import own_mlp_left_out, short_windows, undisturbed
 from llamatelemetry.ops import reference
 
 _BATCH = 2
 _STEPS = (5, 1, 3)  # tokens of each forward over one cache
-_WINDOW = 3  # sliding windows are cut to this, so that the prompt is longer
 _PROBE = "llamatelemetry_probe"
 _PROBE_OURS = "llamatelemetry_probe_ours"
 
@@ -50,6 +49,14 @@ def disagreement(piece: Piece, rotary: Callable[..., Any], like: Tensor) -> str 
     generator = torch.Generator(like.device).manual_seed(0)
     if isinstance(piece, Norm):
         return _norm_disagreement(piece, like, generator)
+    with undisturbed(piece.module):
+        return _step_disagreement(piece, rotary, like, generator)
+
+
+def _step_disagreement(
+    piece: Piece, rotary: Callable[..., Any], like: Tensor, generator: torch.Generator
+) -> str | None:
+    """Holds the piece and the module to a copy in more bits, on the steps of a generation."""
     more_bits = torch.float64 if like.dtype == torch.float32 else torch.float32
     inputs = [
         torch.randn(
@@ -59,7 +66,7 @@ def disagreement(piece: Piece, rotary: Callable[..., Any], like: Tensor) -> str 
     ]
     AttentionInterface.register(_PROBE, _attend)
     AttentionInterface.register(_PROBE_OURS, _attend_with_ours)
-    with _short_windows(piece), _own_mlp_left_out(piece):
+    with short_windows(piece), own_mlp_left_out(piece):
         attention = _PROBE if piece.ops.attn_implementation is None else _PROBE_OURS
         ours = _run(piece, piece.forward, rotary, inputs, attention).double()
         theirs = _run(piece, piece.original, rotary, inputs, _PROBE).double()
@@ -151,8 +158,10 @@ def _run(
         return torch.cat([forward(x.clone()) for x in inputs], 1)
     outputs, cache, seen = [], _Cache(), 0
     cache_name = next(name for name in CACHE_NAMES if name in piece.parameters)
-    before = piece.config._attn_implementation
-    piece.config._attn_implementation = attention
+    configs = [piece.config, *(getattr(part, "config", None) for part in piece.module.modules())]
+    before = [(config, config._attn_implementation) for config in configs if config is not None]
+    for config, _ in before:
+        config._attn_implementation = attention
     try:
         for x in inputs:
             positions = torch.arange(seen, seen + x.shape[1], device=x.device).unsqueeze(0)
@@ -169,7 +178,8 @@ def _run(
             outputs.append(out[0] if isinstance(out, tuple) else out)
             seen += x.shape[1]
     finally:
-        piece.config._attn_implementation = before
+        for config, implementation in before:
+            config._attn_implementation = implementation
     return torch.cat(outputs, 1)
 
 
@@ -248,48 +258,3 @@ def _attend_with_ours(
     return attention_forward(
         module, query, key, value, mask, sliding_window=sliding_window, **others
     )
-
-
-class _Smooth(nn.Module):
-    def __init__(self, router_scores: bool) -> None:
-        super().__init__()
-        self.router_scores = router_scores
-
-    def forward(self, x: Tensor) -> Tensor | tuple[Tensor, None]:
-        return (x.sin(), None) if self.router_scores else x.sin()
-
-
-@contextmanager
-def _own_mlp_left_out(piece: Piece) -> Iterator[None]:
-    """Lets a smooth function stand for an MLP that a layer calls as it is.
-
-    It is not the layer's to prove; a copy of many experts would be large, and a router's choice
-    jumps where its inputs differ by a rounding.
-    """
-    if not isinstance(piece, DecoderLayer) or piece.spec.mlp_kind != "own":
-        yield
-        return
-    mlp = getattr(piece.module, piece.spec.mlp)
-    setattr(piece.module, piece.spec.mlp, _Smooth(piece.spec.router_scores))
-    try:
-        yield
-    finally:
-        setattr(piece.module, piece.spec.mlp, mlp)
-
-
-@contextmanager
-def _short_windows(piece: Piece) -> Iterator[None]:
-    """Cuts every sliding window that the module or its config has, and the piece's own."""
-    owners = [piece.config, *piece.module.modules()]
-    windows = [(owner, getattr(owner, "sliding_window", None)) for owner in owners]
-    try:
-        for owner, window in windows:
-            if window is not None:
-                owner.sliding_window = min(window, _WINDOW)
-        piece.read_window()
-        yield
-    finally:
-        for owner, window in windows:
-            if window is not None:
-                owner.sliding_window = window
-        piece.read_window()

@@ -7,16 +7,16 @@ stands between them (factors, more inputs, another head) shows in no part.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from llamatelemetry.models.decoder import Decoder, decoder_of, rope_tables
 from llamatelemetry.models.opset import OpSet
 from llamatelemetry.models.pieces.base import Piece
+from llamatelemetry.models.probe_setting import undisturbed
 from llamatelemetry.models.stack import Stack
 from llamatelemetry.models.step_input import DecoderState, StepInput
 
@@ -59,13 +59,13 @@ class WholeProbe:
     def packed_disagreement(self, decoder: Decoder) -> str | None:
         """Why the packed forward is not the model's; None if it is."""
         model = decoder.model
-        with evaluating(model):
+        with undisturbed(model):
             logits = model(input_ids=self._ids, use_cache=False).logits[0]
         ours = _packed(decoder, self._ids[0])
         return _disagreement(ours, logits[[end - 1 for end in _BEGINS[1:]]])
 
     def _hidden(self) -> Tensor:
-        with evaluating(self.stack.module):
+        with undisturbed(self.stack.module):
             out = self.stack.module(input_ids=self._ids, use_cache=False)
         return out[0]  # hidden states, or the logits of a stack that is a whole model
 
@@ -82,18 +82,6 @@ def whole_decoder(
     if decoder is not None and whole is not None:
         reason = whole.packed_disagreement(decoder)
     return (decoder, None) if reason is None else (None, reason)
-
-
-@contextmanager
-def evaluating(module: nn.Module) -> Iterator[None]:
-    """Has a module and its parts in eval mode: a replacement has no dropout to be compared."""
-    before = [(part, part.training) for part in module.modules()]
-    module.eval()
-    try:
-        yield
-    finally:
-        for part, training in before:
-            part.training = training
 
 
 def _disagreement(ours: Tensor, theirs: Tensor) -> str | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import pickle
 
 import pytest
 import torch
@@ -128,26 +127,28 @@ def new_norm_weight(layer):
 
 
 @pytest.mark.parametrize(
-    "change",
+    ("change", "is_hooked"),
     [
-        new_weight,
-        new_linear,
-        new_norm_weight,
-        lambda layer: hooked(layer.mlp.gate_proj),
-        lambda layer: hooked(layer.self_attn.o_proj),
-        lambda layer: hooked(layer.post_attention_layernorm),
-        lambda layer: tripled_forward(layer.self_attn.v_proj),
+        (new_weight, False),
+        (new_linear, False),
+        (new_norm_weight, False),
+        (lambda layer: hooked(layer.mlp.gate_proj), True),
+        (lambda layer: hooked(layer.self_attn.o_proj), True),
+        (lambda layer: hooked(layer.post_attention_layernorm), True),
     ],
 )
-def test_one_layer_changed_after(change, device):
+def test_one_layer_changed_after(change, is_hooked, device):
     model, ids = tiny_model("llama", device), ids_of(device)
     patch(model, strict=True)
     before = model(ids).logits
     with torch.inference_mode(False):
         change(model.model.layers[1])
     got = model(ids).logits
-    with pytest.raises(RuntimeError, match=r"forward_tokens: model\.layers\.1.*call unpatch"):
-        PackedRun(model, 1).step([ids[0]])
+    if is_hooked:
+        with pytest.raises(RuntimeError, match=r"forward_tokens: model\.layers\.1.*call unpatch"):
+            PackedRun(model, 1).step([ids[0]])
+    else:
+        assert_close(PackedRun(model, 1).step([ids[0]]), got[:, -1])
     unpatch(model)
     want = model(ids).logits
     assert_close(got, want)
@@ -168,9 +169,10 @@ def test_another_head_after(device):
 def test_another_layer_after(device):
     model, ids = tiny_model("llama", device), ids_of(device)
     patch(model)
-    model.model.layers[0] = tiny_model("llama", device).model.layers[1]
-    with pytest.raises(RuntimeError, match="has been replaced since patch"):
-        PackedRun(model, 1).step([ids[0]])
+    model.model.layers[0] = tiny_model("llama", device).model.layers[0]
+    assert_close(PackedRun(model, 1).step([ids[0]]), model(ids).logits[:, -1])
+    model.model.norm = copy.deepcopy(model.model.layers[0].input_layernorm)
+    assert_close(PackedRun(model, 1).step([ids[0]]), model(ids).logits[:, -1])
 
 
 def test_a_second_patch_that_asks_for_more(device):
@@ -183,26 +185,6 @@ def test_a_second_patch_that_asks_for_more(device):
     with pytest.raises(ValueError, match=r"ops must be .* call unpatch\(model\) first"):
         patch(model, ops=REFERENCE)
     assert patch(copy.deepcopy(model)).refused == report.refused
-
-
-def test_a_pickle_is_refused(device):
-    model = tiny_model("llama", device)
-    patch(model)
-    with pytest.raises(pickle.PicklingError, match=r"unpatch\(model\) first"):
-        pickle.dumps(model)
-    unpatch(model)
-    pickle.dumps(model)
-
-
-def test_copies_notice_changes_of_their_own(device):
-    model, ids = tiny_model("llama", device), ids_of(device)
-    patch(model)
-    with torch.inference_mode(False):
-        twin = copy.deepcopy(model)
-        new_linear(twin.model.layers[0])
-    assert_close(PackedRun(model, 1).step([ids[0]]), model(ids).logits[:, -1])
-    with pytest.raises(RuntimeError, match=r"layers\.0\.mlp\.gate_proj"):
-        PackedRun(twin, 1).step([ids[0]])
 
 
 @pytest.mark.parametrize("ops", [{}, {"ops": REFERENCE}])

@@ -11,7 +11,7 @@ from torch.nn.utils import prune
 from torch.testing import assert_close
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaMLP, LlamaRMSNorm
 
-from llamatelemetry.models import patching
+from llamatelemetry.models import refusals
 from llamatelemetry.models.families import FAMILIES
 from llamatelemetry.models.opset import NATIVE
 from llamatelemetry.models.patching import patch, unpatch
@@ -153,7 +153,7 @@ def test_a_window_that_the_row_leaves_out_is_seen(family, device, monkeypatch):
         report = patch(model)
     assert not report.replaced
     unpatch(model)
-    monkeypatch.setattr(patching, "unread_field", lambda spec, config: None)
+    monkeypatch.setattr(refusals, "unread_field", lambda spec, config: None)
     with pytest.warns(UserWarning, match="errs by"):
         report = patch(model)
     assert "model.layers.1.self_attn" in report.refused
@@ -215,6 +215,6 @@ def test_a_probe_leaves_no_trace(family, device):
     model = tiny_model(family, device)
     stack = stack_of(model)
     config, pointers = model.config.to_dict(), [p.data_ptr() for p in model.parameters()]
-    assert patching._refusals(model, stack, NATIVE, patching._wanted(stack)) == {}
+    assert refusals.refusals(model, stack, NATIVE, refusals.wanted_pieces(stack)) == {}
     assert model.config.to_dict() == config
     assert [p.data_ptr() for p in model.parameters()] == pointers

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,7 @@ from llamatelemetry.models.pieces.base import (
     without_encoder,
 )
 from llamatelemetry.models.pieces.merge import columns_of, merge_runs, rows_of, unmerge_linears
-from llamatelemetry.models.pieces.norm import eps_of, offset_of
+from llamatelemetry.models.pieces.norm import EPS_NAMES, eps_of, offset_of
 from llamatelemetry.models.spec import LayerSpec
 from llamatelemetry.models.step_input import StepInput
 
@@ -108,6 +108,8 @@ class Attention(Piece):
             self.norms_after, norms = norms[:2], [None, None, None]
         self.projections = []
         for linear, count in merge_runs(self.linears):
+            if count > 1:
+                self.merged.append(linear)
             parts = 3 if len(self.linears) == 1 else count
             self.projections.append(
                 _Projection(
@@ -134,6 +136,19 @@ class Attention(Piece):
     def _norm(self, name: str) -> Norm:
         norm = getattr(self.module, name)
         return norm.weight, eps_of(norm), offset_of(self.spec.norm)
+
+    def merged_names(self) -> Sequence[str]:
+        return self.spec.qkv
+
+    def numbers(self) -> list[tuple[Any, str]]:
+        spec, module = self.spec, self.module
+        names = (spec.scale, spec.softcap, spec.use_rope, spec.head_dim, "is_sliding")
+        norms = [getattr(module, n) for n in spec.qk_norm_names if spec.qk_norm != "none"]
+        return [
+            *((module, name) for name in names if name),
+            *((owner, spec.window) for owner in (module, self.config) if spec.window),
+            *((norm, name) for norm in norms for name in EPS_NAMES),
+        ]
 
     def unbind(self) -> None:
         unmerge_linears(self.linears)
@@ -180,10 +195,11 @@ class Attention(Piece):
         return self.ops.all_reduce(self.o(out.view(x.shape[0], -1)))
 
     def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
-        if torch.is_grad_enabled() or self.changed() or self.module.training:
+        if self.stands_aside(args, kwargs):
             return self.original(*args, **kwargs)
         call = self.named(args, kwargs)
-        if not without_encoder(call):
+        lacks_angles = self.turns and call.get("position_embeddings") is None
+        if not without_encoder(call) or lacks_angles:
             return self.original(*args, **kwargs)
         hidden_states, angles = call.pop("hidden_states"), call.pop("position_embeddings", None)
         attention_mask, cache = call.pop("attention_mask", None), take_cache(call)

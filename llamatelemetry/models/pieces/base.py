@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
-import pickle
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import nn
 
 from llamatelemetry.models.opset import NATIVE, OpSet
+from llamatelemetry.models.pieces.watch import FLOATS, Kinds, Watch, in_another_mode
 from llamatelemetry.models.spec import LayerSpec
 
 # What the forward of an attention or a layer may be called with. transformers 5.24 renamed
@@ -33,12 +32,23 @@ KNOWN_TO_LAYERS = frozenset(
     }
 )
 
+_OF_COPIES = (
+    "module", "spec", "config", "ops", "width", "parameters", "dtype", "name", "report",
+    "_own_forward", "_is_installed", "_is_left", "_proved",
+)  # fmt: skip
+
 
 class Piece:
     """Stands for one module: puts its forward in the module's place, and takes it out again.
 
+    On every call it looks whether what it was bound to still stands. Where it does not, the
+    module's own forward runs, hooks and all; once the new parts have stood for two calls and are
+    of the kind that was proved, the piece binds to them.
+
     Attributes:
         parameters: names of the parameters of the module's own forward, in order.
+        linears: parts whose weights are held as one, where they are alike; merged: what holds them.
+        name: of the module in its model, once installed.
 
     Raises:
         ValueError, AttributeError: the module is not of the piece's kind after all, or its forward
@@ -46,19 +56,38 @@ class Piece:
     """
 
     known: frozenset[str] = frozenset({"hidden_states", "x"})
-    _watched: Sequence[tuple[dict[str, Any], str, object, str]] = ()  # nothing before install
-    _part_hooks: Sequence[tuple[dict[int, Any], str]] = ()
+    name: str = ""
+    report: Any = None  # patching's, told where the piece stands aside for good
+    _own_forward: Any = None  # what the module had of its own in forward's place
+    _is_installed: bool | None = None  # None: not yet; False: not any more
+    _is_left = False  # the report says so
+    _proved: Kinds | None = None  # the parts that were bound first
+    _watch: Watch | None = None  # those that are bound; None: of a copy, bound at its first call
+    _seen: Watch | None = None  # those that the last call found in their place
 
     def __init__(
         self, module: nn.Module, spec: LayerSpec, config: Any, ops: OpSet = NATIVE
     ) -> None:
         self.module: Any = module
-        self.spec, self.config, self.ops = spec, config, ops
+        self.spec, self.ops = spec, ops
+        self.config = getattr(module, "config", config)
         self.width = int(config.hidden_size)
-        self.original = module.forward
+        self.linears: list[nn.Module] = []
+        self.merged: list[nn.Module] = []
+        if self._is_installed is None:
+            self._own_forward = module.__dict__.get("forward")
         self.parameters = parameters_of(self.original, self.known)
-        self._replaced = {name: module.__dict__.get(name) for name in ("forward", "_apply")}
-        self._apply_original = module._apply
+        for name, tensor in (*module.named_parameters(), *module.named_buffers()):
+            if tensor.is_meta:
+                raise ValueError(f"weights must be in memory, got {name} on the meta device")
+        self.dtype = next((p.dtype for p in module.parameters() if p.dtype in FLOATS), None)
+
+    @property
+    def original(self) -> Callable[..., Any]:
+        """The module's own forward."""
+        if self._own_forward is not None:
+            return self._own_forward
+        return type(self.module).forward.__get__(self.module)
 
     def bind(self) -> None:
         """Takes the module's tensors in hand; again whenever they have moved."""
@@ -67,40 +96,80 @@ class Piece:
         """The parts, by name, that the piece computes without calling them: all of its module's."""
         return [(name, part) for name, part in self.module.named_modules() if name]
 
+    def numbers(self) -> list[tuple[Any, str]]:
+        """(who has it, its name) of what the piece reads once besides tensors."""
+        return []
+
+    def _parts(self) -> list[tuple[str, nn.Module]]:
+        return [("", self.module), *self.bypassed()]
+
     def watch(self) -> None:
         """Notes what the piece is bound to, for changed."""
-        parts = [("", self.module), *self.bypassed()]
-        watched = [
-            (entries, key, value, f"{name}.{key}".lstrip("."))
-            for name, part in parts
-            for entries in (part._modules, part._parameters)
-            for key, value in entries.items()
-        ]
-        watched += [
-            (part.__dict__, "forward", part.__dict__.get("forward"), name)
-            for name, part in parts[1:]
-        ]
-        self._watched = watched
-        self._part_hooks = [
-            (hooks, name)
-            for name, part in parts[1:]
-            for hooks in (part._forward_hooks, part._forward_pre_hooks)
-        ]
+        self._watch = Watch(self._parts(), self.linears, self.numbers())
+        self._proved, self._seen = self._proved or self._watch.kinds, None
+
+    def stands_aside(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+        """Whether the module's own forward is to run this call."""
+        if self._is_installed is None:  # the probe calls it
+            return False
+        call = (*args, *kwargs.values())
+        if not args:
+            call = (kwargs.get(self.parameters[0]), *call)
+        return in_another_mode(self.module, self.dtype, call) or self.changed() is not None
 
     def changed(self) -> str | None:
-        """Which part has been replaced or hooked since bind, so that the piece is not its module's.
+        """Why the piece is not its module's any more, after binding again where that may be.
 
-        A tensor put into a parameter's data is not seen, nor is anything while Dynamo traces.
+        Nothing is seen while Dynamo traces.
         """
         if torch.compiler.is_compiling():
             return None
-        for entries, key, value, name in self._watched:
-            if entries.get(key) is not value:
-                return name
-        for hooks, name in self._part_hooks:
-            if hooks and has_hooks(hooks):
-                return name
-        return None
+        reason = "it is a copy" if self._watch is None else self._watch.broken()
+        if reason is None:
+            self._seen = None
+            if self._is_left:
+                self._come_back()
+            return None
+        return self._follow(reason)
+
+    def _follow(self, reason: str) -> str | None:
+        """Binds to the parts that are there now, or says why not."""
+        if not self._is_installed:
+            return reason  # something still holds the forward of a piece that was removed
+        now = Watch(self._parts(), (), self.numbers())
+        linears = [part for name, part in self._parts() if name in self.merged_names()]
+        held = [] if self._watch is None else self._watch.tensors()
+        held += [x for one in self.merged for x in (*one.parameters(), *one.buffers())]
+        obstacle = now.obstacle(self._proved, linears, held)
+        # What stands there for one call alone, as with functional_call, is not worth a copy.
+        is_new = self._seen is None or self._seen.broken() is not None
+        if obstacle is None and self._watch is not None and is_new:
+            self._seen = now
+            return reason
+        if obstacle is None:
+            try:
+                self.rebind()
+                return None
+            except Exception as error:  # of whatever the module is made of
+                obstacle = f"{type(error).__name__}: {error}"
+        self._seen = None
+        self._is_left = True
+        if self.report is not None:
+            self.report.leave(self.name, obstacle)
+        return obstacle
+
+    def is_replaced(self) -> bool:
+        """Whether parts are others than those it is bound to, hooks aside."""
+        return self._watch is not None and self._watch.broken(hooks=False) is not None
+
+    def _come_back(self) -> None:
+        self._is_left = False
+        if self.report is not None:
+            self.report.come_back(self.name)
+
+    def merged_names(self) -> Sequence[str]:
+        """Names of the module's linears whose weights bind makes one."""
+        return ()
 
     def unbind(self) -> None:
         """Gives back what bind took."""
@@ -115,51 +184,61 @@ class Piece:
         """The arguments of a call by the names that the module's own forward has for them."""
         return dict(zip(self.parameters, args, strict=False)) | dict(kwargs)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Piece:
-        twin = memo[id(self)] = type(self).__new__(type(self))
-        twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
-        return twin
+    def __getstate__(self) -> dict[str, Any]:
+        """Of a copy, which is a piece of its own: what it is bound to, it takes at its first call.
 
-    def __reduce_ex__(self, protocol: Any) -> NoReturn:
-        raise pickle.PicklingError(
-            "a patched model cannot be pickled: call unpatch(model) first, and patch what is "
-            "loaded, or save its state_dict"
-        )
+        So merged weights are copied once, as their modules' parameters.
+        """
+        return {key: self.__dict__[key] for key in _OF_COPIES if key in self.__dict__}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.linears, self.merged = [], []
 
     def _apply(self, *args: Any, **kwargs: Any) -> Any:
-        result = self._apply_original(*args, **kwargs)
-        self._rebind()
+        result = type(self.module)._apply(self.module, *args, **kwargs)
+        self.moved()
         return result
 
-    def _loaded(self, *_: Any) -> None:
-        self._rebind()
+    def moved(self, *_: Any) -> None:
+        """Binds again at once, unless the parts are of other kinds: the next call says so."""
+        if self._watch is None or Watch(self._parts()).kinds != self._proved:
+            return
+        try:
+            self.rebind()
+        except Exception:  # of whatever the module is made of now
+            self._watch = None  # the next call tries again, and says why not
 
-    def _rebind(self) -> None:
-        self.bind()
+    def rebind(self) -> None:
+        type(self).__init__(self, self.module, self.spec, self.config, self.ops)
         self.watch()
+        if self._is_left:
+            self._come_back()
 
-    def install(self) -> None:
+    def install(self, name: str = "", report: Any = None) -> None:
+        self.name, self.report, self._is_installed = name, report, True
         self.watch()
         self.module.forward = self.forward
         self.module._apply = self._apply
-        self._hook = self.module.register_load_state_dict_post_hook(self._loaded)
+        self.module.register_load_state_dict_post_hook(self.moved)
 
     def remove(self) -> None:
-        self._hook.remove()
-        for name, value in self._replaced.items():
-            self.module.__dict__.pop(name, None)
-            if value is not None:
-                self.module.__dict__[name] = value
+        self._is_installed, self._watch = False, None
+        own = vars(self.module)
+        for key, value in list(own.items()):
+            if getattr(value, "__self__", None) is not self:
+                continue
+            if key not in ("forward", "_apply"):  # accelerate keeps the forward it has wrapped
+                own[key] = self.original
+            elif key == "forward" and self._own_forward is not None:
+                own[key] = self._own_forward
+            else:
+                del own[key]
+        hooks = self.module._load_state_dict_post_hooks
+        for key, hook in list(hooks.items()):
+            if getattr(hook, "__self__", None) is self:
+                del hooks[key]
         self.unbind()
-
-
-def has_hooks(*hooks: Mapping[int, Any]) -> bool:
-    """Whether forward hooks are more than those by which transformers collects hidden states."""
-    return any(
-        not str(getattr(hook, "__module__", "")).startswith("transformers.")
-        for each in hooks
-        for hook in each.values()
-    )
 
 
 def eager_attention_of(module: nn.Module) -> Callable[..., Any]:

@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
 from llamatelemetry.models.opset import NATIVE, OpSet
 from llamatelemetry.models.pieces.base import KNOWN_TO_LAYERS, Piece, without_encoder
-from llamatelemetry.models.pieces.norm import NormFunction
+from llamatelemetry.models.pieces.norm import EPS_NAMES, NormFunction
 from llamatelemetry.models.spec import LayerSpec
 
 
@@ -40,6 +39,13 @@ class DecoderLayer(Piece):
         names = (self.spec.attention_norm, self.spec.middle_norm, self.spec.mlp_norm)
         norms = ((name, getattr(self.module, name)) for name in names if name)
         return [(name, norm) for name, norm in norms if norm is not None]
+
+    def numbers(self) -> list[tuple[Any, str]]:
+        multiplier = self.spec.residual_multiplier
+        return [
+            *((self.module, name) for name in (multiplier,) if name),
+            *((norm, name) for _, norm in self.bypassed() for name in EPS_NAMES),
+        ]
 
     def run(
         self,
@@ -77,7 +83,7 @@ class DecoderLayer(Piece):
         return out[0] if spec.router_scores else out
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        if torch.is_grad_enabled() or self.changed() or self.module.training:
+        if self.stands_aside(args, kwargs):
             return self.original(*args, **kwargs)
         call = self.named(args, kwargs)
         if not without_encoder(call):

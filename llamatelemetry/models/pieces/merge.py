@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from llamatelemetry.quantization.modules import QuantLinear, expand, merge_quant_linears
@@ -32,19 +32,59 @@ def _merge(linears: Sequence[nn.Module]) -> nn.Module | None:
         return merge_quant_linears(cast("Sequence[QuantLinear]", linears))
     if any(type(linear) is not nn.Linear for linear in linears):
         return None
+    if not all(is_plain(p) for linear in linears for p in linear.parameters()):
+        return None
     parts = [dict(linear.named_parameters()) for linear in linears]
     if len({tuple((name, p.dtype, p.device) for name, p in part.items()) for part in parts}) > 1:
+        return None
+    if "weight" not in parts[0]:  # pruned or parametrised: computed from other parameters
         return None
     out_features = sum(part["weight"].shape[0] for part in parts)
     in_features = parts[0]["weight"].shape[1]
     merged = nn.Linear(in_features, out_features, bias="bias" in parts[0], device="meta")
     for name in parts[0]:
-        whole = torch.cat([part[name].data for part in parts])
+        whole = _joined([part[name].data for part in parts])
         views = whole.split([part[name].shape[0] for part in parts])
         for part, view in zip(parts, views, strict=True):
-            part[name].data = view
+            if part[name].data_ptr() != view.data_ptr():
+                part[name].data = view
         setattr(merged, name, nn.Parameter(whole, requires_grad=False))
     return merged
+
+
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    """The parts one under another: what they are views of already, or a new tensor."""
+    first, rows = parts[0], sum(part.shape[0] for part in parts)
+    storage = first.untyped_storage()
+    end = storage.data_ptr()
+    for part in parts:
+        if not part.is_contiguous() or part.data_ptr() != end:
+            return torch.cat(list(parts))
+        end += part.nbytes
+    if end - storage.data_ptr() != storage.nbytes():
+        return torch.cat(list(parts))
+    return first.as_strided((rows, *first.shape[1:]), first.stride(), 0)
+
+
+def is_plain(tensor: Tensor) -> bool:
+    """Whether a weight is memory and nothing else, so that others may take a view of it."""
+    return (
+        type(tensor) in (Tensor, nn.Parameter)
+        and type(tensor.data) is Tensor
+        and tensor.layout == torch.strided
+        and not tensor.is_meta
+    )
+
+
+def is_shared(tensor: Tensor, holders: int = 1) -> bool:
+    """Whether more than so many tensors, itself among them, hold a weight's memory.
+
+    Writes through one that is not ours would be lost to a merged copy.
+    """
+    storage = tensor.untyped_storage()
+    count = getattr(torch._C, "_storage_Use_Count", None)
+    # One use is the storage object at hand.
+    return count is None or count(storage._cdata) > holders + 1
 
 
 def merge_runs(linears: Sequence[nn.Module]) -> list[tuple[nn.Module, int]]:
@@ -62,17 +102,26 @@ def unmerge_linears(linears: Sequence[nn.Module]) -> None:
         return
     with _plain_tensors():
         for linear in linears:
+            if type(linear) not in (nn.Linear, QuantLinear):  # never merged
+                continue
             for parameter in linear.parameters():
-                parameter.data = parameter.data.clone()
+                if is_plain(parameter) and _is_part(parameter):
+                    parameter.data = parameter.data.clone()
             for name, buffer in list(linear.named_buffers()):
-                setattr(linear, name, buffer.clone())
+                if is_plain(buffer) and _is_part(buffer):
+                    setattr(linear, name, buffer.clone())
+
+
+def _is_part(tensor: Tensor) -> bool:
+    """Whether it has only a part of its storage."""
+    return tensor.untyped_storage().nbytes() != tensor.nbytes
 
 
 class TensorsOf:
     """Where the tensors of a module lie, to be put back there whatever was merged meanwhile."""
 
     def __init__(self, module: nn.Module) -> None:
-        self._parameters = [(p, p.data) for p in module.parameters()]
+        self._parameters = [(p, p.data) for p in module.parameters() if is_plain(p)]
         self._buffers = [
             (part, name, buffer)
             for part in module.modules()
@@ -82,7 +131,7 @@ class TensorsOf:
     def restore(self) -> None:
         with _plain_tensors():
             for parameter, data in self._parameters:
-                if parameter.data_ptr() != data.data_ptr():
+                if is_plain(parameter) and parameter.data_ptr() != data.data_ptr():
                     parameter.data = data
             for part, name, buffer in self._buffers:
                 if getattr(part, name) is not buffer:

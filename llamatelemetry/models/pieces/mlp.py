@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from llamatelemetry.models.opset import NATIVE, OpSet
@@ -33,7 +33,11 @@ class GatedMlp(Piece):
             raise ValueError(
                 f"{' and '.join(self.spec.gate_up)} must be alike to become one linear"
             )
+        self.merged = [merged] if len(self.linears) > 1 else []
         self.gate_up, self.down = merged.forward, getattr(self.module, self.spec.down).forward
+
+    def merged_names(self) -> Sequence[str]:
+        return self.spec.gate_up
 
     def unbind(self) -> None:
         unmerge_linears(self.linears)
@@ -42,7 +46,7 @@ class GatedMlp(Piece):
         return self.ops.all_reduce(self.down(self.act_and_mul(self.gate_up(x))))
 
     def forward(self, *args: Tensor, **kwargs: Tensor) -> Tensor:
-        if torch.is_grad_enabled() or self.changed():
+        if self.stands_aside(args, kwargs):
             return self.original(*args, **kwargs)
         (x,) = self.named(args, kwargs).values()
         return self.step(x)

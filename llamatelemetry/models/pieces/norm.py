@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from llamatelemetry.models.opset import NATIVE, OpSet
 from llamatelemetry.models.pieces.base import Piece
 from llamatelemetry.models.spec import LayerSpec
+
+EPS_NAMES = ("variance_epsilon", "eps")
 
 
 class NormFunction:
@@ -49,10 +50,11 @@ class Norm(Piece):
         self.function = NormFunction(module, spec.norm, ops)
         self.eps, self.offset = self.function.eps, self.function.offset
 
+    def numbers(self) -> list[tuple[Any, str]]:
+        return [(self.module, name) for name in EPS_NAMES]
+
     def forward(self, *args: Tensor, **kwargs: Tensor) -> Tensor:
-        if (
-            torch.is_grad_enabled() or self.changed()
-        ):  # ours have no gradients; the module's forward has
+        if self.stands_aside(args, kwargs):
             return self.original(*args, **kwargs)
         (x,) = self.named(args, kwargs).values()
         return self.function(x.contiguous())
@@ -73,7 +75,7 @@ def norm_piece(spec: LayerSpec) -> type[Norm]:
 
 def eps_of(norm: Any) -> float:
     """A norm's eps, under either of transformers' names; layer norms without one have torch's."""
-    for name in ("variance_epsilon", "eps"):
+    for name in EPS_NAMES:
         if hasattr(norm, name):
             return float(getattr(norm, name))
     return 1e-5
