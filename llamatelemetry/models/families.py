@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
@@ -45,9 +46,19 @@ class Family:
     def __deepcopy__(self, memo: object) -> Family:
         return self  # a row is one for every copy of a model
 
+    def __reduce__(self) -> tuple[object, ...]:
+        for name, row in FAMILIES.items():
+            if row is self:
+                return _row, (name,)
+        raise pickle.PicklingError("a family must be a row of FAMILIES to be pickled")
+
     def base_of(self, causal: str) -> str:
         """The class of the module of the decoder layers, by that of the causal language model."""
         return self.base or causal.replace("ForCausalLM", "Model").replace("LMHeadModel", "Model")
+
+
+def _row(name: str) -> Family:
+    return FAMILIES[name]
 
 
 _WINDOW = LayerSpec(window="sliding_window")

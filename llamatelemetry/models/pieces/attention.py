@@ -18,7 +18,13 @@ from llamatelemetry.models.pieces.base import (
     take_cache,
     without_encoder,
 )
-from llamatelemetry.models.pieces.merge import columns_of, merge_runs, rows_of, unmerge_linears
+from llamatelemetry.models.pieces.merge import (
+    Joined,
+    columns_of,
+    merge_runs,
+    rows_of,
+    unmerge_linears,
+)
 from llamatelemetry.models.pieces.norm import EPS_NAMES, eps_of, offset_of
 from llamatelemetry.models.spec import LayerSpec
 from llamatelemetry.models.step_input import StepInput
@@ -107,13 +113,15 @@ class Attention(Piece):
         if spec.qk_norm_after_rope:
             self.norms_after, norms = norms[:2], [None, None, None]
         self.projections = []
+        rest = self.linears
         for linear, count in merge_runs(self.linears):
+            joined, rest = Joined(linear, rest[:count]), rest[count:]
             if count > 1:
                 self.merged.append(linear)
             parts = 3 if len(self.linears) == 1 else count
             self.projections.append(
                 _Projection(
-                    linear.forward,
+                    joined,
                     heads[:parts],
                     spec.qkv_order == "heads",
                     norms[:parts],

@@ -120,10 +120,10 @@ class Piece:
     def changed(self) -> str | None:
         """Why the piece is not its module's any more, after binding again where that may be.
 
-        Nothing is seen while Dynamo traces.
+        While Dynamo traces, what is looked at becomes guards, and nothing is bound.
         """
         if torch.compiler.is_compiling():
-            return None
+            return None if self._watch is None else self._watch.broken(memory=False)
         reason = "it is a copy" if self._watch is None else self._watch.broken()
         if reason is None:
             self._seen = None

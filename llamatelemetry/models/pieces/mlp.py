@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from llamatelemetry.models.opset import NATIVE, OpSet
 from llamatelemetry.models.pieces.base import Piece
-from llamatelemetry.models.pieces.merge import merge_linears, unmerge_linears
+from llamatelemetry.models.pieces.merge import Joined, merge_linears, unmerge_linears
 from llamatelemetry.models.spec import LayerSpec
 
 
@@ -34,7 +34,8 @@ class GatedMlp(Piece):
                 f"{' and '.join(self.spec.gate_up)} must be alike to become one linear"
             )
         self.merged = [merged] if len(self.linears) > 1 else []
-        self.gate_up, self.down = merged.forward, getattr(self.module, self.spec.down).forward
+        self.gate_up = Joined(merged, self.linears)
+        self.down = getattr(self.module, self.spec.down).forward
 
     def merged_names(self) -> Sequence[str]:
         return self.spec.gate_up

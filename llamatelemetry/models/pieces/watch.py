@@ -120,11 +120,11 @@ class Watch:
     def tensors(self) -> list[Tensor]:
         return [tensor for tensor, _, _, _ in self._memory]
 
-    def broken(self, hooks: bool = True) -> str | None:
+    def broken(self, hooks: bool = True, memory: bool = True) -> str | None:
         """What no longer stands, as a sentence.
 
         Args:
-            hooks: whether hooks count.
+            hooks, memory: whether hooks and the place of merged weights count.
         """
         for entries, key, value, name in self._entries:
             if entries.get(key) is not value:
@@ -134,7 +134,7 @@ class Watch:
                 return f"{name or 'it'} has another forward than at patch"
         if hooks and (reason := self._hooked()) is not None:
             return reason
-        for tensor, pointer, count, name in self._memory:
+        for tensor, pointer, count, name in self._memory if memory else ():
             if tensor.data_ptr() != pointer or tensor.numel() != count:
                 return f"{name} has other weights since patch"
         return None
@@ -204,14 +204,20 @@ def in_another_mode(module: nn.Module, dtype: torch.dtype | None, call: Sequence
         any(map(_has_gradients, call)) or any(p.requires_grad for p in module.parameters())
     ):
         return True
-    if module.training and any(
-        getattr(part, "p", 0.0) for part in module.modules() if isinstance(part, _DropoutNd)
-    ):
+    if module.training and any(map(_drops, module.modules())):
         return True
     kind = x.device.type
     if torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) != x.dtype:
         return True
     return kind not in _DEVICES or is_transformed()
+
+
+def _drops(part: nn.Module) -> bool:
+    """Whether a module in training leaves values out at random."""
+    rates = [value for name, value in vars(part).items() if "drop" in name]
+    if isinstance(part, _DropoutNd):
+        rates.append(part.p)
+    return any(isinstance(rate, float) and rate > 0 for rate in rates)
 
 
 def _has_gradients(value: Any) -> bool:
