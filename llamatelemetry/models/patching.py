@@ -94,18 +94,7 @@ def patch(model: Any, strict: bool = False, ops: OpSet = NATIVE) -> PatchReport:
     whole = None if stack.is_base() and stack.is_row(model) else WholeProbe(stack)
     wanted = wanted_pieces(stack)
     refused = refusals(model, stack, ops, wanted)
-    pieces = {}
-    for name, kind in wanted.items():
-        if name not in refused and not (refused and strict):
-            try:
-                module = model.get_submodule(name)
-                pieces[name] = bind(kind, module, stack.spec, stack.config, ops)
-            except Exception as error:  # of whatever the module is made of
-                refused[name] = reason_of(error)
-    if refused and strict:
-        for piece in pieces.values():
-            piece.unbind()
-        raise _disagree(refused)
+    pieces = _made(model, stack, ops, wanted, refused, strict)
     report = PatchReport(Counter(type(piece).__name__ for piece in pieces.values()), refused)
     for name, piece in pieces.items():
         piece.install(name, report)
@@ -133,6 +122,30 @@ def patch(model: Any, strict: bool = False, ops: OpSet = NATIVE) -> PatchReport:
         )
     model._llamatelemetry = _Patched(stack, report, pieces, decoder, ops)
     return report
+
+
+def _made(
+    model: Any,
+    stack: Stack,
+    ops: OpSet,
+    wanted: Mapping[str, type[Piece]],
+    refused: dict[str, str],
+    strict: bool,
+) -> dict[str, Piece]:
+    """The pieces that are not refused, bound to their modules; refused gets those that fail."""
+    pieces: dict[str, Piece] = {}
+    for name, kind in wanted.items():
+        if name not in refused and not (refused and strict):
+            try:
+                module = model.get_submodule(name)
+                pieces[name] = bind(kind, module, stack.spec, stack.config, ops)
+            except Exception as error:  # of whatever the module is made of
+                refused[name] = reason_of(error)
+    if refused and strict:
+        for piece in pieces.values():
+            piece.unbind()
+        raise _disagree(refused)
+    return pieces
 
 
 def _remove_strangers(model: nn.Module) -> None:
