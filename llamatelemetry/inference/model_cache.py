@@ -112,6 +112,10 @@ def _prepare(
         if before is not None or type(cache) is not DynamicCache or cache.offloading:
             continue
         kinds = {type(layer) for layer in cache.layers}
+        if packs and not cache.layers:  # made as they are updated, all alike
+            kinds = {cache.layer_class_to_replicate}
+            count = model.config.get_text_config(decoder=True).num_hidden_layers
+            cache.layers = [DynamicLayer() for _ in range(count)]
         if keeps_buffers:
             cache.layers = [
                 _OwnLayer(max_cache_length) if type(layer) is DynamicLayer else layer

@@ -60,13 +60,21 @@ class PackedCache(DynamicCache):
                     layer if isinstance(layer, DynamicLayer) else DynamicLayer()
                     for layer in self._layers
                 ]
-            for layer, held in zip(self._layers, rows.dense(), strict=False):
+            for layer, held in zip(self._layers, rows.dense() or [], strict=bool(rows.columns)):
                 layer.update(*held)
             self.rows = None
             rows.release()
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return super().get_seq_length(layer_idx) if self.rows is None else self.rows.columns
+
+    def get_max_length(self, *args: Any, **kwargs: Any) -> int:
+        """No limit."""
+        return -1
+
+    def get_max_cache_shape(self, *args: Any, **kwargs: Any) -> int:
+        """What older releases call get_max_length."""
+        return -1
 
     def crop(self, *args: Any, **kwargs: Any) -> None:
         if self.rows is None:

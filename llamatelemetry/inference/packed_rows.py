@@ -217,9 +217,9 @@ class PackedRows:
     def _settle(self) -> None:
         """Tells the block manager of the columns of the steps since."""
         if new := self.columns - self._settled:
-            for name, length in zip(self._names, self._lengths(), strict=True):
-                known = len(self._blocks.tokens(name))
-                self._blocks.append(name, [0] * (length - known))
+            for name, padding in zip(self._names, self.padding, strict=True):
+                known = max(self._settled - padding, 0)
+                self._blocks.append(name, [0] * (self.columns - padding - known))
             self._settled += new
 
     def _make_room(self, new: int) -> None:

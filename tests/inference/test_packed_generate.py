@@ -31,6 +31,7 @@ OPTIONS = {
     "beams": {"num_beams": 3},
     "beam_samples": {"num_beams": 4, "num_return_sequences": 2, "do_sample": True},
     "chunks": {"prefill_chunk_size": 5},
+    "named": {"cache_implementation": "dynamic"},
 }
 
 
@@ -203,6 +204,10 @@ def test_a_cache_is_an_ordinary_one_for_who_asks(device, models):
     got, wanted = (cache_of(generated(model, inputs, **asked)) for model in (ours, plain))
     assert len(got) == len(wanted)
     assert got.is_sliding == wanted.is_sliding
+    for name in {"get_max_length", "get_max_cache_shape"} & set(dir(wanted)):
+        assert getattr(got, name)() == -1
+    assert (got.get_seq_length(), got.batch_size, got.is_initialized) == (23, 2, True)
+    assert got.rows is not None
     copied = copy.deepcopy(got)
     for cache in (got, copied):
         for layer, theirs in zip(cache.layers, wanted.layers, strict=True):
