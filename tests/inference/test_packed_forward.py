@@ -109,43 +109,6 @@ def test_direct_calls_are_served(device, models):
         assert cache.rows is not None
 
 
-def test_crop_and_selection(device, models):
-    plain, ours = models()
-    name = cache_name(ours)
-    ids, more = prompt(device, 12), prompt(device, 1)
-    for change in (
-        lambda cache: cache.crop(-5),
-        lambda cache: cache.reorder_cache(torch.tensor([1, 1], device=device)),
-        lambda cache: cache.batch_select_indices(torch.tensor([1, 0], device=device)),
-        lambda cache: cache.crop(-12),
-    ):
-        cache, theirs = started(ours, ids), DynamicCache(config=plain.config)
-        plain(ids, **{name: theirs})
-        change(theirs)
-        kept = copy.deepcopy(cache)
-        change(cache)
-        for piece in (more, more.flip(0)):
-            got, wanted = ours(piece, **{name: cache}), plain(piece, **{name: theirs})
-            torch.testing.assert_close(got.logits, wanted.logits, rtol=1e-4, atol=1e-4)
-        assert cache.rows is not None
-        assert kept.get_seq_length() == 12
-        theirs = DynamicCache(config=plain.config)
-        plain(ids, **{name: theirs})
-        got, wanted = ours(more, **{name: kept}), plain(more, **{name: theirs})
-        torch.testing.assert_close(got.logits, wanted.logits, rtol=1e-4, atol=1e-4)
-
-
-def test_padding_that_was_left_out_cannot_be_shown(device, models):
-    _, ours = models()
-    mask = torch.ones(2, 9, dtype=torch.int64, device=device)
-    mask[1, :2] = 0
-    cache = started(ours, prompt(device), mask)
-    shown = torch.ones(2, 10, dtype=torch.int64, device=device)
-    for attention_mask in (shown, None):
-        with pytest.raises(ValueError, match=r"attention_mask must hide .* got columns \[0, 1\]"):
-            ours(prompt(device, 1), attention_mask=attention_mask, **{cache_name(ours): cache})
-
-
 def test_a_model_that_changes_goes_its_own_way(device, models):
     plain, ours = models()
     name = cache_name(ours)
