@@ -47,6 +47,8 @@ def why_not_packed(model: Any) -> str | None:
     """
     if (patched := model.__dict__.get("_llamatelemetry")) is None:
         return None
+    if any(tensor.is_meta for tensor in model.parameters()):
+        return "its weights are offloaded"
     if patched.decoder is not None and (reason := patched.decoder.why_not()) is not None:
         if any(m._forward_hooks or m._forward_pre_hooks for m in model.modules()):
             return str(reason)  # patching would call the hooks, and hooks may go again

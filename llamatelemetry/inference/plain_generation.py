@@ -21,6 +21,8 @@ from llamatelemetry.inference.sampling import (
 
 # What a model's forward calls the cache that it returns and takes back.
 _CACHES = ("past_key_values", "cache", "cache_params")
+# Older releases keep a part of what these cache in the modules, for one row alone.
+_STATE_IN_MODULES = ("recurrent_gemma",)
 
 
 class PlainGenerator:
@@ -35,9 +37,13 @@ class PlainGenerator:
         self._lock = threading.Lock()
         parameters = inspect.signature(model.forward).parameters
         self._cache = next((name for name in _CACHES if name in parameters), None)
-        self._options: dict[str, Any] = {"logits_to_keep": 1}
-        if self._cache is not None:
-            self._options["use_cache"] = True
+        if getattr(model.config, "model_type", None) in _STATE_IN_MODULES:
+            self._cache = None
+        # A model without a cache to hand over may keep one to itself, of one row.
+        self._options: dict[str, Any] = {
+            "logits_to_keep": 1,
+            "use_cache": self._cache is not None,
+        }
         self._options = {k: v for k, v in self._options.items() if k in parameters}
         rope = getattr(model.config, "rope_parameters", None)
         rope = rope if isinstance(rope, dict) else {}
@@ -55,7 +61,7 @@ class PlainGenerator:
         stopped: Collection[int] = (),
     ) -> Iterator[list[int | None]]:
         """As TokenGenerator.generate, whose checks the arguments have passed."""
-        device = floating_parameter(self.model).device
+        device = _input_device(self.model)
         sampling, seen = sampling_tensors(params, device), None
         rows, caches = [list(prompt) for prompt in prompts], [None] * len(prompts)
         active, logits = [True] * len(rows), None
@@ -97,3 +103,13 @@ class PlainGenerator:
         out = self.model(input_ids=torch.tensor([tokens], device=device), **options)
         after = None if self._cache is None else getattr(out, self._cache, None)
         return out.logits[0, -1], after
+
+
+def _input_device(model: Any) -> torch.device:
+    """Where a model takes its ids; one whose weights accelerate offloads says it in its hook."""
+    device = floating_parameter(model).device
+    if device.type != "meta":
+        return device
+    hooks = (getattr(module, "_hf_hook", None) for module in model.modules())
+    found = (getattr(hook, "execution_device", None) for hook in hooks)
+    return torch.device(next((place for place in found if place is not None), "cpu"))

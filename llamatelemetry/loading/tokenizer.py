@@ -13,6 +13,7 @@ from llamatelemetry.loading.gguf_file import GgufFile
 _NORMAL, _CONTROL, _USER_DEFINED = 1, 3, 4  # values of tokenizer.ggml.token_type
 _NO_TOKEN = (-1, 2**32 - 1)  # what stands for none where a token's id is wanted
 _SPARE = ("unknown", "padding")  # some files name ids for them that no token has; nothing needs it
+_LONGEST_TOKEN = 4096  # characters; every cut of a token is looked up
 _SPACE = "▁"  # what SentencePiece writes for a space
 
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
@@ -186,6 +187,8 @@ def _sentence_piece(file: GgufFile, tokens: list[str]) -> Tokenizer:
         )
     if any(math.isnan(score) for score in scores):
         raise file.error("metadata key tokenizer.ggml.scores must hold numbers, got a NaN")
+    if (longest := max(map(len, tokens), default=0)) > _LONGEST_TOKEN:
+        raise file.error(f"a token must have at most {_LONGEST_TOKEN} characters, got {longest}")
     vocabulary = {token: i for i, token in enumerate(tokens)}
     ranked = []
     for i, (token, kind) in enumerate(zip(tokens, _types(file, tokens), strict=True)):

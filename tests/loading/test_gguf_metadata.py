@@ -121,6 +121,15 @@ def test_scores(tmp_path, scores, sentence):
     assert sentence in refusal(tmp_path, extra=extra)
 
 
+def test_a_token_of_a_million_characters(tmp_path):
+    def extra(writer):
+        writer.kv_data[0]["tokenizer.ggml.model"].value = "llama"
+        writer.kv_data[0]["tokenizer.ggml.tokens"].value[7] = "a" * 10**6
+        with_value("tokenizer.ggml.scores", [0.0] * 293, KINDS.ARRAY)(writer)
+
+    assert "a token must have at most 4096 characters" in refusal(tmp_path, extra=extra)
+
+
 @pytest.mark.parametrize("template", [["a"], 3])
 def test_a_chat_template_is_text(tmp_path, template):
     extra = with_value("tokenizer.chat_template", template)
