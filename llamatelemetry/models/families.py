@@ -239,6 +239,10 @@ FAMILIES: dict[str, Family] = {
     "Starcoder2ForCausalLM": Family(
         "starcoder2", LayerSpec(norm="layer", mlp_kind="own", window="sliding_window")
     ),
+    "VaultGemmaForCausalLM": Family(
+        "vaultgemma",
+        replace(_SANDWICH, attention_norm="", mlp_norm="", softcap="attn_logit_softcapping"),
+    ),
 }
 
 

@@ -31,7 +31,7 @@ _OF_EVERY_KIND = [
     "gemma3",
     "olmo2",
     "cohere2",
-    "nemotron",
+    "starcoder2",
     "gpt_neox",
     "gpt2",
     "opt",

@@ -92,6 +92,7 @@ FAMILIES = {
         "Gemma3Text",
         _SLIDING | {"query_pre_attn_scalar": 50, "final_logit_softcapping": 5.0},
     ),
+    "vaultgemma": ("VaultGemma", _SLIDING | {"attn_logit_softcapping": 2.0}),
     "olmo2": ("Olmo2", {"attention_bias": True}),
     "olmo3": ("Olmo3", _SLIDING),
     "exaone4": ("Exaone4", _SLIDING),
@@ -133,9 +134,12 @@ FAMILIES = {
     "gpt_oss": ("GptOss", _SLIDING | _EXPERTS),
 }
 
+# The oldest transformers that is supported has its attention outside of AttentionInterface.
+if not hasattr(transformers.models.nemotron.modeling_nemotron, "eager_attention_forward"):
+    del FAMILIES["nemotron"]
 QUANTISED = [*_PACKABLE, "olmo2", "exaone4", "ernie", "cohere2"]
 # Half precision where the layer rounds in another place than Llama's does.
-_IN_HALF = [*QUANTISED, "gemma2", "nemotron", "gpt_neox", "gpt_oss"]
+_IN_HALF = [*QUANTISED, "gemma2", "phi", "gpt_neox", "gpt_oss"]
 IN_DTYPES = [
     pytest.param(family, dtype, id=f"{str(dtype)[6:]}-{family}")
     for family in FAMILIES

@@ -239,17 +239,19 @@ def results(names: list[str] | None = None) -> Iterator[Result]:
 def table(found: list[Result]) -> str:
     """The part of docs/models.md that this script writes."""
     counts = {kind: sum(result.kind == kind for result in found) for kind in (*KINDS, "wrong")}
-    lines = ["| " + " | ".join(counts) + " | classes |", "|---" * (len(counts) + 1) + "|"]
-    lines.append("| " + " | ".join(map(str, [*counts.values(), len(found)])) + " |")
+    lines = [f"{len(found)} classes of transformers {transformers.__version__}:", ""]
+    lines += ["| " + " | ".join(counts) + " |", "|---" * len(counts) + "|"]
+    lines.append("| " + " | ".join(map(str, counts.values())) + " |")
     for kind in counts:
         rows = [result for result in found if result.kind == kind]
         if rows:
-            lines += ["", f"**{kind}**: " + ", ".join(map(_entry, rows)) + "."]
+            lines += ["", f"**{kind}**: " + ", ".join(short(row.name) for row in rows) + "."]
     return "\n".join(line for text in lines for line in _wrapped(text)) + "\n"
 
 
-def _entry(result: Result) -> str:
-    return result.name.removesuffix("ForCausalLM").removesuffix("LMHeadModel")
+def short(name: str) -> str:
+    """A class's name in the table."""
+    return name.removesuffix("ForCausalLM").removesuffix("LMHeadModel")
 
 
 def _wrapped(text: str) -> list[str]:
