@@ -153,7 +153,8 @@ class DecodeStep:
 
         All of it under the model's own device: torch captures on a stream of the current one.
         """
-        if _hooked(self._model):  # a replay would not call them
+        # A replay would not call hooks, and could not send other tokens to other experts.
+        if _hooked(self._model) or has_experts(self._model):
             self._replay = self._run_eagerly
             return self._run_eagerly()
         device = self.input_ids.device
@@ -185,6 +186,12 @@ def modules_of(model: Any) -> list[tuple[Any, int]]:
         (module, len(module._forward_hooks) + len(module._forward_pre_hooks))
         for module in model.modules()
     ]
+
+
+def has_experts(model: Any) -> bool:
+    """Whether a model routes tokens to experts: transformers' modules, which may choose on the
+    host which of them to run."""
+    return any("experts" in name for name, _ in model.named_modules())
 
 
 def _hooked(model: Any) -> bool:

@@ -14,6 +14,7 @@ from torch.testing import assert_close
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
 
+from llamatelemetry.inference.decode_step import has_experts
 from llamatelemetry.models.patching import forward_tokens, patch, unpatch
 
 SIZES = {
@@ -224,6 +225,14 @@ def test_what_differs_as_a_whole_is_taken_out_again(device):
     assert {name: set(vars(module)) for name, module in model.named_modules()} == attributes
     with pytest.raises(ValueError, match="as a whole it errs by"):
         patch(model, strict=True)
+
+
+@pytest.mark.parametrize(
+    ("family", "routes"),
+    [("mixtral", True), ("gpt_oss", True), ("granitemoe", True), ("opt", False)],
+)
+def test_experts_are_not_captured_in_graphs(family, routes, device):
+    assert has_experts(tiny_model(family, device)) == routes
 
 
 @pytest.mark.parametrize("family", ["gpt2", "phi", "starcoder2"])
