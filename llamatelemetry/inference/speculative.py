@@ -25,6 +25,10 @@ class SpeculationStats:
         drafted: tokens that the draft proposed.
         accepted: those of them that were kept.
         generated: tokens that came out.
+
+    Example:
+        >>> SpeculationStats(steps=4, drafted=12, accepted=9, generated=13).acceptance_rate
+        0.75
     """
 
     steps: int = 0
