@@ -76,7 +76,7 @@ class PackedRows:
         return places[:, :total]
 
     def prefill(self, input_ids: Tensor, padding: Sequence[int], kept: int) -> Tensor:
-        """Runs more columns of every row.
+        """Runs more columns of every row; of rows that begin alike one, whose blocks they share.
 
         Args:
             input_ids: [batch, new].
@@ -90,14 +90,16 @@ class PackedRows:
             ValueError: for a rotary embedding that has no table for so many positions; nothing was
                 changed.
         """
-        new = input_ids.shape[1]
+        new, rows = input_ids.shape[1], input_ids.tolist()
         is_first = self._pages is None
+        places = list(range(len(rows)))  # of each row among those that are run
         if is_first:
-            self._begin(padding)
+            rows = [tuple(row[skip:]) for row, skip in zip(rows, padding, strict=True)]
+            unlike = {row: i for i, row in enumerate(dict.fromkeys(rows))}
+            places, rows = [unlike[row] for row in rows], list(unlike)
+            self._begin([new - len(row) for row in rows])
         try:
             self._make_room(new)
-            skipped = padding if self.columns == 0 else [0] * self.batch
-            rows = [row[skip:] for row, skip in zip(input_ids.tolist(), skipped, strict=True)]
             logits = self._run(rows, kept)
         except BaseException:
             if is_first:
@@ -105,6 +107,9 @@ class PackedRows:
             raise
         self.columns += new
         self._version = object()
+        if len(places) > len(rows):
+            self.select(places)
+            logits = logits[torch.tensor(places, device=logits.device)]
         return logits
 
     def decode(self, input_ids: Tensor) -> Tensor:
@@ -130,7 +135,12 @@ class PackedRows:
 
     def replays(self) -> bool:
         """Whether decode would replay what was recorded or captured before."""
-        return self.columns + 1 <= self._room and self._step().replays
+        if self.columns + 1 > self._room:
+            return False
+        if (step := self._step()).is_stale:
+            self._runner.drop_steps()
+            return False
+        return step.replays
 
     def took_step(self) -> None:
         """Says that what decode did counts."""

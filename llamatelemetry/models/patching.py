@@ -27,6 +27,7 @@ from llamatelemetry.models.whole import WholeProbe, whole_decoder
 __all__ = [
     "FAMILIES",
     "PatchReport",
+    "bindings",
     "forward_tokens",
     "patch",
     "rope_tables",
@@ -188,6 +189,12 @@ def _take_out(model: Any, pieces: Mapping[str, Piece]) -> None:
     for piece in pieces.values():
         piece.remove()
     leave(model, _USER)
+
+
+def bindings(model: Any) -> list[object]:
+    """One object for each piece of a model, another one once the piece was bound anew."""
+    patched: _Patched | None = model.__dict__.get("_llamatelemetry")
+    return [] if patched is None else [piece._watch for piece in patched.pieces.values()]
 
 
 def why_not_packed(model: Any) -> str | None:

@@ -16,6 +16,7 @@ from transformers.generation.streamers import BaseStreamer
 from llamatelemetry.inference import packed_rows
 from llamatelemetry.inference.kv_cache import optimize_kv_cache, restore_kv_cache
 from llamatelemetry.inference.packed_cache import PackedCache
+from llamatelemetry.inference.runner import StepRunner
 from llamatelemetry.models.patching import patch
 from llamatelemetry.models.pieces.attention import Attention
 from llamatelemetry.models.pieces.base import CACHE_NAMES
@@ -127,6 +128,22 @@ def test_long_prompts_run_in_pieces(device, models, monkeypatch):
         got = ours(prompt(device)["input_ids"], **{name: cache}, **logits).logits
     assert got.shape == (2, 7, VOCAB)
     assert calls == []
+
+
+def test_rows_of_one_prompt_run_it_once(device, models, monkeypatch):
+    plain, ours, _ = models("llama")
+    counts, prefill = [], StepRunner.prefill
+
+    def counted(self, chunks, *args):
+        counts.append(sum(len(chunk.tokens) for chunk in chunks))
+        return prefill(self, chunks, *args)
+
+    monkeypatch.setattr(StepRunner, "prefill", counted)
+    inputs = prompt(device, padded=True)
+    for options in (OPTIONS["returned"], OPTIONS["beams"]):
+        assert torch.equal(generated(ours, inputs, **options), generated(plain, inputs, **options))
+    assert counts == [20, 20]
+    assert blocks_of(ours).num_sequences == 0
 
 
 class Streamer(BaseStreamer):

@@ -1,0 +1,51 @@
+"""What a recording or a graph of a model's step has frozen."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from llamatelemetry.models.patching import bindings
+
+_NUMBERS = (bool, int, float, type(None))
+# Of modules in general, and sizes of linears: their weights say them.
+_OF_NO_STEP = {"training", "in_features", "out_features"}
+
+
+class Frozen:
+    """Where a patched model's weights lie, its modules' numbers, and what its pieces are bound to,
+    at one moment."""
+
+    def __init__(self, model: Any) -> None:
+        self._model, self._bindings = model, bindings(model)
+        modules = list(model.modules())
+        self._modules = [(m._modules, *item) for m in modules for item in m._modules.items()]
+        self._numbers = [  # an eps, a scale, a window
+            (m.__dict__, name, value)
+            for m in modules
+            for name, value in m.__dict__.items()
+            if isinstance(value, _NUMBERS) and name[0] != "_" and name not in _OF_NO_STEP
+        ]
+        groups = [group for m in modules for group in (m._parameters, m._buffers)]
+        self._tensors = [
+            (group, name, tensor.data_ptr())
+            for group in groups
+            for name, tensor in group.items()
+            if tensor is not None
+        ]
+
+    def holds(self) -> bool:
+        """Whether it is still so, which takes a fraction of what making it takes."""
+        for entries, name, module in self._modules:
+            if entries.get(name) is not module:
+                return False
+        for attributes, name, value in self._numbers:
+            if attributes.get(name) != value:
+                return False
+        for group, name, pointer in self._tensors:
+            tensor = group.get(name)
+            if tensor is None or tensor.data_ptr() != pointer:
+                return False
+        now = bindings(self._model)
+        return len(now) == len(self._bindings) and all(
+            a is b for a, b in zip(now, self._bindings, strict=True)
+        )
