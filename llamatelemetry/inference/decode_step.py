@@ -191,7 +191,8 @@ def modules_of(model: Any) -> list[tuple[Any, int]]:
 def has_experts(model: Any) -> bool:
     """Whether a model routes tokens to experts: transformers' modules, which may choose on the
     host which of them to run."""
-    return any("experts" in name for name, _ in model.named_modules())
+    names = (name.rpartition(".")[2] for name, _ in model.named_modules())
+    return any("experts" in name or "moe" in name for name in names)
 
 
 def _hooked(model: Any) -> bool:
