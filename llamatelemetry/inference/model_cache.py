@@ -130,7 +130,7 @@ def _packs(model: Any) -> bool:
     """Whether the packed decoder is there to serve generate."""
     is_compiled = getattr(model, "_compiled_call_impl", None) is not None
     devices = {parameter.device for parameter in model.parameters()}
-    return not is_compiled and len(devices) == 1 and why_not_packed(model) is None
+    return not is_compiled and len(devices) == 1 and why_not_packed(model, renew=True) is None
 
 
 def use(model: Any, user: str) -> None:

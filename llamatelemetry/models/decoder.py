@@ -69,6 +69,7 @@ class Decoder:
             for name, part in model.named_modules()
             if part not in inside
         ]
+        self._made_of = self._follows()
         self.ops, self.blocks = ops, list(blocks)
         self.first_norm = norm_of(stack.layers[0], spec.first_norm, spec, ops)
         self.embedding_multiplier = number_of(stack.module, spec.embedding_multiplier)
@@ -78,10 +79,15 @@ class Decoder:
         softcap = getattr(config, spec.final_softcap) if spec.final_softcap else None
         self.final_softcap = float(softcap or 0.0)
 
+    def _follows(self) -> int:
+        return sum(piece.follows for piece in self.pieces.values())
+
     def is_replaced(self) -> bool:
         """Whether modules or weights are others than those that it is made of."""
-        return any(entries.get(key) is not module for entries, key, module in self._bound) or any(
-            piece.is_replaced() for piece in self.pieces.values()
+        return (
+            any(entries.get(key) is not module for entries, key, module in self._bound)
+            or any(piece.is_replaced() for piece in self.pieces.values())
+            or self._follows() != self._made_of
         )
 
     def why_not(self) -> str | None:
@@ -95,6 +101,9 @@ class Decoder:
         for name, piece in self.pieces.items():
             if (part := piece.changed()) is not None:
                 return f"{name}: {part}"
+        if self._follows() != self._made_of:
+            # A step that was captured or recorded meanwhile reads the old ones.
+            return "weights of the model's modules have been replaced since patch"
         for block in self.blocks:
             if getattr(block.attention.module, "is_causal", True) is False:
                 return "its attention must be causal, got is_causal = False"

@@ -197,15 +197,20 @@ def bindings(model: Any) -> list[object]:
     return [] if patched is None else [piece._watch for piece in patched.pieces.values()]
 
 
-def why_not_packed(model: Any) -> str | None:
-    """Why forward_tokens would refuse the model as it is now; None if it would not."""
-    return _current_decoder(model)[1]
+def why_not_packed(model: Any, renew: bool = False) -> str | None:
+    """Why forward_tokens would not be the model as it is now; None if it would be.
+
+    Args:
+        renew: whether the packed forward may be made again where modules or weights were replaced;
+            steps that were captured or recorded before read the old ones.
+    """
+    return _current_decoder(model, renew)[1]
 
 
 @torch.no_grad()
 def forward_tokens(model: Any, input_ids: Tensor, step: StepInput, state: DecoderState) -> Tensor:
     """Logits [batch, vocab_size] of the last token of each sequence; appends to the paged cache."""
-    decoder, reason = _current_decoder(model)
+    decoder, reason = _current_decoder(model, renew=True)
     if decoder is None:
         raise ValueError(f"forward_tokens: model must be patched as a whole, got {reason}")
     if reason is not None:
@@ -213,27 +218,23 @@ def forward_tokens(model: Any, input_ids: Tensor, step: StepInput, state: Decode
     return decoder.forward(input_ids, step, state)
 
 
-def _current_decoder(model: Any) -> tuple[Decoder | None, str | None]:
-    """The packed forward of the model as it is now, patched anew where modules were replaced.
-
-    Returns:
-        the decoder, if the model has one, and why it may not be used.
-    """
+def _current_decoder(model: Any, renew: bool) -> tuple[Decoder | None, str | None]:
+    """The packed forward of a patched model, and why it is not the model's as it is now."""
     patched: _Patched | None = model.__dict__.get("_llamatelemetry")
     if patched is None:
         return None, "it is not patched"
     report = patched.report
     if patched.decoder is None and report.not_packed is None:
         patched.decoder, _ = _packed(model, patched.stack, patched.ops, patched.pieces, None)
-    if patched.decoder is None:
+    if (old := patched.decoder) is None:
         return None, report.not_packed or str(report.refused)
-    reason = patched.decoder.why_not()
-    if reason is not None and patched.decoder.is_replaced():
-        old, patched = patched.decoder, _patched_anew(model, patched)
-        if patched.decoder is None:
-            return old, report.not_packed or summary(report.refused)
-        reason = patched.decoder.why_not()
-    return patched.decoder, reason
+    reason = old.why_not()
+    if reason is None or not renew or not old.is_replaced():
+        return old, reason
+    patched = _patched_anew(model, patched)
+    if patched.decoder is None:
+        return old, report.not_packed or summary(report.refused)
+    return patched.decoder, patched.decoder.why_not()
 
 
 def _patched_anew(model: Any, patched: _Patched) -> _Patched:

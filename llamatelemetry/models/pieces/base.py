@@ -61,6 +61,7 @@ class Piece:
     _own_forward: Any = None  # what the module had of its own in forward's place
     _is_installed: bool | None = None  # None: not yet; False: not any more
     _is_left = False  # the report says so
+    follows = 0  # how often it was bound to other parts since it was installed
     _proved: Kinds | None = None  # the parts that were bound first
     _watch: Watch | None = None  # those that are bound; None: of a copy, bound at its first call
     _seen: Watch | None = None  # those that the last call found in their place
@@ -148,6 +149,7 @@ class Piece:
             return reason
         if obstacle is None:
             try:
+                self.follows += self._watch is not None
                 self.rebind()
                 return None
             except Exception as error:  # of whatever the module is made of
