@@ -38,6 +38,41 @@ def append_kv(device: torch.device, num_tokens: int, heads: int, head_dim: int) 
     )
 
 
+def rope_append_kv(device: torch.device, num_tokens: int, norms: bool) -> Case:
+    """Llama-3-8B's heads (with norms Qwen3-8B's): beside it what it is made of."""
+    heads, head_dim = [32, 8, 8], 128
+    num_blocks = 2 * (num_tokens + PAGE_SIZE - 1) // PAGE_SIZE + 8
+    qkv = torch.randn(num_tokens, sum(heads), head_dim, device=device).bfloat16()
+    caches = torch.zeros(2, num_blocks, PAGE_SIZE, heads[1], head_dim, device=device).bfloat16()
+    slots = torch.randperm(num_blocks * PAGE_SIZE, device=device)[:num_tokens]
+    angles = torch.rand(4096, head_dim, device=device) * 6
+    cos, sin = angles.cos().bfloat16(), angles.sin().bfloat16()
+    positions = torch.randint(0, 4096, (num_tokens,), device=device)
+    weights = torch.ones(2, head_dim, device=device).bfloat16()
+
+    def ours(qkv: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
+        cos, sin, positions, k_cache, v_cache, slots = tensors
+        weight = weights if norms else (None, None)
+        ops.rope_append_kv_(qkv, cos, sin, positions, False, k_cache, v_cache, slots, *weight)
+        return *qkv.split(heads, 1)[:2], k_cache, v_cache
+
+    def theirs(qkv: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
+        cos, sin, positions, k_cache, v_cache, slots = tensors
+        q, k, v = qkv.split(heads, 1)
+        if norms:
+            q, k = (ops.rms_norm(qkv, weights[i], 1e-6).split(heads, 1)[i] for i in range(2))
+        ops.rotary_embedding_(q, k, cos, sin, positions)
+        ops.append_kv_(k, v, k_cache, v_cache, slots)
+        return q, k, k_cache, v_cache
+
+    return Case(
+        f"rope_append_kv_ {num_tokens} tokens{', norms' if norms else ''} bfloat16",
+        inputs=(qkv, cos, sin, positions, *caches, slots),
+        ours=ours,
+        baselines={"op by op": theirs},
+    )
+
+
 def copy_blocks(device: torch.device, num_pairs: int, heads: int, head_dim: int) -> Case:
     num_blocks = 2 * num_pairs + 8
     caches = torch.randn(2, num_blocks, PAGE_SIZE, heads, head_dim, device=device).bfloat16()
@@ -121,6 +156,9 @@ def cases(device: torch.device, quick: bool) -> Iterator[Case]:
         yield append_kv(device, num_tokens, heads, head_dim)
         if quick:
             return
+    for num_tokens in (1, 32, 2048):
+        yield rope_append_kv(device, num_tokens, norms=False)
+        yield rope_append_kv(device, num_tokens, norms=True)
     for num_pairs in (1, 64):
         yield copy_blocks(device, num_pairs, 8, 128)
     for batch, tokens_each in [(1, 128), (8, 2048)]:

@@ -45,6 +45,12 @@ def append_kv(k, v, k_cache, v_cache, slots):
     return k_cache, v_cache
 
 
+def rope_append_kv(qkv, cos, sin, positions, k_cache, v_cache, slots, weight):
+    where = (positions, False, k_cache, v_cache, slots)
+    ops.rope_append_kv_(qkv, cos, sin, *where, weight, weight)
+    return qkv, k_cache, v_cache
+
+
 def copy_blocks(k_cache, v_cache, pairs):
     ops.copy_blocks_(k_cache, v_cache, pairs)
     return k_cache, v_cache
@@ -128,6 +134,15 @@ CASES = {
         *(append_kv, randn(3, 2, 24), randn(3, 2, 24), randn(4, 7, 2, 24), randn(4, 7, 2, 24)),
         torch.tensor([27, -1, 0]),
     ),
+    **{
+        f"rope_append_kv_ of {head_dim}": lambda head_dim=head_dim: (
+            *(rope_append_kv, randn(3, 7, head_dim), randn(9, 16), randn(9, 16)),
+            torch.tensor([8, 0, 3]),
+            *(randn(4, 7, 2, head_dim), randn(4, 7, 2, head_dim)),
+            *(torch.tensor([27, -1, 0]), randn(head_dim)),
+        )
+        for head_dim in (24, 35)
+    },
     "copy_blocks_": lambda: (
         *(copy_blocks, randn(4, 7, 2, 24), randn(4, 7, 2, 24)),
         torch.tensor([[0, 3], [1, 2]]),

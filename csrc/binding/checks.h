@@ -119,6 +119,14 @@ inline void check_contiguous(const char* op, const char* arg, const Tensor& x) {
   check(x.is_contiguous(), op, arg, "be contiguous", "strides that are not; call .contiguous()");
 }
 
+// Rows that are written must not share memory, as those of an expanded tensor do.
+inline void check_apart(const char* op, const char* arg, int64_t count, int64_t stride,
+                        int64_t size) {
+  check(count <= 1 || stride >= size, op, arg,
+        "not overlap itself (stride >= " + std::to_string(size) + ")",
+        "stride " + std::to_string(stride));
+}
+
 // The leading dimensions folded into one: row r starts row_stride elements after row r - 1.
 struct Rows {
   int64_t num_rows;

@@ -1,10 +1,11 @@
-// What the launchers of csrc/cache/ take. Keys and values are only copied, so theirs are bytes.
+// What the launchers of csrc/cache/ take. Keys and values that are only copied are bytes.
 #pragma once
 
 #include <cstdint>
 
 #include "cache/block_table.h"
 #include "common/backend.h"
+#include "common/dtype.h"
 
 namespace llamatelemetry {
 
@@ -30,6 +31,37 @@ struct AppendKvParams {
   int copy_bytes;  // divides head_bytes, every stride and every address
 };
 Error launch_append_kv(const AppendKvParams& params, Stream stream);
+
+constexpr int kMaxRopeHeadDim = 256;  // a row of it stands in registers and in shared memory
+
+struct RopeAppendKvParams {
+  void* qkv;  // [num_tokens, num_heads_q + 2 * num_heads_kv, head_dim], q and k turned in place
+  int64_t token_stride;
+  int64_t head_stride;
+  const void* cos;  // [num_positions, rotary_dim], rows cos_row_stride apart
+  const void* sin;  // likewise, sin_row_stride
+  int64_t cos_row_stride;
+  int64_t sin_row_stride;
+  const void* positions;  // [num_tokens] or nullptr: token t has position t
+  bool positions_are_int64;
+  bool interleaved;
+  const void* q_weight;  // [head_dim], of the norm of each head; nullptr: none
+  const void* k_weight;
+  float eps;
+  float weight_offset;          // as in RmsNormParams
+  CachePlane planes[2];         // K, V; without sources
+  const int64_t* slot_mapping;  // as in AppendKvParams
+  int64_t num_tokens;
+  int64_t num_positions;
+  int64_t num_blocks;
+  int64_t page_size;
+  int64_t num_heads_q;
+  int64_t num_heads_kv;
+  int64_t head_dim;
+  int64_t rotary_dim;
+  DType dtype;
+};
+Error launch_rope_append_kv(const RopeAppendKvParams& params, Stream stream);
 
 struct CopyBlocksParams {
   CachePlane planes[2];        // K, V

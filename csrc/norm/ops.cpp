@@ -18,13 +18,6 @@ const void* checked_vector(const char* op, const char* arg, const std::optional<
   return vector->const_data_ptr();
 }
 
-// Rows that are written must not share memory, as those of an expanded tensor do.
-void check_apart(const char* op, const char* arg, int64_t count, int64_t stride, int64_t size) {
-  check(count <= 1 || stride >= size, op, arg,
-        "not overlap itself (stride >= " + std::to_string(size) + ")",
-        "stride " + std::to_string(stride));
-}
-
 Tensor rms_norm(const Tensor& x, const Tensor& weight, double eps, double weight_offset) {
   constexpr const char* op = "rms_norm";
   const DType dtype = check_floating(op, "x", x);

@@ -5,7 +5,7 @@
 // with an offset rounds once, as its modules that have one.
 #include "cpu/parallel.h"
 #include "norm/params.h"
-#include "vec/rows.h"
+#include "vec/row_ops.h"
 
 namespace llamatelemetry {
 namespace LT_ISA {
@@ -24,24 +24,7 @@ void rms_norm_rows(const RmsNormParams& p, int64_t begin, int64_t end) {
       });
       x = residual;
     }
-    const float sum = sum_row(p.hidden_size, [=](Vec acc, int64_t i, auto lanes) {
-      const Vec value = vec_load(x + i, lanes);
-      return vec_fma(value, value, acc);
-    });
-    const float mean = sum / static_cast<float>(p.hidden_size);
-    const Vec rstd = vec_set(1.0f / std::sqrt(mean + p.eps));
-    if (p.weight_offset != 0.0f) {
-      const Vec offset = vec_set(p.weight_offset);
-      for_each_vec(p.hidden_size, [=](int64_t i, auto lanes) {
-        const Vec factor = vec_load(weight + i, lanes) + offset;
-        vec_store(out + i, lanes, vec_load(x + i, lanes) * rstd * factor);
-      });
-      continue;
-    }
-    for_each_vec(p.hidden_size, [=](int64_t i, auto lanes) {
-      const Vec normalised = vec_rounded_to<T>(vec_load(x + i, lanes) * rstd);
-      vec_store(out + i, lanes, normalised * vec_load(weight + i, lanes));
-    });
+    rms_norm_row(x, weight, p.hidden_size, p.eps, p.weight_offset, out);
   }
 }
 

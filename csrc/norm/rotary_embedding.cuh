@@ -7,18 +7,9 @@
 
 #include "norm/params.h"
 #include "tile/dependent_launch.cuh"
-#include "tile/vector.cuh"
+#include "tile/rotate.cuh"
 
 namespace llamatelemetry {
-
-// a * b + sign * c * d as three operations on Ts.
-template <typename V>
-__device__ inline V rounded_sum_of_products(const V& a, const V& b, float sign, const V& c,
-                                            const V& d) {
-  const V ab = map_vector(a, b, [](float x, float y) { return __fmul_rn(x, y); });
-  const V cd = map_vector(c, d, [sign](float x, float y) { return __fmul_rn(sign * x, y); });
-  return map_vector(ab, cd, [](float x, float y) { return x + y; });
-}
 
 template <typename V, int kNumThreads>
 __global__ void __launch_bounds__(kNumThreads)

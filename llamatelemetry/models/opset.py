@@ -32,6 +32,7 @@ class OpSet:
     layer_norm: Callable[..., Tensor]
     rotary_embedding_: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor | None, bool], None]
     append_kv_: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], None]
+    rope_append_kv_: Callable[..., None]
     flash_attn_varlen: Callable[..., Tensor]
     paged_attention: Callable[..., Tensor]
     gated: Mapping[str, Callable[[Tensor], Tensor]]
@@ -103,6 +104,7 @@ NATIVE = OpSet(
     layer_norm=_ops.layer_norm.default,
     rotary_embedding_=_ops.rotary_embedding_.default,
     append_kv_=_ops.append_kv_.default,
+    rope_append_kv_=_ops.rope_append_kv_.default,
     flash_attn_varlen=_native_varlen,
     paged_attention=_native_paged,
     gated=_gated(
@@ -180,6 +182,7 @@ REFERENCE = OpSet(
     layer_norm=_in_float64(reference.layer_norm),
     rotary_embedding_=reference.rotary_embedding_,
     append_kv_=reference.append_kv_,
+    rope_append_kv_=reference.rope_append_kv_,
     flash_attn_varlen=_exact_varlen,
     paged_attention=_exact_paged,
     gated=_gated(

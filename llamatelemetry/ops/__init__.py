@@ -1,7 +1,13 @@
 """Typed wrappers of torch.ops.llamatelemetry, a module a room; reference/ is their semantics."""
 
 from llamatelemetry.ops.attention import flash_attn, flash_attn_varlen, paged_attention
-from llamatelemetry.ops.cache import advance_step_, append_kv_, copy_blocks_, slot_mapping
+from llamatelemetry.ops.cache import (
+    advance_step_,
+    append_kv_,
+    copy_blocks_,
+    rope_append_kv_,
+    slot_mapping,
+)
 from llamatelemetry.ops.formats import QuantFormat
 from llamatelemetry.ops.gemm import quant_linear
 from llamatelemetry.ops.norm import (
@@ -34,6 +40,7 @@ __all__ = [
     "quant_linear",
     "repack",
     "rms_norm",
+    "rope_append_kv_",
     "rotary_embedding_",
     "sample",
     "silu_and_mul",

@@ -34,6 +34,66 @@ def _(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping: Tens
     return None
 
 
+def rope_append_kv_(
+    qkv: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    positions: Tensor | None,
+    interleaved: bool,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    slot_mapping: Tensor,
+    q_weight: Tensor | None = None,
+    k_weight: Tensor | None = None,
+    eps: float = 1e-6,
+    weight_offset: float = 0.0,
+) -> None:
+    """``rms_norm`` of each head, ``rotary_embedding_`` and ``append_kv_`` of packed q, k and v, one
+    launch.
+
+    Rounds where the three ops would.
+
+    Args:
+        qkv: [num_tokens, num_heads_q + 2 * num_heads_kv, head_dim], float32, float16 or bfloat16,
+            the heads of q, of k and of v; q and k are written in place; any token and head strides,
+            last dimension contiguous; head_dim up to 256
+        cos, sin, positions, interleaved: as in rotary_embedding_; a rotary_dim of 0 turns nothing
+        k_cache, v_cache, slot_mapping: as in append_kv_; dtype and device of qkv
+        q_weight, k_weight: [head_dim], dtype of qkv: of the norm of each head of q and of k; None:
+            there is none
+        eps, weight_offset: of both norms, as in rms_norm
+
+    Raises:
+        RuntimeError: naming the argument, the rule and the value
+
+    Source:
+        Zhang & Sennrich 2019, arXiv:1910.07467; Su et al. 2021, arXiv:2104.09864
+    """
+    inference_only("rope_append_kv_", qkv=qkv, k_cache=k_cache, v_cache=v_cache, q_weight=q_weight)
+    torch.ops.llamatelemetry.rope_append_kv_.default(
+        *(qkv, cos, sin, positions, interleaved, k_cache, v_cache, slot_mapping),
+        *(q_weight, k_weight, eps, weight_offset),
+    )
+
+
+@register_fake("rope_append_kv_")
+def _(
+    qkv: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    positions: Tensor | None,
+    interleaved: bool,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    slot_mapping: Tensor,
+    q_weight: Tensor | None = None,
+    k_weight: Tensor | None = None,
+    eps: float = 1e-6,
+    weight_offset: float = 0.0,
+) -> None:
+    return None
+
+
 def copy_blocks_(k_cache: Tensor, v_cache: Tensor, block_pairs: Tensor) -> None:
     """Copies whole blocks within a cache: ``cache[dst] = cache[src]`` for each pair, K and V.
 

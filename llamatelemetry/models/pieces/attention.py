@@ -131,7 +131,20 @@ class Attention(Piece):
                 )
             )
             del heads[:parts], norms[:parts]
+        self.packed = self._packed()
         self.o = output.forward
+
+    def _packed(self) -> tuple[Tensor | None, Tensor | None, float, float] | None:
+        """The norms as rope_append_kv_ takes them, where it does this layer's work; else None."""
+        one, turned_last = self.projections[0], self.turns and not self.norms_after
+        if len(self.projections) > 1 or one.by_head or not turned_last or self.head_dim > 256:
+            return None
+        q_norm, k_norm, _ = one.norms
+        settings = {norm[1:] for norm in (q_norm, k_norm) if norm is not None}
+        if len(settings) > 1 or (settings and one.whole):
+            return None
+        eps, offset = settings.pop() if settings else (0.0, 0.0)
+        return q_norm and q_norm[0], k_norm and k_norm[0], eps, offset
 
     def _heads(self, output: Any) -> list[int]:
         """Heads of q, k and v, from the weights: a shard of a model has a share of them."""
@@ -190,9 +203,17 @@ class Attention(Piece):
         k_cache: Tensor,
         v_cache: Tensor,
     ) -> Tensor:
-        q, k, v = self.project(x)
-        q, k = self.turn(q, k, rope, step.positions)
-        self.ops.append_kv_(k, v, k_cache, v_cache, step.slot_mapping)
+        if self.packed is not None and rope is not None:
+            one = self.projections[0]
+            qkv = one.linear(x).view(x.shape[0], -1, self.head_dim)
+            where = (k_cache, v_cache, step.slot_mapping)
+            angles = (*rope, step.positions, self.interleaved)
+            self.ops.rope_append_kv_(qkv, *angles, *where, *self.packed)
+            q, k, v = qkv.split(one.heads, 1)
+        else:
+            q, k, v = self.project(x)
+            q, k = self.turn(q, k, rope, step.positions)
+            self.ops.append_kv_(k, v, k_cache, v_cache, step.slot_mapping)
         starts, longest = step.cu_seqlens_q, step.max_seqlen_q
         sinks = {"sinks": getattr(self.module, self.spec.sinks)} if self.spec.sinks else {}
         if step.is_whole:

@@ -8,6 +8,7 @@ from llamatelemetry.ops.reference.cache import (
     advance_step_,
     append_kv_,
     copy_blocks_,
+    rope_append_kv_,
     slot_mapping,
 )
 from llamatelemetry.ops.reference.gemm import quant_linear, rounded_activations
@@ -41,6 +42,7 @@ __all__ = [
     "quant_linear",
     "repack",
     "rms_norm",
+    "rope_append_kv_",
     "rotary_embedding_",
     "rounded_activations",
     "sample",

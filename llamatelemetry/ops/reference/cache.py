@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from llamatelemetry.ops.reference.norm import rms_norm, rotary_embedding_
+
 
 def append_kv_(
     k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor
@@ -14,6 +16,29 @@ def append_kv_(
         if 0 <= slot < k_cache.shape[0] * page_size:
             k_cache[slot // page_size, slot % page_size] = k[token]
             v_cache[slot // page_size, slot % page_size] = v[token]
+
+
+def rope_append_kv_(
+    qkv: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    positions: Tensor | None,
+    interleaved: bool,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    slot_mapping: Tensor,
+    q_weight: Tensor | None = None,
+    k_weight: Tensor | None = None,
+    eps: float = 1e-6,
+    weight_offset: float = 0.0,
+) -> None:
+    num_heads_kv = k_cache.shape[2]
+    q, k, v = qkv.split([qkv.shape[1] - 2 * num_heads_kv, num_heads_kv, num_heads_kv], 1)
+    for x, weight in ((q, q_weight), (k, k_weight)):
+        if weight is not None:
+            x.copy_(rms_norm(x, weight, eps, weight_offset))
+    rotary_embedding_(q, k, cos, sin, positions, interleaved)
+    append_kv_(k, v, k_cache, v_cache, slot_mapping)
 
 
 def copy_blocks_(k_cache: Tensor, v_cache: Tensor, block_pairs: Tensor) -> None:

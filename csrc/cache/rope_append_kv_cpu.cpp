@@ -1,0 +1,66 @@
+// Of each token's packed q, k and v the optional norm of each head of q and k, the rotary embedding
+// of both in place, and the cache write of k and v. Rounds where rms_norm, rotary_embedding_ and
+// append_kv_ would. Memory bound. One item per token: its row of cos and sin serves every head.
+#include <cstring>
+
+#include "cache/params.h"
+#include "cpu/parallel.h"
+#include "vec/row_ops.h"
+
+namespace llamatelemetry {
+namespace LT_ISA {
+namespace {
+
+template <typename T>
+void rope_append_tokens(const RopeAppendKvParams& p, int64_t begin, int64_t end) {
+  const auto head_bytes = static_cast<size_t>(p.head_dim) * sizeof(T);
+  for (int64_t token = begin; token < end; ++token) {
+    int64_t position = token;
+    if (p.positions) {
+      position = p.positions_are_int64 ? static_cast<const int64_t*>(p.positions)[token]
+                                       : static_cast<const int32_t*>(p.positions)[token];
+    }
+    const bool known = position >= 0 && position < p.num_positions;
+    const T* cos = known ? static_cast<const T*>(p.cos) + position * p.cos_row_stride : nullptr;
+    const T* sin = known ? static_cast<const T*>(p.sin) + position * p.sin_row_stride : nullptr;
+    T* heads = static_cast<T*>(p.qkv) + token * p.token_stride;
+    for (int64_t head = 0; head < p.num_heads_q + p.num_heads_kv; ++head) {
+      T* x = heads + head * p.head_stride;
+      const auto* weight = static_cast<const T*>(head < p.num_heads_q ? p.q_weight : p.k_weight);
+      if (weight != nullptr) rms_norm_row(x, weight, p.head_dim, p.eps, p.weight_offset, x);
+      rotate_row(x, cos, sin, p.rotary_dim, p.interleaved);
+    }
+    const int64_t slot = p.slot_mapping[token];
+    if (slot < 0 || slot >= p.num_blocks * p.page_size) continue;
+    const T* source = heads + p.num_heads_q * p.head_stride;
+    for (const CachePlane& plane : p.planes) {
+      char* row = static_cast<char*>(plane.cache) + slot / p.page_size * plane.block_stride_bytes +
+                  slot % p.page_size * plane.slot_stride_bytes;
+      for (int64_t head = 0; head < p.num_heads_kv; ++head) {
+        std::memcpy(row + head * static_cast<int64_t>(head_bytes), source, head_bytes);
+        source += p.head_stride;
+      }
+    }
+  }
+}
+
+void rope_append_items(const RopeAppendKvParams& p, int64_t begin, int64_t end) {
+  dispatch_dtype(p.dtype, [&](auto type) {
+    rope_append_tokens<typename decltype(type)::type>(p, begin, end);
+  });
+}
+
+}  // namespace
+
+Error launch_rope_append_kv(const RopeAppendKvParams& params, Stream) {
+  const auto num_values =
+      static_cast<double>((params.num_heads_q + 2 * params.num_heads_kv) * params.head_dim);
+  parallel_over<rope_append_items>("rope_append_kv_",
+                                   Work{params.num_tokens, 20.0 + 0.3 * num_values}, params);
+  return nullptr;
+}
+
+}  // namespace LT_ISA
+}  // namespace llamatelemetry
+
+LT_CPU_LAUNCHER(launch_rope_append_kv, RopeAppendKvParams)
