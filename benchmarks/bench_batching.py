@@ -1,7 +1,8 @@
 """Eight requests at once beside one after the other: SmolLM2 Q4_1 on the CPU, continuous batching.
 
 All contestants draw the same number of greedy tokens for the same eight prompts, in one process and
-in turns; prefixes are not shared, so that every prompt is computed by each of them.
+in turns; prefixes are not shared, so that every prompt is computed by each of them. The row of a
+token of each takes turns step by step, and has no prompts in it.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from llamatelemetry.inference.sampling import GREEDY
 from llamatelemetry.loading.find import find_model, load_model
 
 REQUESTS = 8
-PROMPT_TOKENS, NEW_TOKENS = 16, 48
+PROMPT_TOKENS, NEW_TOKENS = 16, 24
 
 Contestant = Callable[[], "list[list[int]]"]  # tokens of each request
 
@@ -58,6 +59,29 @@ def compare(name: str, ours: Contestant, others: dict[str, Contestant], rounds: 
     return harness.Row(name, samples["ours"], {peer: samples[peer] for peer in others})
 
 
+def token_of_each(engine: InferenceEngine, prompts: list[list[int]], rounds: int) -> harness.Row:
+    """One step of all requests, and as many steps of one alone."""
+    sizes = {"ours": len(prompts), "one at a time": 1}
+    samplers = {}
+    for name, size in sizes.items():
+        batcher = ContinuousBatching(size, engine, share_prefixes=False)
+        for ids in prompts[:size]:
+            batcher.submit(ids, None, (rounds + 4) * len(prompts) // size, ignore_eos=True)
+        batcher.step()  # the prompts
+        batcher.step()  # the step that is recorded
+
+        def several(
+            batcher: ContinuousBatching = batcher, count: int = len(prompts) // size
+        ) -> None:
+            for _ in range(count):
+                batcher.step()
+
+        samplers[name] = lambda several=several: harness.timed_us(several)
+    samples = harness.interleave(samplers, rounds)
+    ours = samples.pop("ours")
+    return harness.Row(f"a token of each of {len(prompts)} requests", ours, samples)
+
+
 def measure(path: str, rounds: int) -> list[harness.Row]:
     engine = InferenceEngine(load_model(path, device="cpu"))
     ids = engine.tokenizer.encode(TEXT, add_special_tokens=False)
@@ -77,6 +101,7 @@ def measure(path: str, rounds: int) -> list[harness.Row]:
             {"generate": generate(engine, prompts[:1])},
             4 * rounds,
         ),
+        token_of_each(engine, prompts, 12 * rounds),
     ]
     assert batcher.decode_mode == "recorded", batcher.decode_mode
     return rows
@@ -88,7 +113,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="one round, no JSON")
     parser.add_argument("--model", default="smollm2")
     arguments = parser.parse_args()
-    rows = measure(str(find_model(arguments.model)), rounds=1 if arguments.quick else 5)
+    rows = measure(str(find_model(arguments.model)), rounds=1 if arguments.quick else 3)
     harness.print_rows(rows)
     if not arguments.quick:
         print(f"wrote {harness.save('batching', torch.device('cpu'), rows)}")
