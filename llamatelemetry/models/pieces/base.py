@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from llamatelemetry.models.opset import NATIVE, OpSet
-from llamatelemetry.models.pieces.watch import FLOATS, Kinds, Watch, in_another_mode
+from llamatelemetry.models.pieces.watch import FLOATS, Kinds, Watch, has_gradients, in_another_mode
 from llamatelemetry.models.spec import LayerSpec
 
 # What the forward of an attention or a layer may be called with. transformers 5.24 renamed
@@ -113,10 +113,10 @@ class Piece:
         """Whether the module's own forward is to run this call."""
         if self._is_installed is None:  # the probe calls it
             return False
-        call = (*args, *kwargs.values())
-        if not args:
-            call = (kwargs.get(self.parameters[0]), *call)
-        return in_another_mode(self.module, self.dtype, call) or self.changed() is not None
+        x = args[0] if args else kwargs.get(self.parameters[0])
+        if torch.is_grad_enabled() and has_gradients(self.module, (*args, *kwargs.values())):
+            return True
+        return in_another_mode(self.module, self.dtype, x) or self.changed() is not None
 
     def changed(self) -> str | None:
         """Why the piece is not its module's any more, after binding again where that may be.

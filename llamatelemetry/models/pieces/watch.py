@@ -23,7 +23,8 @@ from llamatelemetry.models.pieces.merge import is_plain, is_shared
 Parts = Sequence[tuple[str, nn.Module]]  # a module's parts by name, itself first and as ""
 SERVED = (torch.float32, torch.float16, torch.bfloat16)  # dtypes of hidden states
 FLOATS = (*SERVED, torch.float64)
-_DEVICES = ("cpu", "meta") if "rms_norm" in kernels.without_cuda else ("cpu", "cuda", "meta")
+_SERVES_CUDA = "rms_norm" not in kernels.without_cuda
+_is_any_autocast_enabled = torch._C._is_any_autocast_enabled
 # Hooks of every module there is; a part that is not called would not run them.
 EVERYWHERE = (torch_module._global_forward_hooks, torch_module._global_forward_pre_hooks)
 
@@ -88,7 +89,9 @@ class Watch:
             for owner, name in numbers
             if name in vars(owner)
         ]
-        self._classes = [(part, type(part), type(part).forward, name) for name, part in parts]
+        self._classes = [(part, type(part), name) for name, part in parts]
+        kinds: set[Any] = {type(part) for _, part in parts}
+        self._forwards = [(kind, kind.forward) for kind in kinds]
         self._hooks = [
             (hooks, name)
             for name, part in inner
@@ -129,9 +132,12 @@ class Watch:
         for entries, key, value, name in self._entries:
             if entries.get(key) is not value:
                 return f"{name} has been replaced since patch"
-        for part, kind, forward, name in self._classes:
-            if type(part) is not kind or kind.forward is not forward:
+        for part, kind, name in self._classes:
+            if type(part) is not kind:
                 return f"{name or 'it'} has another forward than at patch"
+        for kind, forward in self._forwards:
+            if kind.forward is not forward:
+                return f"{kind.__name__} has another forward than at patch"
         if hooks and (reason := self._hooked()) is not None:
             return reason
         for tensor, pointer, count, name in self._memory if memory else ():
@@ -189,27 +195,28 @@ def has_hooks(*hooks: Mapping[int, Any]) -> bool:
     )
 
 
-def in_another_mode(module: nn.Module, dtype: torch.dtype | None, call: Sequence[Any]) -> bool:
-    """Whether a call asks for what our ops do not do: gradients, other dtypes, vmap, dropout.
+def has_gradients(module: nn.Module, call: Sequence[Any]) -> bool:
+    """Whether a module's weights or the arguments of its call require gradients."""
+    return any(map(_has_gradients, call)) or any(p.requires_grad for p in module.parameters())
+
+
+def in_another_mode(module: nn.Module, dtype: torch.dtype | None, x: Any) -> bool:
+    """Whether a call asks for what our ops do not do: other dtypes, vmap, dropout.
 
     Args:
         module: what is called.
         dtype: of its weights; None where none says it.
-        call: the arguments, hidden states first.
+        x: the hidden states.
     """
-    x = call[0] if call else None
     if not isinstance(x, Tensor) or x.dtype not in SERVED or (dtype or x.dtype) != x.dtype:
-        return True
-    if torch.is_grad_enabled() and (
-        any(map(_has_gradients, call)) or any(p.requires_grad for p in module.parameters())
-    ):
         return True
     if module.training and any(map(_drops, module.modules())):
         return True
-    kind = x.device.type
-    if torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) != x.dtype:
-        return True
-    return kind not in _DEVICES or is_transformed()
+    if _is_any_autocast_enabled():
+        kind = x.device.type
+        if torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) != x.dtype:
+            return True
+    return not (x.is_cpu or (_SERVES_CUDA and x.is_cuda) or x.is_meta) or is_transformed()
 
 
 def _drops(part: nn.Module) -> bool:
