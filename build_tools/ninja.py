@@ -24,7 +24,9 @@ WORK = ROOT / "build" / "ninja"  # kept between builds: only what changed is com
 FLAGS = "-O3 -std=c++20 -I../../csrc"
 CXX_FLAGS = f"{FLAGS} -fPIC -fvisibility=hidden -ffp-contract=off -Wall -Wextra"  # vec_fma fuses
 NVCC_FLAGS = f"{FLAGS} -DLT_CUDA -DUSE_CUDA --expt-relaxed-constexpr"
-LINK_FLAGS = "-shared -Wl,--no-as-needed -Wl,--exclude-libs,ALL"
+# What Python calls by ctypes leaves the libraries, and no inline function of C++ does.
+EXPORTS = "-Wl,--version-script=../../build_tools/exports.map"
+LINK_FLAGS = f"-shared -Wl,--no-as-needed -Wl,--exclude-libs,ALL {EXPORTS}"
 HOST_ROOMS = ("binding", "common", "cpu", "format")  # their .cpp are compiled once, for the CPU
 STUBS = ("stub/libtorch_cpu.so", "stub/libtorch_cuda.so")
 GCC_QUIET = "-Wno-uninitialized -Wno-maybe-uninitialized"  # gcc 12 warns inside its own headers

@@ -31,7 +31,8 @@ STABLE_TORCH_LIBRARY(llamatelemetry, m) {
   m.def("unpack(Tensor packed, str format, int n, int k, str layout=\"rows16\") -> Tensor");
   m.def("quant_embedding(Tensor ids, Tensor packed, str format, int n, int k, ScalarType dtype, Tensor? scales=None, Tensor? zeros=None, Tensor? perm=None) -> Tensor");
 
-  // gemm: x [..., k], packed holds [n, k]
+  // gemm: x [..., k], weight [n, k], packed holds [n, k]; activation: a name of common/activation.h
+  m.def("linear(Tensor x, Tensor weight, Tensor? bias=None, Tensor? residual=None, str? activation=None) -> Tensor");
   m.def("quant_linear(Tensor x, Tensor packed, str format, int n, Tensor? bias=None, bool exact=False, Tensor? scales=None, Tensor? zeros=None, Tensor? perm=None) -> Tensor");
 
   // sampling: a parameter per row

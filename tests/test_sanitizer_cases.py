@@ -96,6 +96,16 @@ def paged_prefill(q, k_cache, v_cache, table, lengths, starts):
     return ops.paged_attention(*args, max_seqlen_q=20)
 
 
+def linears(x, weight, bias, residual):
+    """Rows that wide loads can read, in both kernels; in half precision, as those have it."""
+    x, weight, bias, residual = (t.half() for t in (x, weight, bias, residual))
+    return (
+        ops.linear(x[:3], weight, bias, residual[:3]),
+        ops.linear(x, weight, bias, residual[:, :17].contiguous(), "silu_and_mul"),
+        ops.linear(x.repeat(2, 1), weight, bias, None, "gelu"),
+    )
+
+
 def quantised(x, data):
     packed = ops.repack(data, "Q8_0")
     ids = torch.tensor([0, 19, 20, -1], device=x.device)
@@ -207,6 +217,7 @@ CASES = {
         )
         for options in ({}, {"split_size": 64}, {"num_splits": 2}, {"window_size": (70, 0)})
     },
+    "linear": lambda: (linears, randn(13, 72), randn(34, 72) / 8, randn(34), randn(13, 34)),
     "quantised": lambda: (quantised, randn(9, 96), q8_0_rows(20, 96)),
     "sample in one slice": lambda: (sample, randn(3, 1003)),
     "sample in slices": lambda: (sample, randn(3, 5003)),
@@ -222,7 +233,8 @@ def test_gpu_gives_what_the_cpu_gives(case):
         *((x,) if isinstance(x, torch.Tensor) else x for x in (on_gpu, on_cpu)), strict=True
     )
     for gpu, cpu in pairs:
-        rounding = 1e-4 if not case.startswith(("flash", "paged prefill", "paged decode")) else 2e-2
+        rounded = ("flash", "paged prefill", "paged decode", "linear")
+        rounding = 1e-4 if not case.startswith(rounded) else 2e-2
         assert gpu.dtype == cpu.dtype
         # Converted on the CPU: what a kernel reads of a result, initcheck would report.
         gpu = gpu.cpu()

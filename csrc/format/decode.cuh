@@ -83,6 +83,27 @@ class PackedWord {
     }
   }
 
+  // Half of the bytes of words `word` and `word + 2`, which selector of __byte_perm picks, as one:
+  // the group of a part is then made of two half groups, 8 weights apart.
+  __device__ PackedWord(const uint8_t* block, int word, int row, uint32_t selector)
+      : PackedWord(block, word, row) {
+    const auto quants = load_row_units<uint32_t, kRows>(block + kQuants, word + 2, row);
+    RowUnits<uint32_t, kRows> high_bits = high_bits_;
+    if constexpr (kFiveBits && !kFifthInOneWord) {
+      high_bits = load_row_units<uint32_t, kRows>(block + kHighBits, word % 8 + 2, row);
+    } else if constexpr (kSixBits) {
+      high_bits =
+          load_row_units<uint32_t, kRows>(block + kHighBits, word / 16 * 8 + word % 8 + 2, row);
+    }
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+      quants_.row[r] = __byte_perm(quants_.row[r], quants.row[r], selector);
+      // In one word of fifth bits a group has a bit of each byte: two groups on is two bits up.
+      const uint32_t high = kFifthInOneWord ? high_bits.row[r] >> 2 : high_bits.row[r];
+      high_bits_.row[r] = __byte_perm(high_bits_.row[r], high, selector);
+    }
+  }
+
   // weights[i] = scale * code[i] - min for the four weights of a group. The product is exact.
   __device__ void decode(int part, int r, float (&weights)[4]) const {
     const uint32_t codes = this->codes(part, r);
@@ -90,6 +111,26 @@ class PackedWord {
     for (int i = 0; i < 4; ++i) {
       const float product = scale_[part][r] * byte_to_float(codes, i, kOffset);
       weights[i] = kHasMin ? product - min_[part][r] : product;
+    }
+  }
+
+  // Likewise by a permutation of bytes and a fused multiply-add for each weight; only the sign of a
+  // zero can differ. A code becomes the mantissa of a float: of 128 if it has at most 7 bits, else
+  // of 2^15. Either has so few bits that its product with the scale and the zero point is exact.
+  __device__ void decode_fused(int part, int r, float (&weights)[4]) const {
+    const uint32_t codes = this->codes(part, r);
+    const float scale = scale_[part][r];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      if constexpr (kHasMin) {
+        weights[i] = __fmaf_rn(scale, byte_to_float(codes, i, kOffset), -min_[part][r]);
+      } else if constexpr (kByteCodes) {
+        const float shifted = __uint_as_float(__byte_perm(codes, 0x47000000, 0x7404 + 0x10 * i));
+        weights[i] = __fmaf_rn(shifted, scale, -(32768.0f + kOffset) * scale);
+      } else {
+        const float shifted = __uint_as_float(__byte_perm(codes, 0x43000000, 0x7044 + 0x100 * i));
+        weights[i] = __fmaf_rn(shifted, scale, -(128.0f + kOffset) * scale);
+      }
     }
   }
 

@@ -1,4 +1,4 @@
-// Which way quant_linear goes: a pure function of the call and the machine.
+// Which way linear and quant_linear go: pure functions of the call and the machine.
 #pragma once
 
 #include <cstdint>
@@ -9,9 +9,44 @@
 
 namespace llamatelemetry {
 
+enum class LinearImpl : int8_t {
+  kOwn,     // launch_linear: on CUDA few rows on tensor cores, at the speed of reading the weights
+  kMatmul,  // torch's matmul, then launch_linear_epilogue
+};
+
+struct LinearDescriptor {
+  int64_t m;  // rows of x
+  int64_t n;  // rows of the weight
+  int64_t k;
+  DType dtype;
+  bool aligned;  // CUDA: rows of x and of the weight lie at multiples of 16 bytes
+  bool on_cuda;
+  bool recording;       // CPU: torch's matmul would not be in the recording
+  int code_capability;  // of the code that runs on the GPU: 80 for 8.0
+  int num_sms;
+};
+
+// Blocks of the CUDA kernel, which has 16 rows of the weight in each.
+static inline constexpr int64_t linear_blocks(int64_t n) { return (n + 15) / 16; }
+
+constexpr int kMaxCpuLinearRows = 16;  // from here on torch's blocked matmul is ahead
+
+static inline constexpr LinearImpl choose_linear(const LinearDescriptor& d) {
+  if (!d.on_cuda) {
+    return d.recording || d.m <= kMaxCpuLinearRows ? LinearImpl::kOwn : LinearImpl::kMatmul;
+  }
+  if (d.code_capability < 80 || d.dtype == DType::kFloat32 || !d.aligned || d.k == 0) {
+    return LinearImpl::kMatmul;
+  }
+  // Past 8 rows every block reads as much of x as of the weight: of many blocks torch's are ahead.
+  const int64_t max_rows = linear_blocks(d.n) <= int64_t{4} * d.num_sms ? 16 : 8;
+  return d.m <= max_rows ? LinearImpl::kOwn : LinearImpl::kMatmul;
+}
+
 enum class QuantLinearImpl : int8_t {
   kFused,   // one kernel decodes the weights in registers: launch_quant_linear
-  kSkinny,  // CUDA: likewise, as the operand of tensor cores: launch_quant_skinny
+  kSkinny,  // CUDA: likewise, as the operand of tensor cores
+  kWgmma,   // Hopper: likewise for more rows, the weights rounded to the dtype of x
   kDense,   // CUDA: launch_dense_weights expands them to the dtype of x, torch's matmul reads that
 };
 
@@ -19,18 +54,31 @@ struct QuantLinearDescriptor {
   int64_t m;  // rows of x
   int64_t n;  // rows of the weight
   int64_t k;
+  CodeFamily codes;
   ScaleRule scale_rule;
   DType dtype;   // of x
   bool aligned;  // rows of x lie at multiples of 16 bytes
   bool exact;    // weights must not be rounded to the dtype of x
   bool on_cuda;
-  int code_capability;  // of the GPU: 80 for code of 8.0
+  int capability;       // of the GPU: 90 for 9.0
+  int code_capability;  // of the code that runs on it
+  bool has_sm90_code;
+  int num_sms;
 };
 
 // The rows of x that the fused kernel of CUDA serves with one decoding of a weight, in registers.
 constexpr int kMaxFusedRows = 8;
-// Up to here the skinny kernel, which reads the weights once for 16 rows, is faster than writing
-// dense ones, which decoding sub-blocks makes slower, and reading them (benchmarks/notes/gemm.md).
+// Hopper: from here on wgmma is ahead of the skinny kernel, which decodes bytes more slowly than
+// nibbles and has as many blocks as the weight has tiles, and up to kMaxWgmmaRows of dense weights
+// and torch's matmul (benchmarks/notes/gemm.md).
+static inline constexpr int min_wgmma_rows(CodeFamily codes, ScaleRule rule, int64_t n,
+                                           int num_sms) {
+  const bool many_tiles = n > int64_t{2} * kTileRows * num_sms;
+  return codes == CodeFamily::kS8 || (many_tiles && rule != ScaleRule::kSubBlock32) ? 9 : 17;
+}
+constexpr int kMaxWgmmaRows = 128;
+// Elsewhere, up to here the skinny kernel, which reads the weights once for 16 rows, is faster than
+// writing dense ones, which decoding sub-blocks makes slower, and reading them.
 static inline constexpr int max_skinny_rows(ScaleRule rule) {
   return rule == ScaleRule::kBlock ? 32 : 64;
 }
@@ -45,11 +93,56 @@ static inline constexpr bool serves_skinny(const QuantLinearDescriptor& d) {
          d.m <= kMaxGridY * kRowsOfBlock;
 }
 
+static inline constexpr bool serves_wgmma(const QuantLinearDescriptor& d) {
+  return serves_skinny(d) && d.capability == 90 && d.has_sm90_code && !d.exact;
+}
+
 static inline constexpr QuantLinearImpl choose_quant_linear(const QuantLinearDescriptor& d) {
   if (!d.on_cuda || d.n == 0 || d.k == 0) return QuantLinearImpl::kFused;
+  if (serves_wgmma(d) && d.m <= kMaxWgmmaRows &&
+      d.m >= min_wgmma_rows(d.codes, d.scale_rule, d.n, d.num_sms)) {
+    return QuantLinearImpl::kWgmma;
+  }
   if (serves_skinny(d) && (d.exact || d.m <= max_skinny_rows(d.scale_rule)))
     return QuantLinearImpl::kSkinny;
   return d.exact || d.m <= kMaxFusedRows ? QuantLinearImpl::kFused : QuantLinearImpl::kDense;
+}
+
+// kWgmma: rows of x in a block, and its warpgroups, which have 64 rows of the weight each.
+struct QuantWgmmaConfig {
+  int tokens;
+  int groups;
+};
+
+static inline constexpr int wgmma_tokens(int64_t m) {
+  return m <= 16 ? 16 : m <= 32 ? 32 : m <= 64 ? 64 : 128;
+}
+
+static inline constexpr QuantWgmmaConfig wgmma_config(int tokens, CodeFamily codes) {
+  if (tokens <= 16) return {tokens, 2};
+  // With planes of high bits two stages of 256 rows do not fit beside 128 rows of x, or registers
+  // do not suffice.
+  const bool planes = codes == CodeFamily::kU5 || codes == CodeFamily::kU6;
+  return {tokens, tokens == 128 && planes ? 3 : 4};
+}
+
+// How many blocks, a cluster, share the k of a tile; slots[i]: how many clusters of i + 1 blocks
+// run at once. The time of the last to end, in chunks; a block costs about two beside its own. It
+// does not depend on m but through the config, so neither do the sums of a row.
+constexpr int kMaxWgmmaSplits = 8;
+static inline constexpr int wgmma_splits(int64_t tiles, int64_t chunks, int chunk,
+                                         const int (&slots)[kMaxWgmmaSplits]) {
+  constexpr int kBlockCost = 512;  // of a block beside its chunks, in weights of a row
+  int best = 1;
+  int64_t least = 0;
+  for (int splits = 1; splits <= kMaxWgmmaSplits && splits <= chunks; ++splits) {
+    const int64_t at_once = slots[splits - 1];
+    if (at_once == 0) continue;
+    const int64_t waves = (tiles + at_once - 1) / at_once;
+    const int64_t cost = waves * ((chunks + splits - 1) / splits * chunk + kBlockCost);
+    if (least == 0 || cost < least) best = splits, least = cost;
+  }
+  return best;
 }
 
 }  // namespace llamatelemetry

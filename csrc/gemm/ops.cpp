@@ -17,18 +17,27 @@ QuantLinearDescriptor descriptor_of(const Tensor& x, const Rows& rows, int64_t n
       .m = rows.num_rows,
       .n = n,
       .k = rows.row_size,
+      .codes = kFormats[format].codes,
       .scale_rule = kFormats[format].scale_rule,
       .dtype = dtype,
       .aligned = false,
       .exact = exact,
       .on_cuda = kOnCuda,
+      .capability = 0,
       .code_capability = 0,
+      .has_sm90_code = false,
+      .num_sms = 0,
   };
 #ifdef LT_CUDA
   constexpr int64_t kVector = 8;  // elements of two bytes
   d.aligned = reinterpret_cast<uintptr_t>(x.const_data_ptr()) % 16 == 0 &&
               (rows.num_rows <= 1 || rows.row_stride % kVector == 0);
+  d.capability = current_device().capability;
   d.code_capability = current_device().code_capability;
+  d.num_sms = current_device().num_sms;
+#ifdef LT_SM90
+  d.has_sm90_code = true;
+#endif
 #else
   static_cast<void>(x);
 #endif
@@ -91,6 +100,7 @@ Tensor quant_linear(const Tensor& x, const Tensor& packed, StringHandle format_n
       .dtype = dtype,
       .exact = exact,
       .impl = impl,
+      .splits = 1,
   };
   std::optional<Tensor> workspace;
   if (const int64_t num_bytes = quant_linear_workspace_bytes(params)) {

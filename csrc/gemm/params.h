@@ -3,11 +3,46 @@
 
 #include <cstdint>
 
+#include "common/activation.h"
 #include "common/backend.h"
 #include "common/dtype.h"
 #include "gemm/choice.h"
 
 namespace llamatelemetry {
+
+// What follows the product of linear, each step rounded to the dtype of x as modules of their own
+// round it: y = x . W^T + bias, activation(y) or activation(gate) * up, residual + that.
+struct LinearEpilogue {
+  const void* bias;      // [n] or null
+  const void* residual;  // [m, out_n], rows residual_row_stride apart, or null
+  int64_t residual_row_stride;
+  Activation activation;
+  bool gated;  // the first half of the n columns are gates, the second half what they multiply
+};
+
+struct LinearParams {
+  const void* x;       // [m, k], rows x_row_stride apart
+  const void* weight;  // [n, k], rows weight_row_stride apart
+  void* out;           // [m, out_n], contiguous
+  int64_t m;
+  int64_t n;
+  int64_t k;
+  int64_t x_row_stride;
+  int64_t weight_row_stride;
+  LinearEpilogue epilogue;
+  DType dtype;  // of all
+};
+Error launch_linear(const LinearParams& params, Stream stream);
+
+struct LinearEpilogueParams {
+  const void* y;  // [m, n], contiguous; the bias is in it
+  void* out;      // [m, out_n], contiguous; y itself is fine where nothing is gated
+  int64_t m;
+  int64_t out_n;
+  LinearEpilogue epilogue;
+  DType dtype;
+};
+Error launch_linear_epilogue(const LinearEpilogueParams& params, Stream stream);
 
 struct QuantLinearParams {
   const void* x;          // [m, k], rows x_row_stride elements apart
@@ -22,12 +57,19 @@ struct QuantLinearParams {
   int format;   // row of kFormats
   DType dtype;  // of x, bias and out
   bool exact;
-  QuantLinearImpl impl;  // kFused or kSkinny
+  QuantLinearImpl impl;  // not kDense
+  int splits;            // kWgmma: blocks that share a tile's k; its launcher says how many
 };
 Error launch_quant_linear(const QuantLinearParams& params, Stream stream);
 
 // What a launch needs beside its output; each backend says. workspace may still be null.
 int64_t quant_linear_workspace_bytes(const QuantLinearParams& params);
+
+// CUDA: what launch_quant_linear hands kWgmma to, by the rows of x that a block takes.
+Error launch_quant_wgmma_16(const QuantLinearParams& params, Stream stream);
+Error launch_quant_wgmma_32(const QuantLinearParams& params, Stream stream);
+Error launch_quant_wgmma_64(const QuantLinearParams& params, Stream stream);
+Error launch_quant_wgmma_128(const QuantLinearParams& params, Stream stream);
 
 // CUDA: what launch_quant_linear hands kSkinny to, by the dtype of x.
 Error launch_quant_skinny_f16(const QuantLinearParams& params, Stream stream);

@@ -24,6 +24,16 @@ Error launch_quant_linear(const QuantLinearParams& p, Stream stream) {
     return p.dtype == DType::kFloat16 ? launch_quant_skinny_f16(p, stream)
                                       : launch_quant_skinny_bf16(p, stream);
   }
+#ifdef LT_SM90
+  if (p.impl == QuantLinearImpl::kWgmma) {
+    switch (wgmma_tokens(p.m)) {
+      case 16: return launch_quant_wgmma_16(p, stream);
+      case 32: return launch_quant_wgmma_32(p, stream);
+      case 64: return launch_quant_wgmma_64(p, stream);
+      default: return launch_quant_wgmma_128(p, stream);
+    }
+  }
+#endif
   dispatch_format(p.format, [&](auto format) {
     if (p.m == 1) {
       launch<format(), 1>(p, stream);

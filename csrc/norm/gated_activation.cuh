@@ -4,24 +4,11 @@
 #pragma once
 
 #include "norm/params.h"
+#include "tile/activation.cuh"
 #include "tile/dependent_launch.cuh"
 #include "tile/vector.cuh"
 
 namespace llamatelemetry {
-
-// The operations of torch's CUDA kernels, in their order.
-struct Silu {
-  static __device__ float of(float x) { return x / (1.0f + expf(-x)); }
-};
-struct Gelu {
-  static __device__ float of(float x) { return x * 0.5f * (1.0f + erff(x * 0.70710678f)); }
-};
-struct GeluTanh {
-  static __device__ float of(float x) {
-    const float inner = 0.79788456f * (x + 0.044715f * (x * x * x));
-    return 0.5f * x * (1.0f + tanhf(inner));
-  }
-};
 
 template <typename Function, typename V, int kNumThreads>
 __global__ void __launch_bounds__(kNumThreads)

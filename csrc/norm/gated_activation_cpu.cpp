@@ -3,6 +3,7 @@
 // that a single wide row keeps several cores busy.
 #include "cpu/parallel.h"
 #include "norm/params.h"
+#include "vec/activation.h"
 #include "vec/rows.h"
 
 namespace llamatelemetry {
@@ -12,22 +13,6 @@ namespace {
 constexpr int64_t kItemSize = 2048;
 
 int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-
-// The operations of torch's CPU kernels, in their order.
-struct Silu {
-  LT_INLINE Vec of(Vec x) { return x / (vec_set(1.0f) + vec_exp(vec_set(0.0f) - x)); }
-};
-struct Gelu {
-  LT_INLINE Vec of(Vec x) {
-    return x * vec_set(0.5f) * (vec_set(1.0f) + vec_erf(x * vec_set(0.70710678f)));
-  }
-};
-struct GeluTanh {
-  LT_INLINE Vec of(Vec x) {
-    const Vec inner = vec_set(0.79788456f) * (x + vec_set(0.044715f) * (x * x * x));
-    return vec_set(0.5f) * x * (vec_set(1.0f) + vec_tanh(inner));
-  }
-};
 
 template <typename Function, typename T>
 void gated_activation_runs(const GatedActivationParams& p, int64_t begin, int64_t end) {
@@ -52,6 +37,7 @@ void gated_activation_items(const GatedActivationParams& p, int64_t begin, int64
       case Activation::kSilu: return gated_activation_runs<Silu, T>(p, begin, end);
       case Activation::kGelu: return gated_activation_runs<Gelu, T>(p, begin, end);
       case Activation::kGeluTanh: return gated_activation_runs<GeluTanh, T>(p, begin, end);
+      default: break;  // no op asks for the others
     }
   });
 }
@@ -60,7 +46,7 @@ const char* name_of(Activation activation) {
   switch (activation) {
     case Activation::kSilu: return "silu_and_mul";
     case Activation::kGelu: return "gelu_and_mul";
-    case Activation::kGeluTanh: break;
+    default: break;
   }
   return "gelu_tanh_and_mul";
 }

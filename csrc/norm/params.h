@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "common/activation.h"
 #include "common/backend.h"
 #include "common/dtype.h"
 
@@ -63,8 +64,6 @@ struct RotaryEmbeddingParams {
   int64_t sin_row_stride;
 };
 Error launch_rotary_embedding(const RotaryEmbeddingParams& params, Stream stream);
-
-enum class Activation : int8_t { kSilu, kGelu, kGeluTanh };
 
 struct GatedActivationParams {
   const void* x;  // [num_rows, 2 * row_size], gate then up, rows x_row_stride apart

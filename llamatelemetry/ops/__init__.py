@@ -9,7 +9,7 @@ from llamatelemetry.ops.cache import (
     slot_mapping,
 )
 from llamatelemetry.ops.formats import QuantFormat
-from llamatelemetry.ops.gemm import quant_linear
+from llamatelemetry.ops.gemm import linear, quant_linear
 from llamatelemetry.ops.norm import (
     fused_add_rms_norm_,
     gelu_and_mul,
@@ -35,6 +35,7 @@ __all__ = [
     "gelu_and_mul",
     "gelu_tanh_and_mul",
     "layer_norm",
+    "linear",
     "paged_attention",
     "quant_embedding",
     "quant_linear",

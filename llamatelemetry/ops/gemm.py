@@ -1,4 +1,4 @@
-"""Linear layers over quantised weights."""
+"""Linear layers, dense and over quantised weights."""
 
 from __future__ import annotations
 
@@ -7,6 +7,54 @@ from torch import Tensor
 
 from llamatelemetry.ops._contract import inference_only, register_fake
 from llamatelemetry.ops.formats import QuantFormat, format_name
+
+
+def linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    activation: str | None = None,
+) -> Tensor:
+    """``residual + activation(x @ weight.T + bias)``, each step rounded as modules apart round it.
+
+    Args:
+        x: [..., k], float32, float16 or bfloat16; rows contiguous, evenly spaced.
+        weight: [n, k], dtype and device of x; rows contiguous.
+        bias: [n], dtype and device of x.
+        residual: Shape of the result, dtype and device of x.
+        activation: None, "relu", "silu", "gelu", "gelu_tanh", or one of "silu_and_mul",
+            "gelu_and_mul" and "gelu_tanh_and_mul": the first half of the weight's rows are gates,
+            the second half what they multiply.
+
+    Returns:
+        [..., n] in the dtype of x, [..., n / 2] where gated. Products are summed in float32. Few
+        rows of x are a kernel of ours: on the CPU up to 16, and in a Recording any number; on CUDA
+        up to 8, and up to 16 where n is at most 64 a multiprocessor, if x has two bytes a value and
+        rows lie at multiples of 16 bytes. Other calls are torch's matmul. Among calls of our kernel
+        a row does not depend on the other rows, nor, on CUDA within 1 to 8 or 9 to 16, on how many
+        there are.
+
+    Raises:
+        RuntimeError: Naming the argument, the rule and the value.
+
+    Source:
+        torch.nn.functional.linear.
+    """
+    inference_only("linear", x=x, weight=weight, bias=bias, residual=residual)
+    return torch.ops.llamatelemetry.linear.default(x, weight, bias, residual, activation)
+
+
+@register_fake("linear")
+def _(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    activation: str | None = None,
+) -> Tensor:
+    n = weight.shape[0]
+    return x.new_empty((*x.shape[:-1], n // 2 if (activation or "").endswith("_and_mul") else n))
 
 
 def quant_linear(
@@ -30,8 +78,9 @@ def quant_linear(
         bias: [n], dtype and device of x.
         exact: Whether x stays as it is. Otherwise the CPU rounds it to 8 bits in blocks of 32
             (``scale = absmax / 127``), which is several times faster; a block with NaN or infinity
-            gives NaN. CUDA never rounds x; for many rows (past 32 or 64 of 16-bit x, past 8 of
-            float32) it rounds the weights to the dtype of x, for torch's matmul.
+            gives NaN. CUDA never rounds x; from 9 rows on of 16-bit x on Hopper, elsewhere for many
+            rows (past 32 or 64 of 16-bit x, past 8 of float32), it rounds the weights to the dtype
+            of x.
         scales: For formats whose scales are a tensor of their own; of today's, none.
         zeros: For formats whose zero points are; of today's, none.
         perm: For formats whose columns were sorted; of today's, none.

@@ -11,7 +11,7 @@ from llamatelemetry.ops.reference.cache import (
     rope_append_kv_,
     slot_mapping,
 )
-from llamatelemetry.ops.reference.gemm import quant_linear, rounded_activations
+from llamatelemetry.ops.reference.gemm import linear, quant_linear, rounded_activations
 from llamatelemetry.ops.reference.norm import (
     fused_add_rms_norm_,
     gelu_and_mul,
@@ -36,6 +36,7 @@ __all__ = [
     "gelu_and_mul",
     "gelu_tanh_and_mul",
     "layer_norm",
+    "linear",
     "paged_attention",
     "philox4x32",
     "quant_embedding",

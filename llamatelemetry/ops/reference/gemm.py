@@ -1,11 +1,37 @@
-"""Linear layers over quantised weights in plain PyTorch."""
+"""Linear layers, dense and over quantised weights, in plain PyTorch."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from llamatelemetry.ops.reference.quant import dequantize
+
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": functional.relu,
+    "silu": functional.silu,
+    "gelu": functional.gelu,
+    "gelu_tanh": lambda x: functional.gelu(x, approximate="tanh"),
+}
+
+
+def linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    activation: str | None = None,
+) -> Tensor:
+    y = functional.linear(x, weight, bias)
+    if activation is not None and activation.endswith("_and_mul"):
+        gate, up = y.chunk(2, -1)
+        y = _ACTIVATIONS[activation.removesuffix("_and_mul")](gate) * up
+    elif activation is not None:
+        y = _ACTIVATIONS[activation](y)
+    return y if residual is None else residual + y
 
 
 def rounded_activations(x: Tensor) -> Tensor:

@@ -1,0 +1,9 @@
+#include "gemm/quant_wgmma_launch.cuh"
+
+namespace llamatelemetry {
+
+Error launch_quant_wgmma_128(const QuantLinearParams& p, Stream stream) {
+  return launch_quant_wgmma<128>(p, stream);
+}
+
+}  // namespace llamatelemetry

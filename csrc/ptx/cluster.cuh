@@ -1,0 +1,53 @@
+// Blocks of a cluster, which read each other's shared memory: sm_90.
+// Sections of https://docs.nvidia.com/cuda/parallel-thread-execution/
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+
+namespace llamatelemetry::ptx {
+
+// #special-registers-cluster-ctarank
+__device__ inline uint32_t cluster_rank() {
+  uint32_t rank = 0;
+#if __CUDA_ARCH__ >= 900
+  asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+#endif
+  return rank;
+}
+
+// #parallel-synchronization-and-communication-instructions-barrier-cluster
+// Every thread of every block of the cluster; what they wrote before is visible after.
+__device__ inline void cluster_sync() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+#endif
+}
+
+// #data-movement-and-conversion-instructions-mapa
+// Where an address of this block's shared memory lies in that of the block of rank.
+__device__ inline uint32_t cluster_address(uint32_t shared_address, uint32_t rank) {
+  uint32_t address = shared_address;
+#if __CUDA_ARCH__ >= 900
+  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;"
+               : "=r"(address)
+               : "r"(shared_address), "r"(rank));
+#endif
+  return address;
+}
+
+// #data-movement-and-conversion-instructions-ld
+__device__ inline float4 load_cluster(uint32_t cluster_address) {
+  float4 value{};
+#if __CUDA_ARCH__ >= 900
+  asm volatile("ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4];"
+               : "=f"(value.x), "=f"(value.y), "=f"(value.z), "=f"(value.w)
+               : "r"(cluster_address)
+               : "memory");
+#endif
+  return value;
+}
+
+}  // namespace llamatelemetry::ptx
