@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import socket
 import sys
 from typing import Any
 
@@ -59,6 +60,22 @@ def _check(args: argparse.Namespace) -> None:
         raise ValueError(f"--port must lie in [1, 65535], got {args.port}")
     if not 0 < args.timeout < float("inf"):
         raise ValueError(f"--timeout must be finite and above 0, got {args.timeout}")
+    if args.max_batch_size < 1:
+        raise ValueError(f"--max-batch-size must be at least 1, got {args.max_batch_size}")
+    _check_address(args.host, args.port)
+
+
+def _check_address(host: str, port: int) -> None:
+    """Refuses an address that cannot be served, before a model is loaded for it."""
+    try:
+        with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind((host, port))
+    except OSError as error:
+        raise ValueError(
+            f"--host and --port must be an address of this machine that is free, got {host} and "
+            f"{port}: {error.strerror}"
+        ) from None
 
 
 def _serve(args: argparse.Namespace) -> int:

@@ -24,6 +24,16 @@ def integer(name: str, value: Any) -> int:
     return number
 
 
+def instance(name: str, value: Any, kind: type, wanted: str) -> None:
+    """Refuses what is not of a kind.
+
+    Raises:
+        ValueError: "<name> must be <wanted>, got <the value's type>".
+    """
+    if not isinstance(value, kind):
+        raise ValueError(f"{name} must be {wanted}, got {type(value).__name__}")
+
+
 def real(name: str, value: Any) -> float:
     """value as a float: any real number, but no truth value.
 

@@ -87,14 +87,16 @@ class BatchInferenceOptimizer:
             kwargs: handed on to each call.
 
         Raises:
-            ValueError: prompts is one text; a prompt has more tokens than a batch may have; a
-                function that takes batches gave another number of results.
+            ValueError: prompts is one text; inference_fn is not callable; a prompt has more tokens
+                than a batch may have; a function that takes batches gave another number of results.
             Exception: what the first prompt that failed has raised, once all the others are done.
                 Its ``results`` holds theirs in order, with None for those that failed, and its
                 ``failures`` the exception of each index that failed.
         """
         if isinstance(prompts, (str, bytes)):
             raise ValueError(f"prompts must be a list of prompts, got the one text {prompts!r}")
+        if not callable(inference_fn):
+            raise ValueError(f"inference_fn must be callable, got {inference_fn!r}")
         prompts = list(prompts)
         results: list[Any] = [None] * len(prompts)
         failures: dict[int, Exception] = {}

@@ -80,7 +80,8 @@ class ContinuousBatching:
             ("max_step_tokens", max_step_tokens),
             ("num_blocks", num_blocks),
         ):
-            if value is not None and integer(f"ContinuousBatching: {name}", value) < 1:
+            is_left_out = value is None and name != "max_batch_size"
+            if not is_left_out and integer(f"ContinuousBatching: {name}", value) < 1:
                 raise ValueError(f"ContinuousBatching: {name} must be at least 1, got {value}")
         self.max_batch_size = max_batch_size
         self.engine = engine

@@ -83,7 +83,13 @@ class CachedModel:
     """A transformers model whose keys and values of one sequence are kept from call to call."""
 
     def __init__(self, model: Any) -> None:
-        if getattr(model, "_is_stateful", False) or model.config.is_encoder_decoder:
+        config: Any = getattr(model, "config", None)
+        if not hasattr(config, "is_encoder_decoder"):
+            raise ValueError(
+                "SpeculativeDecoder: models must be transformers models, got "
+                f"{type(model).__name__}"
+            )
+        if getattr(model, "_is_stateful", False) or config.is_encoder_decoder:
             raise ValueError(
                 "SpeculativeDecoder: models must be decoders whose cache can be cut back, got "
                 f"{type(model).__name__}"

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from llamatelemetry.inference.arguments import instance
 from llamatelemetry.inference.defaults import ModelDefaults, UnsetFloat, UnsetInt
 from llamatelemetry.inference.generation import TokenGenerator
 from llamatelemetry.inference.packed import patch_or_reason
@@ -78,11 +79,10 @@ class InferenceEngine:
     A prompt is text, which becomes a user's turn where the model has a chat template, messages
     (mappings with role and content), or token ids. A model that the packed steps do not serve
     generates by transformers' own forward, which a warning says once. What generation_config.json
-    asks for holds where a request says nothing else. Threads may share an engine: their generations
-    take turns, a step each, and none changes another's.
+    asks for holds where a request says nothing else. Threads may share an engine; they take turns.
 
     Attributes:
-        model: LoadedModel; its transformers model is patched in place
+        loaded: the LoadedModel that was given; its transformers model is patched in place
         stats: GenerationStats of the generation that began last
 
     Example:
@@ -91,10 +91,11 @@ class InferenceEngine:
         4
 
     Raises:
-        ValueError: for a generation_config with numbers that are none
+        ValueError: for no LoadedModel, and a generation_config with numbers that are none
     """
 
     def __init__(self, model: LoadedModel) -> None:
+        instance("InferenceEngine: model", model, LoadedModel, "what load_model returned")
         self.loaded = model
         self.tokenizer = model.tokenizer
         self.defaults = ModelDefaults(model.generation)

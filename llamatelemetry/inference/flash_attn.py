@@ -113,6 +113,10 @@ def enable_flash_attention(model: _Model, config: FlashAttentionConfig | None = 
     """
     config = config or FlashAttentionConfig()
     window = _checked(config)
+    if not isinstance(model, nn.Module):
+        raise ValueError(
+            f"enable_flash_attention: model must be a module, got {type(model).__name__}"
+        )
     if not config.enabled:
         return disable_flash_attention(model)
     from llamatelemetry.models import plain_attention

@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from llamatelemetry.inference.arguments import integer
+from llamatelemetry.inference.arguments import instance, integer
 from llamatelemetry.inference.kv_cache_config import (
     KVCacheConfig,
     ServesTransformers,
@@ -45,6 +45,7 @@ class KVCache(ServesTransformers):
     """
 
     def __init__(self, config: KVCacheConfig) -> None:
+        instance("KVCache: config", config, KVCacheConfig, "a KVCacheConfig")
         self.config = config
         shape = (
             config.num_layers,

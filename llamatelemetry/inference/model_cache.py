@@ -16,7 +16,7 @@ from llamatelemetry.inference.packed_cache import PackedCache
 from llamatelemetry.inference.packed_forward import PackedForward
 from llamatelemetry.inference.packed_rows import PackedRows
 from llamatelemetry.models.forwards import standing
-from llamatelemetry.models.patching import why_not_packed
+from llamatelemetry.models.patching import why_not_forward_tokens
 from llamatelemetry.models.pieces.base import CACHE_NAMES
 
 # Users of PackedForward.
@@ -130,7 +130,9 @@ def _packs(model: Any) -> bool:
     """Whether the packed decoder is there to serve generate."""
     is_compiled = getattr(model, "_compiled_call_impl", None) is not None
     devices = {parameter.device for parameter in model.parameters()}
-    return not is_compiled and len(devices) == 1 and why_not_packed(model, renew=True) is None
+    return (
+        not is_compiled and len(devices) == 1 and why_not_forward_tokens(model, renew=True) is None
+    )
 
 
 def use(model: Any, user: str) -> None:

@@ -18,7 +18,7 @@ from llamatelemetry.inference.packed_cache import PackedCache
 from llamatelemetry.inference.packed_rows import PackedRows
 from llamatelemetry.inference.shared_pages import SharedPages
 from llamatelemetry.models.forwards import StandIn
-from llamatelemetry.models.patching import why_not_packed
+from llamatelemetry.models.patching import why_not_forward_tokens
 from llamatelemetry.models.pieces.base import CACHE_NAMES
 
 _log = logging.getLogger("llamatelemetry")
@@ -157,7 +157,7 @@ class PackedForward(StandIn):
         return logits
 
     def _check_model(self) -> None:
-        if (reason := why_not_packed(self._model)) is not None:
+        if (reason := why_not_forward_tokens(self._model)) is not None:
             raise NotServed(reason)
 
     def _padding(self, rows: PackedRows, call: dict[str, Any], batch: int, new: int) -> list[int]:

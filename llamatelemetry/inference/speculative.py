@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from llamatelemetry.inference.acceptance import accept, probabilities
-from llamatelemetry.inference.arguments import integer
+from llamatelemetry.inference.arguments import instance, integer
 from llamatelemetry.inference.drafts import CachedModel, Draft, ModelDraft, PromptLookup
 from llamatelemetry.inference.sampling import GREEDY, SamplingParams
 
@@ -99,13 +99,13 @@ class SpeculativeDecoder:
         self._target = CachedModel(target_model)
         self._draft: Draft = PromptLookup(max_ngram)
         if draft_model is not None:
+            self._draft = ModelDraft(draft_model)
             sizes = [m.config.get_text_config().vocab_size for m in (target_model, draft_model)]
             if sizes[0] != sizes[1]:
                 raise ValueError(
                     f"SpeculativeDecoder: draft_model must have the target's vocabulary of "
                     f"{sizes[0]} tokens, got {sizes[1]}"
                 )
-            self._draft = ModelDraft(draft_model)
         self._generator = torch.Generator(target_model.device)
         self._lock = threading.Lock()
         self.reseed()
@@ -193,6 +193,7 @@ class SpeculativeDecoder:
         return self._draft.model.max_context if isinstance(self._draft, ModelDraft) else None
 
     def _checked(self, input_ids: Tensor) -> list[int]:
+        instance("input_ids", input_ids, Tensor, "a tensor of integers of shape [1, seqlen]")
         shape = tuple(input_ids.shape)
         if len(shape) == 2 and shape[0] == 1:
             shape = shape[1:]

@@ -32,7 +32,7 @@ __all__ = [
     "patch",
     "rope_tables",
     "unpatch",
-    "why_not_packed",
+    "why_not_forward_tokens",
 ]
 
 
@@ -87,6 +87,7 @@ def patch(model: Any, strict: bool = False, ops: OpSet = NATIVE) -> PatchReport:
         >>> sorted(patch(model).replaced)
         ['Attention', 'DecoderLayer', 'GatedMlp', 'RmsNorm']
     """
+    _check_is_module(model)
     if (patched := model.__dict__.get("_llamatelemetry")) is not None:
         return _again(patched, strict, ops)
     register()
@@ -149,6 +150,11 @@ def _made(
     return pieces
 
 
+def _check_is_module(model: Any) -> None:
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"patch: model must be a transformers model, got {type(model).__name__}")
+
+
 def _remove_strangers(model: nn.Module) -> None:
     """Takes out pieces that came with modules of other patched models, or copies of them."""
     for module in model.modules():
@@ -197,7 +203,7 @@ def bindings(model: Any) -> list[object]:
     return [] if patched is None else [piece._watch for piece in patched.pieces.values()]
 
 
-def why_not_packed(model: Any, renew: bool = False) -> str | None:
+def why_not_forward_tokens(model: Any, renew: bool = False) -> str | None:
     """Why forward_tokens would not be the model as it is now; None if it would be.
 
     Args:

@@ -22,7 +22,7 @@ def inference_only(op: str, **tensors: Tensor | None) -> None:
     """Raises where autograd would need a backward that no op here has."""
     if torch.is_grad_enabled():
         for name, tensor in tensors.items():
-            if tensor is not None and tensor.requires_grad:
+            if isinstance(tensor, Tensor) and tensor.requires_grad:  # torch refuses others
                 raise RuntimeError(
                     f"{op}: {name} must not require grad while grad mode is on, got "
                     "requires_grad=True; call it under torch.inference_mode() or torch.no_grad()"

@@ -95,17 +95,24 @@ def create_app(batcher: ContinuousBatching, config: ServerConfig) -> FastAPI:
         prompts = [encode(p) if isinstance(p, str) else p for p in body.prompts()]
         return await service.answer(COMPLETION, body, prompts, body.limit, request)
 
+    served = {
+        "id": config.model,
+        "object": "model",
+        "created": 0,
+        "owned_by": "llamatelemetry",
+        "max_model_len": batcher.engine.loaded.context_length,
+    }
+
     @app.get("/v1/models")
     async def models(request: Request) -> dict[str, Any]:
         service.check_key(request)
-        model = {
-            "id": config.model,
-            "object": "model",
-            "created": 0,
-            "owned_by": "llamatelemetry",
-            "max_model_len": batcher.engine.loaded.context_length,
-        }
-        return {"object": "list", "data": [model]}
+        return {"object": "list", "data": [served]}
+
+    @app.get("/v1/models/{name:path}")  # the name of a GGUF file has slashes
+    async def model(request: Request, name: str) -> dict[str, Any]:
+        service.check_key(request)
+        service.check_model(name)
+        return served
 
     @app.get("/health")
     async def health() -> Response:
@@ -153,9 +160,14 @@ class _Service:
         except (ValueError, RecursionError) as error:
             raise ValueError(f"the body must be JSON: {error}") from None
         body = kind.model_validate(values)
-        if body.model not in (None, self.config.model):
-            raise HTTPException(404, f"model must be {self.config.model}, got {body.model!r:.80}")
+        if body.model is not None:
+            self.check_model(body.model)
         return body
+
+    def check_model(self, name: str) -> None:
+        """Refuses the name of a model that is not served."""
+        if name != self.config.model:
+            raise HTTPException(404, f"model must be {self.config.model}, got {name!r:.80}")
 
     async def answer(
         self, shape: Shape, body: Generation, prompts: list[Any], limit: int, request: Request

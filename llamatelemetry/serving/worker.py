@@ -60,12 +60,18 @@ class Worker:
 
         Raises:
             ServerBusy: there is no room for count more.
+            ValueError: there never is for so many.
             Exception: what the batcher refuses.
         """
         if self.failure is not None:
             raise ServerBusy(f"the server's steps have ended: {self.failure}")
         if self._is_draining:
             raise ServerBusy("the server is shutting down")
+        if count > self.max_open:
+            raise ValueError(
+                f"n times the prompts must be at most {self.max_open}, which the server takes at "
+                f"once, got {count}"
+            )
         if self.num_open + count > self.max_open:
             raise ServerBusy(
                 f"the server takes {self.max_open} requests at once, and {self.num_open} are open"

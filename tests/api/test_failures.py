@@ -6,6 +6,7 @@ import pytest
 import torch
 from engines import PROMPTS, all_free, make_engine, rows_of
 
+from llamatelemetry import InferenceEngine, patch
 from llamatelemetry.cuda import (
     CUDAGraph,
     GraphPool,
@@ -16,14 +17,18 @@ from llamatelemetry.cuda import (
     triton_softmax,
 )
 from llamatelemetry.inference import (
+    BatchInferenceOptimizer,
+    ContinuousBatching,
     KVCache,
     KVCacheConfig,
     PagedKVCache,
     Recording,
+    SpeculativeDecoder,
+    enable_flash_attention,
     flash_attention_forward,
 )
 from llamatelemetry.inference.runner import StepRunner
-from llamatelemetry.ops import silu_and_mul
+from llamatelemetry.ops import rms_norm, silu_and_mul
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.*no CUDA device", "ignore:triton_.*torch's own op runs"
@@ -33,6 +38,29 @@ SIZES = {"num_layers": 1, "num_heads": 2, "head_dim": 8, "dtype": torch.float32}
 
 def qkv(device, dtype=torch.float32):
     return [torch.randn(1, 6, 2, 8, device=device, dtype=dtype) for _ in range(3)]
+
+
+@pytest.mark.parametrize(
+    ("call", "named"),
+    [
+        (lambda: patch("smollm2"), "model must be a transformers model, got str"),
+        (lambda: enable_flash_attention("smollm2"), "model must be a module, got str"),
+        (lambda: InferenceEngine("smollm2"), "must be what load_model returned, got str"),
+        (lambda: SpeculativeDecoder("smollm2"), "must be transformers models, got str"),
+        (lambda: ContinuousBatching(8, "smollm2"), "must be a transformers model, got str"),
+        (lambda: KVCache(None), "config must be a KVCacheConfig, got NoneType"),
+        (lambda: BatchInferenceOptimizer().batch_infer(["a"], None), "must be callable, got None"),
+        (lambda: ContinuousBatching(None), "max_batch_size must be a whole number, got None"),
+    ],
+)
+def test_a_name_is_no_model(call, named):
+    with pytest.raises(ValueError, match=named):
+        call()
+
+
+def test_a_list_is_no_tensor():
+    with pytest.raises(RuntimeError, match="Expected a value of type 'Tensor' for argument 'x'"):
+        rms_norm([1.0, 2.0], torch.ones(2), 1e-5)
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -21,6 +22,8 @@ COMMAND = [sys.executable, "-m", "llamatelemetry", "serve"]
         (["smollm2", "--port", "0"], "--port"),
         (["smollm2", "--max-open", "0"], "--max-open"),
         (["smollm2", "--timeout", "nan"], "--timeout"),
+        (["smollm2", "--max-batch-size", "0"], "--max-batch-size"),
+        (["smollm2", "--host", "nothing.invalid"], "nothing.invalid"),
         (["nothing-there"], "nothing there"),
     ],
 )
@@ -29,6 +32,15 @@ def test_refusals(arguments, word):
     assert run.returncode == 2
     assert word in run.stderr
     assert len(run.stderr.strip().splitlines()) == 1
+
+
+def test_an_address_in_use_is_refused():
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        command = [*COMMAND, "smollm2", "--port", str(port)]
+        run = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert run.returncode == 2
+    assert f"got 127.0.0.1 and {port}" in run.stderr
 
 
 def test_without_its_packages():

@@ -197,6 +197,10 @@ def test_keys_models_and_bodies(http, server):
     unknown = http.post("/v1/chat/completions", json=ASK | {"model": "gpt"})
     assert unknown.status_code == 404
     assert unknown.json()["error"]["code"] == "model_not_found"
+    (served,) = http.get("/v1/models").json()["data"]
+    assert http.get(f"/v1/models/{served['id']}").json() == served
+    assert http.get("/v1/models/gpt").json()["error"]["code"] == "model_not_found"
+    assert httpx.get(f"{server}/v1/models/{served['id']}").status_code == 401
     assert http.get("/nothing").status_code == 404
     large = ASK | {"messages": [{"role": "user", "content": "x" * 30_000}]}
     assert http.post("/v1/chat/completions", json=large).status_code == 413
@@ -206,6 +210,9 @@ def test_keys_models_and_bodies(http, server):
 
 
 def test_back_pressure(http):
+    never = http.post("/v1/completions", json={"prompt": ["x"] * 9, "max_tokens": 1})
+    assert never.status_code == 400
+    assert "at most 8, which the server takes at once" in never.json()["error"]["message"]
     long = ASK | {"max_tokens": 100, "n": 8}
     with http.stream("POST", "/v1/chat/completions", json=long | {"stream": True}) as stream:
         next(stream.iter_lines())
