@@ -34,7 +34,7 @@ class ContinuousBatching:
     whoever waits for a result, calls step or run. An exception in one request ends that one alone.
 
     Prefixes of equal tokens are computed once. Weights changed in place do not show: call
-    ``forget_prefixes`` then.
+    ``forget_prefixes`` then. Steps run in the model's own dtype, under autocast too.
 
     Args:
         max_batch_size: requests at work at once; others wait.

@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llamatelemetry.inference.frozen import Frozen
 from llamatelemetry.inference.recording import Recording, RecordingError
 from llamatelemetry.inference.sampling import GREEDY, SamplingTensors, sampling_tensors
 from llamatelemetry.inference.step import Chunk, prepare
-from llamatelemetry.models.patching import forward_tokens
+from llamatelemetry.models.patching import forward_tokens, why_not_forward_tokens
 from llamatelemetry.models.step_input import DecoderState
 from llamatelemetry.ops import advance_step_
 
@@ -50,10 +51,21 @@ class DecodeStep:
         self.owner: object = None
         self._model, self._state, self._page_size = model, state, size
         self._replay: Callable[[], None] | None = None
+        self._frozen: Frozen | None = None  # of the run that was recorded or captured
 
     @property
     def width(self) -> int:
         return self.input.block_table.shape[1]
+
+    @property
+    def replays(self) -> bool:
+        """Whether a run is a replay, which looks at nothing but its tensors."""
+        return self.mode in ("recorded", "graph")
+
+    @property
+    def is_stale(self) -> bool:
+        """Whether a replay is of weights, numbers or pieces that are others now."""
+        return self.replays and (self._frozen is None or not self._frozen.holds())
 
     def load(
         self,
@@ -91,10 +103,15 @@ class DecodeStep:
         """The next token of each row, [batch] int64, overwritten by the next run."""
         if self._replay is not None:
             self._replay()
-        elif self.input_ids.is_cuda:
+            return self.input_ids
+        # Patching anew where modules were replaced runs probes, which no recording may hold.
+        why_not_forward_tokens(self._model, renew=True)
+        if self.input_ids.is_cuda:
             self._capture()
         else:
             self._record()
+        if self.replays:
+            self._frozen = Frozen(self._model)
         return self.input_ids
 
     def _next_ids(self, logits: Tensor) -> Tensor:

@@ -12,18 +12,23 @@ _OF_NO_STEP = {"training", "in_features", "out_features"}
 
 
 class Frozen:
-    """Where a patched model's weights lie, its modules' numbers, and what its pieces are bound to,
-    at one moment."""
+    """Where a patched model's weights lie, the numbers and hooks of its modules, its config's
+    numbers, and what its pieces are bound to, at one moment."""
 
     def __init__(self, model: Any) -> None:
         self._model, self._bindings = model, bindings(model)
-        modules = list(model.modules())
+        modules, config = list(model.modules()), model.config
         self._modules = [(m._modules, *item) for m in modules for item in m._modules.items()]
         self._numbers = [  # an eps, a scale, a window
-            (m.__dict__, name, value)
-            for m in modules
-            for name, value in m.__dict__.items()
+            (one.__dict__, name, value)
+            for one in (*modules, config)
+            for name, value in one.__dict__.items()
             if isinstance(value, _NUMBERS) and name[0] != "_" and name not in _OF_NO_STEP
+        ]
+        self._hooks = [
+            (hooks, len(hooks))
+            for m in modules
+            for hooks in (m._forward_hooks, m._forward_pre_hooks)
         ]
         groups = [group for m in modules for group in (m._parameters, m._buffers)]
         self._tensors = [
@@ -37,6 +42,9 @@ class Frozen:
         """Whether it is still so, which takes a fraction of what making it takes."""
         for entries, name, module in self._modules:
             if entries.get(name) is not module:
+                return False
+        for hooks, count in self._hooks:
+            if len(hooks) != count:
                 return False
         for attributes, name, value in self._numbers:
             if attributes.get(name) != value:

@@ -103,6 +103,8 @@ class TokenGenerator:
         batch, reason = None, self._not_packed
         with self._lock:
             reason = reason or why_not_packed(self.model)
+            if reason is None and torch.is_autocast_enabled(self.model.device.type):
+                reason = "autocast is on"
             if reason is None:
                 try:
                     batch = self._begin(rows, params, max_tokens)
@@ -254,6 +256,15 @@ class TokenGenerator:
                 "generate: the model must stay on its device and in its dtype until the last "
                 "token, got another; start again"
             )
+        step, drawn = batch.runner.draw(lambda: self._loaded(batch, has_changed=has_changed))
+        tokens = drawn.tolist()
+        if 0 in tokens:  # what a row of NaN alone gives
+            refuse_nan(step.logits[torch.tensor(batch.active, device=step.logits.device)])
+        batch.took(tokens)
+        self.decode_mode = step.mode
+
+    def _loaded(self, batch: Rows, *, has_changed: bool) -> DecodeStep:
+        """The decode step of a batch, with its rows in place."""
         kind = DecodeStep if batch.seen is None else PenalisedStep
         step = batch.runner.step_of(kind, len(batch.tables), batch.width)
         if step.owner != batch.turn:
@@ -265,11 +276,7 @@ class TokenGenerator:
                 step.load_seen(batch.seen, batch.vocab_size)
         elif has_changed:
             step.hold(batch.active)
-        tokens = step.run().tolist()
-        if 0 in tokens:  # what a row of NaN alone gives
-            refuse_nan(step.logits[torch.tensor(batch.active, device=step.logits.device)])
-        batch.took(tokens)
-        self.decode_mode = step.mode
+        return step
 
     def _end(self, batch: Rows) -> None:
         """Frees a batch's blocks now, or when the step in progress is over: this may run inside it,

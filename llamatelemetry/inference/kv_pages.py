@@ -38,19 +38,14 @@ class KvPages:
     @classmethod
     def for_model(cls, model: Any, num_blocks: int, page_size: int) -> KvPages:
         """Pages that fit a transformers model's layers, in its dtype, on its device."""
-        config, like = model.config, floating_parameter(model)
-        head_dim = getattr(config, "head_dim", None) or (
-            config.hidden_size // config.num_attention_heads
-        )
-        return cls(
-            config.num_hidden_layers,
-            num_blocks,
-            page_size,
-            getattr(config, "num_key_value_heads", None) or config.num_attention_heads,
-            head_dim,
-            like.dtype,
-            like.device,
-        )
+        like, (layers, heads, head_dim) = floating_parameter(model), _sizes(model)
+        return cls(layers, num_blocks, page_size, heads, head_dim, like.dtype, like.device)
+
+    def fits(self, model: Any) -> bool:
+        """Whether for_model would give such pages for the model as it is now."""
+        like, (layers, *head) = floating_parameter(model), _sizes(model)
+        is_alike = (like.dtype, like.device) == (self.dtype, self.device)
+        return is_alike and layers == len(self.layers) and tuple(head) == self._page[1:]
 
     @property
     def num_blocks(self) -> int:
@@ -92,6 +87,14 @@ class KvPages:
     def _new(self, num_blocks: int) -> tuple[Tensor, Tensor]:
         shape = (num_blocks, *self._page)
         return self._like.new_empty(shape), self._like.new_empty(shape)
+
+
+def _sizes(model: Any) -> tuple[int, int, int]:
+    """Layers, heads of keys and head_dim of a transformers model."""
+    config = model.config
+    heads = config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    return config.num_hidden_layers, getattr(config, "num_key_value_heads", None) or heads, head_dim
 
 
 def floating_parameter(model: Any) -> Tensor:

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from llamatelemetry.inference.frozen import Frozen
 from llamatelemetry.inference.runner import DecodeStep
 from llamatelemetry.inference.step import Chunk
 
@@ -21,18 +20,6 @@ class LogitsStep(DecodeStep):
 
     logits: Tensor
     _first: Tensor | None = None  # of a run that was no replay
-
-    _frozen: Frozen | None = None  # of the run that was recorded or captured
-
-    @property
-    def replays(self) -> bool:
-        """Whether a run is a replay, which looks at nothing but its tensors."""
-        return self.mode in ("recorded", "graph")
-
-    @property
-    def is_stale(self) -> bool:
-        """Whether a replay would be of weights or pieces that are others now."""
-        return self.replays and (self._frozen is None or not self._frozen.holds())
 
     def place(self, owner: object, tables: Sequence[Sequence[int]], lengths: Sequence[int]) -> None:
         """Puts rows in place, whose keys are in the cache but for those of the tokens to come.
@@ -52,10 +39,8 @@ class LogitsStep(DecodeStep):
             input_ids: [batch] int64; every row stands one position further afterwards.
         """
         self.input_ids.copy_(input_ids)
-        self._first, was_replay = None, self.replays
+        self._first = None
         self.run()
-        if not was_replay and self.replays:
-            self._frozen = Frozen(self._model)
         logits = self.logits if self._first is None else self._first
         self._first = None
         return logits.clone()

@@ -5,7 +5,9 @@ from __future__ import annotations
 import warnings
 from typing import Any
 
+from llamatelemetry.inference.kv_pages import floating_parameter
 from llamatelemetry.models.patching import PatchReport, patch, unpatch
+from llamatelemetry.models.pieces.watch import SERVED
 
 
 class NotPackedError(ValueError):
@@ -49,6 +51,9 @@ def why_not_packed(model: Any) -> str | None:
         return None
     if any(tensor.is_meta for tensor in model.parameters()):
         return "its weights are offloaded"
+    like = floating_parameter(model)
+    if like.dtype not in SERVED:
+        return f"its dtype must be float32, float16 or bfloat16, got {like.dtype}"
     if patched.decoder is not None and (reason := patched.decoder.why_not()) is not None:
         if any(m._forward_hooks or m._forward_pre_hooks for m in model.modules()):
             return str(reason)  # patching would call the hooks, and hooks may go again

@@ -14,12 +14,14 @@ import torch
 from torch import Tensor
 from transformers.utils import ModelOutput
 
+from llamatelemetry.inference.kv_pages import floating_parameter
 from llamatelemetry.inference.packed_cache import PackedCache
 from llamatelemetry.inference.packed_rows import PackedRows
 from llamatelemetry.inference.shared_pages import SharedPages
 from llamatelemetry.models.forwards import StandIn
 from llamatelemetry.models.patching import why_not_forward_tokens
 from llamatelemetry.models.pieces.base import CACHE_NAMES
+from llamatelemetry.models.pieces.watch import SERVED
 
 _log = logging.getLogger("llamatelemetry")
 
@@ -98,7 +100,10 @@ class PackedForward(StandIn):
             raise NotServed("gradients are enabled; use torch.inference_mode()")
         if model.training:
             raise NotServed("it is in training mode; call eval()")
-        if torch.is_autocast_enabled(self.shared.device.type):
+        like = floating_parameter(model)
+        if like.dtype not in SERVED:
+            raise NotServed(f"its dtype is {like.dtype}")
+        if torch.is_autocast_enabled(like.device.type):
             raise NotServed("autocast is on")
         for name in _SWITCHES:
             asked = call.get(name)

@@ -18,6 +18,7 @@ from llamatelemetry.inference.sampling import (
     refuse_nan,
     sampling_tensors,
 )
+from llamatelemetry.models.pieces.watch import SERVED
 
 # What a model's forward calls the cache that it returns and takes back.
 _CACHES = ("past_key_values", "cache", "cache_params")
@@ -74,6 +75,8 @@ class PlainGenerator:
                             logits = last.new_zeros(len(rows), last.shape[-1])
                         logits[row] = last
                 assert logits is not None, "a row is active"
+                if logits.dtype not in SERVED:
+                    logits = logits.float()  # sample takes no float64
                 refuse_nan(logits)
                 if penalises(params):
                     seen = logits.new_empty(logits.shape, dtype=torch.bool)

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from llamatelemetry.inference.runner import StepRunner
+from llamatelemetry.inference.runner import DecodeStep, StepRunner
 from llamatelemetry.inference.sampling import (
     GREEDY,
     SamplingParams,
@@ -102,7 +102,8 @@ class PlanRunner:
         if not pieces:
             return []
         try:
-            return list(zip(pieces, forward(pieces), strict=True))
+            with torch.autocast(self.runner.pages.device.type, enabled=False):  # the cache's dtype
+                return list(zip(pieces, forward(pieces), strict=True))
         except Exception as error:
             self.runner.drop_steps()
             if len(pieces) == 1 and forward == self._eager:
@@ -136,9 +137,21 @@ class PlanRunner:
 
     def _decode(self, pieces: list[Piece]) -> list[int | None]:
         """The recorded step; its rows stay loaded as long as no other comes or goes."""
+        wanted = [_Loaded(p.request, len(p.request.tokens), p.table) for p in pieces]
+        step, drawn = self.runner.draw(lambda: self._step_with(pieces, wanted))
+        tokens = drawn.tolist()[: len(pieces)]
+        if 0 in tokens:  # what a row of NaN alone gives
+            refuse_nan(step.logits[: len(pieces)])
+        self.decode_mode = step.mode
+        # The step itself has moved its rows on to the next token.
+        self._loaded = [_Loaded(p.request, p.length + 1, p.table) for p in wanted]
+        step.owner = self._loaded
+        return tokens
+
+    def _step_with(self, pieces: list[Piece], wanted: list[_Loaded]) -> DecodeStep:
+        """The decode step for these pieces, with its rows in place."""
         rows = next(size for size in self.buckets if size >= len(pieces))
         step = self.runner.decode_step(rows, self.width)
-        wanted = [_Loaded(p.request, len(p.request.tokens), p.table) for p in pieces]
         if step.owner is not self._loaded or wanted != self._loaded:
             chunks = [Chunk(p.request.tokens[-1:], p.begin, p.table) for p in pieces]
             params = [self._params_of(piece.request) for piece in pieces]
@@ -150,14 +163,7 @@ class PlanRunner:
             active = [True] * len(pieces) + [False] * spare
             step.load(None, chunks, sampling, counts + [0] * spare, active)
         step.owner = None  # until the run is over: an interrupted one leaves rows in between
-        tokens = step.run().tolist()[: len(pieces)]
-        if 0 in tokens:  # what a row of NaN alone gives
-            refuse_nan(step.logits[: len(pieces)])
-        self.decode_mode = step.mode
-        # The step itself has moved its rows on to the next token.
-        self._loaded = [_Loaded(p.request, p.length + 1, p.table) for p in wanted]
-        step.owner = self._loaded
-        return tokens
+        return step
 
 
 def _buckets(device: str, max_rows: int) -> Sequence[int]:

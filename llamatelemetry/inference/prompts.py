@@ -128,7 +128,12 @@ def sequence(prompt: Any) -> list[Any]:
         raise ValueError(
             f"prompt must be text or a sequence of token ids, got {_shown(prompt)}{hint}"
         )
-    return list(prompt)
+    try:
+        return list(prompt)
+    except TypeError as error:  # a tensor or an array without dimensions
+        raise ValueError(
+            f"prompt must be text or a sequence of token ids, got {_shown(prompt)}"
+        ) from error
 
 
 def is_a_prompt(value: Any) -> None:

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from llamatelemetry.inference.decode_step import DecodeStep, modules_of
-from llamatelemetry.inference.kv_pages import KvPages, floating_parameter
+from llamatelemetry.inference.kv_pages import KvPages
 from llamatelemetry.inference.packed import NotPackedError
 from llamatelemetry.inference.step import Chunk, prepare
-from llamatelemetry.models.patching import forward_tokens, rope_tables
+from llamatelemetry.models.patching import forward_tokens, rope_state, rope_tables
 from llamatelemetry.models.step_input import DecoderState
 
 __all__ = ["PAGE_SIZE", "DecodeStep", "StepRunner"]
@@ -48,12 +48,11 @@ class StepRunner:
         self._steps: OrderedDict[tuple[type, int], DecodeStep] = OrderedDict()
         self._pointers = _pointers(model)
         self._modules = modules_of(model)
+        self._angles = rope_state(model)
 
     def serves(self, model: Any) -> bool:
-        """Whether what is in the cache is of this model as it is now: its dtype and device."""
-        like = floating_parameter(model)
-        is_alike = (like.dtype, like.device) == (self.pages.dtype, self.pages.device)
-        return model is self.model and is_alike
+        """Whether what is in the cache is of this model as it is now: its layers, dtype, device."""
+        return model is self.model and self.pages.fits(model)
 
     def ready(self, num_positions: int, num_blocks: int, *, keep: bool) -> bool:
         """Grows the tables and the cache to these sizes where they are smaller; drops the decode
@@ -76,13 +75,18 @@ class StepRunner:
         if modules != self._modules:
             self._steps.clear()
             self._modules = modules
-        if (pointers, num_positions) != (self._pointers, self._num_positions):
+        angles = rope_state(self.model)
+        if (pointers, num_positions, angles) != (
+            self._pointers,
+            self._num_positions,
+            self._angles,
+        ):
             self._steps.clear()
             try:
                 self._rope[:] = rope_tables(self.model, num_positions)
             except ValueError as error:
                 raise NotPackedError(str(error)) from error
-            self._pointers, self._num_positions = pointers, num_positions
+            self._pointers, self._num_positions, self._angles = pointers, num_positions, angles
         if num_blocks > self.pages.num_blocks:
             self._steps.clear()
             self.pages.grow(num_blocks, keep=keep)
@@ -102,6 +106,25 @@ class StepRunner:
         if kept is not None:
             step.kept = torch.tensor(kept, dtype=torch.int64).to(device)
         return forward_tokens(self.model, ids, step, self.state)
+
+    def draw(self, load: Callable[[], DecodeStep]) -> tuple[DecodeStep, Tensor]:
+        """Runs the decode step that load puts rows in; one that has frozen what is other now is
+        dropped first.
+
+        Returns:
+            The step, and the next token of each of its rows.
+        """
+        step = load()
+        if not step.input_ids.is_cuda and step.is_stale:
+            self.drop_steps()
+            step = load()
+        drawn = step.run()
+        # A graph's is looked at while the GPU works; what it wrote in vain is written over.
+        if step.input_ids.is_cuda and step.is_stale:
+            self.drop_steps()
+            step = load()
+            drawn = step.run()
+        return step, drawn
 
     def steps(self) -> list[DecodeStep]:
         """Those that are at hand, the last used last."""

@@ -72,12 +72,6 @@ class Decoder:
         self._made_of = self._follows()
         self.ops, self.blocks = ops, list(blocks)
         self.first_norm = norm_of(stack.layers[0], spec.first_norm, spec, ops)
-        self.embedding_multiplier = number_of(stack.module, spec.embedding_multiplier)
-        config = stack.config
-        self.logits_scaling = number_of(config, spec.logits_scaling)
-        self.logit_scale = number_of(config, spec.logit_scale)
-        softcap = getattr(config, spec.final_softcap) if spec.final_softcap else None
-        self.final_softcap = float(softcap or 0.0)
 
     def _follows(self) -> int:
         return sum(piece.follows for piece in self.pieces.values())
@@ -133,21 +127,28 @@ class Decoder:
 
     def _embedded(self, input_ids: Tensor, positions: Tensor) -> Tensor:
         x = self.stack.embedding(input_ids)
-        if self.embedding_multiplier != 1.0:
-            x = x * self.embedding_multiplier
+        multiplier = number_of(self.stack.module, self.stack.spec.embedding_multiplier)
+        if multiplier != 1.0:
+            x = x * multiplier
         if (table := self.stack.positions) is not None:
             offset = getattr(table, "offset", 0)  # OPT keeps two rows for padding
             x = x + nn.functional.embedding(positions + offset, table.weight)
         return x
 
     def _scaled(self, logits: Tensor) -> Tensor:
-        if self.logits_scaling != 1.0:
-            logits = logits / self.logits_scaling
-        if self.logit_scale != 1.0:
-            logits = logits * self.logit_scale
-        if self.final_softcap:
-            logits = (logits / self.final_softcap).tanh() * self.final_softcap
+        spec = self.stack.spec
+        if (scaling := self._number(spec.logits_scaling)) != 1.0:
+            logits = logits / scaling
+        if (scale := self._number(spec.logit_scale)) != 1.0:
+            logits = logits * scale
+        softcap = getattr(self.stack.config, spec.final_softcap) if spec.final_softcap else None
+        if softcap:
+            logits = (logits / softcap).tanh() * softcap
         return logits
+
+    def _number(self, name: str) -> float:
+        """As it is now: some families read it from the config, some took it from there once."""
+        return number_of(self.model if name in vars(self.model) else self.stack.config, name)
 
 
 def decoder_of(
@@ -228,6 +229,23 @@ def rope_tables(
         cos, sin = rope_angles(stack.spec, *stack.rotary(like, positions, *more))
         tables.append((cos[0].to(like.dtype), sin[0].to(like.dtype)))
     return tables
+
+
+def rope_state(model: Any) -> list[object]:
+    """What the tables are made of, to be compared: pointers, versions and numbers."""
+    patched = model.__dict__.get("_llamatelemetry")
+    rotary = None if patched is None else patched.stack.rotary
+    if rotary is None:
+        return []
+    tensors = [
+        (name, x.data_ptr(), None if x.is_inference() else x._version)
+        for name, x in (*rotary.named_parameters(), *rotary.named_buffers())
+    ]
+    numbers = [item for item in vars(rotary).items() if isinstance(item[1], (int, float, dict))]
+    return [
+        *tensors,
+        *((name, value) for name, value in numbers if name[0] != "_" and name != "training"),
+    ]
 
 
 def _check_length(stack: Stack, kind: str | None, num_positions: int) -> None:

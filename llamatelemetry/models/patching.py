@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llamatelemetry.models.decoder import Decoder, rope_tables
+from llamatelemetry.models.decoder import Decoder, rope_state, rope_tables
 from llamatelemetry.models.families import FAMILIES
 from llamatelemetry.models.guess import find_stack
 from llamatelemetry.models.hf_attention import choose_ours, leave, register
@@ -30,6 +30,7 @@ __all__ = [
     "bindings",
     "forward_tokens",
     "patch",
+    "rope_state",
     "rope_tables",
     "unpatch",
     "why_not_forward_tokens",
@@ -50,6 +51,10 @@ class _Patched:
     def __getstate__(self) -> dict[str, Any]:
         """Of a copy, whose decoder is made of its own modules when it is first asked for."""
         return self.__dict__ | {"decoder": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        register()  # a process that has loaded a pickle may not know our attention yet
 
 
 @torch.no_grad()

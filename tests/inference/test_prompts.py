@@ -92,6 +92,7 @@ def test_an_end_that_the_tokenizer_appends_is_no_part_of_a_prompt():
     [
         (None, {}, "prompt must be text or a sequence of token ids, got None"),
         (5, {}, "prompt must be text or a sequence of token ids, got 5"),
+        (torch.tensor(5), {}, "prompt must be text or a sequence of token ids, got tensor(5)"),
         (b"hi", {}, "prompt must be text or a sequence of token ids, got b'hi'"),
         ({"role": "user", "content": "x"}, {}, "prompt must be text or a sequence"),
         ("a\ud800", {}, "got half a surrogate pair, '\\ud800', at 1"),
