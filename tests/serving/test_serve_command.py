@@ -11,7 +11,7 @@ from importlib import metadata
 
 import httpx
 import pytest
-from conftest import free_port
+from http_servers import free_port
 
 COMMAND = [sys.executable, "-m", "llamatelemetry", "serve"]
 
