@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
+from bench_quant_linear import random_rows
 from gguf import GGMLQuantizationType, quants
 from harness import Case, main
 from torch import Tensor
@@ -20,8 +21,7 @@ def cases(device: torch.device, quick: bool) -> Iterator[Case]:
     on_cpu = device.type == "cpu"
     n, k = (576, 1536) if on_cpu else (14336, 4096)
     for format in [QuantFormat.Q4_1, QuantFormat.Q4_K] if quick else QuantFormat:
-        # Bytes below 64 keep every float16 scale finite and positive.
-        data = torch.randint(0, 64, (n, format.row_bytes(k)), dtype=torch.uint8, device=device)
+        data = random_rows(format, n, k, device)
         for dtype in [torch.float32] if on_cpu else [torch.float32, torch.bfloat16]:
             yield Case(
                 f"{format.name} {n}x{k} {str(dtype)[6:]}",

@@ -20,16 +20,28 @@ SHAPES = [
     (QuantFormat.Q4_1, 3072, 576),  # merged gate, up
     (QuantFormat.Q4_1, 576, 1536),
     (QuantFormat.Q8_0, 49152, 576),  # the head
+    *((format, 3072, 1536) for format in QuantFormat),
 ]
 
 
 def random_rows(format: QuantFormat, n: int, k: int, device: torch.device) -> torch.Tensor:
     """GGUF rows; bytes below 64 keep every float16 scale finite and positive."""
-    return torch.randint(0, 64, (n, format.row_bytes(k)), dtype=torch.uint8, device=device)
+    rows = torch.randint(0, 64, (n, format.row_bytes(k)), dtype=torch.uint8, device=device)
+    if format.facts.scale_rule == "exponent":  # 2^-8: subnormal sums would be slow on the CPU
+        rows.view(n, -1, format.block_bytes)[..., format.facts.fields["scale"][0]] = 120
+    return rows
 
 
 GPU_SHAPES = [(6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336)]  # QKV, O, gate+up, down
-GPU_FORMATS = [QuantFormat.Q4_0, QuantFormat.Q4_K, QuantFormat.Q6_K, QuantFormat.Q8_0]
+GPU_FORMATS = [
+    QuantFormat.Q4_0,
+    QuantFormat.Q4_K,
+    QuantFormat.Q6_K,
+    QuantFormat.Q8_0,
+    QuantFormat.Q3_K,
+    QuantFormat.IQ4_XS,
+    QuantFormat.MXFP4,
+]
 
 
 def gpu_cases(quick: bool) -> Iterator[Case]:

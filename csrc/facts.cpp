@@ -48,6 +48,7 @@ std::string fields_of(const BlockLayout& layout) {
   add_field("sub_scales", layout.sub_scales);
   add_field("scale", layout.scale);
   add_field("min", layout.min);
+  add_field("sub_scales_high", layout.sub_scales_high);
   return text + "}";
 }
 

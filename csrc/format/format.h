@@ -3,6 +3,8 @@
 //   weight = scale * (code - zero_point)          without a minimum
 //   weight = scale * (code - zero_point) +- min   with one; the scale rule says the sign
 //
+// In families with a table the code is the table's value at a nibble.
+//
 // Kernels are written per code family and scale rule (decode.cuh, decode_cpu.h, gguf.h) and
 // instantiated per row, so a format of a family and rule that exist is a row and no more. Params
 // and template arguments call a row by its number in the table, ops and Python by its name.
@@ -20,17 +22,26 @@ namespace llamatelemetry {
 
 // How a code is stored.
 enum class CodeFamily : int8_t {
-  kU4,  // a nibble
-  kU5,  // a nibble, and the fifth bit in a plane of its own (high_bits)
-  kU6,  // a nibble, and two bits in planes of their own
-  kS8,  // int8
+  kU4,       // a nibble
+  kU5,       // a nibble, and the fifth bit in a plane of its own (high_bits)
+  kU6,       // a nibble, and two bits in planes of their own
+  kS8,       // int8
+  kU2,       // two bits
+  kU3,       // two bits, and the third in a plane of its own
+  kIq4,      // a nibble, the index of one of 16 int8 values: code_table
+  kE2m1,     // a nibble: sign, two bits of exponent, one of mantissa; the code is twice the value
+  kTernary,  // five digits of base 3 in a byte, as a fraction of 256
 };
 
 // How many weights share a scale, and how it is stored.
 enum class ScaleRule : int8_t {
-  kBlock,       // d of the block; its minimum is added
-  kSubBlock32,  // 32 weights: d times a 6-bit integer; dmin times another is subtracted
-  kSubBlock16,  // 16 weights: d times an int8; no minimum
+  kBlock,           // d of the block; its minimum is added
+  kSubBlock32,      // 32 weights: d times a 6-bit integer; dmin times another is subtracted
+  kSubBlock16,      // 16 weights: d times an int8; no minimum
+  kSubBlock16Six,   // 16 weights: d times (a 6-bit integer - 32); no minimum
+  kSubBlock16Four,  // 16 weights: d times a 4-bit integer; dmin times another is subtracted
+  kSubBlock32Six,   // 32 weights: d times (a 6-bit integer - 32); no minimum
+  kExponent,        // of the block: a byte e, 2^(e - 128): half of e8m0, for codes that are doubled
 };
 
 static constexpr const char* code_family_name(CodeFamily codes) {
@@ -39,6 +50,11 @@ static constexpr const char* code_family_name(CodeFamily codes) {
     case CodeFamily::kU5: return "u5";
     case CodeFamily::kU6: return "u6";
     case CodeFamily::kS8: return "s8";
+    case CodeFamily::kU2: return "u2";
+    case CodeFamily::kU3: return "u3";
+    case CodeFamily::kIq4: return "iq4";
+    case CodeFamily::kE2m1: return "e2m1";
+    case CodeFamily::kTernary: return "ternary";
   }
   return "unknown";
 }
@@ -48,6 +64,10 @@ static constexpr const char* scale_rule_name(ScaleRule rule) {
     case ScaleRule::kBlock: return "block";
     case ScaleRule::kSubBlock32: return "sub_block32";
     case ScaleRule::kSubBlock16: return "sub_block16";
+    case ScaleRule::kSubBlock16Six: return "sub_block16_six";
+    case ScaleRule::kSubBlock16Four: return "sub_block16_four";
+    case ScaleRule::kSubBlock32Six: return "sub_block32_six";
+    case ScaleRule::kExponent: return "exponent";
   }
   return "unknown";
 }
@@ -71,15 +91,22 @@ using enum CodeFamily;
 using enum ScaleRule;
 // clang-format off: one format a line
 constexpr FormatDescriptor kFormats[] = {
-  //                          zero  block      quants     high_bits  sub_scales scale     min
-  {"Q4_0",  2, kU4, kBlock,       8, { 32,  18, {2, 16},   {},        {},        {0, 2},   {}}},
-  {"Q4_1",  3, kU4, kBlock,       0, { 32,  20, {4, 16},   {},        {},        {0, 2},   {2, 2}}},
-  {"Q5_0",  6, kU5, kBlock,      16, { 32,  22, {6, 16},   {2, 4},    {},        {0, 2},   {}}},
-  {"Q5_1",  7, kU5, kBlock,       0, { 32,  24, {8, 16},   {4, 4},    {},        {0, 2},   {2, 2}}},
-  {"Q8_0",  8, kS8, kBlock,       0, { 32,  34, {2, 32},   {},        {},        {0, 2},   {}}},
-  {"Q4_K", 12, kU4, kSubBlock32,  0, {256, 144, {16, 128}, {},        {4, 12},   {0, 2},   {2, 2}}},
-  {"Q5_K", 13, kU5, kSubBlock32,  0, {256, 176, {48, 128}, {16, 32},  {4, 12},   {0, 2},   {2, 2}}},
-  {"Q6_K", 14, kU6, kSubBlock16, 32, {256, 210, {0, 128},  {128, 64}, {192, 16}, {208, 2}, {}}},
+  //                            zero  block      quants     high_bits  sub_scales scale     min
+  {"Q4_0",    2, kU4, kBlock,      8, { 32,  18, {2, 16},   {},        {},        {0, 2},   {}}},
+  {"Q4_1",    3, kU4, kBlock,      0, { 32,  20, {4, 16},   {},        {},        {0, 2},   {2, 2}}},
+  {"Q5_0",    6, kU5, kBlock,     16, { 32,  22, {6, 16},   {2, 4},    {},        {0, 2},   {}}},
+  {"Q5_1",    7, kU5, kBlock,      0, { 32,  24, {8, 16},   {4, 4},    {},        {0, 2},   {2, 2}}},
+  {"Q8_0",    8, kS8, kBlock,      0, { 32,  34, {2, 32},   {},        {},        {0, 2},   {}}},
+  {"Q4_K",   12, kU4, kSubBlock32, 0, {256, 144, {16, 128}, {},        {4, 12},   {0, 2},   {2, 2}}},
+  {"Q5_K",   13, kU5, kSubBlock32, 0, {256, 176, {48, 128}, {16, 32},  {4, 12},   {0, 2},   {2, 2}}},
+  {"Q6_K",   14, kU6, kSubBlock16, 32, {256, 210, {0, 128}, {128, 64}, {192, 16}, {208, 2}, {}}},
+  {"Q2_K",   10, kU2, kSubBlock16Four, 0, {256,  84, {16, 64}, {}, {0, 16}, {80, 2}, {82, 2}}},
+  {"Q3_K",   11, kU3, kSubBlock16Six,  4, {256, 110, {32, 64}, {0, 32}, {96, 12}, {108, 2}, {}}},
+  {"IQ4_NL", 20, kIq4, kBlock,         0, { 32,  18, {2, 16}, {}, {}, {0, 2}, {}}},
+  {"IQ4_XS", 23, kIq4, kSubBlock32Six, 0, {256, 136, {8, 128}, {}, {4, 4}, {0, 2}, {}, {2, 2}}},
+  {"MXFP4",  39, kE2m1, kExponent,     0, { 32,  17, {1, 16}, {}, {}, {0, 1}, {}}},
+  {"TQ1_0",  34, kTernary, kBlock,     1, {256,  54, {0, 52}, {}, {}, {52, 2}, {}}},
+  {"TQ2_0",  35, kU2, kBlock,          1, {256,  66, {0, 64}, {}, {}, {64, 2}, {}}},
 };
 // clang-format on
 }  // namespace format_table
@@ -90,24 +117,85 @@ static constexpr BlockLayout block_layout(int format) {
   return with_packed_offsets(kFormats[format].fields);
 }
 
-// What kernels subtract from a code read as unsigned: int8 goes with its sign bit flipped.
+// What makes the signed codes of a family unsigned: int8 goes with its sign bit flipped.
+static constexpr int code_offset(CodeFamily codes) {
+  if (codes == CodeFamily::kS8 || codes == CodeFamily::kIq4) return 128;
+  return codes == CodeFamily::kE2m1 ? 12 : 0;
+}
+
+// What kernels subtract from a code read as unsigned.
 static constexpr int unsigned_zero_point(const FormatDescriptor& format) {
-  return format.zero_point + (format.codes == CodeFamily::kS8 ? 128 : 0);
+  return format.zero_point + code_offset(format.codes);
+}
+
+// The 16 codes that a nibble names, code_offset added: those of nibbles 0 .. 7 in the bytes of low,
+// first in the lowest.
+struct CodeTable {
+  uint64_t low;
+  uint64_t high;
+};
+static constexpr bool has_code_table(CodeFamily codes) {
+  return codes == CodeFamily::kIq4 || codes == CodeFamily::kE2m1;
+}
+static constexpr CodeTable code_table(CodeFamily codes) {
+  constexpr int kIq4[16] = {-127, -104, -83, -65, -49, -35, -22, -10,
+                            1,    13,   25,  38,  53,  69,  89,  113};
+  constexpr int kE2m1[16] = {0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12};
+  CodeTable table{};
+  for (int i = 0; i < 16; ++i) {
+    const int value = codes == CodeFamily::kIq4 ? kIq4[i] : kE2m1[i];
+    const auto byte = static_cast<uint64_t>(value + code_offset(codes)) << (8 * (i % 8));
+    (i < 8 ? table.low : table.high) |= byte;
+  }
+  return table;
+}
+
+// Whether 16 weights share a scale, and a minimum where there is one; else 32 or a block do.
+static constexpr bool has_scale_per_16(ScaleRule rule) {
+  return rule == ScaleRule::kSubBlock16 || rule == ScaleRule::kSubBlock16Six ||
+         rule == ScaleRule::kSubBlock16Four;
+}
+// Whether the whole block has one.
+static constexpr bool has_one_scale(ScaleRule rule) {
+  return rule == ScaleRule::kBlock || rule == ScaleRule::kExponent;
 }
 
 // Whether the decoders know the row's combination of codes, scales and block; they static_assert
 // it.
 static constexpr bool is_decodable(const FormatDescriptor& format) {
-  const bool one_block = format.scale_rule == ScaleRule::kBlock;
+  using enum ScaleRule;
+  const ScaleRule rule = format.scale_rule;
   const int block_size = format.fields.block_size;
-  if (format.scale_rule == ScaleRule::kSubBlock16 && format.fields.min.bytes > 0) return false;
+  const bool subtracts_min = rule == kSubBlock32 || rule == kSubBlock16Four;
+  if (rule != kBlock && subtracts_min != (format.fields.min.bytes > 0)) return false;
   switch (format.codes) {
     case CodeFamily::kU4:
-    case CodeFamily::kU5: return block_size == (one_block ? 32 : 256);
-    case CodeFamily::kU6: return block_size == 256 && format.scale_rule == ScaleRule::kSubBlock16;
-    case CodeFamily::kS8: return block_size == 32 && one_block;
+    case CodeFamily::kU5:
+      return (rule == kBlock && block_size == 32) || (rule == kSubBlock32 && block_size == 256);
+    case CodeFamily::kU6: return rule == kSubBlock16 && block_size == 256;
+    case CodeFamily::kS8: return rule == kBlock && block_size == 32;
+    case CodeFamily::kU2: return (rule == kBlock || rule == kSubBlock16Four) && block_size == 256;
+    case CodeFamily::kU3: return rule == kSubBlock16Six && block_size == 256;
+    case CodeFamily::kIq4:
+      return (rule == kBlock && block_size == 32) || (rule == kSubBlock32Six && block_size == 256);
+    case CodeFamily::kE2m1: return rule == kExponent && block_size == 32;
+    case CodeFamily::kTernary: return rule == kBlock && block_size == 256;
   }
   return false;
+}
+
+// The kernels of each set are compiled in files of their own, so that none takes long.
+enum class FormatSet : int8_t {
+  kAll,
+  kWide,    // integer codes of four bits or more
+  kLowBit,  // two or three bits, ternary digits, tables of 16 values
+};
+static constexpr bool is_low_bit(CodeFamily codes) {
+  return codes != CodeFamily::kU4 && codes != CodeFamily::kU5 && codes != CodeFamily::kU6 &&
+         codes != CodeFamily::kS8;
+}
+static constexpr bool is_in_set(FormatSet set, CodeFamily codes) {
+  return set == FormatSet::kAll || is_low_bit(codes) == (set == FormatSet::kLowBit);
 }
 
 template <int... kRows>
@@ -115,11 +203,13 @@ static constexpr IntMenu<kRows...> format_menu(std::integer_sequence<int, kRows.
   return {};
 }
 
-// Calls body(std::integral_constant<int, format>{}) for a row of kFormats.
-template <typename Body>
+// Calls body(std::integral_constant<int, format>{}) for a row of kFormats that is in the set.
+template <FormatSet kSet = FormatSet::kAll, typename Body>
 static inline void dispatch_format(int format, Body&& body) {
   using Rows = decltype(format_menu(std::make_integer_sequence<int, kNumFormats>{}));
-  Rows::dispatch(format, body);
+  Rows::dispatch(format, [&](auto row) {
+    if constexpr (is_in_set(kSet, kFormats[row()].codes)) body(row);
+  });
 }
 
 }  // namespace llamatelemetry

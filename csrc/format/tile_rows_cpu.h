@@ -47,9 +47,10 @@ LT_INLINE Floats floats_fma(Floats a, Floats b, Floats c) {
   return a;
 }
 
-// One register of words, per level: load, bit operations, sign-extended byte, conversion to float.
-// dot_part<kBits>(sum, codes, quad): sum + the dot product of the four unsigned codes of kBits bits
-// of each row with the four signed bytes of quad, less kDotSubtracts<kBits> * (quad's sum).
+// One register of words, per level: load, sums, bit operations, sign-extended byte, bytes of a
+// table of 16 (each byte of the word an index), conversion to float. dot_part<kBits>(sum, codes,
+// quad): sum + the dot product of the four unsigned codes of kBits bits of each row with the four
+// signed bytes of quad, less kDotSubtracts<kBits> * (quad's sum).
 #if defined(LT_ISA_AVX512)
 
 using WordPart = __m512i;
@@ -58,6 +59,11 @@ constexpr int kDotSubtracts = 0;
 
 LT_INLINE WordPart part_load(const uint8_t* p) { return _mm512_loadu_si512(p); }
 LT_INLINE WordPart part_set(int32_t x) { return _mm512_set1_epi32(x); }
+LT_INLINE WordPart part_look_up(const uint8_t (&table)[16], WordPart indices) {
+  const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(table));
+  return _mm512_shuffle_epi8(_mm512_broadcast_i32x4(bytes), indices);
+}
+LT_INLINE WordPart part_add(WordPart a, WordPart b) { return _mm512_add_epi32(a, b); }
 LT_INLINE WordPart part_and(WordPart a, WordPart b) { return _mm512_and_si512(a, b); }
 LT_INLINE WordPart part_or(WordPart a, WordPart b) { return _mm512_or_si512(a, b); }
 LT_INLINE WordPart part_xor(WordPart a, WordPart b) { return _mm512_xor_si512(a, b); }
@@ -87,6 +93,11 @@ LT_INLINE WordPart part_load(const uint8_t* p) {
   return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
 }
 LT_INLINE WordPart part_set(int32_t x) { return _mm256_set1_epi32(x); }
+LT_INLINE WordPart part_look_up(const uint8_t (&table)[16], WordPart indices) {
+  const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(table));
+  return _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(bytes), indices);
+}
+LT_INLINE WordPart part_add(WordPart a, WordPart b) { return _mm256_add_epi32(a, b); }
 LT_INLINE WordPart part_and(WordPart a, WordPart b) { return _mm256_and_si256(a, b); }
 LT_INLINE WordPart part_or(WordPart a, WordPart b) { return _mm256_or_si256(a, b); }
 LT_INLINE WordPart part_xor(WordPart a, WordPart b) { return _mm256_xor_si256(a, b); }
@@ -125,6 +136,14 @@ LT_INLINE WordPart part_load(const uint8_t* p) {
   return r;
 }
 LT_INLINE WordPart part_set(int32_t x) { return WordPart{} + static_cast<uint32_t>(x); }
+LT_INLINE WordPart part_look_up(const uint8_t (&table)[16], WordPart indices) {
+  uint8_t bytes[sizeof(WordPart)];
+  std::memcpy(bytes, &indices, sizeof bytes);
+  for (uint8_t& byte : bytes) byte = table[byte & 15];
+  std::memcpy(&indices, bytes, sizeof bytes);
+  return indices;
+}
+LT_INLINE WordPart part_add(WordPart a, WordPart b) { return a + b; }
 LT_INLINE WordPart part_and(WordPart a, WordPart b) { return a & b; }
 LT_INLINE WordPart part_or(WordPart a, WordPart b) { return a | b; }
 LT_INLINE WordPart part_xor(WordPart a, WordPart b) { return a ^ b; }
@@ -180,6 +199,14 @@ LT_INLINE Words operator>>(Words a, int n) {
 LT_INLINE Words operator<<(Words a, int n) {
   LT_PARTS a.v[i] = part_shift_left(a.v[i], n);
   return a;
+}
+LT_INLINE Words operator+(Words a, Words b) {
+  LT_PARTS a.v[i] = part_add(a.v[i], b.v[i]);
+  return a;
+}
+LT_INLINE Words words_look_up(const uint8_t (&table)[16], Words indices) {
+  LT_PARTS indices.v[i] = part_look_up(table, indices.v[i]);
+  return indices;
 }
 LT_INLINE Words words_signed_byte(Words a, int byte) {
   LT_PARTS a.v[i] = part_signed_byte(a.v[i], byte);

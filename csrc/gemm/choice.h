@@ -46,8 +46,9 @@ static inline constexpr LinearImpl choose_linear(const LinearDescriptor& d) {
 enum class QuantLinearImpl : int8_t {
   kFused,   // one kernel decodes the weights in registers: launch_quant_linear
   kSkinny,  // CUDA: likewise, as the operand of tensor cores
-  kWgmma,   // Hopper: likewise for more rows, the weights rounded to the dtype of x
-  kDense,   // CUDA: launch_dense_weights expands them to the dtype of x, torch's matmul reads that
+  kWgmma,  // Hopper: likewise for more rows, the weights rounded to the dtype of x; not for formats
+           // of FormatSet::kLowBit
+  kDense,  // CUDA: launch_dense_weights expands them to the dtype of x, torch's matmul reads that
 };
 
 struct QuantLinearDescriptor {
@@ -80,7 +81,7 @@ constexpr int kMaxWgmmaRows = 128;
 // Elsewhere, up to here the skinny kernel, which reads the weights once for 16 rows, is faster than
 // writing dense ones, which decoding sub-blocks makes slower, and reading them.
 static inline constexpr int max_skinny_rows(ScaleRule rule) {
-  return rule == ScaleRule::kBlock ? 32 : 64;
+  return has_one_scale(rule) ? 32 : 64;
 }
 
 // The CPU library has the fused kernel alone: it keeps panels of up to 16 rows in registers,
@@ -94,7 +95,8 @@ static inline constexpr bool serves_skinny(const QuantLinearDescriptor& d) {
 }
 
 static inline constexpr bool serves_wgmma(const QuantLinearDescriptor& d) {
-  return serves_skinny(d) && d.capability == 90 && d.has_sm90_code && !d.exact;
+  return serves_skinny(d) && d.capability == 90 && d.has_sm90_code && !d.exact &&
+         !is_low_bit(d.codes);
 }
 
 static inline constexpr QuantLinearImpl choose_quant_linear(const QuantLinearDescriptor& d) {

@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include "format/decode.cuh"
+#include "gemm/params.h"
 #include "tile/vector.cuh"
 
 namespace llamatelemetry {
@@ -36,11 +37,30 @@ __global__ void __launch_bounds__(kNumThreads)
     T* block_of_row = weights + row * k + block * Word::kBlockSize;
 #pragma unroll
     for (int part = 0; part < Word::kParts; ++part) {
+      if (part >= Word::num_parts(word)) break;
       float values[4];
       decoder.decode(part, r, values);
       store_four(block_of_row + Word::first_weight(word, part), values);
     }
   }
+}
+
+// Launches for the formats of a set.
+template <FormatSet kSet>
+Error launch_dense_weights_of(const DenseWeightsParams& p, Stream stream) {
+  constexpr int kNumThreads = 256;
+  dispatch_format<kSet>(p.format, [&](auto format) {
+    dispatch_dtype(p.dtype, [&](auto type) {
+      using T = typename decltype(type)::type;
+      using Word = PackedWord<format(), 4>;
+      const int64_t num_tiles = (p.n + kTileRows - 1) / kTileRows;
+      const int64_t num_threads = num_tiles * (p.k / Word::kBlockSize) * Word::kWordsPerBlock * 4;
+      const auto grid = static_cast<unsigned>((num_threads + kNumThreads - 1) / kNumThreads);
+      dense_weights_kernel<format(), T, kNumThreads><<<grid, kNumThreads, 0, stream>>>(
+          p.packed, static_cast<T*>(p.weights), p.n, p.k, num_threads);
+    });
+  });
+  return last_launch_error();
 }
 
 }  // namespace llamatelemetry

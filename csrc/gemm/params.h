@@ -71,9 +71,14 @@ Error launch_quant_wgmma_32(const QuantLinearParams& params, Stream stream);
 Error launch_quant_wgmma_64(const QuantLinearParams& params, Stream stream);
 Error launch_quant_wgmma_128(const QuantLinearParams& params, Stream stream);
 
-// CUDA: what launch_quant_linear hands kSkinny to, by the dtype of x.
+// CUDA: what launch_quant_linear hands kSkinny to, by the set of formats and the dtype of x.
 Error launch_quant_skinny_f16(const QuantLinearParams& params, Stream stream);
 Error launch_quant_skinny_bf16(const QuantLinearParams& params, Stream stream);
+Error launch_quant_skinny_low_bit_f16(const QuantLinearParams& params, Stream stream);
+Error launch_quant_skinny_low_bit_bf16(const QuantLinearParams& params, Stream stream);
+
+// What launch_quant_linear hands kFused to for the formats of FormatSet::kLowBit.
+Error launch_quant_linear_low_bit(const QuantLinearParams& params, Stream stream);
 
 struct DenseWeightsParams {
   const uint8_t* packed;  // [n, k] of format in tiles
@@ -84,5 +89,8 @@ struct DenseWeightsParams {
   DType dtype;  // of weights
 };
 Error launch_dense_weights(const DenseWeightsParams& params, Stream stream);
+
+// What launch_dense_weights hands the formats of FormatSet::kLowBit to.
+Error launch_dense_weights_low_bit(const DenseWeightsParams& params, Stream stream);
 
 }  // namespace llamatelemetry

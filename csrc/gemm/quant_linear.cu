@@ -1,28 +1,18 @@
-#include "gemm/choice.h"
 #include "gemm/quant_linear.cuh"
 
 namespace llamatelemetry {
-namespace {
-
-constexpr int kNumThreads = 256;
-
-template <int kFormat, int kRows>
-void launch(const QuantLinearParams& p, Stream stream) {
-  const int64_t four = p.dtype == DType::kFloat32 ? 16 : 8;  // bytes of four elements
-  const bool x_aligned = reinterpret_cast<uintptr_t>(p.x) % four == 0 && p.x_row_stride % 4 == 0;
-  const int64_t num_tiles = (p.n + kTileRows - 1) / kTileRows;
-  const auto grid = static_cast<unsigned>(num_tiles * ((p.m + kRows - 1) / kRows));
-  quant_linear_kernel<kFormat, kRows, kNumThreads><<<grid, kNumThreads, 0, stream>>>(p, x_aligned);
-}
-
-}  // namespace
 
 int64_t quant_linear_workspace_bytes(const QuantLinearParams&) { return 0; }
 
 Error launch_quant_linear(const QuantLinearParams& p, Stream stream) {
+  const bool low_bit = is_low_bit(kFormats[p.format].codes);
   if (p.impl == QuantLinearImpl::kSkinny) {
-    return p.dtype == DType::kFloat16 ? launch_quant_skinny_f16(p, stream)
-                                      : launch_quant_skinny_bf16(p, stream);
+    const bool is_half = p.dtype == DType::kFloat16;
+    if (low_bit) {
+      return is_half ? launch_quant_skinny_low_bit_f16(p, stream)
+                     : launch_quant_skinny_low_bit_bf16(p, stream);
+    }
+    return is_half ? launch_quant_skinny_f16(p, stream) : launch_quant_skinny_bf16(p, stream);
   }
 #ifdef LT_SM90
   if (p.impl == QuantLinearImpl::kWgmma) {
@@ -34,14 +24,8 @@ Error launch_quant_linear(const QuantLinearParams& p, Stream stream) {
     }
   }
 #endif
-  dispatch_format(p.format, [&](auto format) {
-    if (p.m == 1) {
-      launch<format(), 1>(p, stream);
-    } else {
-      launch<format(), kMaxFusedRows>(p, stream);
-    }
-  });
-  return last_launch_error();
+  if (low_bit) return launch_quant_linear_low_bit(p, stream);
+  return launch_quant_linear_of<FormatSet::kWide>(p, stream);
 }
 
 }  // namespace llamatelemetry

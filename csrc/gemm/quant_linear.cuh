@@ -10,6 +10,7 @@
 #include <cstdint>
 
 #include "format/decode.cuh"
+#include "gemm/choice.h"
 #include "gemm/params.h"
 #include "tile/reduce.cuh"
 #include "tile/vector.cuh"
@@ -58,6 +59,7 @@ __global__ void __launch_bounds__(kNumThreads)
                           kQuad * quad);
 #pragma unroll
     for (int part = 0; part < Word::kParts; ++part) {
+      if (part >= Word::num_parts(word)) break;
       float weights[kQuad][4];
 #pragma unroll
       for (int r = 0; r < kQuad; ++r) weights_of.decode(part, r, weights[r]);
@@ -105,6 +107,29 @@ __global__ void __launch_bounds__(kNumThreads)
     case DType::kBFloat16: return store_with_bias<BFloat16>(p, first_row + m, column, total);
     default: break;
   }
+}
+
+template <int kFormat, int kRows>
+void launch_quant_linear_rows(const QuantLinearParams& p, Stream stream) {
+  constexpr int kNumThreads = 256;
+  const int64_t four = p.dtype == DType::kFloat32 ? 16 : 8;  // bytes of four elements
+  const bool x_aligned = reinterpret_cast<uintptr_t>(p.x) % four == 0 && p.x_row_stride % 4 == 0;
+  const int64_t num_tiles = (p.n + kTileRows - 1) / kTileRows;
+  const auto grid = static_cast<unsigned>(num_tiles * ((p.m + kRows - 1) / kRows));
+  quant_linear_kernel<kFormat, kRows, kNumThreads><<<grid, kNumThreads, 0, stream>>>(p, x_aligned);
+}
+
+// Launches for the formats of a set.
+template <FormatSet kSet>
+Error launch_quant_linear_of(const QuantLinearParams& p, Stream stream) {
+  dispatch_format<kSet>(p.format, [&](auto format) {
+    if (p.m == 1) {
+      launch_quant_linear_rows<format(), 1>(p, stream);
+    } else {
+      launch_quant_linear_rows<format(), kMaxFusedRows>(p, stream);
+    }
+  });
+  return last_launch_error();
 }
 
 }  // namespace llamatelemetry

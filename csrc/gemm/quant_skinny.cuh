@@ -40,14 +40,14 @@ __device__ inline uint32_t bytes_to_pair(uint32_t codes, uint32_t mantissas, uin
 
 // Four codes, a byte each, minus kOffset, as two pairs of T. A byte fits the mantissa of 1024 in
 // float16; that of 128 in bfloat16 has room for seven bits, so bytes of eight go through float32.
-template <typename T, int kOffset, bool kByteCodes>
+template <typename T, int kOffset, bool kEightBits>
 __device__ inline void codes_to_pairs(uint32_t codes, uint32_t& first, uint32_t& second) {
   constexpr uint32_t kLowBytes = 0x4140, kHighBytes = 0x4342;
   if constexpr (std::is_same_v<T, Half>) {
     const __half2 offset = __float2half2_rn(1024.0f + kOffset);
     first = bytes_to_pair(codes, 0x64646464, kLowBytes, offset);
     second = bytes_to_pair(codes, 0x64646464, kHighBytes, offset);
-  } else if constexpr (kByteCodes) {
+  } else if constexpr (kEightBits) {
     float weights[4];
 #pragma unroll
     for (int i = 0; i < 4; ++i) weights[i] = byte_to_float(codes, i, kOffset);
@@ -86,8 +86,9 @@ struct QuantSkinny {
 
   // A lane's share of x for four steps of 16 weights: b0 and b1 of each column tile.
   using Tokens = uint2[4][kTokenTiles];
-  // The sum over 32 weights of x, for formats with a minimum.
-  using TokenSums = float[2][kTokenTiles][4];
+  // For formats with a minimum the sums of x over the weights that share one: 32 or 16.
+  static constexpr bool kScalePer16 = has_scale_per_16(Word::kScaleRule);
+  using TokenSums = float[2][kScalePer16 ? 2 : 1][kTokenTiles][4];
 
   const Params& p;
   const int num_warps, warp, group, lane_in_group;
@@ -200,7 +201,6 @@ struct QuantSkinny {
   // Two runs of 32 weights of a chunk: neighbours, or in six-bit formats 64 apart, as the two
   // nibbles of a word are.
   static constexpr bool kSuperBlocks = Word::kBlockSize == kChunk;
-  static constexpr bool kScalePer16 = Word::kDescriptor.scale_rule == ScaleRule::kSubBlock16;
   static __device__ constexpr int first_weight(int quarter, int run) {
     if (Word::kSixBits) return 32 * (quarter / 2 * 4 + quarter % 2 + 2 * run);
     return 64 * quarter + 32 * run;
@@ -223,23 +223,28 @@ struct QuantSkinny {
 #pragma unroll
     for (int r = 0; r < kRowTiles; ++r) {
       const uint8_t* tile = tiles + r * kChunkBytes;
-      if constexpr (kSuperBlocks) {
-        const int word = Word::kSixBits ? quarter / 2 * 16 + quarter % 2 * 8 : 8 * quarter;
-        const Word low(tile, word + lane_in_group, 2 * group);
-        const Word high(tile, word + lane_in_group + 4, 2 * group);
-        multiply_run(r, 0, x, x_sums, low, 0, high, 0);
-        multiply_run(r, 1, x, x_sums, low, 1, high, 1);
+      if constexpr (!Word::kGroupsOfOneSubBlock) {
+        const int first = first_weight(quarter, 0) / 32, second = first_weight(quarter, 1) / 32;
+        const Word low(tile, Word::word_of(first, lane_in_group), 2 * group);
+        const Word high(tile, Word::word_of(first, lane_in_group + 4), 2 * group);
+        const int parts[2] = {Word::part_of(first, 0), Word::part_of(second, 0)};
+        multiply_run(r, 0, x, x_sums, low, parts[0], high, parts[0]);
+        multiply_run(r, 1, x, x_sums, low, parts[1], high, parts[1]);
       } else {
 #pragma unroll
         for (int run = 0; run < 2; ++run) {
           if (!exists[run]) continue;
-          const uint8_t* block = tile + (2 * quarter + run) * Word::kPackedBytes;
-          const Word low(block, lane_in_group, 2 * group);
-          if constexpr (Word::kByteCodes) {
-            const Word high(block, lane_in_group + 4, 2 * group);
-            multiply_run(r, run, x, x_sums, low, 0, high, 0);
+          const int sub_block = kSuperBlocks ? 2 * quarter + run : 0;
+          const uint8_t* block =
+              kSuperBlocks ? tile : tile + (2 * quarter + run) * Word::kPackedBytes;
+          const int low_part = Word::part_of(sub_block, 0);
+          const int high_part = Word::part_of(sub_block, Word::kTernary ? lane_in_group + 4 : 4);
+          const Word low(block, Word::word_of(sub_block, lane_in_group), 2 * group);
+          if constexpr (Word::kByteCodes || Word::kTernary) {
+            const Word high(block, Word::word_of(sub_block, lane_in_group + 4), 2 * group);
+            multiply_run(r, run, x, x_sums, low, low_part, high, high_part);
           } else {
-            multiply_run(r, run, x, x_sums, low, 0, low, 1);
+            multiply_run(r, run, x, x_sums, low, low_part, low, high_part);
           }
         }
       }
@@ -252,9 +257,9 @@ struct QuantSkinny {
     uint32_t a[2][4];
 #pragma unroll
     for (int row = 0; row < 2; ++row) {
-      codes_to_pairs<T, Word::kOffset, Word::kByteCodes>(low.codes(low_part, row), a[0][row],
+      codes_to_pairs<T, Word::kOffset, Word::kEightBits>(low.codes(low_part, row), a[0][row],
                                                          a[0][2 + row]);
-      codes_to_pairs<T, Word::kOffset, Word::kByteCodes>(high.codes(high_part, row), a[1][row],
+      codes_to_pairs<T, Word::kOffset, Word::kEightBits>(high.codes(high_part, row), a[1][row],
                                                          a[1][2 + row]);
     }
 #pragma unroll
@@ -274,7 +279,10 @@ struct QuantSkinny {
       if constexpr (Word::kHasMin) {
 #pragma unroll
         for (int e = 0; e < 4; ++e) {
-          sums[r][n][e] = fmaf(-low.min(low_part, e / 2), x_sums[run][n][e], sums[r][n][e]);
+          sums[r][n][e] = fmaf(-low.min(low_part, e / 2), x_sums[run][0][n][e], sums[r][n][e]);
+          if constexpr (kScalePer16) {
+            sums[r][n][e] = fmaf(-high.min(high_part, e / 2), x_sums[run][1][n][e], sums[r][n][e]);
+          }
         }
       }
     }
@@ -295,14 +303,20 @@ struct QuantSkinny {
     }
   }
   // A product with ones, which leaves the sums where the products with the weights have theirs.
-  static __device__ void sum_tokens(const Tokens& x, int run, float (&sum)[kTokenTiles][4]) {
+  static __device__ void sum_tokens(const Tokens& x, int run,
+                                    float (&sum)[kScalePer16 ? 2 : 1][kTokenTiles][4]) {
     constexpr uint32_t kOnes = std::is_same_v<T, Half> ? 0x3c003c00 : 0x3f803f80;
     constexpr uint32_t a[4] = {kOnes, kOnes, kOnes, kOnes};
 #pragma unroll
     for (int n = 0; n < kTokenTiles; ++n) {
       constexpr float kZeros[4] = {};
-      ptx::mma_m16n8k16(sum[n], a, x[2 * run][n].x, x[2 * run][n].y, kZeros, T{});
-      ptx::mma_m16n8k16(sum[n], a, x[2 * run + 1][n].x, x[2 * run + 1][n].y, sum[n], T{});
+      const uint2 first = x[2 * run][n], second = x[2 * run + 1][n];
+      ptx::mma_m16n8k16(sum[0][n], a, first.x, first.y, kZeros, T{});
+      if constexpr (kScalePer16) {
+        ptx::mma_m16n8k16(sum[1][n], a, second.x, second.y, kZeros, T{});
+      } else {
+        ptx::mma_m16n8k16(sum[0][n], a, second.x, second.y, sum[0][n], T{});
+      }
     }
   }
 

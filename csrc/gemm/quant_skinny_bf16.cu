@@ -3,7 +3,7 @@
 namespace llamatelemetry {
 
 Error launch_quant_skinny_bf16(const QuantLinearParams& p, Stream stream) {
-  return launch_quant_skinny<BFloat16>(p, stream);
+  return launch_quant_skinny<BFloat16, FormatSet::kWide>(p, stream);
 }
 
 }  // namespace llamatelemetry

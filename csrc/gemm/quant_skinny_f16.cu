@@ -3,7 +3,7 @@
 namespace llamatelemetry {
 
 Error launch_quant_skinny_f16(const QuantLinearParams& p, Stream stream) {
-  return launch_quant_skinny<Half>(p, stream);
+  return launch_quant_skinny<Half, FormatSet::kWide>(p, stream);
 }
 
 }  // namespace llamatelemetry

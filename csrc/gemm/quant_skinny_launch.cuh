@@ -1,4 +1,4 @@
-// The launch of quant_skinny.cuh for one dtype of x.
+// The launch of quant_skinny.cuh for one dtype of x and one set of formats.
 #pragma once
 
 #include "gemm/choice.h"
@@ -39,10 +39,10 @@ Error launch_skinny_kernel(const QuantLinearParams& p, Stream stream, int tokens
   return last_launch_error();
 }
 
-template <typename T>
+template <typename T, FormatSet kSet>
 Error launch_quant_skinny(const QuantLinearParams& p, Stream stream) {
   Error error = nullptr;
-  dispatch_format(p.format, [&](auto format) {
+  dispatch_format<kSet>(p.format, [&](auto format) {
     constexpr int kFormat = format();
     if (p.m == 1) {
       error = launch_skinny_kernel<QuantSkinny<T, kFormat, 1, 1>>(p, stream, 1, 1);

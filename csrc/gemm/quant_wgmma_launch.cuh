@@ -110,7 +110,7 @@ Error launch_wgmma_kernel(const QuantLinearParams& p, Stream stream) {
 template <int kTokens>
 Error launch_quant_wgmma(const QuantLinearParams& p, Stream stream) {
   Error error = nullptr;
-  dispatch_format(p.format, [&](auto format) {
+  dispatch_format<FormatSet::kWide>(p.format, [&](auto format) {
     constexpr QuantWgmmaConfig kConfig = wgmma_config(kTokens, kFormats[format()].codes);
     if (p.dtype == DType::kFloat16) {
       error = launch_wgmma_kernel<QuantWgmma<Half, format(), kConfig>>(p, stream);

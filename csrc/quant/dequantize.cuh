@@ -7,6 +7,7 @@
 #include <cstdint>
 
 #include "format/gguf.h"
+#include "quant/params.h"
 #include "tile/vector.cuh"
 
 namespace llamatelemetry {
@@ -26,7 +27,8 @@ __global__ void __launch_bounds__(kNumThreads)
   const int first = static_cast<int>(weight % kRun);
 
   const RunScale s = Format::scale(block, run);
-  const float scale = half_bits_to_float(s.d) * static_cast<float>(s.scale);
+  const float d = Format::kHasExponent ? exponent_to_float(s.d) : half_bits_to_float(s.d);
+  const float scale = d * static_cast<float>(s.scale);
   const float minimum = half_bits_to_float(s.m) * static_cast<float>(s.minimum);
   float weights[4];
 #pragma unroll
@@ -35,6 +37,24 @@ __global__ void __launch_bounds__(kNumThreads)
     weights[i] = Format::kHasMinimum ? product - minimum : product;
   }
   store_four(out + 4 * quad, weights);
+}
+
+// Launches for the formats of a set.
+template <FormatSet kSet>
+Error launch_dequantize_of(const DequantizeParams& p, Stream stream) {
+  constexpr int kNumThreads = 256;
+  dispatch_format<kSet>(p.format, [&](auto format) {
+    dispatch_dtype(p.dtype, [&](auto type) {
+      using Format = Block<format()>;
+      using T = typename decltype(type)::type;
+      const int64_t quads_per_row = p.blocks_per_row * Format::kWeights / 4;
+      const int64_t num_quads = p.num_rows * quads_per_row;
+      const auto grid = static_cast<unsigned>((num_quads + kNumThreads - 1) / kNumThreads);
+      dequantize_kernel<Format, T, kNumThreads><<<grid, kNumThreads, 0, stream>>>(
+          p.data, static_cast<T*>(p.out), num_quads, quads_per_row, p.row_stride_bytes);
+    });
+  });
+  return last_launch_error();
 }
 
 }  // namespace llamatelemetry

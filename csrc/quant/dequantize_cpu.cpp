@@ -14,7 +14,8 @@ void dequantize_block(const uint8_t* block, T* out) {
 #pragma GCC unroll 16
   for (int run = 0; run < Format::kWeights / kRun; ++run) {
     const RunScale s = Format::scale(block, run);
-    const Vec scale = vec_set(to_float(Half{s.d}) * static_cast<float>(s.scale));
+    const float d = Format::kHasExponent ? exponent_to_float(s.d) : to_float(Half{s.d});
+    const Vec scale = vec_set(d * static_cast<float>(s.scale));
     const Vec minus = vec_set(-(to_float(Half{s.m}) * static_cast<float>(s.minimum)));
     float code[kRun];
     for (int i = 0; i < kRun; ++i) code[i] = static_cast<float>(Format::code(block, run, i));

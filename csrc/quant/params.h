@@ -20,6 +20,9 @@ struct DequantizeParams {
 };
 Error launch_dequantize(const DequantizeParams& params, Stream stream);
 
+// CUDA: what launch_dequantize hands the formats of FormatSet::kLowBit to.
+Error launch_dequantize_low_bit(const DequantizeParams& params, Stream stream);
+
 // Rows of blocks as a file has them, [n, blocks_per_row * layout.block_bytes], row_stride_bytes
 // apart; packed they are [ceil(n / 16), 16 * blocks_per_row * layout.block_bytes].
 struct RepackSizes {
@@ -55,5 +58,8 @@ struct QuantEmbeddingParams {
   bool ids_are_int64;
 };
 Error launch_quant_embedding(const QuantEmbeddingParams& params, Stream stream);
+
+// CUDA: likewise.
+Error launch_quant_embedding_low_bit(const QuantEmbeddingParams& params, Stream stream);
 
 }  // namespace llamatelemetry

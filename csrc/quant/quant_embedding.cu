@@ -3,17 +3,8 @@
 namespace llamatelemetry {
 
 Error launch_quant_embedding(const QuantEmbeddingParams& p, Stream stream) {
-  constexpr int kNumThreads = 128;
-  dispatch_format(p.format, [&](auto format) {
-    dispatch_dtype(p.dtype, [&](auto type) {
-      using T = typename decltype(type)::type;
-      using Word = PackedWord<format(), 1>;
-      const int64_t threads = p.num_ids * (p.k / Word::kBlockSize) * Word::kWordsPerBlock;
-      const auto grid = static_cast<unsigned>((threads + kNumThreads - 1) / kNumThreads);
-      quant_embedding_kernel<format(), T, kNumThreads><<<grid, kNumThreads, 0, stream>>>(p);
-    });
-  });
-  return last_launch_error();
+  if (is_low_bit(kFormats[p.format].codes)) return launch_quant_embedding_low_bit(p, stream);
+  return launch_quant_embedding_of<FormatSet::kWide>(p, stream);
 }
 
 }  // namespace llamatelemetry

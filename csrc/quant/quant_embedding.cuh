@@ -30,6 +30,7 @@ __global__ void __launch_bounds__(kNumThreads)
     const float zeros[4] = {};
 #pragma unroll
     for (int part = 0; part < Word::kParts; ++part) {
+      if (part >= Word::num_parts(word)) break;
       store_four(out + Word::first_weight(word, part), zeros);
     }
     return;
@@ -39,10 +40,27 @@ __global__ void __launch_bounds__(kNumThreads)
                      static_cast<int>(id % kTileRows));
 #pragma unroll
   for (int part = 0; part < Word::kParts; ++part) {
+    if (part >= Word::num_parts(word)) break;
     float weights[4];
     decoder.decode(part, 0, weights);
     store_four(out + Word::first_weight(word, part), weights);
   }
+}
+
+// Launches for the formats of a set.
+template <FormatSet kSet>
+Error launch_quant_embedding_of(const QuantEmbeddingParams& p, Stream stream) {
+  constexpr int kNumThreads = 128;
+  dispatch_format<kSet>(p.format, [&](auto format) {
+    dispatch_dtype(p.dtype, [&](auto type) {
+      using T = typename decltype(type)::type;
+      using Word = PackedWord<format(), 1>;
+      const int64_t threads = p.num_ids * (p.k / Word::kBlockSize) * Word::kWordsPerBlock;
+      const auto grid = static_cast<unsigned>((threads + kNumThreads - 1) / kNumThreads);
+      quant_embedding_kernel<format(), T, kNumThreads><<<grid, kNumThreads, 0, stream>>>(p);
+    });
+  });
+  return last_launch_error();
 }
 
 }  // namespace llamatelemetry

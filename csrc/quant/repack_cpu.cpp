@@ -54,7 +54,12 @@ void repack_tiles(const Params& p, int64_t begin, int64_t end) {
       }
       transpose_field<uint32_t>(layout.high_bits, rows, row_stride_bytes, num_rows, packed,
                                 has_fifth_bits_word(layout));
-      for (const QuantField* field : {&layout.scale, &layout.min}) {
+      if (layout.scale.bytes == 1) {
+        transpose_field<uint8_t>(layout.scale, rows, row_stride_bytes, num_rows, packed, false);
+      } else {
+        transpose_field<uint16_t>(layout.scale, rows, row_stride_bytes, num_rows, packed, false);
+      }
+      for (const QuantField* field : {&layout.min, &layout.sub_scales_high}) {
         transpose_field<uint16_t>(*field, rows, row_stride_bytes, num_rows, packed, false);
       }
       rows += layout.block_bytes;

@@ -20,8 +20,8 @@ class FormatFacts:
     Attributes:
         name: What ops call the format.
         ggml_type: GGUF's number of it, None where it has none.
-        codes: Code family: "u4", "u5", "u6" or "s8".
-        scale_rule: "block", "sub_block32" or "sub_block16".
+        codes: Code family, an enumerator of CodeFamily: "u4" for a nibble.
+        scale_rule: An enumerator of ScaleRule: "block" for one scale a block.
         zero_point: What is subtracted from a code.
         block_size: Weights of a block.
         block_bytes: Bytes of a block.

@@ -215,7 +215,8 @@ class GgufFile:
             supported = ", ".join(_type_name(n) for n in (*_DENSE, *GGUF_FORMATS))
             raise self.error(
                 f"tensor {name} has type {_type_name(number)}, which no kernel reads; "
-                f"supported: {supported}"
+                f"supported: {supported}; or let transformers dequantise the file: "
+                f"from_pretrained({str(self.path.parent)!r}, gguf_file={self.path.name!r})"
             )
         if not shape or shape[-1] % weights:
             raise self.error(f"tensor {name} of shape {shape} is not in whole blocks of {weights}")

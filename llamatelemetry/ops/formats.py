@@ -23,6 +23,13 @@ class QuantFormat(str, Enum):
     Q4_K = "Q4_K"
     Q5_K = "Q5_K"
     Q6_K = "Q6_K"
+    Q2_K = "Q2_K"
+    Q3_K = "Q3_K"
+    IQ4_NL = "IQ4_NL"
+    IQ4_XS = "IQ4_XS"
+    MXFP4 = "MXFP4"
+    TQ1_0 = "TQ1_0"
+    TQ2_0 = "TQ2_0"
 
     def __str__(self) -> str:
         return self.value

@@ -11,10 +11,12 @@ from engines import NEW_TOKENS, PROMPTS, all_free, make_engine, rows_of, step_of
 from llamatelemetry.inference import generation
 from llamatelemetry.inference.sampling import GREEDY, SamplingParams
 from llamatelemetry.models.patching import patch, unpatch
+from llamatelemetry.ops import QuantFormat
 
 
-def test_greedy_tokens_are_those_of_transformers(tmp_path, device):
-    engine, reference = make_engine(tmp_path, device)
+@pytest.mark.parametrize("format", list(QuantFormat), ids=lambda f: f.name)
+def test_greedy_tokens_are_those_of_transformers(tmp_path, device, format):
+    engine, reference = make_engine(tmp_path, device, format=format)
     for prompt, ours in zip(PROMPTS, rows_of(engine, PROMPTS), strict=True):
         ids = torch.tensor([prompt], device=device)
         for token in ours:

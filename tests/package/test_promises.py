@@ -38,6 +38,10 @@ STACK: dict[str, tuple[int, str]] = {
     ),
     "attention/**/*sm75.cu": (16, UNKNOWN),
     "attention/**/*simt.cu": (8, UNKNOWN),
+    "gemm/quant_linear_low_bit.cu": (
+        16,
+        "Q3_K on sm_75 and sm_80: scales of four parts of four rows, outside the loop over x",
+    ),
     "norm/layer_norm.cu": (8, UNKNOWN),
     "sampling/sample.cu": (64, UNKNOWN),
 }

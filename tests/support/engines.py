@@ -8,14 +8,15 @@ from gguf_models import write_model
 from llamatelemetry.inference.engine import InferenceEngine
 from llamatelemetry.inference.sampling import GREEDY
 from llamatelemetry.loading.find import load_model
+from llamatelemetry.ops import QuantFormat
 
 PROMPTS = [[5, 9, 2], [7], [11, 3, 8, 1, 40, 22, 17, 6, 30]]
 NEW_TOKENS = 12
 
 
-def make_engine(tmp_path, device, family="llama"):
+def make_engine(tmp_path, device, family="llama", format=QuantFormat.Q8_0):
     path = tmp_path / "tiny.gguf"
-    reference = write_model(path, family)
+    reference = write_model(path, family, format)
     loaded = load_model(path, device=device, dtype=torch.float32, exact=True)
     return InferenceEngine(loaded), reference.to(device)
 

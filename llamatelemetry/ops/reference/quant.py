@@ -8,6 +8,13 @@ from torch import Tensor
 from llamatelemetry._native.facts import FORMATS, FormatFacts
 from llamatelemetry.ops.formats import TILE_ROWS, format_name
 
+# What a nibble names: IQ4's values, and twice those of e2m1 (sign, two bits of exponent, one of
+# mantissa).
+_TABLES = {
+    "iq4": (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113),
+    "e2m1": (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12),
+}
+
 
 def dequantize(data: Tensor, format: int | str) -> Tensor:
     """Blocks as a GGUF file has them to float32."""
@@ -38,6 +45,16 @@ def _codes(blocks: Tensor, facts: FormatFacts) -> Tensor:
     quants = _field(blocks, facts, "quants")
     if facts.codes == "s8":
         return quants.view(torch.int8).int()
+    if facts.codes == "ternary":
+        return _ternary_codes(quants)
+    if facts.codes in ("u2", "u3"):
+        codes = _planes(quants, 32, 2)
+        if facts.codes == "u3":
+            codes = codes + 4 * _planes(_field(blocks, facts, "high_bits"), 32, 1)
+        return codes
+    if facts.codes in _TABLES:  # blocks of 32 hold 16 bytes: the first 16 weights are low nibbles
+        table = torch.tensor(_TABLES[facts.codes], dtype=torch.int32, device=blocks.device)
+        return table[_planes(quants, 16, 4)]
     small = facts.block_size == 32
     if facts.codes == "u6":
         high_bits = _field(blocks, facts, "high_bits")
@@ -48,24 +65,45 @@ def _codes(blocks: Tensor, facts: FormatFacts) -> Tensor:
     return codes
 
 
+def _ternary_codes(quants: Tensor) -> Tensor:
+    """Bytes as fractions of 256: their first five digits of base 3, four of the last four bytes."""
+    powers = torch.tensor([1, 3, 9, 27, 81], device=quants.device)
+    digits = (quants.int().unsqueeze(1) * powers.view(-1, 1) % 256) * 3 // 256
+    parts = digits[..., :32], digits[..., 32:48], digits[:, :4, 48:]
+    return torch.cat([part.flatten(1) for part in parts], 1).int()
+
+
 def _scales(blocks: Tensor, facts: FormatFacts) -> tuple[Tensor, Tensor | None]:
     """[blocks, scales of a block]: the factor of the codes, and what is added."""
+    if facts.scale_rule == "exponent":  # a byte e stands for 2^(e - 128): the codes are doubled
+        exponent = _field(blocks, facts, "scale").double() - 128
+        return torch.exp2(exponent).float(), None
     halves = {
         name: _field(blocks, facts, name).contiguous().view(torch.float16).float()
         for name in ("scale", "min")
         if name in facts.fields
     }
     d, minimum = halves["scale"], halves.get("min")
+    if facts.scale_rule == "block":
+        return d, minimum
+    s = _field(blocks, facts, "sub_scales").int()
     if facts.scale_rule == "sub_block16":
         return d * _field(blocks, facts, "sub_scales").view(torch.int8), None
-    if facts.scale_rule == "sub_block32":
-        s = _field(blocks, facts, "sub_scales").int()
-        low, high = s[:, :8], s[:, 8:]
-        scale = torch.cat([low[:, :4] & 63, (high & 15) | (low[:, :4] >> 6 << 4)], 1)
-        sub_min = torch.cat([low[:, 4:] & 63, (high >> 4) | (low[:, 4:] >> 6 << 4)], 1)
-        assert minimum is not None
-        return d * scale, -(minimum * sub_min)
-    return d, minimum
+    if facts.scale_rule == "sub_block16_six":
+        low = torch.cat([s[:, :8] & 15, s[:, :8] >> 4], 1)
+        return d * ((low | _planes(s[:, 8:].to(torch.uint8), 4, 2) << 4) - 32), None
+    if facts.scale_rule == "sub_block32_six":
+        low = torch.stack([s & 15, s >> 4], -1).flatten(1)
+        bits = _field(blocks, facts, "sub_scales_high").unsqueeze(-1)
+        two = bits >> torch.arange(0, 8, 2, dtype=torch.uint8, device=bits.device) & 3
+        return d * ((low | two.flatten(1).int() << 4) - 32), None
+    assert minimum is not None
+    if facts.scale_rule == "sub_block16_four":
+        return d * (s & 15), -(minimum * (s >> 4))
+    low, high = s[:, :8], s[:, 8:]
+    scale = torch.cat([low[:, :4] & 63, (high & 15) | (low[:, :4] >> 6 << 4)], 1)
+    sub_min = torch.cat([low[:, 4:] & 63, (high >> 4) | (low[:, 4:] >> 6 << 4)], 1)
+    return d * scale, -(minimum * sub_min)
 
 
 def repack(data: Tensor, format: int | str) -> Tensor:
@@ -79,7 +117,7 @@ def repack(data: Tensor, format: int | str) -> Tensor:
     fields = []
     for name, (_, size) in facts.fields.items():
         field = _field(blocks, facts, name)
-        if size == 4:  # fifth bits: bit 4g + i to bit g of byte i
+        if name == "high_bits" and size == 4:  # fifth bits: bit 4g + i to bit g of byte i
             bits = field.unsqueeze(-1) >> torch.arange(8, dtype=torch.uint8, device=data.device) & 1
             groups = bits.reshape(*field.shape[:-1], 8, 4).transpose(-1, -2)
             field = (groups << torch.arange(8, device=data.device)).sum(-1).to(torch.uint8)

@@ -1,0 +1,9 @@
+#include "gemm/quant_skinny_launch.cuh"
+
+namespace llamatelemetry {
+
+Error launch_quant_skinny_low_bit_bf16(const QuantLinearParams& p, Stream stream) {
+  return launch_quant_skinny<BFloat16, FormatSet::kLowBit>(p, stream);
+}
+
+}  // namespace llamatelemetry
