@@ -129,7 +129,7 @@ def cases(device: torch.device, quick: bool) -> Iterator[Case]:
     if not quick:
         sizes += [(128, 128), (1024, 1024)]
     if not quick and device.type == "cuda":
-        sizes += [(8192, 8192), (128, 16384), (2048, 16384)]
+        sizes += [(8192, 8192), *((n, 16384) for n in (16, 128, 256, 512, 2048))]
     for dtype in dtypes:
         for num_queries, num_keys in sizes:
             num_pages = num_keys // PAGE_SIZE

@@ -227,8 +227,17 @@ static inline constexpr bool has_fixed_splits(const AttentionDescriptor& d) {
 }
 
 // Into how many parts the keys of a sequence are cut, so that few queries over many keys use every
-// thread. A function of shapes only, and not of the batch: a result does not depend on neighbours.
+// thread. On the CPU a function of shapes only, and not of the batch: a result does not depend on
+// neighbours.
 static inline constexpr int num_splits_of(AttentionImpl impl, const AttentionDescriptor& d) {
+  if (impl == AttentionImpl::kSm90) {
+    // Only where the batch is small: else its tiles are enough.
+    const int block_rows = sm90::kMinBlockRows * (d.head_dim <= 128 ? 3 : 2) / 2;
+    const int64_t row_blocks = (d.seqlen_q + block_rows - 1) / block_rows;
+    const int64_t heads = d.batch * d.num_heads_q;
+    if (has_fixed_splits(d) || heads == 0 || row_blocks >= d.num_sms / heads + 1) return 1;
+    return sm90::num_parts(heads * row_blocks, d.seqlen_k, d.num_sms);
+  }
   const bool on_cpu = impl == AttentionImpl::kCpu;
   if (on_cpu && (d.page_size == 0 || d.seqlen_q > kMaxSplitQueries)) return 1;
   if (!on_cpu && impl != AttentionImpl::kDecode) return 1;

@@ -206,6 +206,7 @@ inline AttentionPlan plan_for(const char* op, const std::optional<std::string>& 
 // memory on in stream order.
 struct Workspace {
   std::optional<Tensor> partials;
+  std::optional<Tensor> stats;
   std::optional<Tensor> flags;
   std::optional<Tensor> counter;
 };
@@ -225,10 +226,17 @@ inline Workspace allocate_workspace(const Tensor& q, AttentionParams& p) {
   Workspace workspace;
   const auto allocate_partials = [&](int64_t rows, int64_t columns) {
     workspace.partials = allocate(q, {rows, columns + 2}, ScalarType::Float);
-    p.partial_out = workspace.partials->mutable_data_ptr<float>();
-    p.partial_stats = p.partial_out + rows * columns;
+    float* const partials = workspace.partials->mutable_data_ptr<float>();
+    p.partial_out = partials;
+    p.partial_stats = partials + rows * columns;
   };
-  if (plan.num_splits > 1) {
+  if (plan.num_splits > 1 && plan.impl == AttentionImpl::kSm90) {
+    const int64_t rows = plan.num_splits * p.total_q * p.num_heads_q;
+    workspace.partials = allocate(q, {rows, p.head_dim}, ScalarType::Float);
+    workspace.stats = allocate(q, {rows}, ScalarType::Float);
+    p.partial_out = workspace.partials->mutable_data_ptr<float>();
+    p.partial_stats = workspace.stats->mutable_data_ptr<float>();
+  } else if (plan.num_splits > 1) {
     allocate_partials(plan.num_splits * p.total_q * p.num_heads_q, p.head_dim);
   }
   if (plan.num_blocks > 0) {

@@ -63,6 +63,7 @@ struct AttentionParams {
   // sum). [num_splits, total_q * num_heads_q, head_dim] and [num_splits, total_q * num_heads_q, 2].
   // Decode (plan.num_blocks > 0) where splits are not fixed: a part a block, of 16 rows. Either way
   // a flag for each block, which counts where it is launch_number.
+  // kSm90 (plan.num_splits > 1): normalised, [num_splits] times out's shape and lse's.
   float* partial_out;
   float* partial_stats;
   uint64_t* part_flags;

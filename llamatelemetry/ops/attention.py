@@ -40,8 +40,9 @@ def flash_attn(
         alibi_slopes: [num_heads_q] or [batch, num_heads_q] float32 or None
         backend: None chooses the best that serves the call; one of "cpu", "decode", "simt", "sm75",
             "sm80", "sm90" that this build has forces it. "decode", which serves fewer than 16
-            queries a sequence on a GPU, divides the keys of the whole batch evenly, so the last
-            bits of a row depend on the other lengths
+            queries a sequence on a GPU, divides the keys of the whole batch evenly, and "sm90" cuts
+            long keys where there are few queries in all, so the last bits of a row may depend on
+            the rest of the batch
 
     Returns:
         out as q, contiguous, and lse [batch, num_heads_q, seqlen_q] float32, the natural log of the
@@ -167,8 +168,8 @@ def paged_attention(
         num_splits: into how many equal parts the kernels of few queries (up to 15 a sequence on a
             GPU, 16 on the CPU) cut the keys of each sequence, at most; 0: they choose
         split_size: the same kernels cut at its multiples, itself a multiple of 64; 0: they choose.
-            With either of the two, and with kernels of more queries always, a row's bits depend on
-            its own sequence alone, among calls that the same kernel serves
+            With either of the two a row's bits depend on its own sequence alone, among calls that
+            the same kernel serves
 
     Returns:
         out as q, contiguous, and lse [num_heads_q, total_q] float32, as in flash_attn; rows of q

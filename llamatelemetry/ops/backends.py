@@ -69,7 +69,7 @@ def attention_choice(
         seqlen_k: Keys of a sequence.
         page_size: Tokens of a page; None is what is typical of op: 16 over a cache, else 0.
         capability: 90 asks for a GPU of compute capability 9.0 and code for it, whatever runs
-            here; 0 is this machine.
+            here; 0 is this machine. How large that GPU is is not asked, so "sm90" says no splits.
 
     Returns:
         "<backend>, <tiles>[, <n> splits]", as csrc/attention/choice.h picks them, or "none".

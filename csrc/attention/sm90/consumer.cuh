@@ -89,13 +89,13 @@ struct Consumer {
         if constexpr (!Tile::kStoresInQueries) release_q();
         if constexpr (kMask == MaskKind::kLocal) zero_head(work.first_seen - t.blocks.lo * kBlockN);
         begin_values(adds);
-        store_lse(p, work, warp, t.rows, t.scale);
+        store_lse(a, work, warp, t.rows, t.scale);
         next_slot = wait_tile();
         wait_values();
         pass_blocks(t.blocks.lo - tile_blocks.lo);
       } else {
         pass_tile(tile_blocks);
-        store_lse(p, work, warp, t.rows, t.scale);
+        store_lse(a, work, warp, t.rows, t.scale);
         next_slot = wait_tile();
       }
       store_results(t, work);
@@ -346,6 +346,7 @@ struct Consumer {
   }
 
   __device__ __forceinline__ void store_results(const State& t, const TileWork<Tile>& work) {
+    if (a.num_parts > 1) return store_part(a, work, warp, r_o, t.scale);
     if constexpr (Tile::kStoresInQueries) {
       // Every warp's products with these queries are done.
       ptx::named_barrier_sync(kStoreBarrier + group, kGroupThreads);

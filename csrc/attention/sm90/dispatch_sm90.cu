@@ -1,7 +1,7 @@
 // Attention on Hopper: which mask the window is, and which compiled width serves head_dim. Columns
 // past head_dim are zeros in shared memory and are not stored.
 #include "attention/launchers.h"
-#include "attention/sm90/params.h"
+#include "attention/sm90/parts.cuh"
 #include "tile/dependent_launch.cuh"
 
 namespace llamatelemetry {
@@ -13,6 +13,17 @@ static __global__ void clear_kernel(int32_t* counter) {
 }
 void clear_tile_counter(int32_t* counter, Stream stream) {
   launch_overlapped(clear_kernel, 1, 1, stream, counter);
+}
+
+static Error launch_width(const Sm90Params& params, Stream stream) {
+  const AttentionParams& p = params.call;
+  const bool paged = p.k.page_size > 0;
+  if (p.head_dim <= 64) return launch_sm90_hd64(params, stream);
+  // The tiles of 96 and 192 columns do not serve pages.
+  if (p.head_dim <= 96 && !paged) return launch_sm90_hd96(params, stream);
+  if (p.head_dim <= 128) return launch_sm90_hd128(params, stream);
+  if (p.head_dim <= 192 && !paged) return launch_sm90_hd192(params, stream);
+  return launch_sm90_hd256(params, stream);
 }
 
 Error launch_sm90(const AttentionParams& p, Stream stream) {
@@ -36,12 +47,9 @@ Error launch_sm90(const AttentionParams& p, Stream stream) {
   // Over pages few calls see every key: they share the kernel of windows.
   const bool is_full = params.mask == MaskKind::kFull;
   if (params.call.window_left >= 0 || (paged && is_full)) params.mask = MaskKind::kLocal;
-  if (p.head_dim <= 64) return launch_sm90_hd64(params, stream);
-  // The tiles of 96 and 192 columns do not serve pages.
-  if (p.head_dim <= 96 && !paged) return launch_sm90_hd96(params, stream);
-  if (p.head_dim <= 128) return launch_sm90_hd128(params, stream);
-  if (p.head_dim <= 192 && !paged) return launch_sm90_hd192(params, stream);
-  return launch_sm90_hd256(params, stream);
+  const Error error = launch_width(params, stream);
+  if (error != nullptr || p.plan.num_splits == 1) return error;
+  return launch_add_parts(p, stream);
 }
 
 }  // namespace llamatelemetry

@@ -14,14 +14,16 @@ namespace llamatelemetry {
 // The lse of a thread's two rows to device memory. scale: by what their results are to be scaled.
 // warp: which of the computing ones, the same in every lane and known to be so.
 template <typename Tile>
-__device__ inline void store_lse(const AttentionParams& p, const TileWork<Tile>& work, int warp,
+__device__ inline void store_lse(const Sm90Args& a, const TileWork<Tile>& work, int warp,
                                  const TwoRows& rows, float (&scale)[2]) {
+  const AttentionParams& p = a.p.call;
   const int lane = threadIdx.x % 32;
   const int first_row = work.first_row + warp * kWarpRows;
   const int rows_left = first_row < 0 ? 0 : work.num_queries - first_row;
-  const int64_t row_of_lse = p.cu_seqlens_q != nullptr
-                                 ? work.head * p.total_q + work.first_query
-                                 : (work.sequence * p.num_heads_q + work.head) * p.seqlen_q;
+  const int64_t row_of_lse =
+      work.part * p.num_heads_q * p.total_q +
+      (p.cu_seqlens_q != nullptr ? work.head * p.total_q + work.first_query
+                                 : (work.sequence * p.num_heads_q + work.head) * p.seqlen_q);
   const float sink = work.sink;
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
@@ -39,7 +41,36 @@ __device__ inline void store_lse(const AttentionParams& p, const TileWork<Tile>&
     scale[h] = sum == 0.0f ? 0.0f : weight * ptx::reciprocal_approx(sum);
     const float lse = sum == 0.0f ? -INFINITY : (row_max + ptx::log2_approx(sum)) * kLn2;
     const int row = lane / 4 + 8 * h;
-    if (row < rows_left && lane % 4 == 0) p.lse[row_of_lse + first_row + row] = lse;
+    if (row < rows_left && lane % 4 == 0) a.lse[row_of_lse + first_row + row] = lse;
+  }
+}
+
+// A warp's 16 rows of results of a part of the keys, scaled, in float: rounded only when parts are
+// added.
+template <typename Tile>
+__device__ inline void store_part(const Sm90Args& a, const TileWork<Tile>& work, int warp,
+                                  const float (&r_o)[Tile::kHeadDim / 2], const float (&scale)[2]) {
+  const AttentionParams& p = a.p.call;
+  const int lane = threadIdx.x % 32;
+  const int first_row = work.first_row + warp * kWarpRows;
+  const int rows_left = first_row < 0 ? 0 : work.num_queries - first_row;
+  const int64_t first_token =
+      work.part * p.total_q +
+      (p.cu_seqlens_q != nullptr ? work.first_query : work.sequence * p.seqlen_q) + first_row;
+#pragma unroll
+  for (int h = 0; h < 2; ++h) {
+    const int row = lane / 4 + 8 * h;
+    if (row >= rows_left) continue;
+    float* const out =
+        p.partial_out + ((first_token + row) * p.num_heads_q + work.head) * p.head_dim;
+#pragma unroll
+    for (int j = 0; j < Tile::kHeadDim / 8; ++j) {
+      const int column = 8 * j + lane % 4 * 2;
+      if (column < p.head_dim) {
+        *reinterpret_cast<float2*>(out + column) = {r_o[4 * j + 2 * h] * scale[h],
+                                                    r_o[4 * j + 2 * h + 1] * scale[h]};
+      }
+    }
   }
 }
 

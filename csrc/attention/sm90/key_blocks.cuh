@@ -1,6 +1,7 @@
 // Which blocks of keys a tile of queries needs, and which of them are seen in full.
 #pragma once
 
+#include <climits>
 #include <cstdint>
 
 #include "attention/sm90/params.h"
@@ -15,6 +16,27 @@ struct KeyBlocks {
   int left_full;
   int right_full;
 };
+
+// Blocks [lo, hi).
+struct BlockRange {
+  int lo;
+  int hi;
+};
+
+// Where part `part` of num_parts equal ones of the blocks lies; of a single one: everywhere.
+__device__ inline BlockRange range_of_part(const KeyBlocks& blocks, int part, int num_parts) {
+  if (num_parts == 1) return {0, INT_MAX};
+  const int size = (blocks.hi - blocks.lo + num_parts - 1) / num_parts;
+  const int lo = blocks.lo + part * size;
+  return {lo, lo + size};
+}
+
+// Those of the blocks in the range.
+__device__ inline KeyBlocks within(const KeyBlocks& blocks, const BlockRange& range) {
+  const KeyBlocks part{max(blocks.lo, range.lo), min(blocks.hi, range.hi), blocks.left_full,
+                       blocks.right_full};
+  return part.hi > part.lo ? part : KeyBlocks{0, 0, 0, 0};
+}
 
 // As window_keys, in 32 bits: lengths of one sequence fit.
 struct Window {

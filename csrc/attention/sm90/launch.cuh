@@ -120,6 +120,8 @@ Error launch_tile(const Sm90Params& params, Stream stream) {
   const AttentionParams& p = params.call;
   Sm90Args args{};
   args.p = params;
+  args.num_parts = p.plan.num_splits;
+  args.lse = args.num_parts > 1 ? p.partial_stats : p.lse;
   args.schedule = tile_schedule(p, Tile::kBlockM, kMask == MaskKind::kFull);
   const bool paged = p.k.page_size > 0;
   const bool has_parts = paged && p.seqlen_k != p.k.page_size && p.k.page_size < Tile::kBlockN;
@@ -133,8 +135,9 @@ Error launch_tile(const Sm90Params& params, Stream stream) {
       cudaSuccess) {
     return last_launch_error();
   }
-  const int grid = std::min(args.schedule.num_tiles, current_device().num_sms);
-  if (args.schedule.num_tiles > grid) clear_tile_counter(p.tile_counter, stream);
+  const int num_tiles = args.schedule.num_tiles * args.num_parts;
+  const int grid = std::min(num_tiles, current_device().num_sms);
+  if (num_tiles > grid) clear_tile_counter(p.tile_counter, stream);
   launch_overlapped(kernel, grid, Tile::kThreads, stream, args, kSharedBytes);
   return last_launch_error();
 }

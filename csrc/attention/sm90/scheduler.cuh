@@ -16,7 +16,6 @@ template <typename Tile, MaskKind kMask>
 __device__ void publish_tiles(const Sm90Args& a, Sm90Storage<Tile>& s) {
   const AttentionParams& p = a.p.call;
   const int num_blocks = gridDim.x;
-  const bool packed = p.cu_seqlens_q != nullptr;
   Ring<kWorkSlots> ring;
   Ring<1> wanted;
   const auto wait_slot = [&] {
@@ -26,14 +25,16 @@ __device__ void publish_tiles(const Sm90Args& a, Sm90Storage<Tile>& s) {
     ptx::mbarrier_arrive(ptx::shared_address(&s.work_full[ring.slot]));
     ring.advance();
   };
+  const int num_tiles = a.schedule.num_tiles * a.num_parts;
   const auto fetch = [&] {
-    return num_blocks < a.schedule.num_tiles ? num_blocks + atomicAdd(p.tile_counter, 1)
-                                             : num_blocks;
+    return num_blocks < num_tiles ? num_blocks + atomicAdd(p.tile_counter, 1) : num_blocks;
   };
 
 #pragma unroll 1
-  for (int tile = blockIdx.x; tile < a.schedule.num_tiles; tile = fetch()) {
-    const TilePlace place = place_of_tile(a.schedule, tile, static_cast<int>(p.num_heads_q));
+  for (int tile = blockIdx.x; tile < num_tiles; tile = fetch()) {
+    const int part = a.num_parts > 1 ? tile % a.num_parts : 0;
+    const TilePlace place = place_of_tile(a.schedule, a.num_parts > 1 ? tile / a.num_parts : tile,
+                                          static_cast<int>(p.num_heads_q));
     const SequenceSpan sequence = sequence_span(p, place.sequence);
     const auto num_queries = static_cast<int>(sequence.num_queries);
     const auto num_keys = static_cast<int>(sequence.num_keys);
@@ -63,20 +64,24 @@ __device__ void publish_tiles(const Sm90Args& a, Sm90Storage<Tile>& s) {
     wait_slot();
     TileWork<Tile>& work = s.work[ring.slot];
     work.blocks = blocks_of_rows(first_row, Tile::kBlockM);
+    const BlockRange range = range_of_part(work.blocks, part, a.num_parts);
+    work.blocks = within(work.blocks, range);
 #pragma unroll
     for (int group = 0; group < Tile::kConsumers; ++group) {
-      work.group_blocks[group] = blocks_of_rows(first_row + group * kGroupRows, kGroupRows);
+      work.group_blocks[group] =
+          within(blocks_of_rows(first_row + group * kGroupRows, kGroupRows), range);
     }
     work.window = window;
     work.first_row = first_row;
     work.num_queries = num_queries;
     work.head = place.head;
     work.sequence = place.sequence;
-    work.batch = packed ? 0 : place.sequence;
+    work.batch = p.cu_seqlens_q != nullptr ? 0 : place.sequence;
     work.first_query = static_cast<int>(sequence.first_query);
     work.first_key = static_cast<int>(sequence.first_key) + (paged ? 0 : hidden);
     work.first_seen = paged ? hidden : 0;
-    work.sink = p.sinks == nullptr ? -INFINITY : p.sinks[place.head] * kLog2E;
+    work.part = part;
+    work.sink = p.sinks == nullptr || part > 0 ? -INFINITY : p.sinks[place.head] * kLog2E;
     work.slope = p.alibi_slopes == nullptr
                      ? 0.0f
                      : p.alibi_slopes[place.sequence * p.alibi_batch_stride + place.head];

@@ -66,6 +66,7 @@ struct TileWork {
   int batch;        // in the tensor maps
   int first_query;  // the token of row 0 of the sequence there
   int first_key;
+  int part;        // of the tile's keys
   int first_seen;  // pages: the first key that any query of the sequence sees; dense: 0
   float sink;      // in log2 units; -inf: none
   float slope;     // 0: none
@@ -100,6 +101,8 @@ struct Sm90Args {
   CUtensorMap out_map;
   Sm90Params p;
   TileSchedule<int> schedule;
+  int num_parts;     // of a tile's keys, each a tile of its own
+  float* lse;        // of all parts, where there is more than one
   int keys_at_once;  // that one copy moves: a block of them, or the page that is a part of one
   // 0 where a tensor has stride 0 along that dimension, so that its coordinate stays 0.
   int q_head_step, q_batch_step;

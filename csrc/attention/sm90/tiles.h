@@ -62,6 +62,28 @@ static inline constexpr int64_t max_few_keys(int64_t head_dim) {
   return head_dim > 96 && head_dim <= 128 ? 1024 : -1;
 }
 
+// Short chunks over long keys have few tiles: then the keys of a tile are cut into parts, which are
+// tiles of their own, of at least so many keys.
+constexpr int64_t kMinPartKeys = 1024;
+constexpr int kMaxParts = 16;
+
+// How many parts make num_tiles tiles end soonest, each of them with seqlen_k keys. A part costs
+// what it takes to begin, to end and to be added: about as long as kMinPartKeys / 8 keys.
+static inline constexpr int num_parts(int64_t num_tiles, int64_t seqlen_k, int num_sms) {
+  int best = 1;
+  int64_t least = INT64_MAX;
+  for (int parts = 1; parts <= kMaxParts; ++parts) {
+    if (parts > 1 && seqlen_k / parts < kMinPartKeys) break;
+    const int64_t rounds = (num_tiles * parts + num_sms - 1) / num_sms;
+    const int64_t keys = seqlen_k / parts + (parts > 1 ? kMinPartKeys / 8 : 0);
+    if (rounds * keys < least) {
+      least = rounds * keys;
+      best = parts;
+    }
+  }
+  return best;
+}
+
 // Whether pages of so many tokens are whole blocks or parts of one, of the rows that serve pages.
 static inline constexpr bool serves_page_size(int64_t page_size, bool one_page) {
   return one_page || page_size % kMaxPagedBlockKeys == 0 ||
