@@ -84,10 +84,10 @@ class DecoderLayer(Piece):
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         if self.stands_aside(args, kwargs):
-            return self.original(*args, **kwargs)
+            return self.run_original(*args, **kwargs)
         call = self.named(args, kwargs)
         if not without_encoder(call):
-            return self.original(*args, **kwargs)
+            return self.run_original(*args, **kwargs)
         hidden_states = call.pop("hidden_states")
         attention = getattr(self.module, self.spec.attention)
         residual = hidden_states.clone()  # the caller may keep its tensor

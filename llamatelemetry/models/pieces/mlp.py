@@ -48,6 +48,6 @@ class GatedMlp(Piece):
 
     def forward(self, *args: Tensor, **kwargs: Tensor) -> Tensor:
         if self.stands_aside(args, kwargs):
-            return self.original(*args, **kwargs)
+            return self.run_original(*args, **kwargs)
         (x,) = self.named(args, kwargs).values()
         return self.step(x)
