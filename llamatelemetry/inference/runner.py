@@ -153,9 +153,15 @@ class StepRunner:
 
 
 def _versions(model: Any) -> list[int]:
-    """How often each weight was changed in place; of inference tensors torch keeps no count."""
-    tensors = (*model.parameters(), *model.buffers())
-    return [0 if tensor.is_inference() else tensor._version for tensor in tensors]
+    """How often each weight was changed in place."""
+    return [_version(tensor) for tensor in (*model.parameters(), *model.buffers())]
+
+
+def _version(tensor: Tensor) -> int:
+    try:
+        return tensor._version
+    except RuntimeError:  # an inference tensor's changes are not counted; is_inference misses some
+        return 0
 
 
 def _pointers(model: Any) -> list[int]:
