@@ -33,7 +33,8 @@ class DecoderLayer(Piece):
             getattr(config, is_parallel) if isinstance(is_parallel, str) else is_parallel
         )
         if spec.mlp_kind == "plain":
-            self.activation = ACT2FN[getattr(config, spec.activation)]
+            name = getattr(config, spec.activation)
+            self.activation = ops.activations.get(name) or ACT2FN[name]
 
     def bypassed(self) -> list[tuple[str, nn.Module]]:
         names = (self.spec.attention_norm, self.spec.middle_norm, self.spec.mlp_norm)
