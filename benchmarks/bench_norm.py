@@ -90,6 +90,18 @@ def other_row_ops(random: Inputs, num_tokens: int) -> Iterator[Case]:
             },
             bytes_moved=x.nbytes * 3 // 2,
         )
+    for kind, torch_s in {
+        "relu2": lambda x: functional.relu(x).square(),
+        "gelu": functional.gelu,
+        "gelu_tanh": lambda x: functional.gelu(x, approximate="tanh"),
+    }.items():
+        yield Case(
+            random.name(f"activation {kind}", *x.shape),
+            inputs=(x,),
+            ours=lambda x, kind=kind: ops.activation(x, kind),
+            baselines={"torch": torch_s},
+            bytes_moved=2 * x.nbytes,
+        )
     q, k = random(num_tokens, heads_q, head_dim), random(num_tokens, heads_kv, head_dim)
     angles = torch.rand(num_tokens, head_dim // 2, device=random.device).repeat(1, 2)
     yield Case(

@@ -11,6 +11,7 @@ STABLE_TORCH_LIBRARY(llamatelemetry, m) {
   m.def("silu_and_mul(Tensor x) -> Tensor");
   m.def("gelu_and_mul(Tensor x) -> Tensor");
   m.def("gelu_tanh_and_mul(Tensor x) -> Tensor");
+  m.def("activation(Tensor x, str kind) -> Tensor");
   m.def("softmax(Tensor x, float temperature) -> Tensor");
 
   // cache: k_cache, v_cache [num_blocks, page_size, num_heads_kv, head_dim]
@@ -31,7 +32,7 @@ STABLE_TORCH_LIBRARY(llamatelemetry, m) {
   m.def("unpack(Tensor packed, str format, int n, int k, str layout=\"rows16\") -> Tensor");
   m.def("quant_embedding(Tensor ids, Tensor packed, str format, int n, int k, ScalarType dtype, Tensor? scales=None, Tensor? zeros=None, Tensor? perm=None) -> Tensor");
 
-  // gemm: x [..., k], weight [n, k], packed holds [n, k]; activation: a name of common/activation.h
+  // gemm: x [..., k], weight [n, k], packed holds [n, k]; activation: a name of common/activation.h, as kind is
   m.def("linear(Tensor x, Tensor weight, Tensor? bias=None, Tensor? residual=None, str? activation=None) -> Tensor");
   m.def("quant_linear(Tensor x, Tensor packed, str format, int n, Tensor? bias=None, bool exact=False, Tensor? scales=None, Tensor? zeros=None, Tensor? perm=None) -> Tensor");
 

@@ -135,6 +135,7 @@ CASES = {
     "silu_and_mul": lambda: (ops.silu_and_mul, randn(3, 2 * 77)),
     "gelu_and_mul": lambda: (ops.gelu_and_mul, randn(3, 2 * 77)),
     "gelu_tanh_and_mul": lambda: (ops.gelu_tanh_and_mul, randn(3, 2 * 77)),
+    "activation": lambda: (lambda x: ops.activation(x, "relu2"), randn(3, 77)),
     "softmax": lambda: (ops.softmax, randn(3, 1003)),
     "rotary_embedding_": lambda: (
         *(rotary_embedding, randn(3, 5, 24), randn(3, 2, 24), randn(9, 16), randn(9, 16)),

@@ -1,5 +1,6 @@
 // Row ops: checks, allocation and Params, compiled once for each library.
 #include <optional>
+#include <string>
 
 #include "binding/checks.h"
 #include "binding/launch.h"
@@ -201,6 +202,35 @@ Tensor gelu_tanh_and_mul(const Tensor& x) {
   return gated_activation("gelu_tanh_and_mul", Activation::kGeluTanh, x);
 }
 
+Tensor activation(const Tensor& x, StringHandle kind_name) {
+  constexpr const char* op = "activation";
+  const std::string kind = take_string(kind_name);
+  const DType dtype = check_floating(op, "x", x);
+  const Rows rows = rows_of(op, "x", x);
+  Activation activation = Activation::kNone;
+  std::string names;
+  for (const NamedActivation& known : kNamedActivations) {
+    if (known.gated) continue;
+    if (kind == known.name) activation = known.activation;
+    names += (names.empty() ? "{" : ", ") + std::string(known.name);
+  }
+  check(activation != Activation::kNone, op, "kind", "be one of " + names + "}", kind);
+  const DeviceGuard guard(x);
+  Tensor out = allocate(x, x.sizes());
+  if (x.numel() == 0) return out;
+  const ActivationParams params{
+      .x = x.const_data_ptr(),
+      .out = out.mutable_data_ptr(),
+      .num_rows = rows.num_rows,
+      .row_size = rows.row_size,
+      .x_row_stride = rows.row_stride,
+      .activation = activation,
+      .dtype = dtype,
+  };
+  launch(op, launch_activation, params, x);
+  return out;
+}
+
 Tensor softmax(const Tensor& x, double temperature) {
   constexpr const char* op = "softmax";
   const DType dtype = check_floating(op, "x", x);
@@ -232,6 +262,7 @@ LT_IMPL(m) {
   m.impl("silu_and_mul", TORCH_BOX(&silu_and_mul));
   m.impl("gelu_and_mul", TORCH_BOX(&gelu_and_mul));
   m.impl("gelu_tanh_and_mul", TORCH_BOX(&gelu_tanh_and_mul));
+  m.impl("activation", TORCH_BOX(&activation));
   m.impl("softmax", TORCH_BOX(&softmax));
 }
 

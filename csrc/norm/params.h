@@ -76,6 +76,17 @@ struct GatedActivationParams {
 };
 Error launch_gated_activation(const GatedActivationParams& params, Stream stream);
 
+struct ActivationParams {
+  const void* x;  // [num_rows, row_size], rows x_row_stride apart
+  void* out;      // [num_rows, row_size], contiguous
+  int64_t num_rows;
+  int64_t row_size;
+  int64_t x_row_stride;
+  Activation activation;
+  DType dtype;
+};
+Error launch_activation(const ActivationParams& params, Stream stream);
+
 struct SoftmaxParams {
   const void* x;  // [num_rows, row_size], rows x_row_stride apart
   void* out;      // [num_rows, row_size], contiguous

@@ -5,6 +5,12 @@
 
 namespace llamatelemetry {
 
+struct Relu {
+  static __device__ float of(float x) { return x < 0.0f ? 0.0f : x; }  // NaN stays
+};
+struct Relu2 {
+  static __device__ float of(float x) { return Relu::of(x) * Relu::of(x); }
+};
 struct Silu {
   static __device__ float of(float x) { return x / (1.0f + expf(-x)); }
 };
@@ -22,7 +28,8 @@ struct GeluTanh {
 __device__ inline float activated(Activation activation, float x) {
   switch (activation) {
     case Activation::kNone: break;
-    case Activation::kRelu: return x < 0.0f ? 0.0f : x;  // NaN stays
+    case Activation::kRelu: return Relu::of(x);
+    case Activation::kRelu2: return Relu2::of(x);
     case Activation::kSilu: return Silu::of(x);
     case Activation::kGelu: return Gelu::of(x);
     case Activation::kGeluTanh: return GeluTanh::of(x);

@@ -7,6 +7,12 @@
 namespace llamatelemetry {
 namespace LT_ISA {
 
+struct Relu {
+  LT_INLINE Vec of(Vec x) { return vec_max(vec_set(0.0f), x); }  // NaN stays
+};
+struct Relu2 {
+  LT_INLINE Vec of(Vec x) { return Relu::of(x) * Relu::of(x); }
+};
 struct Silu {
   LT_INLINE Vec of(Vec x) { return x / (vec_set(1.0f) + vec_exp(vec_set(0.0f) - x)); }
 };
@@ -26,7 +32,8 @@ struct GeluTanh {
 LT_INLINE Vec activated(Activation activation, Vec x) {
   switch (activation) {
     case Activation::kNone: break;
-    case Activation::kRelu: return vec_max(vec_set(0.0f), x);  // NaN stays
+    case Activation::kRelu: return Relu::of(x);
+    case Activation::kRelu2: return Relu2::of(x);
     case Activation::kSilu: return Silu::of(x);
     case Activation::kGelu: return Gelu::of(x);
     case Activation::kGeluTanh: return GeluTanh::of(x);

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from llamatelemetry.inference.decode_step import DecodeStep, modules_of
+from llamatelemetry.inference.frozen import Frozen
 from llamatelemetry.inference.kv_pages import KvPages
 from llamatelemetry.inference.packed import NotPackedError
 from llamatelemetry.inference.step import Chunk, prepare
@@ -47,6 +48,7 @@ class StepRunner:
         # by kind and rows, the last used last
         self._steps: OrderedDict[tuple[type, int], DecodeStep] = OrderedDict()
         self._pointers = _pointers(model)
+        self._frozen, self._versions = Frozen(model), _versions(model)
         self._modules = modules_of(model)
         self._angles = rope_state(model)
 
@@ -64,13 +66,16 @@ class StepRunner:
             keep: whether the blocks there are hold what somebody needs.
 
         Returns:
-            Whether the weights lie where they lay: others may stand in their place.
+            Whether the model is what it was: else what is cached is of another.
 
         Raises:
             NotPackedError: for a rotary embedding that has no table for so many positions.
         """
         pointers, modules = _pointers(self.model), modules_of(self.model)
-        same_weights = pointers == self._pointers and modules == self._modules
+        versions = _versions(self.model)
+        same_weights = versions == self._versions and self._frozen.holds()
+        if not same_weights:
+            self._frozen, self._versions = Frozen(self.model), versions
         num_positions = max(num_positions, self._num_positions)
         if modules != self._modules:
             self._steps.clear()
@@ -145,6 +150,18 @@ class StepRunner:
             self._steps[kind, batch] = step
         self._steps.move_to_end((kind, batch))
         return step
+
+
+def _versions(model: Any) -> list[int]:
+    """How often each weight was changed in place."""
+    return [_version(tensor) for tensor in (*model.parameters(), *model.buffers())]
+
+
+def _version(tensor: Tensor) -> int:
+    try:
+        return tensor._version
+    except RuntimeError:  # an inference tensor's changes are not counted; is_inference misses some
+        return 0
 
 
 def _pointers(model: Any) -> list[int]:

@@ -15,7 +15,7 @@ from llamatelemetry.models.opset import OpSet
 from llamatelemetry.models.pieces.attention import Attention, rope_angles
 from llamatelemetry.models.pieces.base import Piece
 from llamatelemetry.models.pieces.layer import DecoderLayer, add_norm, norm_of, number_of
-from llamatelemetry.models.pieces.mlp import GatedMlp
+from llamatelemetry.models.pieces.mlp import GatedMlp, UngatedMlp
 from llamatelemetry.models.pieces.norm import NormFunction
 from llamatelemetry.models.pieces.watch import has_hooks
 from llamatelemetry.models.stack import Stack, stack_of
@@ -172,7 +172,7 @@ def decoder_of(
         assert isinstance(layer, DecoderLayer)
         assert isinstance(attention, Attention)
         mlp = pieces.get(stack.layer_name(i, spec.mlp)) if spec.mlp else None
-        step = mlp.step if isinstance(mlp, GatedMlp) else _as_batch(layer.mlp)
+        step = mlp.step if isinstance(mlp, (GatedMlp, UngatedMlp)) else _as_batch(layer.mlp)
         rope = kinds.index(stack.rope_kind(i)) if kinds else None
         blocks.append(Block(layer, attention, step, norm, rope))
     return Decoder(model, stack, ops, blocks, pieces), None

@@ -128,7 +128,7 @@ FAMILIES: dict[str, Family] = {
             mlp_kind="own",
         ),
     ),
-    "ArceeForCausalLM": Family("arcee", LayerSpec(mlp_kind="own")),
+    "ArceeForCausalLM": Family("arcee", LayerSpec(mlp_kind="ungated", gate_up=("up_proj",))),
     "CohereForCausalLM": Family("cohere", _COHERE),
     "Cohere2ForCausalLM": Family(
         "cohere2", replace(_COHERE, window="sliding_window", use_rope="sliding_window")
@@ -158,7 +158,10 @@ FAMILIES: dict[str, Family] = {
             qkv=("c_attn",),
             output="c_proj",
             rope="none",
-            mlp_kind="own",
+            mlp_kind="ungated",
+            gate_up=("c_fc",),
+            down="c_proj",
+            activation="activation_function",
         ),
         parts=Parts("transformer", "h", "ln_f", "wte", positions="wpe", rotary=""),
     ),
@@ -172,7 +175,9 @@ FAMILIES: dict[str, Family] = {
             output="dense",
             head_dim="head_size",
             parallel="use_parallel_residual",
-            mlp_kind="own",
+            mlp_kind="ungated",
+            gate_up=("dense_h_to_4h",),
+            down="dense_4h_to_h",
         ),
         parts=Parts("gpt_neox", norm="final_layer_norm", embedding="embed_in"),
     ),
@@ -193,7 +198,9 @@ FAMILIES: dict[str, Family] = {
     "HeliumForCausalLM": Family("helium", LayerSpec(rope="interleaved")),
     "MinistralForCausalLM": Family("ministral", _WINDOW),
     "MixtralForCausalLM": Family("mixtral", _EXPERTS),
-    "NemotronForCausalLM": Family("nemotron", LayerSpec(norm="layer+1", mlp_kind="own")),
+    "NemotronForCausalLM": Family(
+        "nemotron", LayerSpec(norm="layer+1", mlp_kind="ungated", gate_up=("up_proj",))
+    ),
     "Olmo2ForCausalLM": Family("olmo2", replace(_POST_NORM, qk_norm="full")),
     "Olmo3ForCausalLM": Family(
         "olmo3", replace(_POST_NORM, qk_norm="full", window="sliding_window")
@@ -221,7 +228,15 @@ FAMILIES: dict[str, Family] = {
     ),
     "PhiForCausalLM": Family(
         "phi",
-        LayerSpec(norm="layer", middle_norm="", parallel=True, output="dense", mlp_kind="own"),
+        LayerSpec(
+            norm="layer",
+            middle_norm="",
+            parallel=True,
+            output="dense",
+            mlp_kind="ungated",
+            gate_up=("fc1",),
+            down="fc2",
+        ),
         parts=Parts(norm="final_layernorm"),
     ),
     "Phi3ForCausalLM": Family(
@@ -237,7 +252,14 @@ FAMILIES: dict[str, Family] = {
         "stablelm", LayerSpec(norm="layer", parallel="use_parallel_residual")
     ),
     "Starcoder2ForCausalLM": Family(
-        "starcoder2", LayerSpec(norm="layer", mlp_kind="own", window="sliding_window")
+        "starcoder2",
+        LayerSpec(
+            norm="layer",
+            mlp_kind="ungated",
+            gate_up=("c_fc",),
+            down="c_proj",
+            window="sliding_window",
+        ),
     ),
     "VaultGemmaForCausalLM": Family(
         "vaultgemma",

@@ -82,7 +82,7 @@ def _specs(row: Family, module: Any, kind: str) -> Iterator[LayerSpec]:
     attention = getattr(layer, spec.attention, None)
     if attention is None or not all(hasattr(module, name) for name in named if name):
         return
-    if spec.mlp_kind == "gated":
+    if spec.mlp_kind in ("gated", "ungated"):
         mlp = getattr(layer, spec.mlp, None)
         if not _is_made_of(mlp, (*spec.gate_up, spec.down)):
             spec = replace(spec, mlp_kind="own")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ class OpSet:
     Attributes:
         gated: name of an activation in transformers' configs -> ``act(gate) * up`` of both side by
             side.
+        activations: likewise ``act(x)``.
         flash_attn_varlen, paged_attention: return the output alone.
         all_reduce: of what the output and down projections give, where their inputs are split over
             several devices; the identity on one.
@@ -36,6 +38,7 @@ class OpSet:
     flash_attn_varlen: Callable[..., Tensor]
     paged_attention: Callable[..., Tensor]
     gated: Mapping[str, Callable[[Tensor], Tensor]]
+    activations: Mapping[str, Callable[[Tensor], Tensor]]
     all_reduce: Callable[[Tensor], Tensor]
     attn_implementation: str | None
 
@@ -61,6 +64,19 @@ def _gated(silu: Any, gelu: Any, gelu_tanh: Any) -> dict[str, Callable[[Tensor],
         "gelu_pytorch_tanh": gelu_tanh,
         "gelu_new": gelu_tanh,
     }
+
+
+def _activations(activation: Callable[..., Tensor]) -> dict[str, Callable[[Tensor], Tensor]]:
+    kinds = {
+        "relu": "relu",
+        "relu2": "relu2",
+        "silu": "silu",
+        "swish": "silu",
+        "gelu": "gelu",
+        "gelu_pytorch_tanh": "gelu_tanh",
+        "gelu_new": "gelu_tanh",
+    }
+    return {name: partial(activation, kind=kind) for name, kind in kinds.items()}
 
 
 def _alone(x: Tensor) -> Tensor:
@@ -110,6 +126,7 @@ NATIVE = OpSet(
     gated=_gated(
         _ops.silu_and_mul.default, _ops.gelu_and_mul.default, _ops.gelu_tanh_and_mul.default
     ),
+    activations=_activations(_ops.activation.default),
     all_reduce=_alone,
     attn_implementation=NAME,
 )
@@ -118,9 +135,9 @@ NATIVE = OpSet(
 def _in_float64(formula: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """A formula of ops/reference.py in float64, rounded once to its first argument's dtype."""
 
-    def computed(x: Tensor, *args: Any) -> Tensor:
+    def computed(x: Tensor, *args: Any, **options: Any) -> Tensor:
         bits = [arg.double() if isinstance(arg, Tensor) else arg for arg in args]
-        return formula(x.double(), *bits).to(x.dtype)
+        return formula(x.double(), *bits, **options).to(x.dtype)
 
     return computed
 
@@ -190,6 +207,7 @@ REFERENCE = OpSet(
         _in_float64(reference.gelu_and_mul),
         _in_float64(reference.gelu_tanh_and_mul),
     ),
+    activations=_activations(_in_float64(reference.activation)),
     all_reduce=_alone,
     attn_implementation=None,
 )

@@ -17,7 +17,7 @@ from llamatelemetry.models.guess import find_stack
 from llamatelemetry.models.hf_attention import choose_ours, leave, register
 from llamatelemetry.models.opset import NATIVE, OpSet
 from llamatelemetry.models.pieces.base import Piece
-from llamatelemetry.models.pieces.mlp import GatedMlp
+from llamatelemetry.models.pieces.mlp import MLPS
 from llamatelemetry.models.refusals import bind, reason_of, refusals, summary, wanted_pieces
 from llamatelemetry.models.report import PatchReport
 from llamatelemetry.models.stack import Stack
@@ -270,7 +270,7 @@ def _packed(
     whole: WholeProbe | None,
 ) -> tuple[Decoder | None, str | None]:
     """The packed forward, where all that it fuses is replaced, or why the model has none."""
-    needed = (name for name, kind in wanted_pieces(stack).items() if kind is not GatedMlp)
+    needed = (name for name, kind in wanted_pieces(stack).items() if kind not in MLPS.values())
     if not all(name in pieces for name in needed):
         return None, None
     return whole_decoder(model, stack, ops, pieces, whole)

@@ -13,7 +13,7 @@ from llamatelemetry.models.pieces.attention import Attention
 from llamatelemetry.models.pieces.base import Piece
 from llamatelemetry.models.pieces.layer import DecoderLayer
 from llamatelemetry.models.pieces.merge import TensorsOf
-from llamatelemetry.models.pieces.mlp import GatedMlp
+from llamatelemetry.models.pieces.mlp import MLPS
 from llamatelemetry.models.pieces.norm import norm_piece
 from llamatelemetry.models.pieces.watch import has_hooks
 from llamatelemetry.models.probe import disagreement, likeness
@@ -34,8 +34,8 @@ def wanted_pieces(stack: Stack) -> dict[str, type[Piece]]:
         }
         if spec.attention_kind == "projected":
             kinds[spec.attention] = Attention
-        if spec.mlp_kind == "gated":
-            kinds[spec.mlp] = GatedMlp
+        if spec.mlp_kind in MLPS:
+            kinds[spec.mlp] = MLPS[spec.mlp_kind]
         wanted |= {stack.layer_name(i, name): kind for name, kind in kinds.items()}
         wanted[stack.layer_name(i)] = DecoderLayer
     return wanted

@@ -43,10 +43,11 @@ class LayerSpec:
     softcap: str = ""
     sinks: str = ""
 
-    # gated: act(gate) * up. own: the module's forward. plain: linears of the layer itself.
+    # gated: act(gate) * up. ungated: act(up). own: the module's forward. plain: ungated, of linears
+    # of the layer itself.
     mlp: str = "mlp"
-    mlp_kind: Literal["gated", "own", "plain"] = "gated"
-    gate_up: tuple[str, ...] = ("gate_proj", "up_proj")  # one name: a fused linear
+    mlp_kind: Literal["gated", "ungated", "own", "plain"] = "gated"
+    gate_up: tuple[str, ...] = ("gate_proj", "up_proj")  # one name: a fused linear, or up alone
     down: str = "down_proj"
     activation: str = "hidden_act"  # of the config
     router_scores: bool = False  # the MLP gives them too, after its output

@@ -11,6 +11,7 @@ from llamatelemetry.ops.cache import (
 from llamatelemetry.ops.formats import QuantFormat
 from llamatelemetry.ops.gemm import linear, quant_linear
 from llamatelemetry.ops.norm import (
+    activation,
     fused_add_rms_norm_,
     gelu_and_mul,
     gelu_tanh_and_mul,
@@ -25,6 +26,7 @@ from llamatelemetry.ops.sampling import sample
 
 __all__ = [
     "QuantFormat",
+    "activation",
     "advance_step_",
     "append_kv_",
     "copy_blocks_",

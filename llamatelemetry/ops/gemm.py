@@ -23,7 +23,7 @@ def linear(
         weight: [n, k], dtype and device of x; rows contiguous.
         bias: [n], dtype and device of x.
         residual: Shape of the result, dtype and device of x.
-        activation: None, "relu", "silu", "gelu", "gelu_tanh", or one of "silu_and_mul",
+        activation: None, "relu", "relu2", "silu", "gelu", "gelu_tanh", or one of "silu_and_mul",
             "gelu_and_mul" and "gelu_tanh_and_mul": the first half of the weight's rows are gates,
             the second half what they multiply.
 

@@ -210,6 +210,33 @@ def _(x: Tensor) -> Tensor:
     return x.new_empty((*x.shape[:-1], x.shape[-1] // 2))
 
 
+def activation(x: Tensor, kind: str) -> Tensor:
+    """An activation of each element, as of MLPs without a gate.
+
+    Args:
+        x: [..., size], float32, float16 or bfloat16; rows contiguous, evenly spaced
+        kind: "relu": ``max(x, 0)``; "relu2": its square; "silu": ``x / (1 + exp(-x))``; "gelu":
+            ``x / 2 * (1 + erf(x / sqrt(2)))``; "gelu_tanh": ``x / 2 * (1 + tanh(sqrt(2 / pi) * (x +
+            0.044715 * x³)))``
+
+    Returns:
+        shape and dtype of x, contiguous; computed in float32 and rounded once
+
+    Raises:
+        RuntimeError: naming the argument, the rule and the value
+
+    Source:
+        So et al. 2021, arXiv:2109.08668 (relu2); Hendrycks & Gimpel 2016, arXiv:1606.08415
+    """
+    inference_only("activation", x=x)
+    return torch.ops.llamatelemetry.activation.default(x, kind)
+
+
+@register_fake("activation")
+def _(x: Tensor, kind: str) -> Tensor:
+    return x.new_empty(x.shape)
+
+
 def softmax(x: Tensor, temperature: float = 1.0) -> Tensor:
     """Softmax over the last dimension: ``exp(y - max(y)) / sum(exp(y - max(y)))``,
     ``y = x / temperature``, in float32.

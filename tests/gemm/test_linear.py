@@ -14,7 +14,7 @@ from llamatelemetry.inference.recording import Recording
 from llamatelemetry.ops import linear, reference
 
 BATCHES = [1, 2, 3, 7, 8, 9, 16, 17, 33, 65]
-ACTIVATIONS = [None, "relu", "silu", "gelu", "gelu_tanh"]
+ACTIVATIONS = [None, "relu", "relu2", "silu", "gelu", "gelu_tanh"]
 GATED = ["silu_and_mul", "gelu_and_mul", "gelu_tanh_and_mul"]
 
 
@@ -140,7 +140,7 @@ def test_refusals(device):
     )
     assert_refuses(
         lambda: linear(x, weight, activation="swish"),
-        "activation must be one of {None, relu, silu",
+        "activation must be one of {None, relu, relu2, silu",
         "got swish",
     )
     assert_refuses(

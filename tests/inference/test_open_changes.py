@@ -26,11 +26,11 @@ PROMPT = [3, 14, 15, 9, 26, 5, 35, 8, 97 % VOCAB, 9, 3, 2]
 COUNT, SOON = 12, 5
 
 
-def stepwise(model, change=None, at=SOON):
+def stepwise(model, change=None, at=SOON, prompt=PROMPT):
     """Tokens of transformers' forward; change comes before token number at."""
     parameters = inspect.signature(model.forward).parameters
     name = next(name for name in CACHE_NAMES if name in parameters)
-    tokens, cache, ids = [], DynamicCache(config=model.config), [PROMPT]
+    tokens, cache, ids = [], DynamicCache(config=model.config), [prompt]
     with torch.no_grad():
         while len(tokens) < COUNT:
             if change is not None and len(tokens) == at:
@@ -210,3 +210,33 @@ def test_a_pickle_runs_in_a_process_that_has_not_patched(tmp_path):
     with torch.no_grad():
         wanted = model(torch.tensor([PROMPT])).logits.abs().sum()
     assert float(ran.stdout) == pytest.approx(float(wanted), rel=1e-4)
+
+
+def _other_eps(model):
+    for layer in model.model.layers:
+        layer.input_layernorm.variance_epsilon = 3.0
+
+
+def _other_weights(model):
+    with torch.inference_mode(False), torch.no_grad():
+        for layer in model.model.layers:
+            layer.mlp.up_proj.weight.mul_(-2)
+
+
+@pytest.mark.parametrize("change", [_other_eps, _other_weights])
+def test_no_prefix_of_the_model_before(change, device):
+    plain, ours = twins(device=device)
+    prompt = (PROMPT * 9)[:100]  # a whole block of 64 and more
+    batcher = ContinuousBatching(2, ours)
+    before = batcher.submit(prompt, max_tokens=COUNT).result().token_ids
+    assert before == stepwise(plain, prompt=prompt)
+    change(plain), change(ours)
+    wanted = stepwise(plain, prompt=prompt)
+    assert wanted != before
+    handle = batcher.submit(prompt, max_tokens=COUNT)
+    assert handle.result().token_ids == wanted
+    assert handle.stats.cached_tokens == 0
+    batcher.submit(prompt, max_tokens=COUNT).result()
+    again = batcher.submit(prompt, max_tokens=COUNT)
+    assert again.result().token_ids == wanted
+    assert again.stats.cached_tokens > 0

@@ -83,6 +83,7 @@ def test_every_replacement_is_kept(family, device, dtype):
         {norm.__name__: len(norms) * LAYERS + 1},
         Attention=LAYERS,
         GatedMlp=LAYERS * (spec.mlp_kind == "gated"),
+        UngatedMlp=LAYERS * (spec.mlp_kind == "ungated"),
         DecoderLayer=LAYERS,
     )
     assert patch(model) is report

@@ -225,11 +225,11 @@ class Attention(Piece):
 
     def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
         if self.stands_aside(args, kwargs):
-            return self.original(*args, **kwargs)
+            return self.run_original(*args, **kwargs)
         call = self.named(args, kwargs)
         lacks_angles = self.turns and call.get("position_embeddings") is None
         if not without_encoder(call) or lacks_angles:
-            return self.original(*args, **kwargs)
+            return self.run_original(*args, **kwargs)
         hidden_states, angles = call.pop("hidden_states"), call.pop("position_embeddings", None)
         attention_mask, cache = call.pop("attention_mask", None), take_cache(call)
         batch, seqlen, hidden_size = hidden_states.shape

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from types import MethodType
 from typing import Any
 
 import torch
@@ -88,7 +89,13 @@ class Piece:
         """The module's own forward."""
         if self._own_forward is not None:
             return self._own_forward
-        return type(self.module).forward.__get__(self.module)
+        return MethodType(type(self.module).forward, self.module)
+
+    def run_original(self, *args: Any, **kwargs: Any) -> Any:
+        """A call of it: torch 2.11's Dynamo cannot trace the making of a method."""
+        if self._own_forward is not None:
+            return self._own_forward(*args, **kwargs)
+        return type(self.module).forward(self.module, *args, **kwargs)
 
     def bind(self) -> None:
         """Takes the module's tensors in hand; again whenever they have moved."""

@@ -33,7 +33,8 @@ class DecoderLayer(Piece):
             getattr(config, is_parallel) if isinstance(is_parallel, str) else is_parallel
         )
         if spec.mlp_kind == "plain":
-            self.activation = ACT2FN[getattr(config, spec.activation)]
+            name = getattr(config, spec.activation)
+            self.activation = ops.activations.get(name) or ACT2FN[name]
 
     def bypassed(self) -> list[tuple[str, nn.Module]]:
         names = (self.spec.attention_norm, self.spec.middle_norm, self.spec.mlp_norm)
@@ -84,10 +85,10 @@ class DecoderLayer(Piece):
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         if self.stands_aside(args, kwargs):
-            return self.original(*args, **kwargs)
+            return self.run_original(*args, **kwargs)
         call = self.named(args, kwargs)
         if not without_encoder(call):
-            return self.original(*args, **kwargs)
+            return self.run_original(*args, **kwargs)
         hidden_states = call.pop("hidden_states")
         attention = getattr(self.module, self.spec.attention)
         residual = hidden_states.clone()  # the caller may keep its tensor

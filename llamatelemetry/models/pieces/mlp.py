@@ -1,4 +1,4 @@
-"""The gated MLP."""
+"""The MLPs: gated, and with one linear before the activation."""
 
 from __future__ import annotations
 
@@ -48,6 +48,37 @@ class GatedMlp(Piece):
 
     def forward(self, *args: Tensor, **kwargs: Tensor) -> Tensor:
         if self.stands_aside(args, kwargs):
+            return self.run_original(*args, **kwargs)
+        (x,) = self.named(args, kwargs).values()
+        return self.step(x)
+
+
+class UngatedMlp(Piece):
+    """``down(act(up(x)))``."""
+
+    def __init__(
+        self, module: nn.Module, spec: LayerSpec, config: Any, ops: OpSet = NATIVE
+    ) -> None:
+        super().__init__(module, spec, config, ops)
+        name = getattr(config, spec.activation)
+        if name not in ops.activations:
+            raise ValueError(f"activation must be one of {sorted(ops.activations)}, got {name!r}")
+        self.activation = ops.activations[name]
+        self.bind()
+
+    def bind(self) -> None:
+        (up,) = self.spec.gate_up
+        self.up = getattr(self.module, up).forward
+        self.down = getattr(self.module, self.spec.down).forward
+
+    def step(self, x: Tensor) -> Tensor:
+        return self.ops.all_reduce(self.down(self.activation(self.up(x))))
+
+    def forward(self, *args: Tensor, **kwargs: Tensor) -> Tensor:
+        if self.stands_aside(args, kwargs):
             return self.original(*args, **kwargs)
         (x,) = self.named(args, kwargs).values()
         return self.step(x)
+
+
+MLPS: dict[str, type[Piece]] = {"gated": GatedMlp, "ungated": UngatedMlp}  # of a spec's mlp_kind

@@ -55,7 +55,7 @@ class Norm(Piece):
 
     def forward(self, *args: Tensor, **kwargs: Tensor) -> Tensor:
         if self.stands_aside(args, kwargs):
-            return self.original(*args, **kwargs)
+            return self.run_original(*args, **kwargs)
         (x,) = self.named(args, kwargs).values()
         return self.function(x.contiguous())
 

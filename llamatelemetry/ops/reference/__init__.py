@@ -13,6 +13,7 @@ from llamatelemetry.ops.reference.cache import (
 )
 from llamatelemetry.ops.reference.gemm import linear, quant_linear, rounded_activations
 from llamatelemetry.ops.reference.norm import (
+    activation,
     fused_add_rms_norm_,
     gelu_and_mul,
     gelu_tanh_and_mul,
@@ -26,6 +27,7 @@ from llamatelemetry.ops.reference.quant import dequantize, quant_embedding, repa
 from llamatelemetry.ops.reference.sampling import philox4x32, sample, sampling_probabilities
 
 __all__ = [
+    "activation",
     "advance_step_",
     "append_kv_",
     "copy_blocks_",

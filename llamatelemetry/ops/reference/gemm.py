@@ -12,6 +12,7 @@ from llamatelemetry.ops.reference.quant import dequantize
 
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": functional.relu,
+    "relu2": lambda x: functional.relu(x).square(),
     "silu": functional.silu,
     "gelu": functional.gelu,
     "gelu_tanh": lambda x: functional.gelu(x, approximate="tanh"),

@@ -66,6 +66,14 @@ def gelu_tanh_and_mul(x: Tensor) -> Tensor:
     return gate / 2 * (1 + torch.tanh(inner)) * up
 
 
+def activation(x: Tensor, kind: str) -> Tensor:
+    if kind in ("relu", "relu2"):
+        return torch.where(x < 0, 0.0, x) ** (2 if kind == "relu2" else 1)
+    ones = torch.ones_like(x)
+    gated = {"silu": silu_and_mul, "gelu": gelu_and_mul, "gelu_tanh": gelu_tanh_and_mul}
+    return gated[kind](torch.cat([x, ones], -1))
+
+
 def softmax(x: Tensor, temperature: float) -> Tensor:
     y = x / temperature
     power = torch.exp(y - y.amax(-1, keepdim=True))
