@@ -7,17 +7,15 @@ token of each takes turns step by step, and has no prompts in it.
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable
 
 import harness
-import torch
-from bench_generate import TEXT
+from bench_generate import TEXT, run_on_cpu
 
 from llamatelemetry.inference.continuous import ContinuousBatching
 from llamatelemetry.inference.engine import InferenceEngine
 from llamatelemetry.inference.sampling import GREEDY
-from llamatelemetry.loading.find import find_model, load_model
+from llamatelemetry.loading.find import load_model
 
 REQUESTS = 8
 PROMPT_TOKENS, NEW_TOKENS = 16, 24
@@ -82,7 +80,8 @@ def token_of_each(engine: InferenceEngine, prompts: list[list[int]], rounds: int
     return harness.Row(f"a token of each of {len(prompts)} requests", ours, samples)
 
 
-def measure(path: str, rounds: int) -> list[harness.Row]:
+def measure(path: str, quick: bool) -> list[harness.Row]:
+    rounds = 1 if quick else 3
     engine = InferenceEngine(load_model(path, device="cpu"))
     ids = engine.tokenizer.encode(TEXT, add_special_tokens=False)
     prompts = [ids[i : i + PROMPT_TOKENS] for i in range(REQUESTS)]
@@ -107,17 +106,5 @@ def measure(path: str, rounds: int) -> list[harness.Row]:
     return rows
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--device", choices=["cpu"], default="cpu")
-    parser.add_argument("--quick", action="store_true", help="one round, no JSON")
-    parser.add_argument("--model", default="smollm2")
-    arguments = parser.parse_args()
-    rows = measure(str(find_model(arguments.model)), rounds=1 if arguments.quick else 3)
-    harness.print_rows(rows)
-    if not arguments.quick:
-        print(f"wrote {harness.save('batching', torch.device('cpu'), rows)}")
-
-
 if __name__ == "__main__":
-    main()
+    run_on_cpu("batching", __doc__, measure)

@@ -85,7 +85,8 @@ def one_run(contestant: Contestant) -> tuple[float, float]:
     return first, rest / (NEW_TOKENS - 1)
 
 
-def measure(path: str, rounds: int) -> list[harness.Row]:
+def measure(path: str, quick: bool) -> list[harness.Row]:
+    rounds = 2 if quick else 5
     engine = InferenceEngine(load_model(path, device="cpu"))
     ids = engine.tokenizer.encode(TEXT, add_special_tokens=False)[:PROMPT_TOKENS]
     made = {
@@ -116,17 +117,20 @@ def measure(path: str, rounds: int) -> list[harness.Row]:
     ]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+def run_on_cpu(
+    name: str, description: str | None, measure: Callable[[str, bool], list[harness.Row]]
+) -> None:
+    """The command line of a benchmark of a packaged model: measure takes its path and --quick."""
+    parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--device", choices=["cpu"], default="cpu")
-    parser.add_argument("--quick", action="store_true", help="two rounds, no JSON")
+    parser.add_argument("--quick", action="store_true", help="one or two rounds, no JSON")
     parser.add_argument("--model", default="smollm2")
     arguments = parser.parse_args()
-    rows = measure(str(find_model(arguments.model)), rounds=2 if arguments.quick else 5)
+    rows = measure(str(find_model(arguments.model)), arguments.quick)
     harness.print_rows(rows)
     if not arguments.quick:
-        print(f"wrote {harness.save('generate', torch.device('cpu'), rows)}")
+        print(f"wrote {harness.save(name, torch.device('cpu'), rows)}")
 
 
 if __name__ == "__main__":
-    main()
+    run_on_cpu("generate", __doc__, measure)

@@ -16,6 +16,8 @@ EPS = 1e-6
 TEMPERATURE = 0.7
 # hidden size, intermediate size, query heads, key heads, head_dim, vocabulary
 SIZES = {"cpu": (576, 1536, 9, 3, 64, 49152), "cuda": (4096, 14336, 32, 8, 128, 128256)}
+# Of layer norms, from BERT's to OPT-175B's; GPT-2's four, and one that no power of two divides.
+HIDDEN_SIZES = (768, 1000, 1024, 1280, 1600, 2048, 4096, 5120, 8192, 12288)
 
 
 def fused_add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -48,7 +50,7 @@ class Inputs:
 
 def norms(random: Inputs, num_tokens: int, hidden_size: int) -> Iterator[Case]:
     x, residual = random(num_tokens, hidden_size), random(num_tokens, hidden_size)
-    weight, bias = random(hidden_size), random(hidden_size)
+    weight = random(hidden_size)
     shape = (num_tokens, hidden_size)
     yield Case(
         random.name("rms_norm", *shape),
@@ -64,8 +66,13 @@ def norms(random: Inputs, num_tokens: int, hidden_size: int) -> Iterator[Case]:
         baselines={"torch": add_then_rms_norm},
         bytes_moved=4 * x.nbytes,
     )
-    yield Case(
-        random.name("layer_norm", *shape),
+    yield layer_norm(random, *shape)
+
+
+def layer_norm(random: Inputs, num_tokens: int, hidden_size: int) -> Case:
+    x, weight, bias = random(num_tokens, hidden_size), random(hidden_size), random(hidden_size)
+    return Case(
+        random.name("layer_norm", num_tokens, hidden_size),
         inputs=(x, weight, bias),
         ours=lambda x, w, b: ops.layer_norm(x, w, b, EPS),
         baselines={"torch": lambda x, w, b: functional.layer_norm(x, w.shape, w, b, EPS)},
@@ -137,7 +144,11 @@ def cases(device: torch.device, quick: bool) -> Iterator[Case]:
     for num_rows in [1] if quick else [1, 8 if on_cpu else 64]:
         yield from softmax(Inputs(device, torch.float32), num_rows)
     if not on_cpu:
-        yield from norms(Inputs(device, torch.bfloat16), 8192, 8192)
+        random = Inputs(device, torch.bfloat16)
+        yield from norms(random, 8192, 8192)
+        if not quick:
+            for hidden_size in HIDDEN_SIZES:
+                yield layer_norm(random, 2048, hidden_size)
 
 
 if __name__ == "__main__":

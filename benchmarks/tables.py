@@ -21,6 +21,7 @@ DOCUMENTS = [
     *sorted((ROOT / "benchmarks").rglob("*.md")),
     *sorted((ROOT / "docs").glob("*.md")),
 ]
+SAVED = {"graphs-cuda"}  # whose ratios are shown as time saved too, in per cent
 MARKED = re.compile(r"(<!-- table: ([\w-]+)(?: \((.*?)\))? -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -31,6 +32,7 @@ def table(name: str, rows: list[harness.Row]) -> str:
     limited = any(row.limits for row in rows)
     header = ["", *(["µs (p10 – p90)", "throughput"] if absolute else [])]
     header += [*(["% of the limit"] if limited else []), *(f"× {peer}" for peer in baselines)]
+    header += [f"% less time than {peer}" for peer in baselines if name in SAVED]
     lines = [header, ["---", *["---:"] * (len(header) - 1)]]
     for row in rows:
         cells = [row.name]
@@ -42,6 +44,8 @@ def table(name: str, rows: list[harness.Row]) -> str:
             cells.append("" if percent is None else f"{percent:.0f}")
         for peer in baselines:
             cells.append(f"{row.speedup(peer):.2f}" if peer in row.baselines else "")
+        if name in SAVED:
+            cells += [f"{100 - 100 / row.speedup(peer):.0f}" for peer in baselines]
         lines.append(cells)
     return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
 

@@ -21,7 +21,9 @@ from llamatelemetry.inference import (
 from llamatelemetry.ops import paged_attention
 
 torch.set_grad_enabled(False)
-print("seed:", torch.manual_seed(0).initial_seed())
+torch.manual_seed(0)
+device = "cuda" if torch.cuda.is_available() else "cpu"
+print("device:", device)
 
 # %% [markdown]
 # ## What a cache takes
@@ -41,9 +43,9 @@ for name, heads in (("as many as query heads", 64), ("8, as the model has", 8)):
 # Each step writes its token in place; what comes back are views, so nothing is copied.
 
 # %%
-sizes = {"num_layers": 1, "num_heads": 2, "head_dim": 16, "dtype": torch.float32}
+sizes = {"num_layers": 1, "num_heads": 2, "head_dim": 16, "dtype": torch.float32, "device": device}
 cache = KVCache(KVCacheConfig(max_batch_size=1, max_seq_length=64, **sizes))
-keys, values = torch.randn(2, 1, 10, 2, 16)
+keys, values = torch.randn(2, 1, 10, 2, 16, device=device)
 for i in range(10):
     k, v = cache.update(0, keys[:, i : i + 1], values[:, i : i + 1])
 print("length:", cache.length(0), " same values:", torch.equal(k, keys) and torch.equal(v, values))
@@ -82,7 +84,7 @@ tokens = list(range(100, 110))
 figure, axes = plt.subplots(4, 1, figsize=(7, 7))
 
 paged.allocate("A", tokens)
-keys, values = torch.randn(2, 10, 2, 16)
+keys, values = torch.randn(2, 10, 2, 16, device=device)
 pages = paged.update(0, keys, values, paged.slot_mapping("A"))
 paged.commit("A")  # keys and values are written: other sequences may share full blocks
 draw(axes[0], paged, "A has 10 tokens in blocks of 4")
@@ -104,8 +106,8 @@ paged.check()  # walks every invariant, and raises where one does not hold
 # Attention reads the pages through the block table, and gives what it gives over contiguous keys.
 
 # %%
-query = torch.randn(1, 2, 16)
-lengths, starts = (torch.tensor(x, dtype=torch.int32) for x in ([10], [0, 1]))
+query = torch.randn(1, 2, 16, device=device)
+lengths, starts = (torch.tensor(x, dtype=torch.int32, device=device) for x in ([10], [0, 1]))
 table = paged.block_table(["A"])
 out, _ = paged_attention(query, *pages, table, lengths, starts, max_seqlen_q=1)
 contiguous = flash_attention_forward(query[None], keys[None], values[None])[0]
@@ -143,7 +145,7 @@ config = LlamaConfig(
     eos_token_id=None,
     pad_token_id=0,
 )
-model = LlamaForCausalLM(config).eval().requires_grad_(False)
+model = LlamaForCausalLM(config).eval().requires_grad_(False).to(device)
 batcher = ContinuousBatching(max_batch_size=4, engine=model)
 
 wanted = [24, 6, 15, 9, 18, 5, 12, 10]  # new tokens of each request

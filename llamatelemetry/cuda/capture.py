@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import gc
-import inspect
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -14,8 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llamatelemetry.cuda.capture_inputs import call_with, check_input
 from llamatelemetry.cuda.devices import device_of
 from llamatelemetry.cuda.eager_replay import EagerReplay, shallow_copy
+from llamatelemetry.inference.arguments import instance, integer
+
+_ERROR_MODES = ("global", "thread_local", "relaxed")
 
 
 @dataclass
@@ -29,6 +32,9 @@ class GraphCaptureConfig:
             "relaxed", CUDA's cudaStreamCaptureMode.
         warmup_iters: how often the function runs before it is captured.
 
+    Raises:
+        ValueError: for another mode, and for less than no warm-up.
+
     Example:
         >>> GraphCaptureConfig(warmup_iters=1).capture_error_mode
         'thread_local'
@@ -37,6 +43,17 @@ class GraphCaptureConfig:
     pool: Any = None
     capture_error_mode: str = "thread_local"
     warmup_iters: int = 3
+
+    def __post_init__(self) -> None:
+        if self.capture_error_mode not in _ERROR_MODES:
+            raise ValueError(
+                f"GraphCaptureConfig: capture_error_mode must be one of {list(_ERROR_MODES)}, got "
+                f"{self.capture_error_mode!r}"
+            )
+        if integer("GraphCaptureConfig: warmup_iters", self.warmup_iters) < 0:
+            raise ValueError(
+                f"GraphCaptureConfig: warmup_iters must be at least 0, got {self.warmup_iters}"
+            )
 
 
 class CUDAGraph:
@@ -56,7 +73,8 @@ class CUDAGraph:
     """
 
     def __init__(self, config: GraphCaptureConfig | None = None) -> None:
-        self.config = config or GraphCaptureConfig()
+        self.config = GraphCaptureConfig() if config is None else config
+        instance("CUDAGraph: config", self.config, GraphCaptureConfig, "a GraphCaptureConfig")
         self._graph: torch.cuda.CUDAGraph | None = None
         self._eager: EagerReplay | None = None
         self._device = torch.device("cpu")
@@ -97,8 +115,8 @@ class CUDAGraph:
                     "block reads its tensors as variables"
                 )
             return self._capture_block()
+        call = call_with(func, {} if inputs is None else inputs)
         self._inputs = dict(inputs or {})
-        call = _call_with(func, self._inputs)
         self._device = device_of(func, self._inputs)
         if self._device.type != "cuda":
             warn_without_cuda("CUDAGraph")
@@ -151,7 +169,7 @@ class CUDAGraph:
                 raise KeyError(
                     f"CUDAGraph: input must be one of {sorted(self._inputs)}, got {name!r}"
                 )
-            _check_input(name, self._inputs[name], value)
+            check_input(name, self._inputs[name], value)
         with torch.inference_mode():
             for name, value in inputs.items():
                 if isinstance(value, Tensor) and value is not self._inputs[name]:
@@ -262,37 +280,3 @@ def _no_collection() -> Iterator[None]:
     finally:
         if enabled:
             gc.enable()
-
-
-def _call_with(func: Callable[..., Any], inputs: Mapping[str, Any]) -> Callable[[], Any]:
-    try:
-        signature = inspect.signature(func)
-    except ValueError:  # a builtin without one
-        return functools.partial(func, **inputs)
-    for kwargs in (inputs, {}):
-        try:
-            signature.bind(**kwargs)
-        except TypeError:
-            continue
-        return functools.partial(func, **kwargs)
-    raise TypeError(
-        f"CUDAGraph.capture: func must take {sorted(inputs) or 'no arguments'} by name or nothing, "
-        f"got {signature}; name the missing ones in inputs"
-    )
-
-
-def _check_input(name: str, buffer: Any, value: Any) -> None:
-    if isinstance(buffer, Tensor) and isinstance(value, Tensor):
-        for what in ("shape", "dtype"):
-            want, got = getattr(buffer, what), getattr(value, what)
-            if want != got:
-                want, got = (tuple(w) if what == "shape" else w for w in (want, got))
-                raise ValueError(
-                    f"CUDAGraph: input {name} must have the {what} {want} of its capture, got "
-                    f"{got}; capture again for another {what}"
-                )
-    elif isinstance(buffer, Tensor) or isinstance(value, Tensor) or buffer != value:
-        raise ValueError(
-            f"CUDAGraph: input {name} must stay what it was at the capture, "
-            f"{type(buffer).__name__}, got {type(value).__name__} {value!r}; capture again"
-        )

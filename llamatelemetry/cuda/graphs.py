@@ -14,6 +14,7 @@ from llamatelemetry.cuda.capture import CUDAGraph, GraphCaptureConfig
 from llamatelemetry.cuda.devices import device_of
 from llamatelemetry.cuda.eager_replay import copy_into
 from llamatelemetry.cuda.model_graphs import disable_cuda_graphs, enable_cuda_graphs
+from llamatelemetry.inference.arguments import instance
 
 __all__ = [
     "CUDAGraph",
@@ -65,7 +66,8 @@ class GraphPool:
         """
         if name in self._graphs:
             self._graphs[name].reset()
-        config = config or GraphCaptureConfig()
+        config = GraphCaptureConfig() if config is None else config
+        instance("GraphPool.capture: config", config, GraphCaptureConfig, "a GraphCaptureConfig")
         if config.pool is None:
             config = dataclasses.replace(config, pool=self._pool())
         if device_of(func, inputs).type == "cuda":
@@ -174,4 +176,5 @@ def replay_graph(graph: CUDAGraph) -> Any:
         >>> replay_graph(capture_graph(lambda x: x + 1, {"x": torch.zeros(2)}))
         tensor([1., 1.])
     """
+    instance("replay_graph: graph", graph, CUDAGraph, "a CUDAGraph")
     return graph.replay()

@@ -18,6 +18,7 @@ from llamatelemetry.cuda.capture import (
     warm_up,
     warn_without_cuda,
 )
+from llamatelemetry.inference.arguments import instance
 from llamatelemetry.models.forwards import StandIn, standing
 from llamatelemetry.models.hf_overrides import OVERRIDES
 
@@ -54,6 +55,7 @@ def enable_cuda_graphs(model: nn.Module) -> nn.Module:
         ...     layer(torch.ones(3, 4)).shape
         torch.Size([3, 2])
     """
+    instance("enable_cuda_graphs: model", model, nn.Module, "a module")
     if standing(model, GraphedForward) is not None:
         return model
     if not torch.cuda.is_available():
@@ -80,6 +82,7 @@ def disable_cuda_graphs(model: nn.Module) -> nn.Module:
         >>> disable_cuda_graphs(layer) is layer
         True
     """
+    instance("disable_cuda_graphs: model", model, nn.Module, "a module")
     graphed = standing(model, GraphedForward)
     if graphed is None:
         return model

@@ -15,10 +15,12 @@ from llamatelemetry.cuda import fp16_safety
 from llamatelemetry.cuda.scaled_matmul import FLOAT16_MAX
 from llamatelemetry.cuda.tensor_core_config import (
     capability_of,
+    check_dtype,
     check_tensor_core_support,
     enable_tensor_cores,
     why_unsupported,
 )
+from llamatelemetry.inference.arguments import instance
 
 _log = logging.getLogger("llamatelemetry")
 _CAST = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -55,16 +57,15 @@ def optimize_for_tensor_cores(model: nn.Module, dtype: torch.dtype = torch.float
 
     Raises:
         RuntimeError: dtype is neither, or weights are too large for it.
+        ValueError: model is no module.
 
     Example:
         >>> layer = torch.nn.Linear(4, 2)
         >>> optimize_for_tensor_cores(layer).weight.dtype  # on a machine without a GPU
         torch.float32
     """
-    if dtype not in (torch.float16, torch.bfloat16):
-        raise RuntimeError(
-            f"optimize_for_tensor_cores: dtype must be float16 or bfloat16, got {dtype}"
-        )
+    instance("optimize_for_tensor_cores: model", model, nn.Module, "a module")
+    check_dtype("optimize_for_tensor_cores", dtype, (torch.float16, torch.bfloat16))
     device = torch.device("cuda", torch.cuda.current_device() if torch.cuda.is_available() else 0)
     parameter = next(model.parameters(), None)
     if parameter is not None and parameter.is_cuda:

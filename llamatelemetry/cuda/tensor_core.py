@@ -11,8 +11,10 @@ from torch import Tensor, nn
 from llamatelemetry.cuda.optimize import optimize_for_tensor_cores
 from llamatelemetry.cuda.scaled_matmul import scaled_matmul
 from llamatelemetry.cuda.tensor_core_config import (
+    DTYPES,
     TensorCoreConfig,
     capability_of,
+    check_dtype,
     check_tensor_core_support,
     enable_tensor_cores,
     why_unsupported,
@@ -73,9 +75,10 @@ def matmul_tensor_core(
 
 def _check_matmul(A: Tensor, B: Tensor, dtype: torch.dtype) -> None:
     op = "matmul_tensor_core"
-    if dtype not in (torch.float16, torch.bfloat16, torch.float32):
-        raise RuntimeError(f"{op}: dtype must be one of float16, bfloat16, float32, got {dtype}")
+    check_dtype(op, dtype, DTYPES)
     for name, matrix in (("A", A), ("B", B)):
+        if not isinstance(matrix, Tensor):
+            raise RuntimeError(f"{op}: {name} must be a tensor, got {type(matrix).__name__}")
         if not matrix.dtype.is_floating_point:
             raise RuntimeError(f"{op}: {name} must be floating point, got {matrix.dtype}")
         if matrix.ndim < 2:
@@ -101,6 +104,7 @@ class TensorCoreMatMul(nn.Module):
     """
 
     def __init__(self, dtype: torch.dtype = torch.float16) -> None:
+        check_dtype("TensorCoreMatMul", dtype, DTYPES)
         super().__init__()
         self.dtype = dtype
 
@@ -118,11 +122,15 @@ def enable_amp(
     place of float16, whose gradients would underflow without a scaler.
 
     Args:
-        dtype: what autocast computes in; only float16 needs, and gets, an enabled scaler.
+        dtype: what autocast computes in: float16, which needs and gets an enabled scaler, or
+            bfloat16.
         cache_enabled: whether autocast keeps the cast weights for the length of a ``with``.
 
     Returns:
         The scaler, and the context, which may be entered again in every step of a loop.
+
+    Raises:
+        RuntimeError: for a dtype that autocast does not compute in.
 
     Example:
         >>> layer = torch.nn.Linear(4, 1)
@@ -136,6 +144,7 @@ def enable_amp(
         ...     scaler.step(optimizer)
         ...     scaler.update()
     """
+    check_dtype("enable_amp", dtype, (torch.float16, torch.bfloat16))
     if torch.cuda.is_available():
         scaler = torch.amp.GradScaler("cuda", enabled=dtype == torch.float16)
         return scaler, torch.amp.autocast("cuda", dtype=dtype, cache_enabled=cache_enabled)

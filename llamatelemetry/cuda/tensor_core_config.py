@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 @dataclass
@@ -37,6 +40,13 @@ class TensorCoreConfig:
             matmul.allow_bf16_reduced_precision_reduction = self.allow_fp16
         else:
             matmul.allow_fp16_reduced_precision_reduction = self.allow_fp16
+
+
+def check_dtype(op: str, dtype: torch.dtype, known: Sequence[torch.dtype]) -> None:
+    """Refuses a dtype that an op does not know, with a RuntimeError that lists those it does."""
+    if dtype not in known:
+        names = ", ".join(str(one)[6:] for one in known)
+        raise RuntimeError(f"{op}: dtype must be one of {names}, got {dtype}")
 
 
 def check_tensor_core_support(device: int | torch.device = 0) -> bool:
@@ -74,17 +84,21 @@ def enable_tensor_cores(
     """Sets torch's switches for tensor cores, and unsets what is not allowed.
 
     Args:
-        dtype: the 16-bit type to compute in.
+        dtype: the type to compute in: float16, bfloat16, or float32 for TF32.
         allow_tf32: whether float32 products may round their inputs to TF32.
 
     Returns:
         What was set; enabled is False, and a warning says why, where there are no tensor cores.
+
+    Raises:
+        RuntimeError: for another dtype.
 
     Example:
         >>> config = enable_tensor_cores(allow_tf32=False)
         >>> torch.backends.cuda.matmul.allow_tf32
         False
     """
+    check_dtype("enable_tensor_cores", dtype, DTYPES)
     config = TensorCoreConfig(check_tensor_core_support(), dtype, allow_tf32)
     config.apply()
     if not config.enabled:

@@ -208,6 +208,8 @@ def _needs_grad(*tensors: Tensor | None) -> bool:
 def _check(
     op: str, name: str, tensor: Tensor, dtypes: Sequence[torch.dtype], like: Tensor | None = None
 ) -> None:
+    if not isinstance(tensor, Tensor):
+        raise RuntimeError(f"{op}: {name} must be a tensor, got {type(tensor).__name__}")
     if tensor.dtype not in dtypes:
         names = ", ".join(str(dtype)[6:] for dtype in dtypes)
         raise RuntimeError(f"{op}: {name} must be one of {names}, got {str(tensor.dtype)[6:]}")

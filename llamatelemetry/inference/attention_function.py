@@ -72,6 +72,8 @@ def flash_attention_forward(
 def _check_tensors(query: Tensor, key: Tensor, value: Tensor) -> None:
     op = "flash_attention_forward"
     for name, x in (("query", query), ("key", key), ("value", value)):
+        if not isinstance(x, Tensor):
+            raise ValueError(f"{op}: {name} must be a tensor, got {type(x).__name__}")
         if x.ndim != 4:
             raise ValueError(
                 f"{op}: {name} must be [batch, seqlen, num_heads, head_dim], got {list(x.shape)}"

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from llamatelemetry.inference.arguments import integer
+from llamatelemetry.inference.arguments import instance, integer
 from llamatelemetry.inference.continuous import ContinuousBatching as ContinuousBatching
 
 # Names of a function's first parameter that say that it takes a list.
@@ -69,6 +69,7 @@ class BatchInferenceOptimizer:
         count_tokens: Callable[[Any], int] | None = None,
     ) -> None:
         self.config = BatchConfig() if config is None else config
+        instance("BatchInferenceOptimizer: config", self.config, BatchConfig, "a BatchConfig")
         self._count_tokens = count_tokens
 
     def batch_infer(
@@ -95,6 +96,7 @@ class BatchInferenceOptimizer:
         """
         if isinstance(prompts, (str, bytes)):
             raise ValueError(f"prompts must be a list of prompts, got the one text {prompts!r}")
+        instance("prompts", prompts, Iterable, "a list of prompts")
         if not callable(inference_fn):
             raise ValueError(f"inference_fn must be callable, got {inference_fn!r}")
         prompts = list(prompts)

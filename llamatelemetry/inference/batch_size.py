@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
-from llamatelemetry.inference.arguments import integer, real
+from llamatelemetry.inference.arguments import instance, integer, real
 from llamatelemetry.inference.context_length import GB, RESERVED_GB, bytes_per_token
 from llamatelemetry.profiling.memory import check_memory
 from llamatelemetry.profiling.model import arguments, device_of
@@ -89,6 +89,7 @@ def search_batch_size(
         16
     """
     op = "search_batch_size"
+    instance(f"{op}: model", model, nn.Module, "a module")
     if integer(f"{op}: max_batch_size", max_batch_size) < 1:
         raise ValueError(f"{op}: max_batch_size must be at least 1, got {max_batch_size}")
     if not 0 < real(f"{op}: share", share) <= 1:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 
+from llamatelemetry.inference.arguments import real
+
 GB = 1e9
 RESERVED_GB = 1.0  # the CUDA context, cuBLAS workspaces, fragmentation
 _SHORTEST, _LONGEST = 512, 32768
@@ -39,7 +41,7 @@ def get_optimal_context_length(
         8192
     """
     for name, size in (("model_size_b", model_size_b), ("available_vram_gb", available_vram_gb)):
-        if not (size > 0 and math.isfinite(size)):
+        if not (real(f"get_optimal_context_length: {name}", size) > 0 and math.isfinite(size)):
             raise ValueError(
                 f"get_optimal_context_length: {name} must be positive and finite, got {size!r}"
             )

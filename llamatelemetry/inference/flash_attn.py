@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import nn
 
+from llamatelemetry.inference.arguments import instance
 from llamatelemetry.inference.attention_function import (
     check_numbers,
     flash_attention_forward,
@@ -111,12 +112,11 @@ def enable_flash_attention(model: _Model, config: FlashAttentionConfig | None = 
         ...     layer(x, x, x, need_weights=False)[0].shape
         torch.Size([1, 128, 64])
     """
-    config = config or FlashAttentionConfig()
+    config = FlashAttentionConfig() if config is None else config
+    wanted = "a FlashAttentionConfig"
+    instance("enable_flash_attention: config", config, FlashAttentionConfig, wanted)
     window = _checked(config)
-    if not isinstance(model, nn.Module):
-        raise ValueError(
-            f"enable_flash_attention: model must be a module, got {type(model).__name__}"
-        )
+    instance("enable_flash_attention: model", model, nn.Module, "a module")
     if not config.enabled:
         return disable_flash_attention(model)
     from llamatelemetry.models import plain_attention
@@ -164,6 +164,7 @@ def disable_flash_attention(model: _Model) -> _Model:
         >>> type(disable_flash_attention(layer))
         <class 'torch.nn.modules.activation.MultiheadAttention'>
     """
+    instance("disable_flash_attention: model", model, nn.Module, "a module")
     state: _Enabled | None = model.__dict__.pop(_STATE, None)
     if state is None:
         return model

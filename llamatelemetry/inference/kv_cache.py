@@ -60,7 +60,7 @@ class KVCache(ServesTransformers):
 
     def length(self, layer_idx: int) -> int:
         """Tokens of each sequence in a layer; max_seq_length once positions were given."""
-        size = self._sizes[layer_idx]
+        size = self._sizes[self._layer("length", layer_idx)]
         if size is None:
             return 0
         return self.config.max_seq_length if size[1] is None else size[1]
@@ -123,7 +123,7 @@ class KVCache(ServesTransformers):
     def get(self, layer_idx: int) -> tuple[Tensor, Tensor] | None:
         """Views of a layer's keys and values, [batch, length, num_kv_heads, head_dim]; None while
         it is empty."""
-        size = self._sizes[layer_idx]
+        size = self._sizes[self._layer("get", layer_idx)]
         if size is None:
             return None
         batch, length = size[0], self.length(layer_idx)
@@ -163,13 +163,19 @@ class KVCache(ServesTransformers):
 
         return contiguous_cache(self)
 
+    def _layer(self, method: str, layer_idx: int) -> int:
+        """layer_idx, refused where there is no such layer."""
+        name, count = f"KVCache.{method}: layer_idx", self.config.num_layers
+        if not 0 <= integer(name, layer_idx) < count:
+            raise ValueError(f"{name} must lie in [0, {count}), got {layer_idx}")
+        return layer_idx
+
     def _check(self, layer_idx: int, k: Tensor, v: Tensor) -> tuple[int, int]:
         config, op = self.config, "KVCache.update"
+        for name, x in (("k", k), ("v", v)):
+            instance(f"{op}: {name}", x, Tensor, "a tensor")
         inference_only(op, k=k, v=v)
-        if not 0 <= layer_idx < config.num_layers:
-            raise ValueError(
-                f"{op}: layer_idx must lie in [0, {config.num_layers}), got {layer_idx}"
-            )
+        self._layer("update", layer_idx)
         size = self._sizes[layer_idx]
         tail = (config.kv_heads, config.head_dim)
         for name, x in (("k", k), ("v", v)):
@@ -250,5 +256,6 @@ def restore_kv_cache(model: _Model) -> _Model:
     """
     from llamatelemetry.inference.model_cache import restore
 
+    instance("restore_kv_cache: model", model, torch.nn.Module, "a module")
     restore(model)
     return model

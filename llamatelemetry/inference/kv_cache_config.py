@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from llamatelemetry.inference.arguments import integer
+from llamatelemetry.inference.arguments import instance, integer
 
 
 class ServesTransformers:
@@ -30,7 +30,7 @@ class KVCacheConfig:
         device: None is torch's default device.
 
     Raises:
-        ValueError: for a size below 1, by name.
+        ValueError: for a size below 1 and for another dtype, by name.
 
     Example:
         >>> KVCacheConfig(max_batch_size=1, num_layers=32, num_heads=32, num_kv_heads=8).num_bytes
@@ -51,6 +51,10 @@ class KVCacheConfig:
             self._check(name)
         if self.num_kv_heads is not None:
             self._check("num_kv_heads")
+        if not isinstance(self.dtype, torch.dtype) or not self.dtype.is_floating_point:
+            raise ValueError(
+                f"KVCacheConfig: dtype must be a floating-point torch.dtype, got {self.dtype!r}"
+            )
         if self.num_heads % self.kv_heads:
             raise ValueError(
                 f"KVCacheConfig: num_kv_heads must divide num_heads = {self.num_heads}, got "
@@ -77,6 +81,9 @@ def kv_cache_bytes(
 ) -> int:
     """``2 * num_layers * num_kv_heads * head_dim * num_tokens * bytes of dtype``: keys and values.
 
+    Raises:
+        ValueError: for a count that is no whole number of at least 0, by name.
+
     Returns:
         Bytes; Llama-2-70B at 8192 tokens in float16 takes 2.7 GB, and 21.5 GB had it as many key
         heads as query heads.
@@ -85,4 +92,14 @@ def kv_cache_bytes(
         >>> kv_cache_bytes(80, 8, 128, 8192, torch.float16)
         2684354560
     """
+    counts = {
+        "num_layers": num_layers,
+        "num_kv_heads": num_kv_heads,
+        "head_dim": head_dim,
+        "num_tokens": num_tokens,
+    }
+    for name, count in counts.items():
+        if integer(f"kv_cache_bytes: {name}", count) < 0:
+            raise ValueError(f"kv_cache_bytes: {name} must be at least 0, got {count}")
+    instance("kv_cache_bytes: dtype", dtype, torch.dtype, "a torch.dtype")
     return 2 * num_layers * num_kv_heads * head_dim * num_tokens * dtype.itemsize

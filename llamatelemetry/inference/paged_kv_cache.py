@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llamatelemetry.inference.arguments import integer
+from llamatelemetry.inference.arguments import instance, integer
 from llamatelemetry.inference.block_manager import BlockManager
 from llamatelemetry.inference.kv_cache_config import KVCacheConfig, ServesTransformers
 from llamatelemetry.inference.kv_pages import KvPages
@@ -44,6 +44,8 @@ class PagedKVCache(ServesTransformers):
         block_size: int | None = None,
         **sizes: Any,
     ) -> None:
+        if config is not None:
+            instance("PagedKVCache: config", config, KVCacheConfig, "a KVCacheConfig")
         if config is not None and sizes:
             raise ValueError(
                 f"PagedKVCache: sizes must come from config or keywords, got both: {sorted(sizes)}"
@@ -138,8 +140,12 @@ class PagedKVCache(ServesTransformers):
 
     def slot_mapping(self, sequence: Hashable, begin: int = 0) -> Tensor:
         """Slots of the sequence's tokens from begin on, [num_tokens] int64."""
-        device = self.pages.device
-        positions = torch.arange(begin, self.length(sequence), device=device)
+        device, length = self.pages.device, self.length(sequence)
+        if not 0 <= integer("PagedKVCache.slot_mapping: begin", begin) <= length:
+            raise ValueError(
+                f"PagedKVCache.slot_mapping: begin must lie in [0, {length}], got {begin}"
+            )
+        positions = torch.arange(begin, length, device=device)
         starts = torch.tensor([0, len(positions)], dtype=torch.int32).to(device)
         return slot_mapping(positions, self.block_table([sequence]), starts, self.pages.page_size)
 
@@ -149,7 +155,7 @@ class PagedKVCache(ServesTransformers):
         Returns:
             The layer's pages, (k, v), as paged_attention takes them.
         """
-        k_pages, v_pages = self.pages.layers[layer_idx]
+        k_pages, v_pages = self._layer("update", layer_idx)
         append_kv_(k, v, k_pages, v_pages, slots)
         return k_pages, v_pages
 
@@ -159,7 +165,7 @@ class PagedKVCache(ServesTransformers):
         slots = self.slot_mapping(sequence)
         if not len(slots):
             return None
-        k, v = (pages.flatten(0, 1)[slots] for pages in self.pages.layers[layer_idx])
+        k, v = (pages.flatten(0, 1)[slots] for pages in self._layer("get", layer_idx))
         return k, v
 
     def for_transformers(self, sequences: Sequence[Hashable]) -> Any:
@@ -176,6 +182,13 @@ class PagedKVCache(ServesTransformers):
                 f"PagedKVCache.{method}: sequences must be at most max_batch_size = {limit}, got "
                 f"{count} + {more}; free one or use a larger cache"
             )
+
+    def _layer(self, method: str, layer_idx: int) -> tuple[Tensor, Tensor]:
+        """The pages of a layer."""
+        name, count = f"PagedKVCache.{method}: layer_idx", self.config.num_layers
+        if not 0 <= integer(name, layer_idx) < count:
+            raise ValueError(f"{name} must lie in [0, {count}), got {layer_idx}")
+        return self.pages.layers[layer_idx]
 
     def _check_length(self, method: str, sequence: Hashable, begin: int, more: int) -> None:
         limit = self.config.max_seq_length

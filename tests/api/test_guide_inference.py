@@ -6,6 +6,7 @@ from concurrent.futures import CancelledError
 
 import pytest
 import torch
+from engines import make_engine
 from families import VOCAB, tiny_model
 from torch import nn
 from torch.nn import functional as F
@@ -60,6 +61,33 @@ def test_flash_attention_of_a_model(device):
     assert torch.equal(model(ids).logits, before)
 
 
+def test_flash_attention_of_any_module(device):
+    with torch.inference_mode(False):
+        layer = nn.MultiheadAttention(64, 4, batch_first=True).eval().to(device)
+    x = torch.randn(2, 40, 64, device=device)
+    before = layer(x, x, x, need_weights=False)[0]
+    enable_flash_attention(layer)
+    close(layer(x, x, x, need_weights=False)[0], before, rtol=1e-4, atol=1e-5)
+    enable_flash_attention(layer, FlashAttentionConfig(window_size=(0, 0)))
+    near = layer(x, x, x, need_weights=False)[0]  # each query sees its own key alone
+    values = F.linear(x, layer.in_proj_weight[128:], layer.in_proj_bias[128:])
+    close(near, layer.out_proj(values), rtol=1e-4, atol=1e-5)
+    disable_flash_attention(layer)
+    assert torch.equal(layer(x, x, x, need_weights=False)[0], before)
+
+
+def test_flash_attention_with_gradients_and_dropout(device):
+    q, k, v = torch.randn(3, 1, 32, 4, 64, device=device)
+    assert flash_attention_forward(q, k, v, window_size=None).is_contiguous()
+    with torch.inference_mode(False), torch.enable_grad():
+        q, k, v = (x.clone().requires_grad_() for x in (q, k, v))
+        dropped = flash_attention_forward(q, k, v, dropout_p=0.5)
+        whole = flash_attention_forward(q, k, v)
+        dropped.square().sum().backward()
+    assert not torch.allclose(dropped, whole, atol=1e-3)
+    assert all(x.grad.isfinite().all() and x.grad.any() for x in (q, k, v))
+
+
 # KV caches
 
 
@@ -86,6 +114,16 @@ def test_kv_cache(device):
     assert cache.get(1) is None
     cache.clear()
     assert cache.get(0) is None
+
+
+def test_kv_cache_honours_positions(device):
+    sizes = {"num_layers": 1, "num_heads": 2, "head_dim": 16, "dtype": torch.float32}
+    cache = KVCache(KVCacheConfig(max_batch_size=1, max_seq_length=8, device=device, **sizes))
+    k, v = torch.randn(2, 1, 3, 2, 16, device=device)
+    keys, values = cache.update(0, k, v, positions=torch.tensor([4, 0, 6], device=device))
+    assert torch.equal(keys[0, [4, 0, 6]], k[0])
+    assert torch.equal(values[0, [4, 0, 6]], v[0])
+    assert not keys[0, [1, 2, 3, 5, 7]].any()
 
 
 def test_paged_kv_cache(device):
@@ -126,6 +164,19 @@ def test_generate_with_our_cache(device):
 
 
 # Batching
+
+
+def test_engine(tmp_path, device):
+    engine, _ = make_engine(tmp_path, device)
+    results = [engine.infer([5, 9, 2], max_tokens=6, seed=seed) for seed in (0, 0, 1)]
+    assert [result.success for result in results] == [True] * 3, results[0].error_message
+    assert results[0].text == results[1].text
+    assert {result.tokens_generated for result in results} == {6}
+    assert min(result.tokens_per_sec for result in results) > 0
+    prompts = [[5, 9, 2], [7, 1], [11, 3, 8]]
+    several = batch_inference_optimized(prompts, engine, max_tokens=4, temperature=0.0)
+    alone = [engine.infer(prompt, max_tokens=4, temperature=0.0).text for prompt in prompts]
+    assert [result.text for result in several] == alone
 
 
 def test_batches(device):

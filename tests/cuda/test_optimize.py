@@ -177,7 +177,7 @@ def test_dtype_follows_the_gpu():
     old = plan_optimization(model, torch.bfloat16, (7, 5))
     assert old.dtype == torch.float16
     assert "float16 for bfloat16, which needs compute capability 8.0, got 7.5" in old.notes
-    with pytest.raises(RuntimeError, match="dtype must be float16 or bfloat16"):
+    with pytest.raises(RuntimeError, match="dtype must be one of float16, bfloat16"):
         optimize_for_tensor_cores(model, torch.float32)
     model.lm_head.weight[0, 0] = 1e5
     with pytest.raises(RuntimeError, match=r"weights must be within float16's 65504.*bfloat16"):

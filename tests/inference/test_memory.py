@@ -84,7 +84,7 @@ def test_a_context_fits_where_its_scores_do_not():
 
 @pytest.mark.gpu
 def test_a_context_fits_where_its_scores_do_not_on_a_gpu():
-    device = torch.device("cuda")
+    device = torch.device("cuda", torch.cuda.current_device())
     q, k, v = torch.randn(3, 1, 8192, 8, 64, device=device, dtype=torch.float16)
     flash_attention_forward(q, k, v)
     torch.cuda.empty_cache()
