@@ -14,7 +14,11 @@ from llamatelemetry.inference.frozen import Frozen
 from llamatelemetry.inference.recording import Recording, RecordingError
 from llamatelemetry.inference.sampling import GREEDY, SamplingTensors, sampling_tensors
 from llamatelemetry.inference.step import Chunk, prepare
-from llamatelemetry.models.patching import forward_tokens, why_not_forward_tokens
+from llamatelemetry.models.patching import (
+    embedding_of,
+    forward_tokens,
+    why_not_forward_tokens,
+)
 from llamatelemetry.models.step_input import DecoderState
 from llamatelemetry.ops import advance_step_
 
@@ -52,6 +56,7 @@ class DecodeStep:
         self._model, self._state, self._page_size = model, state, size
         self._replay: Callable[[], None] | None = None
         self._frozen: Frozen | None = None  # of the run that was recorded or captured
+        self._embed: Callable[[Tensor, Tensor], Tensor] | None = None  # before each replay
 
     @property
     def width(self) -> int:
@@ -143,6 +148,8 @@ class DecodeStep:
         if _hooked(self._model):  # a replay would not call them
             self._replay = self._run_eagerly
             return self._run_eagerly()
+        self._embed = embedding_of(self._model)
+        self._put_embedded()
         try:
             with Recording() as recording:
                 self._run_forward()
@@ -150,6 +157,7 @@ class DecodeStep:
                     self._draw()
         except RecordingError as error:
             _log.info("decoding eagerly: %s", error)
+            self._embed = self.input.embedded = None
             self._replay = self._run_eagerly
             return self._run_eagerly()
         self.mode = "recorded"
@@ -157,13 +165,26 @@ class DecodeStep:
         self._replay = recording.replay
         if self.draws_outside:
             self._draw()
-            self._replay = self._replay_and_draw
+        if self.draws_outside or self._embed is not None:
+            self._replay = self._replay_and_more
         return None
 
-    def _replay_and_draw(self) -> None:
+    def _replay_and_more(self) -> None:
+        """A replay between what no recording holds."""
         assert self.recording is not None
+        self._put_embedded()
         self.recording.replay()
-        self._draw()
+        if self.draws_outside:
+            self._draw()
+
+    def _put_embedded(self) -> None:
+        if self._embed is None:
+            return
+        rows = self._embed(self.input_ids, self.input.positions)
+        if self.input.embedded is None:
+            with torch.inference_mode(False):  # later runs may be in another mode
+                self.input.embedded = torch.empty_like(rows)
+        self.input.embedded.copy_(rows)
 
     def _capture(self) -> None:
         """Runs once, which warms up what the capture must not do, then captures for later runs.

@@ -6,6 +6,7 @@ import ctypes
 from types import TracebackType
 from typing import Any
 
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from llamatelemetry._native import library
@@ -38,12 +39,27 @@ class RecordingError(RuntimeError):
 class _OnlyOurOps(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         namespace, _, name = func._schema.name.partition("::")
-        if not (namespace == "llamatelemetry" or func.is_view or name in _NO_WORK):
-            raise RecordingError(
-                f"Recording: every op must be llamatelemetry's or a view, got {func}; its "
-                "work would be missing from the replay, so do it before the recording"
-            )
-        return func(*args, **(kwargs or {}))
+        is_ours = namespace == "llamatelemetry" or name in _NO_WORK
+        if not (is_ours or func.is_view):
+            raise _refusal(func)
+        out = func(*args, **(kwargs or {}))
+        # contiguous and reshape are views, or copies where the strides ask for one.
+        if not is_ours and not _is_view_of(args[0], out):
+            raise _refusal(func)
+        return out
+
+
+def _refusal(func: Any) -> RecordingError:
+    return RecordingError(
+        f"Recording: every op must be llamatelemetry's or a view, got {func}; its work would be "
+        "missing from the replay, so do it before the recording"
+    )
+
+
+def _is_view_of(base: Tensor, out: Any) -> bool:
+    parts = (out,) if isinstance(out, Tensor) else out
+    pointer = base.untyped_storage().data_ptr()
+    return all(part.untyped_storage().data_ptr() == pointer for part in parts)
 
 
 class Recording:

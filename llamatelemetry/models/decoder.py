@@ -15,6 +15,7 @@ from llamatelemetry.models.opset import OpSet
 from llamatelemetry.models.pieces.attention import Attention, rope_angles
 from llamatelemetry.models.pieces.base import Piece
 from llamatelemetry.models.pieces.layer import DecoderLayer, add_norm, norm_of, number_of
+from llamatelemetry.models.pieces.linear import head_of
 from llamatelemetry.models.pieces.mlp import GatedMlp, UngatedMlp
 from llamatelemetry.models.pieces.norm import NormFunction
 from llamatelemetry.models.pieces.watch import has_hooks
@@ -108,7 +109,9 @@ class Decoder:
     def forward(self, input_ids: Tensor, step: StepInput, state: DecoderState) -> Tensor:
         """Logits of the last token of each sequence, or of those kept, [batch, vocab_size]."""
         last, norm = self.blocks[-1], self.first_norm
-        residual = self._embedded(input_ids, step.positions)
+        residual = step.embedded
+        if residual is None:
+            residual = self.embed(input_ids, step.positions)
         x = residual if norm is None else norm(residual)
         for block, (k_cache, v_cache) in zip(self.blocks, state.caches, strict=True):
             attend = partial(
@@ -123,9 +126,10 @@ class Decoder:
                 ends = step.cu_seqlens_q[1:] - 1 if step.kept is None else step.kept
                 x, residual = x[ends], residual[ends]
             x = add_norm(x, residual, block.next_norm)
-        return self._scaled(self.model.get_output_embeddings()(x))
+        return self._scaled(head_of(self.model.get_output_embeddings(), self.ops)(x))
 
-    def _embedded(self, input_ids: Tensor, positions: Tensor) -> Tensor:
+    def embed(self, input_ids: Tensor, positions: Tensor) -> Tensor:
+        """What the first layer takes, [num_tokens, hidden_size]."""
         x = self.stack.embedding(input_ids)
         multiplier = number_of(self.stack.module, self.stack.spec.embedding_multiplier)
         if multiplier != 1.0:

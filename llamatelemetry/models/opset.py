@@ -20,6 +20,8 @@ class OpSet:
     """What a decoder layer is computed with; signatures are those of ``llamatelemetry.ops``.
 
     Attributes:
+        linear: x, weight, bias, residual, activation as ops.linear has them; None leaves linears
+            to their own forward.
         gated: name of an activation in transformers' configs -> ``act(gate) * up`` of both side by
             side.
         activations: likewise ``act(x)``.
@@ -37,6 +39,7 @@ class OpSet:
     rope_append_kv_: Callable[..., None]
     flash_attn_varlen: Callable[..., Tensor]
     paged_attention: Callable[..., Tensor]
+    linear: Callable[[Tensor, Tensor, Tensor | None, Tensor | None, str | None], Tensor] | None
     gated: Mapping[str, Callable[[Tensor], Tensor]]
     activations: Mapping[str, Callable[[Tensor], Tensor]]
     all_reduce: Callable[[Tensor], Tensor]
@@ -56,27 +59,35 @@ class OpSet:
         )
 
 
+# Name of an activation in transformers' configs -> that of its op, and in ops.linear.
+GATED = {
+    "silu": "silu_and_mul",
+    "swish": "silu_and_mul",
+    "gelu": "gelu_and_mul",
+    "gelu_pytorch_tanh": "gelu_tanh_and_mul",
+    "gelu_new": "gelu_tanh_and_mul",
+}
+
+
 def _gated(silu: Any, gelu: Any, gelu_tanh: Any) -> dict[str, Callable[[Tensor], Tensor]]:
-    return {
-        "silu": silu,
-        "swish": silu,
-        "gelu": gelu,
-        "gelu_pytorch_tanh": gelu_tanh,
-        "gelu_new": gelu_tanh,
-    }
+    by_op = {"silu_and_mul": silu, "gelu_and_mul": gelu, "gelu_tanh_and_mul": gelu_tanh}
+    return {name: by_op[op] for name, op in GATED.items()}
+
+
+ACTIVATIONS = {  # likewise, without a gate
+    "relu": "relu",
+    "relu2": "relu2",
+    "silu": "silu",
+    "swish": "silu",
+    "gelu": "gelu",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_new": "gelu_tanh",
+}
+OF_LINEAR = ("relu", "silu", "gelu", "gelu_tanh")  # those that ops.linear has
 
 
 def _activations(activation: Callable[..., Tensor]) -> dict[str, Callable[[Tensor], Tensor]]:
-    kinds = {
-        "relu": "relu",
-        "relu2": "relu2",
-        "silu": "silu",
-        "swish": "silu",
-        "gelu": "gelu",
-        "gelu_pytorch_tanh": "gelu_tanh",
-        "gelu_new": "gelu_tanh",
-    }
-    return {name: partial(activation, kind=kind) for name, kind in kinds.items()}
+    return {name: partial(activation, kind=kind) for name, kind in ACTIVATIONS.items()}
 
 
 def _alone(x: Tensor) -> Tensor:
@@ -123,6 +134,7 @@ NATIVE = OpSet(
     rope_append_kv_=_ops.rope_append_kv_.default,
     flash_attn_varlen=_native_varlen,
     paged_attention=_native_paged,
+    linear=_ops.linear.default,
     gated=_gated(
         _ops.silu_and_mul.default, _ops.gelu_and_mul.default, _ops.gelu_tanh_and_mul.default
     ),
@@ -202,6 +214,7 @@ REFERENCE = OpSet(
     rope_append_kv_=reference.rope_append_kv_,
     flash_attn_varlen=_exact_varlen,
     paged_attention=_exact_paged,
+    linear=None,
     gated=_gated(
         _in_float64(reference.silu_and_mul),
         _in_float64(reference.gelu_and_mul),

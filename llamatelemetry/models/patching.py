@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,11 +23,13 @@ from llamatelemetry.models.report import PatchReport
 from llamatelemetry.models.stack import Stack
 from llamatelemetry.models.step_input import DecoderState, StepInput
 from llamatelemetry.models.whole import WholeProbe, whole_decoder
+from llamatelemetry.quantization.modules import QuantEmbedding
 
 __all__ = [
     "FAMILIES",
     "PatchReport",
     "bindings",
+    "embedding_of",
     "forward_tokens",
     "patch",
     "rope_state",
@@ -227,6 +229,15 @@ def forward_tokens(model: Any, input_ids: Tensor, step: StepInput, state: Decode
     if reason is not None:
         raise RuntimeError(f"forward_tokens: {reason}; call unpatch(model) and patch(model) again")
     return decoder.forward(input_ids, step, state)
+
+
+def embedding_of(model: Any) -> Callable[[Tensor, Tensor], Tensor] | None:
+    """What makes StepInput.embedded of ids and positions, for a forward that is recorded; None
+    where the recording can hold the look-up, or there is no packed forward."""
+    decoder, _ = _current_decoder(model, renew=True)
+    if decoder is None or isinstance(decoder.stack.embedding, QuantEmbedding):
+        return None
+    return torch.no_grad()(decoder.embed)
 
 
 def _current_decoder(model: Any, renew: bool) -> tuple[Decoder | None, str | None]:

@@ -21,6 +21,8 @@ class StepInput:
         max_seqlen_q: most tokens that one sequence has in this step; 1 is a decode step
         is_whole: whether every sequence begins with this step: its keys are this step's own
         kept: [num_kept] int64, the tokens whose logits are asked for; None for each sequence's last
+        embedded: [num_tokens, hidden_size], the tokens as the first layer takes them, which a
+            forward writes over; None has it look them up
     """
 
     positions: Tensor
@@ -31,6 +33,7 @@ class StepInput:
     max_seqlen_q: int
     is_whole: bool
     kept: Tensor | None = None
+    embedded: Tensor | None = None
 
 
 @dataclass(frozen=True)

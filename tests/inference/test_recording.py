@@ -8,7 +8,7 @@ import pytest
 import torch
 from op_checks import assert_refuses
 
-from llamatelemetry.inference.recording import Recording
+from llamatelemetry.inference.recording import Recording, RecordingError
 from llamatelemetry.ops import rms_norm
 
 
@@ -86,3 +86,12 @@ def test_refusals():
     record(
         lambda: rms_norm(x, weight)[:, :4].view(2, 2, 2)
     ).replay()  # after refusals it still works
+
+
+def test_a_copy_that_calls_itself_a_view_is_refused():
+    x = torch.randn(4, 96)
+    for copies in (lambda: x.t().contiguous(), lambda: x.t().reshape(-1)):
+        # In inference mode they reach the recording whole.
+        with torch.inference_mode(), pytest.raises(RecordingError, match="got aten"):
+            record(copies)
+    record(lambda: x.contiguous().reshape(-1))

@@ -18,13 +18,8 @@ from llamatelemetry.models.pieces.base import (
     take_cache,
     without_encoder,
 )
-from llamatelemetry.models.pieces.merge import (
-    Joined,
-    columns_of,
-    merge_runs,
-    rows_of,
-    unmerge_linears,
-)
+from llamatelemetry.models.pieces.linear import Joined
+from llamatelemetry.models.pieces.merge import columns_of, merge_runs, rows_of, unmerge_linears
 from llamatelemetry.models.pieces.norm import EPS_NAMES, eps_of, offset_of
 from llamatelemetry.models.spec import LayerSpec
 from llamatelemetry.models.step_input import StepInput
@@ -115,7 +110,7 @@ class Attention(Piece):
         self.projections = []
         rest = self.linears
         for linear, count in merge_runs(self.linears):
-            joined, rest = Joined(linear, rest[:count]), rest[count:]
+            joined, rest = Joined(linear, rest[:count], self.ops), rest[count:]
             if count > 1:
                 self.merged.append(linear)
             parts = 3 if len(self.linears) == 1 else count
@@ -132,7 +127,7 @@ class Attention(Piece):
             )
             del heads[:parts], norms[:parts]
         self.packed = self._packed()
-        self.o = output.forward
+        self.o = Joined(output, (), self.ops)
 
     def _packed(self) -> tuple[Tensor | None, Tensor | None, float, float] | None:
         """The norms as rope_append_kv_ takes them, where it does this layer's work; else None."""

@@ -66,19 +66,6 @@ def _joined(parts: Sequence[Tensor]) -> Tensor:
     return first.as_strided((rows, *first.shape[1:]), first.stride(), 0)
 
 
-class Joined:
-    """Linears over one input as one."""
-
-    def __init__(self, merged: Any, linears: Sequence[Any]) -> None:
-        self.merged, self.linears = merged, list(linears)
-
-    def __call__(self, x: Tensor) -> Tensor:
-        # A graph reads the linears' own weights, wherever they lie when it runs.
-        if len(self.linears) > 1 and torch.compiler.is_compiling():
-            return torch.cat([linear(x) for linear in self.linears], -1)
-        return self.merged.forward(x)
-
-
 def is_plain(tensor: Tensor) -> bool:
     """Whether a weight is memory and nothing else, so that others may take a view of it."""
     return (

@@ -7,9 +7,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from llamatelemetry.models.opset import NATIVE, OpSet
+from llamatelemetry.models.opset import ACTIVATIONS, GATED, NATIVE, OF_LINEAR, OpSet
 from llamatelemetry.models.pieces.base import Piece
-from llamatelemetry.models.pieces.merge import Joined, merge_linears, unmerge_linears
+from llamatelemetry.models.pieces.linear import Joined
+from llamatelemetry.models.pieces.merge import merge_linears, unmerge_linears
 from llamatelemetry.models.spec import LayerSpec
 
 
@@ -23,7 +24,7 @@ class GatedMlp(Piece):
         activation = getattr(config, spec.activation)
         if activation not in ops.gated:
             raise ValueError(f"activation must be one of {sorted(ops.gated)}, got {activation!r}")
-        self.act_and_mul = ops.gated[activation]
+        self.activation = activation
         self.bind()
 
     def bind(self) -> None:
@@ -34,8 +35,9 @@ class GatedMlp(Piece):
                 f"{' and '.join(self.spec.gate_up)} must be alike to become one linear"
             )
         self.merged = [merged] if len(self.linears) > 1 else []
-        self.gate_up = Joined(merged, self.linears)
-        self.down = getattr(self.module, self.spec.down).forward
+        after, name = self.ops.gated[self.activation], GATED[self.activation]
+        self.gate_up = Joined(merged, self.linears, self.ops, after, name)
+        self.down = Joined(getattr(self.module, self.spec.down), (), self.ops)
 
     def merged_names(self) -> Sequence[str]:
         return self.spec.gate_up
@@ -44,7 +46,7 @@ class GatedMlp(Piece):
         unmerge_linears(self.linears)
 
     def step(self, x: Tensor) -> Tensor:
-        return self.ops.all_reduce(self.down(self.act_and_mul(self.gate_up(x))))
+        return self.ops.all_reduce(self.down(self.gate_up(x)))
 
     def forward(self, *args: Tensor, **kwargs: Tensor) -> Tensor:
         if self.stands_aside(args, kwargs):
@@ -63,16 +65,18 @@ class UngatedMlp(Piece):
         name = getattr(config, spec.activation)
         if name not in ops.activations:
             raise ValueError(f"activation must be one of {sorted(ops.activations)}, got {name!r}")
-        self.activation = ops.activations[name]
+        self.activation = name
         self.bind()
 
     def bind(self) -> None:
         (up,) = self.spec.gate_up
-        self.up = getattr(self.module, up).forward
-        self.down = getattr(self.module, self.spec.down).forward
+        after, name = self.ops.activations[self.activation], ACTIVATIONS[self.activation]
+        own = name if name in OF_LINEAR else None
+        self.up = Joined(getattr(self.module, up), (), self.ops, after, own)
+        self.down = Joined(getattr(self.module, self.spec.down), (), self.ops)
 
     def step(self, x: Tensor) -> Tensor:
-        return self.ops.all_reduce(self.down(self.activation(self.up(x))))
+        return self.ops.all_reduce(self.down(self.up(x)))
 
     def forward(self, *args: Tensor, **kwargs: Tensor) -> Tensor:
         if self.stands_aside(args, kwargs):
