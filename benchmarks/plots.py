@@ -41,8 +41,9 @@ def draw(name: str, path: Path) -> None:
         theirs = next(iter(row.baselines.values()))
         speedup = median(b / a for a, b in zip(row.ours, theirs, strict=True))
         groups.setdefault(model, {})[f"{label}|{part}"] = speedup
+    size = (max(5.4 * len(groups), 6.8), 3.8)  # as wide as the legend at least
     figure, axes = pyplot.subplots(
-        1, len(groups), figsize=(5.4 * len(groups), 3.8), squeeze=False, layout="constrained"
+        1, len(groups), figsize=size, squeeze=False, layout="constrained"
     )
     for axis, (model, bars) in zip(axes[0], groups.items(), strict=True):
         labels = list(dict.fromkeys(key.split("|")[0] for key in bars))
@@ -63,7 +64,8 @@ def draw(name: str, path: Path) -> None:
         axis.set_ylabel("times as fast as transformers eager")
         axis.spines[["top", "right"]].set_visible(False)
     handles, parts = axes[0][0].get_legend_handles_labels()
-    figure.legend(handles, parts, frameon=False, fontsize=8, loc="outside upper center", ncols=6)
+    where = "outside upper center"
+    figure.legend(handles, parts, frameon=False, fontsize=8, loc=where, ncols=3 * len(groups))
     where = environment["cpu"] if name.endswith("cpu") else environment["gpus"][0]["name"]
     figure.supxlabel(f"{where}, commit {environment['commit']}", fontsize=7)
     figure.savefig(path, metadata={"Description": fingerprint(name), "Date": None})
