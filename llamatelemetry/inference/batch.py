@@ -11,6 +11,8 @@ from typing import Any
 
 from llamatelemetry.inference.arguments import instance, integer
 from llamatelemetry.inference.continuous import ContinuousBatching as ContinuousBatching
+from llamatelemetry.inference.engine import InferenceEngine as InferenceEngine
+from llamatelemetry.inference.engine import InferResult as InferResult
 
 # Names of a function's first parameter that say that it takes a list.
 _PLURAL = {"prompts", "batch", "inputs", "texts", "requests", "batch_prompts"}

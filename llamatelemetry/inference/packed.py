@@ -6,7 +6,7 @@ import warnings
 from typing import Any
 
 from llamatelemetry.inference.kv_pages import floating_parameter
-from llamatelemetry.models.patching import PatchReport, patch, unpatch
+from llamatelemetry.models.patching import PatchReport, patch, why_not_forward_tokens
 from llamatelemetry.models.pieces.watch import SERVED
 
 
@@ -54,16 +54,12 @@ def why_not_packed(model: Any) -> str | None:
     like = floating_parameter(model)
     if like.dtype not in SERVED:
         return f"its dtype must be float32, float16 or bfloat16, got {like.dtype}"
-    if patched.decoder is not None and (reason := patched.decoder.why_not()) is not None:
-        if any(m._forward_hooks or m._forward_pre_hooks for m in model.modules()):
-            return str(reason)  # patching would call the hooks, and hooks may go again
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            unpatch(model)
-            patch(model, ops=patched.ops)
-        patched = model._llamatelemetry
+    # Patching anew would call hooks, and hooks may go again.
+    is_hooked = any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    reason = why_not_forward_tokens(model, renew=not is_hooked)
+    patched = model._llamatelemetry
     if patched.decoder is not None:
-        return patched.decoder.why_not()
+        return reason
     report: PatchReport = patched.report
     if report.not_packed is not None:
         return report.not_packed

@@ -210,6 +210,13 @@ def test_every_public_name_is_in_a_table():
     assert package.FLASH_ATTN_AVAILABLE is package.check_flash_attention_available()
 
 
+def test_the_engine_is_in_the_module_that_notebooks_import_it_from():
+    from llamatelemetry.inference import batch
+
+    assert batch.InferenceEngine is package.InferenceEngine
+    assert batch.InferResult is package.InferResult
+
+
 def test_importing_the_package_loads_none_of_its_modules():
     code = (
         "import sys, llamatelemetry.inference\n"

@@ -8,54 +8,15 @@ from functools import partial
 
 import pytest
 import torch
-from families import VOCAB, tiny_model
+from cached_models import cache_name, cached_models, prompt, started
 from transformers import DynamicCache
 
 from llamatelemetry.inference import packed_rows, shared_pages
-from llamatelemetry.inference.kv_cache import optimize_kv_cache
-from llamatelemetry.inference.packed_cache import PackedCache
 from llamatelemetry.inference.runner import StepRunner
-from llamatelemetry.models.patching import patch
-from llamatelemetry.models.pieces.base import CACHE_NAMES
-
-GREEDY = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
 
 
-@pytest.fixture
-def models(device):
-    """(plain, ours) of a family, where nothing is an inference tensor."""
-
-    def make(family="llama"):
-        plain = tiny_model(family, device)
-        with torch.inference_mode(False), torch.no_grad():
-            ours = copy.deepcopy(plain)
-            patch(ours, strict=True)
-            return plain, optimize_kv_cache(ours)
-
-    return make
-
-
-def prompt(device, length=9):
-    return torch.randint(1, VOCAB, (2, length), device=device)
-
-
-def cache_name(model):
-    return next(name for name in CACHE_NAMES if name in model.forward._parameters)
-
-
-def started(model, ids, mask=None):
-    """A cache with ids in it."""
-    mask = torch.ones_like(ids) if mask is None else mask
-    out = model.generate(
-        ids, attention_mask=mask, **GREEDY | {"max_new_tokens": 1}, return_dict_in_generate=True
-    )
-    cache = out[cache_name(model)]
-    assert isinstance(cache, PackedCache)
-    return cache
-
-
-def test_crop_and_selection(device, models):
-    plain, ours = models()
+def test_crop_and_selection(device):
+    plain, ours = cached_models(device)
     name = cache_name(ours)
     ids, more = prompt(device, 12), prompt(device, 1)
     for change in (
@@ -81,11 +42,11 @@ def test_crop_and_selection(device, models):
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_any_sequence_of_changes_is_that_of_a_plain_cache(seed, device, models, monkeypatch):
+def test_any_sequence_of_changes_is_that_of_a_plain_cache(seed, device, monkeypatch):
     """Small pages, so that rows share, copy and outgrow them."""
     monkeypatch.setattr(shared_pages, "StepRunner", partial(StepRunner, page_size=4))
     monkeypatch.setattr(packed_rows, "_PAGES_AT_ONCE", 1)
-    plain, ours = models("ministral" if seed % 2 else "llama")
+    plain, ours = cached_models(device, "ministral" if seed % 2 else "llama")
     name, choose = cache_name(ours), random.Random(seed)
     mask = torch.ones(2, 6, dtype=torch.int64, device=device)
     mask[0, : 2 * (seed % 3)] = 0
@@ -127,8 +88,8 @@ def test_any_sequence_of_changes_is_that_of_a_plain_cache(seed, device, models, 
     assert all(cache.rows is not None for cache, _, _ in pairs)
 
 
-def test_padding_that_was_left_out_cannot_be_shown(device, models):
-    _, ours = models()
+def test_padding_that_was_left_out_cannot_be_shown(device):
+    _, ours = cached_models(device)
     mask = torch.ones(2, 9, dtype=torch.int64, device=device)
     mask[1, :2] = 0
     cache = started(ours, prompt(device), mask)

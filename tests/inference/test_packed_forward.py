@@ -8,6 +8,7 @@ import threading
 
 import pytest
 import torch
+from cached_models import GREEDY, cache_name, cached_models, prompt, started
 from families import VOCAB, quantise_, tiny_model
 from transformers import DynamicCache
 
@@ -20,44 +21,10 @@ from llamatelemetry.models.pieces.base import CACHE_NAMES
 from llamatelemetry.quantization.modules import QuantLinear
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*no CUDA device holds")
-GREEDY = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
 
 
-@pytest.fixture
-def models(device):
-    """(plain, ours) of a family, where nothing is an inference tensor."""
-
-    def make(family="llama"):
-        plain = tiny_model(family, device)
-        with torch.inference_mode(False), torch.no_grad():
-            ours = copy.deepcopy(plain)
-            patch(ours, strict=True)
-            return plain, optimize_kv_cache(ours)
-
-    return make
-
-
-def prompt(device, length=9):
-    return torch.randint(1, VOCAB, (2, length), device=device)
-
-
-def cache_name(model):
-    return next(name for name in CACHE_NAMES if name in model.forward._parameters)
-
-
-def started(model, ids, mask=None):
-    """A cache with ids in it."""
-    mask = torch.ones_like(ids) if mask is None else mask
-    out = model.generate(
-        ids, attention_mask=mask, **GREEDY | {"max_new_tokens": 1}, return_dict_in_generate=True
-    )
-    cache = out[cache_name(model)]
-    assert isinstance(cache, PackedCache)
-    return cache
-
-
-def test_calls_of_other_kinds_have_the_models_own_results(device, models, caplog):
-    plain, ours = models()
+def test_calls_of_other_kinds_have_the_models_own_results(device, caplog):
+    plain, ours = cached_models(device)
     name = cache_name(ours)
     ids, more = prompt(device), prompt(device, 3)
     holes = torch.ones(2, 12, dtype=torch.int64, device=device)
@@ -94,8 +61,8 @@ def test_calls_of_other_kinds_have_the_models_own_results(device, models, caplog
         assert cache.get_seq_length() == theirs.get_seq_length()
 
 
-def test_direct_calls_are_served(device, models):
-    plain, ours = models()
+def test_direct_calls_are_served(device):
+    plain, ours = cached_models(device)
     name = cache_name(ours)
     ids, more = prompt(device), prompt(device, 4)
     for pieces in ([more], [more[:, :1], more[:, 1:2], more[:, 2:]]):
@@ -161,8 +128,8 @@ def test_a_model_that_changes_is_followed(quantised, device):
         assert torch.equal(mine.generate(ids, **GREEDY), theirs.generate(ids, **GREEDY))
 
 
-def test_gradients_and_training_go_the_models_own_way(device, models):
-    plain, ours = models()
+def test_gradients_and_training_go_the_models_own_way(device):
+    plain, ours = cached_models(device)
     name = cache_name(ours)
     ids, more = prompt(device), prompt(device, 2)
     cache, theirs = started(ours, ids), DynamicCache(config=plain.config)
@@ -176,8 +143,8 @@ def test_gradients_and_training_go_the_models_own_way(device, models):
     torch.testing.assert_close(logits.detach(), wanted.detach(), rtol=1e-4, atol=1e-4)
 
 
-def test_threads_take_turns(device, models):
-    plain, ours = models()
+def test_threads_take_turns(device):
+    plain, ours = cached_models(device)
     prompts = [prompt(device, length) for length in (5, 9, 7)]
     with torch.no_grad():
         wanted = [plain.generate(ids, **GREEDY) for ids in prompts]
@@ -231,8 +198,8 @@ def test_one_below_the_other_can_go(device):
         assert "forward" not in model.__dict__
 
 
-def test_a_copy_has_pages_of_its_own(device, models):
-    plain, ours = models()
+def test_a_copy_has_pages_of_its_own(device):
+    plain, ours = cached_models(device)
     ids = prompt(device)
     wanted = plain.generate(ids, **GREEDY)
     ours.generate(ids, **GREEDY)
