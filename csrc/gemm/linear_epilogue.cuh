@@ -19,8 +19,8 @@ __device__ inline void finish(const LinearEpilogue& e, int64_t row, int64_t colu
   if (e.gated) y = map_vector(y, up, [](float a, float b) { return a * b; });
   if (e.residual != nullptr) {
     const T* residual = static_cast<const T*>(e.residual) + row * e.residual_row_stride + column;
-    y = map_vector(*reinterpret_cast<const V*>(residual), y,
-                   [](float a, float b) { return a + b; });
+    const V sum = *reinterpret_cast<const V*>(residual);  // in one load
+    y = map_vector(sum, y, [](float a, float b) { return a + b; });
   }
 }
 

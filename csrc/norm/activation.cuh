@@ -23,7 +23,8 @@ __global__ void __launch_bounds__(kNumThreads)
   const int64_t num_vectors = p.row_size / V::kElements;
   const int64_t step = static_cast<int64_t>(gridDim.y) * kNumThreads;
   for (int64_t i = blockIdx.y * kNumThreads + threadIdx.x; i < num_vectors; i += step) {
-    out[i] = map_vector(x[i], [&](float value) { return activated(p.activation, value); });
+    const V values = x[i];  // in one load, which a reference to it would not be
+    out[i] = map_vector(values, [&](float value) { return activated(p.activation, value); });
   }
 }
 

@@ -24,8 +24,8 @@ __global__ void __launch_bounds__(kNumThreads)
 
   const int64_t step = static_cast<int64_t>(gridDim.y) * kNumThreads;
   for (int64_t i = blockIdx.y * kNumThreads + threadIdx.x; i < num_vectors; i += step) {
-    const V factor = up[i];
-    const V activated = map_vector(gate[i], [](float g) { return Function::of(g); });
+    const V values = gate[i], factor = up[i];  // in one load each, which references would not be
+    const V activated = map_vector(values, [](float g) { return Function::of(g); });
     out[i] = map_vector(activated, factor, [](float a, float u) { return a * u; });
   }
 }

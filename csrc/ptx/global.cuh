@@ -1,4 +1,5 @@
-// Loads from global memory with a word on caching, one PTX instruction a wrapper.
+// Loads from global memory with a word on caching, and stores of several registers, one PTX
+// instruction a wrapper.
 // Sections of https://docs.nvidia.com/cuda/parallel-thread-execution/
 #pragma once
 
@@ -17,6 +18,22 @@ __device__ inline uint4 load_streamed(const void* from) {
                : "l"(__cvta_generic_to_global(from))
                : "memory");
   return value;
+}
+
+// #data-movement-and-conversion-instructions-st
+// To a multiple of 8 or 16 bytes, in one store: of a struct nvcc may make one for each member.
+__device__ inline void store(void* to, uint2 value) {
+  asm volatile("st.global.v2.u32 [%0], {%1, %2};"
+               :
+               : "l"(__cvta_generic_to_global(to)), "r"(value.x), "r"(value.y)
+               : "memory");
+}
+__device__ inline void store(void* to, float4 value) {
+  asm volatile("st.global.v4.f32 [%0], {%1, %2, %3, %4};"
+               :
+               : "l"(__cvta_generic_to_global(to)), "f"(value.x), "f"(value.y), "f"(value.z),
+                 "f"(value.w)
+               : "memory");
 }
 
 }  // namespace llamatelemetry::ptx

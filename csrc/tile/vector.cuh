@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "ptx/global.cuh"
 #include "tile/convert.cuh"
 
 namespace llamatelemetry {
@@ -85,13 +86,14 @@ __device__ inline void load_four(const T* p, bool aligned, float (&values)[4]) {
   for (int i = 0; i < 4; ++i) values[i] = to_float(four.value[i]);
 }
 
-// p must be a multiple of 4 * sizeof(T) bytes.
+// p must be a multiple of 4 * sizeof(T) bytes, in global memory.
 template <typename T>
 __device__ inline void store_four(T* p, const float (&values)[4]) {
-  Vector<T, 4> four;
-#pragma unroll
-  for (int i = 0; i < 4; ++i) four.value[i] = from_float<T>(values[i]);
-  *reinterpret_cast<Vector<T, 4>*>(p) = four;
+  if constexpr (sizeof(T) == sizeof(float)) {
+    ptx::store(p, float4{values[0], values[1], values[2], values[3]});
+  } else {
+    ptx::store(p, uint2{pack_two(values[0], values[1], T{}), pack_two(values[2], values[3], T{})});
+  }
 }
 
 }  // namespace llamatelemetry
