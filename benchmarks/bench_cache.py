@@ -97,6 +97,43 @@ def copy_blocks(device: torch.device, num_pairs: int, heads: int, head_dim: int)
     )
 
 
+def swap_blocks(device: torch.device, num_pairs: int, to_host: bool) -> Case:
+    """Scattered pages of one layer of Llama-3-8B to and from the host's memory. What torch copies
+    at once must lie in one piece there, so ours puts them there too."""
+    shape = (2 * num_pairs + 8, PAGE_SIZE, 8, 128)
+    caches = torch.randn(2, *shape, device=device).bfloat16()
+    blocks = torch.stack([torch.randperm(shape[0])[:num_pairs], torch.arange(num_pairs)], 1)
+    pairs = (blocks if to_host else blocks.flip(1)).contiguous().to(device)
+    host = torch.randn(2, num_pairs, *shape[1:]).bfloat16()
+    hosts = [x.pin_memory() if device.type == "cuda" else x for x in (host, host.clone())]
+
+    def ours(k_cache: Tensor, v_cache: Tensor, pairs: Tensor) -> tuple[Tensor, ...]:
+        planes = (k_cache, v_cache, *hosts[0]) if to_host else (*hosts[0], k_cache, v_cache)
+        ops.swap_blocks_(*planes, pairs)
+        return planes[2:]
+
+    def theirs(k_cache: Tensor, v_cache: Tensor, pairs: Tensor) -> tuple[Tensor, ...]:
+        for there, cache in zip(hosts[1], (k_cache, v_cache), strict=True):
+            if to_host:
+                there.copy_(cache[pairs[:, 0]], non_blocking=True)
+            else:
+                cache.index_copy_(0, pairs[:, 1], there.to(device, non_blocking=True))
+        return tuple(hosts[1]) if to_host else (k_cache, v_cache)
+
+    def check(ours: tuple[Tensor, ...], theirs: tuple[Tensor, ...]) -> None:
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+
+    return Case(
+        f"swap_blocks_ {num_pairs} {'to' if to_host else 'from'} the host bfloat16",
+        inputs=(*caches, pairs),
+        ours=ours,
+        baselines={"one copy": theirs},
+        check=check,
+    )
+
+
 def slot_mapping(device: torch.device, batch: int, tokens_each: int) -> Case:
     max_blocks = -(-tokens_each // PAGE_SIZE)
     table = torch.randperm(batch * max_blocks, device=device).int().view(batch, max_blocks)
@@ -161,6 +198,9 @@ def cases(device: torch.device, quick: bool) -> Iterator[Case]:
         yield rope_append_kv(device, num_tokens, norms=True)
     for num_pairs in (1, 64):
         yield copy_blocks(device, num_pairs, 8, 128)
+    for num_pairs in (1, 64, 512):
+        yield swap_blocks(device, num_pairs, to_host=True)
+        yield swap_blocks(device, num_pairs, to_host=False)
     for batch, tokens_each in [(1, 128), (8, 2048)]:
         yield slot_mapping(device, batch, tokens_each)
     for batch in (1, 64):

@@ -18,6 +18,7 @@ STABLE_TORCH_LIBRARY(llamatelemetry, m) {
   m.def("append_kv_(Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor slot_mapping) -> ()");
   m.def("rope_append_kv_(Tensor(a!) qkv, Tensor cos, Tensor sin, Tensor? positions, bool interleaved, Tensor(b!) k_cache, Tensor(c!) v_cache, Tensor slot_mapping, Tensor? q_weight=None, Tensor? k_weight=None, float eps=1e-6, float weight_offset=0.0) -> ()");
   m.def("copy_blocks_(Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor block_pairs) -> ()");
+  m.def("swap_blocks_(Tensor k_from, Tensor v_from, Tensor(a!) k_to, Tensor(b!) v_to, Tensor block_pairs) -> ()");
   m.def("slot_mapping(Tensor positions, Tensor block_table, Tensor cu_seqlens_q, int page_size) -> Tensor");
   m.def("advance_step_(Tensor(a!) input_ids, Tensor(b!) positions, Tensor(c!) slot_mapping, Tensor(d!) cache_seqlens, Tensor(e!) offsets, Tensor next_ids, Tensor active, Tensor block_table, int page_size) -> ()");
 

@@ -56,6 +56,11 @@ def copy_blocks(k_cache, v_cache, pairs):
     return k_cache, v_cache
 
 
+def swap_blocks(k_from, v_from, k_to, v_to, pairs):
+    ops.swap_blocks_(k_from, v_from, k_to, v_to, pairs)
+    return k_to, v_to
+
+
 def advance_step(*args):
     ops.advance_step_(*args, 7)
     return args[:5]
@@ -157,6 +162,10 @@ CASES = {
     "copy_blocks_": lambda: (
         *(copy_blocks, randn(4, 7, 2, 24), randn(4, 7, 2, 24)),
         torch.tensor([[0, 3], [1, 2]]),
+    ),
+    "swap_blocks_": lambda: (
+        *(swap_blocks, randn(4, 7, 2, 24), randn(4, 7, 2, 24), randn(3, 7, 2, 24)),
+        *(randn(3, 7, 2, 24), torch.tensor([[0, 2], [3, 0]])),
     ),
     "slot_mapping": lambda: (
         *(lambda *args: ops.slot_mapping(*args, 7), torch.tensor([0, 13, 6, 14, 3])),

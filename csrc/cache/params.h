@@ -74,6 +74,29 @@ struct CopyBlocksParams {
 };
 Error launch_copy_blocks(const CopyBlocksParams& params, Stream stream);
 
+// K or V of swap_blocks_: the cache that is read and the one that is written.
+struct SwapPlane {
+  const void* from;  // [num_blocks_from, page_size, num_heads, head_dim]
+  int64_t from_block_stride_bytes;
+  int64_t from_slot_stride_bytes;
+  void* to;  // [num_blocks_to, page_size, num_heads, head_dim]
+  int64_t to_block_stride_bytes;
+  int64_t to_slot_stride_bytes;
+};
+
+struct SwapBlocksParams {
+  SwapPlane planes[2];         // K, V
+  const int64_t* block_pairs;  // [num_pairs, 2], block of from and of to; others are skipped
+  int64_t num_pairs;
+  int64_t num_blocks_from;
+  int64_t num_blocks_to;
+  int64_t page_size;
+  int64_t row_bytes;
+  int copy_bytes;     // divides row_bytes, every stride and every address
+  bool crosses_host;  // one of the caches is in host memory, and a GPU copies
+};
+Error launch_swap_blocks(const SwapBlocksParams& params, Stream stream);
+
 struct SlotMappingParams {
   const int64_t* positions;     // [num_tokens]
   const int32_t* cu_seqlens_q;  // [batch + 1]; a token outside them all gets -1

@@ -7,6 +7,7 @@ from llamatelemetry.ops.cache import (
     copy_blocks_,
     rope_append_kv_,
     slot_mapping,
+    swap_blocks_,
 )
 from llamatelemetry.ops.formats import QuantFormat
 from llamatelemetry.ops.gemm import linear, quant_linear
@@ -49,5 +50,6 @@ __all__ = [
     "silu_and_mul",
     "slot_mapping",
     "softmax",
+    "swap_blocks_",
     "unpack",
 ]

@@ -115,6 +115,42 @@ def _(k_cache: Tensor, v_cache: Tensor, block_pairs: Tensor) -> None:
     return None
 
 
+def swap_blocks_(
+    k_from: Tensor, v_from: Tensor, k_to: Tensor, v_to: Tensor, block_pairs: Tensor
+) -> None:
+    """Copies whole blocks between caches: ``to[dst] = from[src]`` for each pair, K and V.
+
+    One launch on the current stream, however many blocks, where one cache is a GPU's and the other
+    pinned host memory, either way. On a stream of its own it runs beside a step:
+
+    >>> with torch.cuda.stream(side):  # doctest: +SKIP
+    ...     side.wait_event(written)
+    ...     swap_blocks_(k_cache, v_cache, k_host, v_host, pairs)
+    ...     swapped.record()
+
+    The blocks may be written anew once the computing stream has waited for ``swapped``.
+
+    Args:
+        k_from, v_from: [num_blocks, page_size, num_heads_kv, head_dim], float32, float16 or
+            bfloat16; any block and slot strides, heads contiguous
+        k_to, v_to: likewise, of any number of blocks, written in place; memory apart from k_from's
+            and v_from's. Both pairs on one device, or one of them on the host and pinned
+        block_pairs: [num_pairs, 2] int64, (src, dst), on the GPU where a cache is on one. All pairs
+            run at once: no dst may appear twice. A pair outside the caches is skipped, so (-1, -1)
+            pads
+
+    Raises:
+        RuntimeError: naming the argument, the rule and the value
+    """
+    inference_only("swap_blocks_", k_from=k_from, v_from=v_from, k_to=k_to, v_to=v_to)
+    torch.ops.llamatelemetry.swap_blocks_.default(k_from, v_from, k_to, v_to, block_pairs)
+
+
+@register_fake("swap_blocks_")
+def _(k_from: Tensor, v_from: Tensor, k_to: Tensor, v_to: Tensor, block_pairs: Tensor) -> None:
+    return None
+
+
 def slot_mapping(
     positions: Tensor, block_table: Tensor, cu_seqlens_q: Tensor, page_size: int
 ) -> Tensor:

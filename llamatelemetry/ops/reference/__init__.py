@@ -10,6 +10,7 @@ from llamatelemetry.ops.reference.cache import (
     copy_blocks_,
     rope_append_kv_,
     slot_mapping,
+    swap_blocks_,
 )
 from llamatelemetry.ops.reference.gemm import linear, quant_linear, rounded_activations
 from llamatelemetry.ops.reference.norm import (
@@ -53,4 +54,5 @@ __all__ = [
     "silu_and_mul",
     "slot_mapping",
     "softmax",
+    "swap_blocks_",
 ]

@@ -49,6 +49,15 @@ def copy_blocks_(k_cache: Tensor, v_cache: Tensor, block_pairs: Tensor) -> None:
             v_cache[dst] = v_cache[src]
 
 
+def swap_blocks_(
+    k_from: Tensor, v_from: Tensor, k_to: Tensor, v_to: Tensor, block_pairs: Tensor
+) -> None:
+    for src, dst in block_pairs.tolist():
+        if 0 <= src < len(k_from) and 0 <= dst < len(k_to):
+            k_to[dst] = k_from[src]
+            v_to[dst] = v_from[src]
+
+
 def slot_mapping(
     positions: Tensor, block_table: Tensor, cu_seqlens_q: Tensor, page_size: int
 ) -> Tensor:
