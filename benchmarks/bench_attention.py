@@ -10,7 +10,7 @@ from harness import Case, main
 from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 
-from llamatelemetry.ops import paged_attention
+from llamatelemetry.ops import cascade_attention, merge_attn_states, paged_attention
 
 PAGE_SIZE = 16
 
@@ -120,9 +120,51 @@ def decode_cases(device: torch.device, quick: bool) -> Iterator[Case]:
             yield with_terms(case)
 
 
+def cascade(device: torch.device, batch: int, num_shared: int, num_own: int) -> Case:
+    """A decode step of sequences that share a prefix, beside the same without telling so."""
+    heads_q, heads_kv, head_dim = (32, 8, 128) if device.type == "cuda" else (9, 3, 64)
+    shared, own = num_shared // PAGE_SIZE, num_own // PAGE_SIZE
+    shape = (shared + batch * own, PAGE_SIZE, heads_kv, head_dim)
+    q = torch.randn(batch, heads_q, head_dim, device=device).bfloat16()
+    keys, values = (torch.randn(shape, device=device).bfloat16() for _ in range(2))
+    order = torch.randperm(shape[0], device=device, dtype=torch.int32)
+    table = torch.cat([order[:shared].expand(batch, -1), order[shared:].view(batch, own)], 1)
+    lengths = torch.full((batch,), num_shared + num_own, dtype=torch.int32, device=device)
+    starts = torch.arange(batch + 1, dtype=torch.int32, device=device)
+    return Case(
+        f"cascade, {batch} sequences, {num_shared} keys shared, {num_own} own bfloat16",
+        inputs=(q, keys, values, table.contiguous(), lengths, starts),
+        ours=lambda *args: cascade_attention(*args, num_shared_blocks=shared, max_seqlen_q=1)[0],
+        baselines={"paged_attention": lambda *args: paged_attention(*args, max_seqlen_q=1)[0]},
+    )
+
+
+def merge_states(device: torch.device, num_tokens: int) -> Case:
+    shape = (num_tokens, 32, 128)
+    outs = [torch.randn(shape, device=device).bfloat16() for _ in range(2)]
+    lses = [torch.randn(shape[1::-1], device=device) for _ in range(2)]
+
+    def theirs(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
+        lse = torch.logaddexp(lse_a, lse_b)
+        a, b = ((x - lse).exp().T[..., None] for x in (lse_a, lse_b))
+        return (a * out_a + b * out_b).to(out_a.dtype), lse
+
+    return Case(
+        f"merge_attn_states {num_tokens}x32x128 bfloat16",
+        inputs=(outs[0], lses[0], outs[1], lses[1]),
+        ours=lambda *args: merge_attn_states(*args),
+        baselines={"torch": theirs},
+        bytes_moved=3 * (outs[0].nbytes + lses[0].nbytes),
+    )
+
+
 def cases(device: torch.device, quick: bool) -> Iterator[Case]:
     if device.type == "cuda":
         yield from decode_cases(device, quick)
+        for batch, num_shared in [(8, 2048), (32, 8192), (64, 8192)][: 1 if quick else 3]:
+            yield cascade(device, batch, num_shared, num_own=256)
+    for num_tokens in (32, 4096)[: 1 if quick else 2]:
+        yield merge_states(device, num_tokens)
     heads_q, heads_kv, head_dim = (9, 3, 64) if device.type == "cpu" else (32, 8, 128)
     dtypes = [torch.bfloat16] if quick or device.type == "cuda" else [torch.float32, torch.bfloat16]
     sizes = [(1, 1024), (128, 128)] if quick else [(1, 128), (1, 1024), (1, 4096)]

@@ -26,6 +26,7 @@ STABLE_TORCH_LIBRARY(llamatelemetry, m) {
   m.def("flash_attn(Tensor q, Tensor k, Tensor v, Tensor? sinks, Tensor? alibi_slopes, float softmax_scale, bool causal, int window_left, int window_right, float softcap, str? backend=None) -> (Tensor, Tensor)");
   m.def("flash_attn_varlen(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor cu_seqlens_k, int max_seqlen_q, int max_seqlen_k, Tensor? sinks, Tensor? alibi_slopes, float softmax_scale, bool causal, int window_left, int window_right, float softcap, str? backend=None) -> (Tensor, Tensor)");
   m.def("paged_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor block_table, Tensor cache_seqlens, Tensor cu_seqlens_q, int max_seqlen_q, float softmax_scale, bool causal, int window_left, int window_right, float softcap, str? backend=None, Tensor? sinks=None, Tensor? alibi_slopes=None, int num_splits=0, int split_size=0) -> (Tensor, Tensor)");
+  m.def("merge_attn_states(Tensor out_a, Tensor lse_a, Tensor out_b, Tensor lse_b) -> (Tensor, Tensor)");
 
   // quant: format is a name of format/format.h; packed is what repack returns
   m.def("dequantize(Tensor data, str format, ScalarType dtype, Tensor? scales=None, Tensor? zeros=None, Tensor? perm=None) -> Tensor");

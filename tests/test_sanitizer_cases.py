@@ -163,6 +163,9 @@ CASES = {
         *(copy_blocks, randn(4, 7, 2, 24), randn(4, 7, 2, 24)),
         torch.tensor([[0, 3], [1, 2]]),
     ),
+    "merge_attn_states": lambda: (
+        *(ops.merge_attn_states, randn(3, 5, 24), randn(5, 3), randn(3, 5, 24), randn(5, 3)),
+    ),
     "swap_blocks_": lambda: (
         *(swap_blocks, randn(4, 7, 2, 24), randn(4, 7, 2, 24), randn(3, 7, 2, 24)),
         *(randn(3, 7, 2, 24), torch.tensor([[0, 2], [3, 0]])),

@@ -1,6 +1,11 @@
 """Typed wrappers of torch.ops.llamatelemetry, a module a room; reference/ is their semantics."""
 
-from llamatelemetry.ops.attention import flash_attn, flash_attn_varlen, paged_attention
+from llamatelemetry.ops.attention import (
+    flash_attn,
+    flash_attn_varlen,
+    merge_attn_states,
+    paged_attention,
+)
 from llamatelemetry.ops.cache import (
     advance_step_,
     append_kv_,
@@ -9,6 +14,7 @@ from llamatelemetry.ops.cache import (
     slot_mapping,
     swap_blocks_,
 )
+from llamatelemetry.ops.cascade import cascade_attention
 from llamatelemetry.ops.formats import QuantFormat
 from llamatelemetry.ops.gemm import linear, quant_linear
 from llamatelemetry.ops.norm import (
@@ -30,6 +36,7 @@ __all__ = [
     "activation",
     "advance_step_",
     "append_kv_",
+    "cascade_attention",
     "copy_blocks_",
     "dequantize",
     "flash_attn",
@@ -39,6 +46,7 @@ __all__ = [
     "gelu_tanh_and_mul",
     "layer_norm",
     "linear",
+    "merge_attn_states",
     "paged_attention",
     "quant_embedding",
     "quant_linear",

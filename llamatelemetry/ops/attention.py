@@ -191,6 +191,38 @@ def paged_attention(
     )
 
 
+def merge_attn_states(
+    out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Attention over two sets of keys, from that over each: ``out = (exp(lse_a) out_a + exp(lse_b)
+    out_b) / (exp(lse_a) + exp(lse_b))``, accumulated in float32.
+
+    What flash_attn_varlen and paged_attention return of the same queries over keys apart from each
+    other; a sink counts once, so one of the two has it.
+
+    Args:
+        out_a, out_b: [num_tokens, num_heads, head_dim], float32, float16 or bfloat16, contiguous
+        lse_a, lse_b: [num_heads, num_tokens] float32, the natural log, contiguous; where one is
+            -inf its part saw no key, and what stands in its out never matters
+
+    Returns:
+        out as out_a and lse as lse_a; 0 and -inf where neither part saw a key.
+
+    Raises:
+        RuntimeError: naming the argument, the rule and the value
+
+    Source:
+        Dao et al. 2023, Flash-Decoding; Ye et al. 2025, arXiv:2501.01005
+    """
+    inference_only("merge_attn_states", out_a=out_a, lse_a=lse_a, out_b=out_b, lse_b=lse_b)
+    return torch.ops.llamatelemetry.merge_attn_states.default(out_a, lse_a, out_b, lse_b)
+
+
+@register_fake("merge_attn_states")
+def _(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
+    return out_a.new_empty(out_a.shape), lse_a.new_empty(lse_a.shape)
+
+
 @register_fake("paged_attention")
 def _(
     q: Tensor,

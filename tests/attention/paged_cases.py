@@ -50,23 +50,25 @@ def random_case(
     end NaN, unused table entries absurd ids; q is a slice of a merged qkv."""
     num_pages = [-(-keys // page_size) for _, keys in sequences]
     max_blocks = max_blocks or max([*num_pages, 0]) + 2
-    ids = torch.randperm(sum(num_pages) + 3, dtype=torch.int32).split([*num_pages, 3])
-    table = torch.full((len(sequences), max_blocks), 2**31 - 1, dtype=torch.int32)
+    ids = torch.randperm(sum(num_pages) + 3, dtype=torch.int32, device=device)
+    ids = ids.split([*num_pages, 3])
+    like = {"dtype": torch.int32, "device": device}
+    table = torch.full((len(sequences), max_blocks), 2**31 - 1, **like)
     table[:, 1::2] = -7
     shape = (2, sum(num_pages) + 3, page_size, heads[1], head_dim)
-    caches = torch.full(shape, torch.nan, dtype=dtype)
+    caches = torch.full(shape, torch.nan, dtype=dtype, device=device)
     for row, pages, (_, keys) in zip(table, ids, sequences, strict=False):
         row[: len(pages)] = pages
-        filled = torch.full((2, len(pages) * page_size, *shape[3:]), torch.nan, dtype=dtype)
-        filled[:, :keys] = torch.randn(2, keys, *shape[3:])
+        filled = caches.new_full((2, len(pages) * page_size, *shape[3:]), torch.nan)
+        filled[:, :keys] = torch.randn(2, keys, *shape[3:], device=device)
         caches[:, pages] = filled.view(2, len(pages), *shape[2:])
     queries = torch.tensor([0, *(queries for queries, _ in sequences)])
-    qkv = torch.randn(int(queries.sum()), heads[0] + 2 * heads[1], head_dim).to(dtype)
+    qkv = torch.randn(int(queries.sum()), heads[0] + 2 * heads[1], head_dim, device=device)
     return Case(
-        qkv.to(device)[:, : heads[0]],
-        *caches.to(device),
-        table.to(device),
-        torch.tensor([keys for _, keys in sequences], dtype=torch.int32, device=device),
+        qkv.to(dtype)[:, : heads[0]],
+        *caches,
+        table,
+        torch.tensor([keys for _, keys in sequences], **like),
         queries.cumsum(0).int().to(device),
         int(queries.max()),
     )
@@ -84,15 +86,16 @@ def sdpa(case: Case, causal=True, window_size=(-1, -1), softmax_scale=None) -> T
             continue
         blocks = case.block_table[b, : -(-keys // case.k_cache.shape[1])]
         k, v = (c[blocks].flatten(0, 1)[:keys] for c in (case.k_cache, case.v_cache))
-        distance = torch.arange(keys) - (torch.arange(count) + keys - count)[:, None]
-        seen = torch.ones(count, keys, dtype=torch.bool)
+        positions = torch.arange(count, device=case.q.device) + keys - count
+        distance = torch.arange(keys, device=case.q.device) - positions[:, None]
+        seen = torch.ones_like(distance, dtype=torch.bool)
         seen &= (distance <= right) if right >= 0 else seen
         seen &= (-distance <= left) if left >= 0 else seen
         out[queries] = torch.nn.functional.scaled_dot_product_attention(
             case.q[queries].transpose(0, 1)[None],
             k.transpose(0, 1)[None],
             v.transpose(0, 1)[None],
-            attn_mask=seen.to(case.q.device),
+            attn_mask=seen,
             scale=softmax_scale,
             enable_gqa=True,
         )[0].transpose(0, 1)

@@ -3,7 +3,12 @@
 Each function computes in the dtype it is given; tests pass float64.
 """
 
-from llamatelemetry.ops.reference.attention import flash_attn, flash_attn_varlen, paged_attention
+from llamatelemetry.ops.reference.attention import (
+    flash_attn,
+    flash_attn_varlen,
+    merge_attn_states,
+    paged_attention,
+)
 from llamatelemetry.ops.reference.cache import (
     advance_step_,
     append_kv_,
@@ -40,6 +45,7 @@ __all__ = [
     "gelu_tanh_and_mul",
     "layer_norm",
     "linear",
+    "merge_attn_states",
     "paged_attention",
     "philox4x32",
     "quant_embedding",

@@ -108,3 +108,14 @@ def paged_attention(
             **options,  # type: ignore[arg-type]
         )
     return out, lse
+
+
+def merge_attn_states(
+    out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor
+) -> tuple[Tensor, Tensor]:
+    lse = torch.logaddexp(lse_a, lse_b)
+    out = torch.zeros_like(out_a)
+    for part, part_lse in ((out_a, lse_a), (out_b, lse_b)):
+        weight = (part_lse - lse).exp().T.unsqueeze(-1).to(out.dtype)
+        out += torch.where(part_lse.T.unsqueeze(-1) > -torch.inf, weight * part, 0)
+    return out, lse
