@@ -67,7 +67,7 @@ def _codes(blocks: Tensor, facts: FormatFacts) -> Tensor:
 
 def _ternary_codes(quants: Tensor) -> Tensor:
     """Bytes as fractions of 256: their first five digits of base 3, four of the last four bytes."""
-    powers = torch.tensor([1, 3, 9, 27, 81], device=quants.device)
+    powers = 3 ** torch.arange(5, device=quants.device)
     digits = (quants.int().unsqueeze(1) * powers.view(-1, 1) % 256) * 3 // 256
     parts = digits[..., :32], digits[..., 32:48], digits[:, :4, 48:]
     return torch.cat([part.flatten(1) for part in parts], 1).int()
