@@ -7,8 +7,9 @@ from typing import Any
 
 from llamatelemetry.loading.errors import in_one_sentence
 from llamatelemetry.loading.gguf_file import GgufFile
+from llamatelemetry.loading.gguf_rope import rope_parameters
+from llamatelemetry.loading.gguf_rows import GgufRow
 from llamatelemetry.loading.tokenizer import eos_ids, special_ids
-from llamatelemetry.models.families import Gguf, architectures
 
 # metadata keys, less the architecture -> config fields
 _SIZES = {
@@ -23,7 +24,6 @@ _OTHER_KEYS = {
     "attention.head_count_kv",
     "attention.key_length",
     "attention.value_length",
-    "attention.layer_norm_rms_epsilon",
     "rope.dimension_count",
     "rope.freq_base",
     "rope.scale_linear",
@@ -36,14 +36,18 @@ _OTHER_KEYS = {
     "vocab_size",
     "tensor_data_layout",
 }
+_PATTERN = "attention.sliding_window_pattern"
 # keys that change nothing at these values, as if they were not there
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "attention.causal": (True,),
     "attention.clamp_kqv": (0,),
     "attention.max_alibi_bias": (0,),
+    "attention.sliding_window": (0,),
     "attn_logit_softcapping": (0,),
     "expert_count": (0,),
+    "expert_gating_func": (1,),  # softmax; the classes with another have it built in
     "expert_used_count": (0,),
+    "expert_weights_scale": (0, 1),
     "final_logit_softcapping": (0,),
     "pooling_type": (0,),
     "rope.scaling.attn_factor": (1,),
@@ -54,47 +58,36 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
 }
 
 
-def family_of_file(file: GgufFile) -> tuple[str, Gguf]:
-    """transformers' model_type for the file's architecture, and what is particular in files.
-
-    Raises:
-        ModelFileError: an architecture that no row is of.
-    """
-    architecture, known = file.value("general.architecture", str), architectures()
-    if architecture not in known:
-        raise file.error(
-            f"general.architecture must be one of {', '.join(known)}, got {architecture:.80}; "
-            "transformers' own directory of the model may load"
-        )
-    family = known[architecture]
-    assert family.gguf is not None
-    return family.model_type, family.gguf
-
-
-def config_of(file: GgufFile, model_type: str, family: Gguf) -> Any:
+def config_of(file: GgufFile, row: GgufRow) -> Any:
     """The file's transformers config.
 
     Raises:
         ModelFileError: a metadata key that is not known, missing, of another kind or out of range.
     """
     prefix = file.value("general.architecture", str) + "."
-    _refuse_unknown(file, prefix, {*_SIZES, *_OTHER_KEYS, *family.keys})
-    fields = {name: file.positive(prefix + key, int) for key, name in _SIZES.items()}
+    _refuse_unknown(file, prefix, row)
+    fields: dict[str, Any] = dict(row.fixed)
+    fields |= {name: file.positive(prefix + key, int) for key, name in _SIZES.items()}
     _check_blocks(file, prefix, fields["num_hidden_layers"])
     heads, width = fields["num_attention_heads"], fields["hidden_size"]
     head_dim = file.positive(prefix + "attention.key_length", int, max(width // heads, 1))
-    for key in ("attention.value_length", "rope.dimension_count"):
-        if (value := file.value(prefix + key, int, head_dim)) != head_dim:
-            raise file.error(f"{prefix}{key} must be the head's {head_dim}, got {value}")
+    if (value := file.value(prefix + "attention.value_length", int, head_dim)) != head_dim:
+        raise file.error(
+            f"{prefix}attention.value_length must be the head's {head_dim}, got {value}"
+        )
     heads_kv = file.positive(prefix + "attention.head_count_kv", int, heads)
     if heads % heads_kv:
         raise file.error(
             f"{prefix}attention.head_count must be a multiple of the key heads' {heads_kv}, got "
             f"{heads}"
         )
-    for key, name in family.keys.items():
-        if prefix + key in file.metadata:
-            fields[name] = file.positive(prefix + key, float)
+    fields |= _of_keys(file, prefix, row)
+    if row.wide_scale_at:
+        wide = fields["num_hidden_layers"] == row.wide_scale_at
+        fields["query_pre_attn_scalar"] = width // heads if wide else head_dim
+    if row.window:
+        fields |= _window(file, prefix, row, fields["num_hidden_layers"])
+    fields |= rope_parameters(file, prefix, row, head_dim)
     embedding = file.tensors.get("token_embd.weight")
     if embedding is None:
         raise file.error("tensor token_embd.weight is missing")
@@ -103,24 +96,64 @@ def config_of(file: GgufFile, model_type: str, family: Gguf) -> Any:
         from transformers import AutoConfig
 
         return AutoConfig.for_model(
-            model_type,
+            row.model_type,
             **fields,
             num_key_value_heads=heads_kv,
             head_dim=head_dim,
             vocab_size=embedding.shape[0],
-            rms_norm_eps=file.positive(prefix + "attention.layer_norm_rms_epsilon", float),
-            rope_parameters=_rope_parameters(file, prefix),
             tie_word_embeddings="output.weight" not in file.tensors,
-            **_biases(file, model_type),
             **{f"{name}_token_id": ids.get(name) for name in ("bos", "pad")},
             eos_token_id=list(eos_ids(file)) or None,
         )
 
 
-def _refuse_unknown(file: GgufFile, prefix: str, known: set[str]) -> None:
+def _of_keys(file: GgufFile, prefix: str, row: GgufRow) -> dict[str, Any]:
+    """The fields that only some architectures have."""
+    fields: dict[str, Any] = {}
+    for names, kind in ((row.sizes, int), (row.numbers, float)):
+        for key, name in names.items():
+            if prefix + key in file.metadata:
+                off = file.metadata[prefix + key] in _NEUTRAL.get(key, ())
+                fields[name] = None if off else file.positive(prefix + key, kind)
+    key, name = row.epsilon
+    fields[name] = file.positive(prefix + key, float)
+    fields |= {name: f"blk.0.{tensor}" in file.tensors for name, tensor in row.has.items()}
+    fields |= {name: f"blk.0.{tensor}" not in file.tensors for name, tensor in row.lacks.items()}
+    return fields
+
+
+def _window(file: GgufFile, prefix: str, row: GgufRow, layers: int) -> dict[str, Any]:
+    """sliding_window, and layer_types where layers differ."""
+    key, of_layers = prefix + "attention.sliding_window", prefix + _PATTERN
+    window = None if file.metadata.get(key, 0) == 0 else file.positive(key, int)
+    if not row.full_every:
+        return {"sliding_window": window}
+    pattern = file.metadata.get(of_layers, row.full_every)
+    if isinstance(pattern, list):
+        slides = file.values(of_layers, bool)
+        if len(slides) != layers:
+            raise file.error(
+                f"metadata key {of_layers} must have a value for each of the {layers} blocks, got "
+                f"{len(slides)}"
+            )
+    else:
+        every = file.positive(of_layers, int, row.full_every)
+        slides = [(layer + 1) % every != 0 for layer in range(layers)]
+    kinds = ("full_attention", "sliding_attention")
+    types = [kinds[window is not None and slides[layer]] for layer in range(layers)]
+    return {"sliding_window": window, "layer_types": types}
+
+
+def _refuse_unknown(file: GgufFile, prefix: str, row: GgufRow) -> None:
     """Refuses what a model would be wrong without."""
-    if file.value(prefix + "expert_count", int, 0):
-        raise file.error("a mixture of experts is not supported")
+    if file.value(prefix + "expert_count", int, 0) and not row.experts:
+        raise file.error("a mixture of experts is not supported for this architecture")
+    known = {*_SIZES, *_OTHER_KEYS, *row.sizes, *row.numbers, *row.unread, *row.rope_keys}
+    known.add(row.epsilon[0])
+    if row.window:
+        known |= {"attention.sliding_window", _PATTERN}
+    if row.sliding_rope is not None:
+        known.add("rope.freq_base_swa")
     for key, value in file.metadata.items():
         name = key.removeprefix(prefix)
         is_ours = key.startswith(prefix) and name not in known
@@ -137,39 +170,3 @@ def _check_blocks(file: GgufFile, prefix: str, count: int) -> None:
             f"metadata key {prefix}block_count must be {there}, as the tensors' blocks are, got "
             f"{count}"
         )
-
-
-def _rope_parameters(file: GgufFile, prefix: str) -> dict[str, Any]:
-    theta = file.positive(prefix + "rope.freq_base", float, 10000.0)
-    key = prefix + "rope.scaling.factor"
-    if key not in file.metadata:
-        key = prefix + "rope.scale_linear"  # its older name
-    # As llama.cpp reads it: a factor whose type is not said is linear.
-    implied = "linear" if key in file.metadata else "none"
-    scaling = file.value(prefix + "rope.scaling.type", str, implied)
-    if scaling == "none":
-        return {"rope_type": "default", "rope_theta": theta}
-    if scaling == "linear":
-        return {"rope_type": "linear", "rope_theta": theta, "factor": file.positive(key, float)}
-    if scaling == "yarn":
-        trained = file.positive(prefix + "context_length", int)
-        original = prefix + "rope.scaling.original_context_length"
-        found = {
-            "rope_type": "yarn",
-            "rope_theta": theta,
-            "factor": file.positive(key, float),
-            "original_max_position_embeddings": file.positive(original, int, trained),
-        }
-        for name in ("beta_fast", "beta_slow"):
-            if (beta := f"{prefix}rope.scaling.yarn_{name}") in file.metadata:
-                found[name] = file.positive(beta, float)
-        return found
-    raise file.error(f"{prefix}rope.scaling.type must be one of none, linear, yarn, got {scaling}")
-
-
-def _biases(file: GgufFile, model_type: str) -> dict[str, bool]:
-    """The config's words for biases that only some files of a family have."""
-    if model_type not in ("llama", "granite"):
-        return {}
-    kinds = {"attention_bias": "attn_q", "mlp_bias": "ffn_up"}
-    return {field: f"blk.0.{name}.bias" in file.tensors for field, name in kinds.items()}

@@ -1,24 +1,11 @@
-"""The one table of model families: transformers' class, the GGUF architecture, the layer's spec."""
+"""The one table of model families: transformers' class, the layer's spec, names of the parts."""
 
 from __future__ import annotations
 
 import pickle
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
-from types import MappingProxyType
+from dataclasses import dataclass, replace
 
 from llamatelemetry.models.spec import LayerSpec
-
-
-@dataclass(frozen=True)
-class Gguf:
-    """What a family is in GGUF files."""
-
-    architecture: str
-    # Rows of q and k come in the order of interleaved rotary embedding; transformers' is neox.
-    interleaved: bool = False
-    # metadata keys, less the architecture, that only this family has -> config fields
-    keys: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
 
 
 @dataclass(frozen=True)
@@ -39,7 +26,6 @@ class Family:
 
     model_type: str  # transformers' name of its config
     spec: LayerSpec
-    gguf: Gguf | None = None
     parts: Parts = Parts()
     base: str = ""  # class of the module of the decoder layers; "": the row's, ...Model
 
@@ -99,26 +85,11 @@ _GRANITE = LayerSpec(
 _EXPERTS = LayerSpec(mlp_kind="own", window="sliding_window")
 
 FAMILIES: dict[str, Family] = {
-    "LlamaForCausalLM": Family("llama", LayerSpec(), Gguf("llama", interleaved=True)),
+    "LlamaForCausalLM": Family("llama", LayerSpec()),
     "MistralForCausalLM": Family("mistral", _WINDOW),
-    "Qwen2ForCausalLM": Family("qwen2", _WINDOW, Gguf("qwen2")),
-    "Qwen3ForCausalLM": Family(
-        "qwen3", LayerSpec(qk_norm="head", window="sliding_window"), Gguf("qwen3")
-    ),
-    "GraniteForCausalLM": Family(
-        "granite",
-        _GRANITE,
-        Gguf(
-            "granite",
-            interleaved=True,
-            keys={
-                "attention.scale": "attention_multiplier",
-                "embedding_scale": "embedding_multiplier",
-                "residual_scale": "residual_multiplier",
-                "logit_scale": "logits_scaling",
-            },
-        ),
-    ),
+    "Qwen2ForCausalLM": Family("qwen2", _WINDOW),
+    "Qwen3ForCausalLM": Family("qwen3", LayerSpec(qk_norm="head", window="sliding_window")),
+    "GraniteForCausalLM": Family("granite", _GRANITE),
     "ApertusForCausalLM": Family(
         "apertus",
         LayerSpec(
@@ -266,8 +237,3 @@ FAMILIES: dict[str, Family] = {
         replace(_SANDWICH, attention_norm="", mlp_norm="", softcap="attn_logit_softcapping"),
     ),
 }
-
-
-def architectures() -> dict[str, Family]:
-    """GGUF architecture -> row."""
-    return {row.gguf.architecture: row for row in FAMILIES.values() if row.gguf is not None}

@@ -61,9 +61,7 @@ def guesses(model: nn.Module, kind: str) -> Iterator[Stack]:
         found: list[Family] = []
         for row in FAMILIES.values():
             for spec in _specs(row, module, kind):
-                family = Family(
-                    module.config.model_type, spec, None, row.parts, type(module).__name__
-                )
+                family = Family(module.config.model_type, spec, row.parts, type(module).__name__)
                 if family not in found:
                     found.append(family)
         yield from (Stack(family, path, module) for family in found)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from llamatelemetry import ops
 from llamatelemetry.ops.formats import TILE_ROWS, QuantFormat
+from llamatelemetry.quantization.experts import QuantExperts
 
 
 class QuantLinear(nn.Module):
@@ -62,13 +63,20 @@ class QuantEmbedding(nn.Module):
     Attributes:
         weight: [ceil(num_embeddings / 16), 16 * row_bytes] uint8, from ops.repack
         dtype: of the rows it returns; follows .to(dtype) as a parameter would
+        scale: what the rows are multiplied by, rounded to dtype; None for nothing
     """
 
     weight: Tensor
     like: Tensor
+    scale: Tensor | None
 
     def __init__(
-        self, weight: Tensor, format: QuantFormat, num_embeddings: int, dtype: torch.dtype
+        self,
+        weight: Tensor,
+        format: QuantFormat,
+        num_embeddings: int,
+        dtype: torch.dtype,
+        scale: float | None = None,
     ) -> None:
         super().__init__()
         self.format = QuantFormat(format)
@@ -76,9 +84,11 @@ class QuantEmbedding(nn.Module):
         self.embedding_dim = _weights_per_row(weight, self.format)
         self.register_buffer("weight", weight)
         self.register_buffer("like", weight.new_empty(0, dtype=dtype), persistent=False)
+        factor = None if scale is None else torch.tensor(scale, device=weight.device)
+        self.register_buffer("scale", factor, persistent=False)
 
     def forward(self, ids: Tensor) -> Tensor:
-        return ops.quant_embedding(
+        rows = ops.quant_embedding(
             ids,
             self.weight,
             self.format,
@@ -86,14 +96,28 @@ class QuantEmbedding(nn.Module):
             self.embedding_dim,
             self.like.dtype,
         )
+        return rows if self.scale is None else rows * self.scale.to(rows.dtype)
 
     def dense(self, dtype: torch.dtype) -> nn.Embedding:
         """nn.Embedding with the same weights, expanded to dtype."""
         weight = _expanded(self, self.num_embeddings, self.embedding_dim, dtype)
-        return nn.Embedding.from_pretrained(weight.data)
+        if self.scale is None:
+            return nn.Embedding.from_pretrained(weight.data)
+        embedding = ScaledEmbedding.from_pretrained(weight.data)
+        embedding.register_buffer("scale", self.scale, persistent=False)
+        return embedding
 
     def extra_repr(self) -> str:
         return f"{self.num_embeddings}, {self.embedding_dim}, {self.format.name}"
+
+
+class ScaledEmbedding(nn.Embedding):
+    """nn.Embedding whose rows are multiplied by scale, rounded to their dtype."""
+
+    scale: Tensor
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return super().forward(ids) * self.scale.to(self.weight.dtype)
 
 
 def merge_quant_linears(linears: Sequence[QuantLinear]) -> QuantLinear | None:
@@ -142,5 +166,5 @@ def _weights_per_row(weight: Tensor, format: QuantFormat) -> int:
 def expand(module: nn.Module, dtype: torch.dtype) -> None:
     """Puts dense modules of dtype in the place of the quantised ones inside module."""
     for name, part in list(module.named_modules()):
-        if isinstance(part, (QuantLinear, QuantEmbedding)):
+        if isinstance(part, (QuantLinear, QuantEmbedding, QuantExperts)):
             module.set_submodule(name, part.dense(dtype))

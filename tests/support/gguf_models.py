@@ -168,19 +168,19 @@ def _add_parameter(
         # Small norms keep the attention soft, and with it the rounding errors tame.
         values = torch.randn_like(parameter) * 0.03 + 0.1
         parameter.copy_(values)
-        writer.add_tensor(name, _interleaved(values, interleave).numpy())
+        writer.add_tensor(name, interleaved(values, interleave).numpy())
     elif format is None:
         values = (torch.randn_like(parameter) * 0.1).half()
         parameter.copy_(values)
-        writer.add_tensor(name, _interleaved(values, interleave).numpy())
+        writer.add_tensor(name, interleaved(values, interleave).numpy())
     else:
         rows = gguf_rows(format, *parameter.shape)
         ggml_type = gguf.GGMLQuantizationType[format.name]
         parameter.copy_(torch.from_numpy(dequantize(rows.numpy(), ggml_type)))
-        writer.add_tensor(name, _interleaved(rows, interleave).numpy(), raw_dtype=ggml_type)
+        writer.add_tensor(name, interleaved(rows, interleave).numpy(), raw_dtype=ggml_type)
 
 
-def _interleaved(rows: Tensor, heads: int) -> Tensor:
+def interleaved(rows: Tensor, heads: int) -> Tensor:
     """llama.cpp's permute: the two halves of each head's rows zipped together."""
     if not heads:
         return rows
