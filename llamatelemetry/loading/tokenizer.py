@@ -5,62 +5,17 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
 
 from llamatelemetry.loading.errors import in_one_sentence, sentence_of
 from llamatelemetry.loading.gguf_file import GgufFile
+from llamatelemetry.loading.pre_tokenizers import ADD_BOS, NFC, PRE_TOKENIZERS, WHOLE_WORDS_FIRST
 
 _NORMAL, _CONTROL, _USER_DEFINED = 1, 3, 4  # values of tokenizer.ggml.token_type
 _NO_TOKEN = (-1, 2**32 - 1)  # what stands for none where a token's id is wanted
 _SPARE = ("unknown", "padding")  # some files name ids for them that no token has; nothing needs it
 _LONGEST_TOKEN = 4096  # characters; every cut of a token is looked up
 _SPACE = "▁"  # what SentencePiece writes for a space
-
-_CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
-_WORDS = r"[^\r\n\p{L}\p{N}]?\p{L}+"
-_REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-_GPT2 = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
-
-
-def _split(pattern: str) -> pre_tokenizers.PreTokenizer:
-    return pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(pattern), "isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-
-
-_SINGLE_DIGITS = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), _GPT2])
-_LLAMA3 = _split(rf"{_CONTRACTIONS}|{_WORDS}|\p{{N}}{{1,3}}|{_REST}")
-# Mistral's: words end where an upper-case letter follows a lower-case one, digits stand alone.
-_HEAD, _UPPER, _LOWER = r"[^\r\n\p{L}\p{N}]?", r"\p{Lu}\p{Lt}", r"\p{Ll}"
-_EITHER = r"\p{Lm}\p{Lo}\p{M}"
-_TEKKEN = _split(
-    rf"{_HEAD}[{_UPPER}{_EITHER}]*[{_LOWER}{_EITHER}]+|{_HEAD}[{_UPPER}{_EITHER}]+"
-    rf"[{_LOWER}{_EITHER}]*|\p{{N}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-_QWEN2 = _split(rf"{_CONTRACTIONS}|{_WORDS}|\p{{N}}|{_REST}")
-
-# tokenizer.ggml.pre: how text falls into the words that byte-pair merges stay inside
-PRE_TOKENIZERS = {
-    "gpt-2": _GPT2,
-    "default": _GPT2,
-    "smollm": _SINGLE_DIGITS,
-    "starcoder": _SINGLE_DIGITS,
-    "refact": _SINGLE_DIGITS,
-    "llama-bpe": _LLAMA3,
-    "llama3": _LLAMA3,
-    "smaug-bpe": _LLAMA3,
-    "tekken": _TEKKEN,
-    "deepseek-r1-qwen": _QWEN2,
-    "qwen2": _QWEN2,
-}
-# of those, what differs where the metadata does not say
-_ADD_BOS = {"llama-bpe", "llama3", "tekken"}
-# a word of the vocabulary is never merged from parts
-_WHOLE_WORDS_FIRST = {"llama-bpe", "llama3", "tekken"}
-_NFC = {"qwen2"}
 
 
 def build_tokenizer(file: GgufFile) -> Any:
@@ -94,7 +49,7 @@ def build_tokenizer(file: GgufFile) -> Any:
 
     ids = special_ids(file)
     named = {f"{name}_token": tokens[i] for name, i in ids.items()}
-    adds_bos = model == "llama" or _pre(file) in _ADD_BOS
+    adds_bos = model == "llama" or _pre(file) in ADD_BOS
     add_bos = file.value("tokenizer.ggml.add_bos_token", bool, adds_bos)
     add_eos = file.value("tokenizer.ggml.add_eos_token", bool, False)
     template = file.value("tokenizer.chat_template", str, "")
@@ -169,8 +124,8 @@ def _byte_level(file: GgufFile, tokens: list[str]) -> Tokenizer:
     pre = _pre(file)
     merges = [tuple(merge.split(" ")) for merge in file.values("tokenizer.ggml.merges", str)]
     vocabulary = {token: i for i, token in enumerate(tokens)}
-    tokenizer = Tokenizer(_bpe(file, vocabulary, merges, ignore_merges=pre in _WHOLE_WORDS_FIRST))
-    if pre in _NFC:
+    tokenizer = Tokenizer(_bpe(file, vocabulary, merges, ignore_merges=pre in WHOLE_WORDS_FIRST))
+    if pre in NFC:
         tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = PRE_TOKENIZERS[pre]
     tokenizer.decoder = decoders.ByteLevel()

@@ -10,7 +10,8 @@ from tokenizers import Regex, pre_tokenizers
 from transformers import AutoTokenizer, tokenization_utils_tokenizers
 
 from llamatelemetry.loading.gguf_file import GgufFile, ModelFileError
-from llamatelemetry.loading.tokenizer import PRE_TOKENIZERS, build_tokenizer, eos_ids
+from llamatelemetry.loading.pre_tokenizers import NFC, PRE_TOKENIZERS
+from llamatelemetry.loading.tokenizer import build_tokenizer, eos_ids
 
 TEXTS = [
     "",
@@ -49,7 +50,7 @@ def test_text_comes_back(path, pre):
     tokenizer = byte_level(path, pre)
     for text in TEXTS:
         ids = tokenizer(text, add_special_tokens=False).input_ids
-        wanted = text.replace("e\u0301", "é") if pre == "qwen2" else text
+        wanted = text.replace("e\u0301", "é") if pre in NFC else text
         assert tokenizer.decode(ids) == wanted
 
 
@@ -73,6 +74,13 @@ WORDS = {
     "qwen2": [" they", "'ll", " pay", " ", "1", "2", "3", "4", "5", "?!"],
     "tekken": [" they", "'ll", " pay", " ", "1", "2", "3", "4", "5", "?!"],
     "smaug-bpe": [" they", "'ll", " pay", " ", "123", "45", "?!"],
+    "gpt-4o": [" they'll", " pay", " ", "123", "45", "?!"],
+    "glm4": [" they", "'ll", " pay", " ", "123", "45", "?!"],
+    "stablelm2": [" they", "'ll", " pay", " ", "1", "2", "3", "4", "5", "?!"],
+    "command-r": [" they", "'ll", " pay", " ", "1", "2", "3", "4", "5", "?!"],
+    "deepseek-llm": [" they", "'", "ll", " pay", " ", "12345", "?!"],
+    "deepseek-coder": [" they", "'", "ll", " pay", " ", "1", "2", "3", "4", "5", "?!"],
+    "deepseek-v3": [" they", "'ll", " pay", " ", "123", "45", "?!"],
     "deepseek-r1-qwen": [" they", "'ll", " pay", " ", "1", "2", "3", "4", "5", "?!"],
 }
 
@@ -81,6 +89,27 @@ WORDS = {
 def test_words(pre):
     found = PRE_TOKENIZERS[pre].pre_tokenize_str(" they'll pay 12345?!")
     assert [word.replace("Ġ", " ") for word, _ in found] == WORDS[pre]
+
+
+# What sets each rule apart from its neighbours.
+APART = {
+    # ":-~" of its third pattern holds the ASCII letters, and cuts what the second left whole.
+    "deepseek-llm": (
+        "naïve 日本とA\n\nʰ",
+        ["na", "ï", "ve", " ", "日本と", "A", "\n", "\n", "ʰ"],
+    ),
+    "deepseek-v3": ("e\u0301 日本とA (x)", ["e\u0301", " ", "日本と", "A", " (", "x", ")"]),
+    "gpt-4o": ("helloWorld it'S a//\n", ["hello", "World", " it'S", " a", "//\n"]),
+    "qwen35": ("ne\u0301e 12", ["ne\u0301e", " ", "1", "2"]),
+    "seed-coder": ("a.\n\nb", ["a", ".", "\n\n", "b"]),
+}
+
+
+@pytest.mark.parametrize("pre", list(APART))
+def test_words_that_set_rules_apart(pre):
+    text, want = APART[pre]
+    cuts = [cut for _, cut in PRE_TOKENIZERS[pre].pre_tokenize_str(text)]
+    assert [text[begin:end] for begin, end in cuts] == want
 
 
 def test_tekken_is_the_pattern_that_transformers_has_for_it():
@@ -141,8 +170,8 @@ def test_refusals(path):
     def refuses(message):
         return pytest.raises(ModelFileError, match=message)
 
-    with refuses(r"tokenizer.ggml.pre must be one of gpt-2, .*qwen2, got chatglm-bpe"):
-        byte_level(path, "chatglm-bpe")
+    with refuses(r"tokenizer.ggml.pre must be one of gpt-2, .*qwen2, .*got poro-chat"):
+        byte_level(path, "poro-chat")
     with refuses(r"tokenizer.ggml.model must be gpt2 or llama, got bert"):
         byte_level(
             path,
