@@ -8,7 +8,8 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from gguf_archs import ARCHS, write_arch
+from gguf_arch_rows import ARCHS
+from gguf_archs import write_arch
 from tolerance import assert_within_2x
 
 from llamatelemetry.inference.engine import InferenceEngine
