@@ -1,4 +1,5 @@
-"""sample against what transformers' generate runs for the same parameters."""
+"""sample against what transformers' generate runs for the same parameters; the mask of a grammar
+against masked_fill_ of the mask as bools."""
 
 from __future__ import annotations
 
@@ -10,6 +11,7 @@ from torch import Tensor
 from transformers import LogitsProcessorList
 from transformers.generation import logits_process
 
+from llamatelemetry import ops
 from llamatelemetry.inference.sampling import SamplingParams, sampling_tensors
 
 REQUESTS = {
@@ -52,6 +54,28 @@ def same_token(ours: Tensor, theirs: tuple[Tensor, Tensor]) -> None:
     assert torch.equal(ours, theirs[0])
 
 
+def token_bitmask(device: torch.device, batch: int, vocab_size: int) -> Case:
+    """Half of the tokens forbidden, in words that are mixed."""
+    logits = torch.randn(batch, vocab_size, device=device)
+    words = torch.randint(-(2**31), 2**31, (batch, -(-vocab_size // 32)), device=device).int()
+    bits = (words[:, :, None] >> torch.arange(32, device=device) & 1).flatten(1)[:, :vocab_size]
+
+    def ours(logits: Tensor, words: Tensor, _: Tensor) -> Tensor:
+        ops.apply_token_bitmask_(logits, words)
+        return logits
+
+    def theirs(logits: Tensor, _: Tensor, forbidden: Tensor) -> Tensor:
+        return logits.masked_fill_(forbidden, -torch.inf)
+
+    return Case(
+        f"apply_token_bitmask_ {batch}x{vocab_size}",
+        inputs=(logits, words, bits == 0),
+        ours=ours,
+        baselines={"masked_fill_": theirs},
+        bytes_moved=words.nbytes + logits.nbytes // 2,
+    )
+
+
 def cases(device: torch.device, quick: bool) -> Iterator[Case]:
     shapes = [(1, 49152), (1, 151936)]
     if device.type == "cuda":
@@ -69,6 +93,7 @@ def cases(device: torch.device, quick: bool) -> Iterator[Case]:
                 bytes_moved=logits.nbytes,
                 check=same_token if params.temperature == 0 else same_support,
             )
+        yield token_bitmask(device, batch, vocab_size)
 
 
 if __name__ == "__main__":

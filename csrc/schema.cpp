@@ -40,4 +40,5 @@ STABLE_TORCH_LIBRARY(llamatelemetry, m) {
 
   // sampling: a parameter per row
   m.def("sample(Tensor logits, Tensor temperature, Tensor top_k, Tensor top_p, Tensor min_p, Tensor seed, Tensor offset) -> Tensor");
+  m.def("apply_token_bitmask_(Tensor(a!) logits, Tensor bitmask) -> ()");
 }

@@ -130,6 +130,12 @@ def sample(logits):
     return ops.sample(logits, temperature, (rows * 7).int(), rows * 0.9, rows * 0.01, seed, seed)
 
 
+def token_bitmask(logits):
+    words = torch.arange(3 * 32, device=logits.device).view(3, 32).int() * 0x1234567
+    ops.apply_token_bitmask_(logits, words)
+    return logits
+
+
 CASES = {
     "rms_norm": lambda: (ops.rms_norm, randn(3, 77), randn(77)),
     "layer_norm": lambda: (ops.layer_norm, randn(3, 77), randn(77), randn(77)),
@@ -234,6 +240,7 @@ CASES = {
     "quantised": lambda: (quantised, randn(9, 96), q8_0_rows(20, 96)),
     "sample in one slice": lambda: (sample, randn(3, 1003)),
     "sample in slices": lambda: (sample, randn(3, 5003)),
+    "apply_token_bitmask_": lambda: (token_bitmask, randn(3, 1003)),
 }
 
 

@@ -52,8 +52,39 @@ Tensor sample(const Tensor& logits, const Tensor& temperature, const Tensor& top
   return out;
 }
 
+void apply_token_bitmask_(Tensor logits, const Tensor& bitmask) {
+  constexpr const char* op = "apply_token_bitmask_";
+  const DType dtype = check_floating(op, "logits", logits);
+  check_dim(op, "logits", logits, 2, "[batch, vocab_size]");
+  check_last_contiguous(op, "logits", logits);
+  const int64_t batch = logits.size(0);
+  const int64_t vocab_size = logits.size(1);
+  check_apart(op, "logits", batch, logits.stride(0), vocab_size);
+  const int64_t num_words = (vocab_size + kTokensPerWord - 1) / kTokensPerWord;
+  check_shape(op, "bitmask", bitmask, "[batch, ceil(vocab_size / 32)]", {batch, num_words});
+  check_dtype(op, "bitmask", bitmask, ScalarType::Int);
+  check_device(op, "bitmask", bitmask, "logits", logits);
+  check_last_contiguous(op, "bitmask", bitmask);
+  if (batch == 0 || vocab_size == 0) return;
+  const DeviceGuard guard(logits);
+  const TokenBitmaskParams params{
+      .logits = logits.mutable_data_ptr(),
+      .bitmask = bitmask.const_data_ptr<int32_t>(),
+      .batch = batch,
+      .vocab_size = vocab_size,
+      .num_words = num_words,
+      .logits_row_stride = logits.stride(0),
+      .bitmask_row_stride = bitmask.stride(0),
+      .dtype = dtype,
+  };
+  launch(op, launch_apply_token_bitmask, params, logits);
+}
+
 }  // namespace
 
-LT_IMPL(m) { m.impl("sample", TORCH_BOX(&sample)); }
+LT_IMPL(m) {
+  m.impl("sample", TORCH_BOX(&sample));
+  m.impl("apply_token_bitmask_", TORCH_BOX(&apply_token_bitmask_));
+}
 
 }  // namespace llamatelemetry

@@ -31,4 +31,18 @@ int64_t sample_workspace_bytes(int64_t vocab_size);
 // Weights are multiples of 2^-40, at most 1: those of this many tokens sum to less than 2^63.
 constexpr int64_t kMaxVocabSize = int64_t{1} << 22;
 
+struct TokenBitmaskParams {
+  void* logits;            // [batch, vocab_size], rows contiguous and logits_row_stride apart
+  const int32_t* bitmask;  // [batch, num_words], rows bitmask_row_stride apart
+  int64_t batch;
+  int64_t vocab_size;
+  int64_t num_words;  // of kTokensPerWord tokens
+  int64_t logits_row_stride;
+  int64_t bitmask_row_stride;
+  DType dtype;
+};
+Error launch_apply_token_bitmask(const TokenBitmaskParams& params, Stream stream);
+
+constexpr int64_t kTokensPerWord = 32;
+
 }  // namespace llamatelemetry

@@ -29,13 +29,14 @@ from llamatelemetry.ops.norm import (
     softmax,
 )
 from llamatelemetry.ops.quant import dequantize, quant_embedding, repack, unpack
-from llamatelemetry.ops.sampling import sample
+from llamatelemetry.ops.sampling import apply_token_bitmask_, sample
 
 __all__ = [
     "QuantFormat",
     "activation",
     "advance_step_",
     "append_kv_",
+    "apply_token_bitmask_",
     "cascade_attention",
     "copy_blocks_",
     "dequantize",

@@ -62,3 +62,28 @@ def _(
     offset: Tensor,
 ) -> Tensor:
     return logits.new_empty(logits.shape[0], dtype=torch.int64)
+
+
+def apply_token_bitmask_(logits: Tensor, bitmask: Tensor) -> None:
+    """Sets ``logits[row, token] = -inf`` wherever the token's bit is 0: what a grammar forbids.
+
+    The layout is that of xgrammar: token t is bit ``t % 32`` of word ``t // 32``. Bits past the
+    vocabulary mean nothing; a logit whose bit is 1 is not touched.
+
+    Args:
+        logits: [batch, vocab_size], float32, float16 or bfloat16, written in place, any row stride
+        bitmask: [batch, ceil(vocab_size / 32)] int32, any row stride
+
+    Raises:
+        RuntimeError: naming the argument, the rule and the value
+
+    Source:
+        Dong et al. 2024, arXiv:2411.15100 (xgrammar)
+    """
+    inference_only("apply_token_bitmask_", logits=logits)
+    torch.ops.llamatelemetry.apply_token_bitmask_.default(logits, bitmask)
+
+
+@register_fake("apply_token_bitmask_")
+def _(logits: Tensor, bitmask: Tensor) -> None:
+    return None

@@ -30,12 +30,18 @@ from llamatelemetry.ops.reference.norm import (
     softmax,
 )
 from llamatelemetry.ops.reference.quant import dequantize, quant_embedding, repack
-from llamatelemetry.ops.reference.sampling import philox4x32, sample, sampling_probabilities
+from llamatelemetry.ops.reference.sampling import (
+    apply_token_bitmask_,
+    philox4x32,
+    sample,
+    sampling_probabilities,
+)
 
 __all__ = [
     "activation",
     "advance_step_",
     "append_kv_",
+    "apply_token_bitmask_",
     "copy_blocks_",
     "dequantize",
     "flash_attn",

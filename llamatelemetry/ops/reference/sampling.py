@@ -58,3 +58,8 @@ def sample(
         )
         tokens.append(int((probs.cumsum(0) > uniform).nonzero()[0]))
     return torch.tensor(tokens, device=logits.device)
+
+
+def apply_token_bitmask_(logits: Tensor, bitmask: Tensor) -> None:
+    bits = bitmask[:, :, None] >> torch.arange(32, device=bitmask.device) & 1
+    logits.masked_fill_(bits.flatten(1)[:, : logits.shape[1]] == 0, -torch.inf)
