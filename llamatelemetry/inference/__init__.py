@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     )
     from llamatelemetry.inference.batch_size import search_batch_size as search_batch_size
     from llamatelemetry.inference.batch_size import suggest_batch_size as suggest_batch_size
+    from llamatelemetry.inference.drawing import TokenLogprobs as TokenLogprobs
     from llamatelemetry.inference.engine import GenerationStats as GenerationStats
     from llamatelemetry.inference.engine import InferenceEngine as InferenceEngine
     from llamatelemetry.inference.engine import InferResult as InferResult
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from llamatelemetry.inference.kv_cache import kv_cache_bytes as kv_cache_bytes
     from llamatelemetry.inference.kv_cache import optimize_kv_cache as optimize_kv_cache
     from llamatelemetry.inference.kv_cache import restore_kv_cache as restore_kv_cache
+    from llamatelemetry.inference.logit_options import LogitOptions as LogitOptions
     from llamatelemetry.inference.recording import Recording as Recording
     from llamatelemetry.inference.recording import RecordingError as RecordingError
     from llamatelemetry.inference.request_handle import RequestHandle as RequestHandle
@@ -45,6 +47,7 @@ if TYPE_CHECKING:
     from llamatelemetry.inference.sampling import SamplingParams as SamplingParams
     from llamatelemetry.inference.speculative import SpeculationStats as SpeculationStats
     from llamatelemetry.inference.speculative import SpeculativeDecoder as SpeculativeDecoder
+    from llamatelemetry.inference.structured import Structures as Structures
     from llamatelemetry.inference.text_stream import TextStream as TextStream
 
 __getattr__, __dir__, __all__ = lazy_names(
@@ -60,6 +63,7 @@ __getattr__, __dir__, __all__ = lazy_names(
             "search_batch_size",
             "suggest_batch_size",
         ),
+        "drawing": ("TokenLogprobs",),
         "engine": (
             "GenerationStats",
             "InferResult",
@@ -82,6 +86,7 @@ __getattr__, __dir__, __all__ = lazy_names(
             "optimize_kv_cache",
             "restore_kv_cache",
         ),
+        "logit_options": ("LogitOptions",),
         "recording": (
             "Recording",
             "RecordingError",
@@ -96,6 +101,7 @@ __getattr__, __dir__, __all__ = lazy_names(
             "SpeculationStats",
             "SpeculativeDecoder",
         ),
+        "structured": ("Structures",),
         "text_stream": ("TextStream",),
     },
 )

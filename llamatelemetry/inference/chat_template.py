@@ -31,7 +31,10 @@ class TemplateRefusal(ValueError):
 
 
 def render(
-    template: str, messages: Sequence[Mapping[str, Any]], special_tokens: Mapping[str, Any]
+    template: str,
+    messages: Sequence[Mapping[str, Any]],
+    special_tokens: Mapping[str, Any],
+    tools: Sequence[Mapping[str, Any]] | None = None,
 ) -> str:
     """The text of a chat up to where the assistant's answer begins.
 
@@ -39,6 +42,7 @@ def render(
         template: Jinja, with the filters and functions that transformers adds.
         messages: role and content of each turn, in order.
         special_tokens: names as bos_token, as the template sees them.
+        tools: descriptions of functions that the model may call.
 
     Raises:
         TemplateRefusal: the template raises, is no template, or goes on without end.
@@ -51,7 +55,7 @@ def render(
             return _joined(
                 compiled.generate(
                     messages=messages,
-                    tools=None,
+                    tools=tools,
                     documents=None,
                     add_generation_prompt=True,
                     **special_tokens,

@@ -9,15 +9,14 @@ from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 from llamatelemetry.inference.arguments import integer
+from llamatelemetry.inference.drawing import Asked
 from llamatelemetry.inference.engine import InferenceEngine
+from llamatelemetry.inference.logit_options import LogitOptions
 from llamatelemetry.inference.packed import why_not_packed
-from llamatelemetry.inference.prompts import sequence
 from llamatelemetry.inference.request_handle import RequestHandle
 from llamatelemetry.inference.running_batch import RunningBatch
 from llamatelemetry.inference.sampling import GREEDY, SamplingParams
-from llamatelemetry.inference.scheduled_request import ScheduledRequest
-from llamatelemetry.inference.text_stream import TextStream
-from llamatelemetry.loading.find import context_length_of
+from llamatelemetry.inference.submission import Submission, checked_params
 from llamatelemetry.models.patching import patch
 
 # Tokens of a step, by device: how long a prompt may keep those that decode from their next token.
@@ -131,12 +130,7 @@ class ContinuousBatching:
         prompt: Any,
         params: SamplingParams | None = None,
         max_tokens: int = 128,
-        *,
-        min_tokens: int = 0,
-        stop_sequences: str | Sequence[str] = (),
-        stop_token_ids: Collection[int] = (),
-        ignore_eos: bool = False,
-        priority: int = 0,
+        **options: Any,
     ) -> RequestHandle:
         """Queues a request; never waits for a step.
 
@@ -146,56 +140,90 @@ class ContinuousBatching:
             params: SamplingParams; None is what the engine's model asks for in its
                 generation_config, and greedy where it asks for nothing.
             max_tokens: tokens drawn at most.
-            min_tokens: before so many are drawn, none of the tokens that end the text may be.
-            stop_sequences: the text ends before the first that appears.
-            stop_token_ids: end the text as the model's own end tokens do.
-            ignore_eos: whether the model's own end tokens do not.
-            priority: lower goes first; among equals, who came first.
+            options: see submit_group.
 
         Raises:
             ValueError: for an argument of another type or out of range, by name; for a prompt that
                 is empty or does not fit the context with max_tokens.
             OutOfBlocks: for a request that num_blocks can never hold.
         """
+        return self.submit_group(prompt, [params], max_tokens, **options)[0]
+
+    def submit_group(
+        self,
+        prompt: Any,
+        params: Sequence[SamplingParams | None],
+        max_tokens: int = 128,
+        *,
+        min_tokens: int = 0,
+        stop_sequences: str | Sequence[str] = (),
+        stop_token_ids: Collection[int] = (),
+        ignore_eos: bool = False,
+        priority: int = 0,
+        logits: LogitOptions | None = None,
+        time_limit_s: float | None = None,
+        wait_limit_s: float | None = None,
+        shown_tokens: Collection[str] = (),
+    ) -> list[RequestHandle]:
+        """Queues several answers to one prompt, which is computed once and whose blocks they share.
+
+        Args:
+            prompt, max_tokens: as submit's.
+            params: for each answer, as submit's; another seed gives another text.
+            min_tokens: before so many are drawn, none of the tokens that end the text may be.
+            stop_sequences: the text ends before the first that appears.
+            stop_token_ids: end the text as the model's own end tokens do.
+            ignore_eos: whether the model's own end tokens do not.
+            priority: lower goes first; among equals, who came first.
+            logits: LogitOptions: penalties, biases, log-probabilities, a grammar.
+            time_limit_s: seconds from now until which each has to end.
+            wait_limit_s: seconds from now until which its first forward has to begin.
+            shown_tokens: names of control tokens that the text shows; of others it shows nothing.
+
+        Raises:
+            ValueError, OutOfBlocks: as submit does.
+        """
         batch = self._batch
         if batch is None:
             raise ValueError("ContinuousBatching: engine must be given to submit a request")
-        ids = self._ids(prompt)
-        count, least = integer("max_tokens", max_tokens), integer("min_tokens", min_tokens)
-        if count < 1:
-            raise ValueError(f"max_tokens must be at least 1, got {max_tokens}")
-        if not 0 <= least <= count:
-            raise ValueError(f"min_tokens must lie in [0, max_tokens = {count}], got {min_tokens}")
-        context = context_length_of(self.model.config)
-        if len(ids) + count > context:
-            raise ValueError(
-                f"prompt and max_tokens must fit the model's context of {context} tokens, got "
-                f"{len(ids)} + {count}"
-            )
-        if params is not None and not isinstance(params, SamplingParams):
-            raise ValueError(f"params must be SamplingParams or None, got {params!r}")
-        stops = self._checked("stop_token_ids", stop_token_ids)
-        text = None
-        if self._tokenizer is not None:
-            text = TextStream(self._tokenizer, stop_sequences, "stop_sequences")
-        elif stop_sequences:
-            raise ValueError("stop_sequences: an engine with a tokenizer must be given for them")
-        name = next(self._names)
-        request = ScheduledRequest(
-            name,
-            ids,
-            count,
-            min_tokens=least,
-            stop_ids=frozenset([*stops, *(() if ignore_eos else self._eos)]),
-            priority=integer("priority", priority),
-            arrival=name,
-            text=text,
+        if not params:
+            raise ValueError("params must hold at least one SamplingParams or None, got none")
+        for one in params:
+            checked_params(one)
+        asked = Submission(
+            self._ids(prompt),
+            max_tokens,
+            min_tokens,
+            stop_sequences,
+            stop_token_ids,
+            ignore_eos,
+            priority,
+            logits,
+            time_limit_s,
+            wait_limit_s,
+            shown_tokens,
         )
+        names = [next(self._names) for _ in params]
+        requests = asked.requests(names, self.model, self._tokenizer, self._eos)
         if self._fixed_blocks is not None:
-            batch.scheduler.require_fit(request)
-        handle = RequestHandle(request, params or self._unasked, text, self._drive, self._sweep)
-        batch.submit(handle)
-        return handle
+            batch.scheduler.require_fit(requests[0])
+        limits, grammar = asked.limits(), asked.options.grammar
+        handles = [
+            RequestHandle(
+                request,
+                Asked(
+                    one or self._unasked,
+                    asked.options,
+                    None if grammar is None else grammar.matcher(),
+                ),
+                self._drive,
+                self._sweep,
+                limits,
+            )
+            for request, one in zip(requests, params, strict=True)
+        ]
+        batch.submit(handles)
+        return handles
 
     def step(self) -> list[RequestHandle]:
         """One step: at most one token more for each request.
@@ -221,25 +249,12 @@ class ContinuousBatching:
             with self._lock:
                 self._batch.scheduler.blocks.forget_prefixes()
 
-    def _ids(self, prompt: Any) -> list[int]:
+    def _ids(self, prompt: Any) -> Any:
         if self._tokenizer is not None:
-            prompt = self.engine.encode(prompt)
-        elif isinstance(prompt, str):
+            return self.engine.encode(prompt)
+        if isinstance(prompt, str):
             raise ValueError("prompt must be token ids where engine is a model, got text")
-        ids = self._checked("prompt: a token id", sequence(prompt))
-        if not ids:
-            raise ValueError("prompt must hold at least one token, got an empty one")
-        return ids
-
-    def _checked(self, name: str, ids: Collection[int]) -> list[int]:
-        if isinstance(ids, (str, bytes)) or not hasattr(ids, "__iter__"):
-            raise ValueError(f"{name} must be token ids, got {ids!r}")
-        vocab_size = self.model.get_input_embeddings().num_embeddings
-        checked = [integer(name, token) for token in ids]
-        for token in checked:
-            if not 0 <= token < vocab_size:
-                raise ValueError(f"{name}: token ids must lie in [0, {vocab_size}), got {token}")
-        return checked
+        return prompt
 
     def _drive(self, until: Callable[[], bool], timeout: float | None) -> None:
         end = None if timeout is None else time.monotonic() + timeout

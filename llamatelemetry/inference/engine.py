@@ -104,18 +104,18 @@ class InferenceEngine:
         self.stats = GenerationStats()
         self._encoder = PromptEncoder(model.tokenizer)
 
-    def encode(self, prompt: Any, system_prompt: str | None = None) -> list[int]:
+    def encode(self, prompt: Any, system_prompt: str | None = None, tools: Any = None) -> list[int]:
         """Token ids of a prompt.
 
         Args:
-            prompt: text, messages or token ids. The name of a control token in what a user wrote
-                gives the tokens of its letters.
+            prompt: text, messages or token ids. A control token's name in text is its letters
             system_prompt: a system turn before text
+            tools: descriptions of functions, for the chat template
 
         Raises:
             ValueError: for what is no prompt, and what the chat template refuses
         """
-        return self._encoder.encode(prompt, system_prompt)
+        return self._encoder.encode(prompt, system_prompt, tools)
 
     def stream(
         self,

@@ -21,13 +21,19 @@ class PromptEncoder:
         self.tokenizer = tokenizer
         self._lock = threading.Lock()  # transformers sets up a tokenizer anew for each call
 
-    def encode(self, prompt: Any, system_prompt: str | None = None) -> list[int]:
+    def encode(
+        self,
+        prompt: Any,
+        system_prompt: str | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+    ) -> list[int]:
         """Token ids of a prompt.
 
         Args:
             prompt: text, which is a user's turn where the tokenizer has a chat template; messages,
                 each a mapping with a role and its content; or token ids, which stay as they are.
             system_prompt: a system turn before text.
+            tools: descriptions of functions, for the chat template.
 
         Raises:
             ValueError: for what is none of these, and what the chat template refuses.
@@ -52,7 +58,7 @@ class PromptEncoder:
             messages = [{"role": "system", "content": system_prompt}, *messages]
         check_messages(messages)
         with self._lock:
-            return self._chat(messages)
+            return self._chat(messages, tools)
 
     def _plain(self, text: str) -> list[int]:
         ids = list(self.tokenizer.encode(text, split_special_tokens=True))
@@ -61,11 +67,13 @@ class PromptEncoder:
             ids.pop()
         return ids
 
-    def _chat(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
+    def _chat(
+        self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None
+    ) -> list[int]:
         if not getattr(self.tokenizer, "chat_template", None):
             raise ValueError("prompt: messages need a chat template, and this model has none")
-        if not _any_text(messages, self._has_control_tokens):
-            return self._parsed(self._rendered(messages))
+        if not _any_text([messages, tools], self._has_control_tokens):
+            return self._parsed(self._rendered(messages, tools))
         # Marks around what users wrote survive the template, and show what is not to be parsed.
         mark = secrets.token_hex(8)
         begin, end = f"\U000f0000{mark}\U000f0001", f"\U000f0001{mark}\U000f0000"
@@ -77,7 +85,9 @@ class PromptEncoder:
             before, _, after = text.partition(core)
             return f"{before}{begin}{core}{end}{after}"
 
-        first, *others = self._rendered(_mapped(messages, marked)).split(begin)
+        first, *others = self._rendered(_mapped(messages, marked), _mapped(tools, marked)).split(
+            begin
+        )
         ids = self._parsed(first)
         for other in others:
             literal, found, rest = other.partition(end)
@@ -89,7 +99,9 @@ class PromptEncoder:
             ids += self._literal(literal) + self._parsed(rest)
         return ids
 
-    def _rendered(self, messages: Sequence[Mapping[str, Any]]) -> str:
+    def _rendered(
+        self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None
+    ) -> str:
         from llamatelemetry.inference.chat_template import TemplateRefusal, render
 
         template = self.tokenizer.chat_template
@@ -98,9 +110,9 @@ class PromptEncoder:
                 raise ValueError(
                     f"prompt: the model's chat templates must have a default, got {list(template)}"
                 )
-            template = template["default"]
+            template = template["tool_use" if tools and "tool_use" in template else "default"]
         try:
-            return render(template, messages, self.tokenizer.special_tokens_map)
+            return render(template, messages, self.tokenizer.special_tokens_map, tools)
         except TemplateRefusal as error:
             raise ValueError(f"prompt: {error}") from error
 

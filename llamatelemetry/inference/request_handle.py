@@ -7,9 +7,9 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
-from llamatelemetry.inference.sampling import SamplingParams
+from llamatelemetry.inference.drawing import Asked, Drawn, TokenLogprobs
 from llamatelemetry.inference.scheduled_request import ScheduledRequest, StopText
 from llamatelemetry.profiling.metrics import RequestTimes
 
@@ -47,6 +47,7 @@ class RequestResult:
         token_ids: all that were drawn, with the one that ended it.
         finish_reason: "stop" or "length".
         stats: RequestStats.
+        logprobs: TokenLogprobs of each token, where LogitOptions asked for them.
 
     Example:
         >>> handle = ContinuousBatching(4, model).submit([1, 2, 3], max_tokens=2)
@@ -58,6 +59,20 @@ class RequestResult:
     token_ids: list[int]
     finish_reason: str
     stats: RequestStats
+    logprobs: list[TokenLogprobs] | None = None
+
+
+@dataclass(frozen=True)
+class TimeLimits:
+    """How long a request may take, in seconds from when it came; inf for no limit.
+
+    Attributes:
+        whole: until its end.
+        waiting: until its first forward.
+    """
+
+    whole: float = math.inf
+    waiting: float = math.inf
 
 
 class RequestHandle:
@@ -67,7 +82,8 @@ class RequestHandle:
 
     Attributes:
         error: what ended it, if an exception did.
-        params: its SamplingParams.
+        asked: its SamplingParams and LogitOptions.
+        logprobs: TokenLogprobs of each token so far, where its LogitOptions ask for them.
 
     Example:
         >>> batcher = ContinuousBatching(4, model)
@@ -81,16 +97,19 @@ class RequestHandle:
     def __init__(
         self,
         request: ScheduledRequest,
-        params: SamplingParams,
-        text: Any,
+        asked: Asked,
         drive: Callable[[Callable[[], bool], float | None], None],
         withdraw: Callable[[], None],
+        limits: TimeLimits,
     ) -> None:
-        self.request, self.params = request, params
+        self.request, self.asked = request, asked
+        self.logprobs: list[TokenLogprobs] = []
         self.error: BaseException | None = None
         self.is_withdrawn = self._is_done = False
-        self._text: _Text | None = text
+        self._text = cast("_Text | None", request.text)
         self._pieces: list[str] = []
+        self._ends: list[int] = []  # tokens drawn when each piece was certain
+        self._limits = limits
         self._drive, self._withdraw = drive, withdraw
         self._enqueued = time.perf_counter()
         self._started = self._first = self._last = math.nan
@@ -135,7 +154,9 @@ class RequestHandle:
         if self.error is not None:
             raise self.error
         text = "" if self._text is None else self._text.text
-        return RequestResult(text, self.token_ids, str(self.request.finish_reason), self.stats)
+        logprobs = None if self.asked.options.logprobs is None else list(self.logprobs)
+        reason = str(self.request.finish_reason)
+        return RequestResult(text, self.token_ids, reason, self.stats, logprobs)
 
     def __iter__(self) -> Iterator[str]:
         """Pieces of the text as they come; ends where the request is cancelled.
@@ -173,6 +194,10 @@ class RequestHandle:
         is_done = self._is_done  # first: what came before the end is then seen
         return self._pieces[index:], is_done
 
+    def drawn_by(self, piece: int) -> int:
+        """How many tokens were drawn when a piece of the text was certain."""
+        return self._ends[piece]
+
     @property
     def token_ids(self) -> list[int]:
         """Those drawn so far."""
@@ -201,15 +226,34 @@ class RequestHandle:
         if math.isnan(self._started):
             self._started = time.perf_counter()
 
-    def take(self, token: int) -> None:
+    def lateness(self) -> TimeoutError | None:
+        """Why its time is over, if it is."""
+        passed, limits = time.perf_counter() - self._enqueued, self._limits
+        if passed >= limits.whole:
+            return TimeoutError(f"the request must end within {limits.whole:g} s, it has not")
+        if math.isnan(self._started) and passed >= limits.waiting:
+            return TimeoutError(
+                f"the request must begin within {limits.waiting:g} s, it still waits for others"
+            )
+        return None
+
+    def take(self, drawn: Drawn) -> None:
         """A token was drawn."""
         self._last = time.perf_counter()
         if math.isnan(self._first):
             self._first = self._last
-        piece = self.request.take(token)
-        if self.request.finish_reason is not None and self._text is not None:
+        request, matcher = self.request, self.asked.matcher
+        if matcher is not None:
+            matcher.accept(drawn.token)
+        if drawn.logprobs is not None:
+            self.logprobs.append(drawn.logprobs)
+        piece = request.take(drawn.token)
+        if matcher is not None and matcher.is_complete:
+            request.finish_reason = request.finish_reason or "stop"
+        if request.finish_reason is not None and self._text is not None:
             piece += self._text.finish()
         if piece:
+            self._ends.append(request.num_drawn)
             self._pieces.append(piece)
 
     def end(self, error: BaseException | None) -> None:

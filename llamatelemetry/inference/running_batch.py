@@ -7,12 +7,13 @@ from collections.abc import Sequence
 from typing import Any
 
 from llamatelemetry.inference.block_manager import BlockManager, OutOfBlocks
+from llamatelemetry.inference.drawing import Drawn
 from llamatelemetry.inference.kv_pages import floating_parameter
 from llamatelemetry.inference.plan_runner import PlanRunner
 from llamatelemetry.inference.request_handle import RequestHandle
 from llamatelemetry.inference.runner import PAGE_SIZE
 from llamatelemetry.inference.scheduled_request import ScheduledRequest
-from llamatelemetry.inference.scheduler import Scheduler
+from llamatelemetry.inference.scheduler import Piece, Scheduler
 
 
 class RunningBatch:
@@ -52,7 +53,7 @@ class RunningBatch:
         self.scheduler = Scheduler(blocks, self._step_tokens, self.max_rows)
         self._runner = PlanRunner(
             self.model,
-            lambda request: self.open[request.name].params,
+            lambda request: self.open[request.name].asked,
             self.max_rows,
             PAGE_SIZE,
         )
@@ -61,10 +62,13 @@ class RunningBatch:
     def decode_mode(self) -> str:
         return self._runner.decode_mode
 
-    def submit(self, handle: RequestHandle) -> None:
-        """From any thread, without a lock."""
-        self.open[handle.request.name] = handle
-        self.incoming.append(handle)
+    def submit(self, handles: Sequence[RequestHandle]) -> None:
+        """Answers to one prompt, which the first of them computes for all; from any thread,
+        without a lock."""
+        first, *others = handles
+        first.request.siblings = [handle.request for handle in others]
+        self.open.update({handle.request.name: handle for handle in handles})
+        self.incoming.append(first)
 
     def step(self) -> list[RequestHandle]:
         """Returns handles of the requests that a forward ran on, or that ended."""
@@ -80,19 +84,31 @@ class RunningBatch:
         for piece in plan.pieces:
             self.open[piece.request.name].begins()
         for piece, result in self._runner.run(plan):
-            handle = self.open[piece.request.name]
-            touched.append(handle)
-            if isinstance(result, Exception):
-                self._end(handle, result)
-                continue
-            self.scheduler.computed(piece)
-            if result is not None:
-                self._take(handle, result)
+            touched += self._put_down(piece, result)
         return touched
 
-    def _take(self, handle: RequestHandle, token: int) -> None:
+    def _put_down(self, piece: Piece, result: list[Drawn] | Exception) -> list[RequestHandle]:
+        """Notes what a piece's forward gave; returns handles of the requests that it is for."""
+        request = piece.request
+        if isinstance(result, Exception):
+            handle = self.open[request.name]
+            self._end(handle, result)
+            return [handle]
+        self.scheduler.computed(piece)
+        requests = request.draws_for if result else [request]
+        if result:
+            request.siblings = []
+        for sibling in requests[1:]:
+            self.open[sibling.name].begins()
+            self.scheduler.fork(request, sibling)
+        handles = [self.open[one.name] for one in requests]
+        for handle, drawn in zip(handles, result, strict=False):
+            self._take(handle, drawn)
+        return handles
+
+    def _take(self, handle: RequestHandle, drawn: Drawn) -> None:
         try:
-            handle.take(token)
+            handle.take(drawn)
         except Exception as error:  # of its text, whatever the tokenizer makes of it
             self._end(handle, error)
         else:
@@ -106,17 +122,24 @@ class RunningBatch:
         if request in self.scheduler.running or request in self.scheduler.waiting:
             self.scheduler.end(request, reason)
         request.finish_reason = request.finish_reason or reason
+        if left := request.draws_for[1:]:  # who are to go on without it
+            request.siblings = []
+            left[0].siblings = left[1:]
+            self.incoming.append(self.open[left[0].name])
         handle.end(error)
         self.open.pop(request.name, None)
 
     def reap(self) -> list[RequestHandle]:
-        """Ends those that were cancelled."""
-        gone = [handle for handle in list(self.open.values()) if handle.is_withdrawn]
-        for handle in gone:
-            if handle in self.incoming:
-                self.incoming.remove(handle)
-            self._end(handle)
-        return gone
+        """Ends those that were cancelled, and those whose time is over."""
+        ended = []
+        for handle in list(self.open.values()):
+            late = handle.lateness()
+            if late is not None or handle.is_withdrawn:
+                if handle in self.incoming:
+                    self.incoming.remove(handle)
+                self._end(handle, None if handle.is_withdrawn else late)
+                ended.append(handle)
+        return ended
 
     def _take_in(self, handle: RequestHandle) -> list[RequestHandle]:
         """Gives the scheduler a new request; returns it where that ends it."""
@@ -131,9 +154,9 @@ class RunningBatch:
     def _make_room(self, request: ScheduledRequest) -> None:
         """Grows the cache for all that is open, else for what was before and this one, else for
         this one alone; the tables for the longest."""
-        known = [*self.scheduler.running, *self.scheduler.waiting, request]
-        coming = [handle.request for handle in self.incoming]
-        for requests in ([*known, *coming], known):
+        everyone = [handle.request for handle in list(self.open.values())]
+        known = [*self.scheduler.running, *self.scheduler.waiting, *request.draws_for]
+        for requests in (everyone, known):
             try:
                 return self._grow(requests, exact=False)
             except (RuntimeError, ValueError):

@@ -28,6 +28,8 @@ class ScheduledRequest:
         priority: lower goes first.
         arrival: a number that grows; decides among equal priorities.
         text: watches for stop strings; None watches for nothing.
+        siblings: other answers to its prompt, whose first tokens are drawn with its own, from the
+            same logits; they are in no queue until then.
         tokens: of the prompt, then those drawn.
         num_computed: leading tokens whose keys and values are in the cache.
         num_placed: leading tokens that have blocks; 0 while it has none.
@@ -44,6 +46,7 @@ class ScheduledRequest:
     priority: int = 0
     arrival: int = 0
     text: StopText | None = None
+    siblings: list[ScheduledRequest] = field(default_factory=list)
     tokens: list[int] = field(init=False)
     num_computed: int = 0
     num_placed: int = 0
@@ -72,6 +75,11 @@ class ScheduledRequest:
     def most_tokens(self) -> int:
         """How long it may become."""
         return len(self.prompt) + self.max_tokens
+
+    @property
+    def draws_for(self) -> list[ScheduledRequest]:
+        """Itself, and the siblings that are open: whose tokens its next logits give."""
+        return [self, *(one for one in self.siblings if one.finish_reason is None)]
 
     @property
     def forbidden(self) -> Collection[int]:

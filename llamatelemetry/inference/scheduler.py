@@ -133,6 +133,17 @@ class Scheduler:
         piece.request.num_computed = piece.end
         self.blocks.commit(piece.request.name, piece.end)
 
+    def fork(self, request: ScheduledRequest, sibling: ScheduledRequest) -> None:
+        """Puts a sibling at work, that shares the blocks of a request whose prompt was computed;
+        or in the queue where no more may be at work, as if it were preempted then."""
+        if len(self.running) >= self.max_running:
+            _insert(self.waiting, sibling)
+            return
+        self.blocks.fork(request.name, sibling.name)
+        sibling.num_computed, sibling.num_placed = request.num_computed, request.num_placed
+        sibling.num_cached = len(sibling.prompt)
+        _insert(self.running, sibling)
+
     def end(self, request: ScheduledRequest, reason: str | None = None) -> None:
         """Takes a request out, wherever it is, and frees its blocks.
 

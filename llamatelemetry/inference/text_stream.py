@@ -5,7 +5,7 @@ from __future__ import annotations
 import codecs
 import json
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -24,6 +24,7 @@ class TextStream:
         stop_strings: the text ends before the first that appears; ``stopped`` is then True. A str
             is one stop string
         name: what refusals call stop_strings
+        shown: names of control tokens that the text shows; of others it shows nothing
 
     Example:
         >>> text = TextStream(loaded.tokenizer, stop_strings="c")
@@ -34,18 +35,23 @@ class TextStream:
     """
 
     def __init__(
-        self, tokenizer: Any, stop_strings: str | Sequence[str] = (), name: str = "stop_strings"
+        self,
+        tokenizer: Any,
+        stop_strings: str | Sequence[str] = (),
+        name: str = "stop_strings",
+        shown: Collection[str] = (),
     ) -> None:
         self.text = ""
         self.stopped = False
         self._stop_strings = stops(stop_strings, name)
         self._held = ""
         self._piece = _pieces_of(tokenizer)
+        self._shown = {i: one for one in shown if (i := _id_of(tokenizer, one)) is not None}
         self._characters = codecs.getincrementaldecoder("utf-8")("replace")
 
     def push(self, token_id: int) -> str:
         """The text that token_id makes certain; "" while a character or a stop string is open."""
-        piece = self._piece(token_id)
+        piece = self._piece(token_id) or self._shown.get(token_id, "")
         if isinstance(piece, str):  # whole characters: what was open before them stays open
             piece = self._characters.decode(b"", final=bool(piece)) + piece
         else:
@@ -97,6 +103,32 @@ def stops(stop_strings: Any, name: str) -> tuple[str, ...]:
     if not all(found):
         raise ValueError(f"{name} must not hold an empty string, which stops everything")
     return tuple(found)
+
+
+def _id_of(tokenizer: Any, name: str) -> int | None:
+    """The id of a token that the tokenizer was given beside its vocabulary; None for no such."""
+    found = tokenizer.get_added_vocab().get(name)
+    return None if found is None else int(found)
+
+
+def token_bytes(tokenizer: Any) -> Callable[[int], bytes]:
+    """A function from one token to its bytes, whatever stands beside it; of a control token to its
+    name's."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        return lambda token: str(tokenizer.decode([token])).encode()
+    special = {i for i, token in backend.get_added_tokens_decoder().items() if token.special}
+    is_bytes = _decoder_kinds(tokenizer) == {"ByteLevel"}
+
+    def found(token: int) -> bytes:
+        name = backend.id_to_token(token) or ""
+        if token in special:
+            return str(name).encode()
+        if match := _BYTE.fullmatch(name):
+            return bytes.fromhex(match[1])
+        return _bytes_of(name) if is_bytes else str(backend.decode([token])).encode()
+
+    return found
 
 
 def _pieces_of(tokenizer: Any) -> Callable[[int], bytes | str]:

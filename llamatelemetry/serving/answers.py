@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from llamatelemetry.inference.request_handle import RequestHandle
+from llamatelemetry.serving.logprobs import TokenNames
+from llamatelemetry.serving.tools import ToolForm, ToolParser
 
 _DONE = object()
 
@@ -30,21 +32,18 @@ class Shape:
     chunk: str
     is_chat: bool
 
-    def choice(self, index: int, text: str, finish_reason: str | None) -> dict[str, Any]:
-        """A choice of a whole answer."""
-        body: dict[str, Any] = {"index": index, "logprobs": None, "finish_reason": finish_reason}
-        message = {"message": {"role": "assistant", "content": text, "refusal": None}}
-        return body | (message if self.is_chat else {"text": text})
+    def choice(self, text: str, calls: list[dict[str, Any]]) -> dict[str, Any]:
+        """What a choice of a whole answer says."""
+        if not self.is_chat:
+            return {"text": text}
+        message: dict[str, Any] = {"role": "assistant", "content": text, "refusal": None}
+        if calls:
+            message |= {"content": text or None, "tool_calls": calls}
+        return {"message": message}
 
-    def piece(
-        self, index: int, text: str | None, finish_reason: str | None = None, *, first: bool = False
-    ) -> dict[str, Any]:
-        """A choice of a chunk; text None is the last, which says why it ended."""
-        body: dict[str, Any] = {"index": index, "logprobs": None, "finish_reason": finish_reason}
-        delta = {"role": "assistant"} if first else {}
-        if text is not None:
-            delta["content"] = text
-        return body | ({"delta": delta} if self.is_chat else {"text": text or ""})
+    def piece(self, delta: dict[str, Any]) -> dict[str, Any]:
+        """What a choice of a chunk says; an empty delta is the last, which says why it ended."""
+        return {"delta": delta} if self.is_chat else {"text": delta.get("content", "")}
 
 
 CHAT = Shape("chatcmpl", "chat.completion", "chat.completion.chunk", True)
@@ -53,13 +52,27 @@ COMPLETION = Shape("cmpl", "text_completion", "text_completion", False)
 
 @dataclass(frozen=True)
 class Answer:
-    """One answer: its choices are requests of the batcher, in order."""
+    """One answer: its choices are requests of the batcher, in order.
+
+    Attributes:
+        shape, model: what it is an answer of.
+        handles: drawn of them for each prompt.
+        n: choices for each prompt; where more were drawn, the most probable ones by the mean
+            log-probability of their tokens.
+        drawn: requests for each prompt.
+        follow: Worker.follow with the deadline bound.
+        names: of tokens, where log-probabilities are to be told.
+        form: of calls, where the model may call tools.
+    """
 
     shape: Shape
     model: str
     handles: Sequence[RequestHandle]
-    n: int  # choices for each prompt
-    follow: Any  # Worker.follow with the deadline bound
+    n: int
+    drawn: int
+    follow: Any
+    names: TokenNames | None = None
+    form: ToolForm | None = None
     id: str = field(init=False)
     created: int = field(default_factory=lambda: int(time.time()))
 
@@ -68,7 +81,7 @@ class Answer:
 
     def usage(self) -> dict[str, Any]:
         """Token counts; a prompt that several choices answer counts once."""
-        prompts = [handle.request for handle in self.handles[:: self.n]]
+        prompts = [handle.request for handle in self.handles[:: self.drawn]]
         prompt = sum(len(request.prompt) for request in prompts)
         drawn = sum(handle.request.num_drawn for handle in self.handles)
         cached = sum(request.num_cached or 0 for request in prompts)
@@ -82,20 +95,42 @@ class Answer:
     async def whole(self) -> dict[str, Any]:
         """Waits for every choice."""
 
-        async def text_of(handle: RequestHandle) -> str:
-            return "".join([piece async for piece in self.follow(handle)])
+        async def choice_of(handle: RequestHandle) -> dict[str, Any]:
+            text = "".join([piece async for piece, _ in self.follow(handle)])
+            calls: list[dict[str, Any]] = []
+            if self.form is not None:
+                parser = ToolParser(self.form)
+                deltas = [*parser.push(text), *parser.finish()]
+                text = "".join(delta.get("content", "") for delta in deltas)
+                calls = [call for delta in deltas for call in delta.get("tool_calls", [])]
+                calls = [{k: v for k, v in call.items() if k != "index"} for call in calls]
+            body = {
+                "logprobs": self._logprobs(handle, 0, handle.request.num_drawn, 0),
+                "finish_reason": _reason(handle, len(calls)),
+            }
+            return body | self.shape.choice(text, calls)
 
-        tasks = [asyncio.ensure_future(text_of(handle)) for handle in self.handles]
+        tasks = [asyncio.ensure_future(choice_of(handle)) for handle in self.handles]
         try:
-            texts = await asyncio.gather(*tasks)
+            choices = await asyncio.gather(*tasks)
         finally:
             for task in tasks:
                 task.cancel()
-        choices = [
-            self.shape.choice(i, text, handle.request.finish_reason)
-            for i, (text, handle) in enumerate(zip(texts, self.handles, strict=True))
-        ]
-        return self._body(self.shape.whole, choices) | {"usage": self.usage()}
+        kept = [{"index": i} | choices[j] for i, j in enumerate(self._best())]
+        return self._body(self.shape.whole, kept) | {"usage": self.usage()}
+
+    def _best(self) -> list[int]:
+        """Which of the handles are the choices."""
+
+        def mean(i: int) -> float:
+            found = self.handles[i].logprobs
+            return -sum(one.logprob for one in found) / max(len(found), 1)
+
+        kept: list[int] = []
+        for begin in range(0, len(self.handles), self.drawn):
+            rows = range(begin, begin + self.drawn)
+            kept += rows if self.n == self.drawn else sorted(rows, key=mean)[: self.n]
+        return kept
 
     async def chunks(self, includes_usage: bool) -> AsyncIterator[str]:
         """The data of server-sent events, of all choices as they come, and [DONE].
@@ -106,9 +141,8 @@ class Answer:
 
         async def run(index: int, handle: RequestHandle) -> None:
             try:
-                async for piece in self.follow(handle):
-                    waiting.put_nowait((index, piece, None))
-                waiting.put_nowait((index, None, handle.request.finish_reason))
+                async for choice in self._choices(handle):
+                    waiting.put_nowait({"index": index} | choice)
             except Exception as error:
                 waiting.put_nowait(error)
             finally:
@@ -118,8 +152,10 @@ class Answer:
         extra = {"usage": None} if includes_usage else {}
         try:
             if self.shape.is_chat:
+                first = self.shape.piece({"role": "assistant", "content": ""})
                 for index in range(len(tasks)):
-                    yield self._chunk([self.shape.piece(index, "", first=True)], extra)
+                    body = {"index": index, "logprobs": None, "finish_reason": None}
+                    yield self._chunk([body | first], extra)
             left = len(tasks)
             while left:
                 got = await waiting.get()
@@ -129,8 +165,7 @@ class Answer:
                     yield json.dumps({"error": error_body(got)})
                     return
                 else:
-                    index, text, reason = got
-                    yield self._chunk([self.shape.piece(index, text, reason)], extra)
+                    yield self._chunk([got], extra)
             if includes_usage:
                 yield self._chunk([], {"usage": self.usage()})
             yield "[DONE]"
@@ -138,12 +173,46 @@ class Answer:
             for task in tasks:
                 task.cancel()
 
+    async def _choices(self, handle: RequestHandle) -> AsyncIterator[dict[str, Any]]:
+        """One choice's part of each chunk: a delta with the log-probabilities of the tokens since
+        the last, and at the end why it ended."""
+        parser = None if self.form is None else ToolParser(self.form)
+        told = length = 0
+        async for text, end in self.follow(handle):
+            for delta in [{"content": text}] if parser is None else parser.push(text):
+                logprobs = self._logprobs(handle, told, end, length)
+                told, length = end, length + len(delta.get("content", ""))
+                yield {"logprobs": logprobs, "finish_reason": None} | self.shape.piece(delta)
+        for delta in [] if parser is None else parser.finish():
+            yield {"logprobs": None, "finish_reason": None} | self.shape.piece(delta)
+        body: dict[str, Any] = {
+            "logprobs": self._logprobs(handle, told, handle.request.num_drawn, length),
+            "finish_reason": _reason(handle, 0 if parser is None else parser.num_calls),
+        }
+        yield body | self.shape.piece({})
+
+    def _logprobs(
+        self, handle: RequestHandle, begin: int, end: int, offset: int
+    ) -> dict[str, Any] | None:
+        """Of the tokens [begin, end) that were drawn; None for none, and where none are told."""
+        if self.names is None or begin == end:
+            return None
+        tokens, found = handle.token_ids[begin:end], handle.logprobs[begin:end]
+        if self.shape.is_chat:
+            return self.names.chat(tokens, found)
+        return self.names.completion(tokens, found, offset)
+
     def _chunk(self, choices: list[dict[str, Any]], extra: dict[str, Any]) -> str:
         return json.dumps(self._body(self.shape.chunk, choices) | extra)
 
     def _body(self, kind: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
         head = {"id": self.id, "object": kind, "created": self.created, "model": self.model}
         return head | {"choices": choices}
+
+
+def _reason(handle: RequestHandle, num_calls: int) -> str | None:
+    reason = handle.request.finish_reason
+    return "tool_calls" if num_calls and reason == "stop" else reason
 
 
 def error_body(

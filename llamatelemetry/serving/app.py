@@ -21,6 +21,7 @@ from starlette.exceptions import HTTPException
 from llamatelemetry.inference.continuous import ContinuousBatching
 from llamatelemetry.serving.answers import CHAT, COMPLETION, Answer, Shape, error_body
 from llamatelemetry.serving.body_limit import BodyLimit
+from llamatelemetry.serving.logprobs import TokenNames
 from llamatelemetry.serving.metrics import Metrics
 from llamatelemetry.serving.protocol import (
     DEFAULT_MAX_TOKENS,
@@ -28,6 +29,8 @@ from llamatelemetry.serving.protocol import (
     CompletionRequest,
     Generation,
 )
+from llamatelemetry.serving.structure import StructuresOnce, grammar_of
+from llamatelemetry.serving.tools import ToolForm, form_of
 from llamatelemetry.serving.worker import ServerBusy, Worker
 
 _PAGE = Path(__file__).with_name("chat.html")
@@ -77,16 +80,19 @@ def create_app(batcher: ContinuousBatching, config: ServerConfig) -> FastAPI:
     app = FastAPI(title="llamatelemetry", lifespan=lifespan, openapi_url=None)
     app.add_middleware(BodyLimit, max_bytes=config.max_body_bytes)
     _add_errors(app)
-    service = _Service(worker, metrics, config)
+    service = _Service(worker, metrics, config, StructuresOnce(batcher.engine))
 
     @app.post("/v1/chat/completions")
     async def chat(request: Request) -> Response:
         body = await service.authorized(request, ChatRequest)
         messages = [message.for_template() for message in body.messages]
-        ids = await asyncio.to_thread(batcher.engine.encode, messages)
+        tools, form = body.callable_tools, None
+        if tools is not None:
+            form = form_of(batcher.engine.tokenizer.chat_template)
+        ids = await asyncio.to_thread(batcher.engine.encode, messages, None, tools)
         left = batcher.engine.loaded.context_length - len(ids)
         limit = body.limit or max(min(left, DEFAULT_MAX_TOKENS), 1)
-        return await service.answer(CHAT, body, [ids], limit, request)
+        return await service.answer(CHAT, body, [ids], limit, request, form)
 
     @app.post("/v1/completions")
     async def completions(request: Request) -> Response:
@@ -138,6 +144,7 @@ class _Service:
     worker: Worker
     metrics: Metrics
     config: ServerConfig
+    structures: StructuresOnce
 
     def check_key(self, request: Request) -> None:
         """Refuses a request without the key."""
@@ -170,16 +177,36 @@ class _Service:
             raise HTTPException(404, f"model must be {self.config.model}, got {name!r:.80}")
 
     async def answer(
-        self, shape: Shape, body: Generation, prompts: list[Any], limit: int, request: Request
+        self,
+        shape: Shape,
+        body: Generation,
+        prompts: list[Any],
+        limit: int,
+        request: Request,
+        form: ToolForm | None = None,
     ) -> Response:
-        """Submits n requests for each prompt, and answers with their texts or a stream of them."""
-        params = body.sampling(self.worker.batcher.engine.defaults) * len(prompts)
-        rows = [ids for ids in prompts for _ in range(body.n)]
+        """Submits the answers to each prompt, and answers with their texts or a stream of them."""
+        engine = self.worker.batcher.engine
+        grammar = await asyncio.to_thread(
+            grammar_of, body.response_format, body.structured_outputs, self.structures
+        )
+        params = body.sampling(engine.defaults)
         handles = self.worker.submit(
-            len(rows), rows, params, max_tokens=limit, stop_sequences=body.stop
+            prompts,
+            params,
+            max_tokens=limit,
+            min_tokens=body.min_tokens,
+            stop_sequences=body.stop,
+            stop_token_ids=body.stop_token_ids,
+            ignore_eos=body.ignore_eos,
+            priority=body.priority,
+            logits=body.options(grammar),
+            shown_tokens=() if form is None else form.shown,
         )
         follow = partial(self.worker.follow, timeout=self.config.timeout_s)
-        answer = Answer(shape, self.config.model, handles, body.n, follow)
+        names = None if body.num_told is None else TokenNames(engine.tokenizer)
+        model = self.config.model
+        answer = Answer(shape, model, handles, body.n, len(params), follow, names, form)
 
         def count() -> None:
             for handle in handles:

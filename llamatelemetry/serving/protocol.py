@@ -9,25 +9,19 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from llamatelemetry.inference.defaults import ModelDefaults, UnsetFloat, UnsetInt
+from llamatelemetry.inference.logit_options import MAX_LOGPROBS, LogitOptions
 from llamatelemetry.inference.sampling import SamplingParams
+from llamatelemetry.serving.messages import Message, Tool
+from llamatelemetry.serving.structure import ResponseFormat, StructuredOutputs
 
 MAX_CHOICES = 64  # of one request: n times its prompts
 DEFAULT_MAX_TOKENS = 1024  # of a chat that names no limit, if the context leaves so many
 
 # Fields of the API that change nothing here, at the values that say so; others are refused.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "frequency_penalty": (0, None),
-    "presence_penalty": (0, None),
-    "logit_bias": ({}, None),
-    "logprobs": (False, 0, None),
-    "top_logprobs": (0, None),
-    "best_of": (1, None),
     "suffix": ("", None),
     "echo": (False, None),
-    "tools": ([], None),
-    "tool_choice": ("none", "auto", None),
     "functions": ([], None),
-    "response_format": ({"type": "text"}, None),
     "modalities": (["text"], None),
     "reasoning_effort": (None,),
     "audio": (None,),
@@ -38,7 +32,6 @@ IGNORED = {
     "metadata",
     "store",
     "service_tier",
-    "parallel_tool_calls",
     "prompt_cache_key",
     "safety_identifier",
 }
@@ -62,6 +55,9 @@ class Generation(BaseModel):
         max_tokens: of each choice.
         n: choices for each prompt.
         stop: an answer ends before the first of these strings.
+        presence_penalty, frequency_penalty, logit_bias: see LogitOptions.
+        min_tokens, stop_token_ids, ignore_eos, priority: see ContinuousBatching.submit_group.
+        response_format, structured_outputs: what form the text has; at most one of them.
         stream: whether the answer comes in server-sent events.
     """
 
@@ -77,6 +73,15 @@ class Generation(BaseModel):
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] = 1
     stop: str | Annotated[list[str], Field(max_length=16)] = Field(default_factory=list)
+    presence_penalty: Annotated[float, Field(ge=-2, le=2)] = 0.0
+    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] = 0.0
+    logit_bias: dict[int, Annotated[float, Field(ge=-100, le=100)]] = Field(default_factory=dict)
+    min_tokens: Annotated[int, Field(ge=0)] = 0
+    stop_token_ids: Annotated[list[int], Field(max_length=64)] = Field(default_factory=list)
+    ignore_eos: bool = False
+    priority: int = 0
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
     stream: bool = False
     stream_options: StreamOptions | None = None
 
@@ -107,8 +112,33 @@ class Generation(BaseModel):
     def includes_usage(self) -> bool:
         return self.stream_options is not None and self.stream_options.include_usage
 
+    @property
+    def num_drawn(self) -> int:
+        """Answers that are drawn for each prompt."""
+        return self.n
+
+    @property
+    def num_told(self) -> int | None:
+        """Of how many tokens at each place the log-probability is told; None of none."""
+        return None
+
+    def options(self, grammar: Any) -> LogitOptions:
+        """What the logits are asked for.
+
+        Args:
+            grammar: of structure.grammar_of.
+        """
+        told = self.num_told
+        return LogitOptions(
+            self.presence_penalty,
+            self.frequency_penalty,
+            self.logit_bias,
+            0 if told is None and self.num_drawn > self.n else told,
+            grammar,
+        )
+
     def sampling(self, defaults: ModelDefaults) -> list[SamplingParams]:
-        """One for each of the n choices: the seeds follow one another.
+        """One for each answer that is drawn: the seeds follow one another.
 
         Args:
             defaults: of the model.
@@ -121,33 +151,8 @@ class Generation(BaseModel):
             min_p=self.min_p,
             repetition_penalty=self.repetition_penalty,
         )
-        seeds = ((first + i + 2**63) % 2**64 - 2**63 for i in range(self.n))
+        seeds = ((first + i + 2**63) % 2**64 - 2**63 for i in range(self.num_drawn))
         return [dataclasses.replace(filled, seed=seed) for seed in seeds]
-
-
-class TextPart(BaseModel):
-    """A part of a message's content; texts alone are taken."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    type: Literal["text"]
-    text: str
-
-
-class Message(BaseModel):
-    """One message of a chat."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[TextPart]
-    name: str | None = None
-
-    def for_template(self) -> dict[str, str]:
-        """As chat templates read it: one text, and no role that they do not know."""
-        parts = [self.content] if isinstance(self.content, str) else [p.text for p in self.content]
-        role = "system" if self.role == "developer" else self.role
-        return {"role": role, "content": "".join(parts)}
 
 
 class ChatRequest(Generation):
@@ -155,6 +160,28 @@ class ChatRequest(Generation):
 
     messages: Annotated[list[Message], Field(min_length=1)]
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    logprobs: bool = False
+    top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] = 0
+    tools: Annotated[list[Tool], Field(max_length=128)] = Field(default_factory=list)
+    tool_choice: Literal["none", "auto"] = "auto"
+    parallel_tool_calls: Literal[True] = True
+
+    @model_validator(mode="after")
+    def _tells_what_it_ranks(self) -> ChatRequest:
+        if self.top_logprobs and not self.logprobs:
+            raise ValueError("top_logprobs must come with logprobs true")
+        return self
+
+    @property
+    def num_told(self) -> int | None:
+        return self.top_logprobs if self.logprobs else None
+
+    @property
+    def callable_tools(self) -> list[dict[str, Any]] | None:
+        """What the chat template is told of, None for nothing."""
+        if not self.tools or self.tool_choice == "none":
+            return None
+        return [tool.model_dump() for tool in self.tools]
 
     @property
     def limit(self) -> int | None:
@@ -166,6 +193,24 @@ class CompletionRequest(Generation):
     """The body of /v1/completions: a text, token ids, or a list of either."""
 
     prompt: str | list[str] | list[int] | list[list[int]]
+    logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+    best_of: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
+
+    @model_validator(mode="after")
+    def _chooses_among_enough(self) -> CompletionRequest:
+        if self.best_of is not None and self.best_of < self.n:
+            raise ValueError(f"best_of must be at least n ({self.n}), got {self.best_of}")
+        if self.num_drawn > self.n and self.stream:
+            raise ValueError("best_of must be n with stream, for the best is known at the end")
+        return self
+
+    @property
+    def num_drawn(self) -> int:
+        return self.best_of or self.n
+
+    @property
+    def num_told(self) -> int | None:
+        return self.logprobs
 
     @property
     def limit(self) -> int:
@@ -182,8 +227,7 @@ class CompletionRequest(Generation):
         several: list[Any] = [prompt] if one else list(prompt)
         if not all(several):
             raise ValueError("prompt must not be empty")
-        if len(several) * self.n > MAX_CHOICES:
-            raise ValueError(
-                f"n times the prompts must be at most {MAX_CHOICES}, got {len(several) * self.n}"
-            )
+        count = len(several) * self.num_drawn
+        if count > MAX_CHOICES:
+            raise ValueError(f"n times the prompts must be at most {MAX_CHOICES}, got {count}")
         return several

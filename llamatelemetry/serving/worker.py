@@ -7,11 +7,12 @@ import contextlib
 import logging
 import threading
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 from llamatelemetry.inference.continuous import ContinuousBatching
 from llamatelemetry.inference.request_handle import RequestHandle
+from llamatelemetry.inference.sampling import SamplingParams
 
 _log = logging.getLogger("llamatelemetry")
 
@@ -51,18 +52,22 @@ class Worker:
     def num_open(self) -> int:
         return len(self.batcher.active_requests)
 
-    def submit(self, count: int, *args: Any, **kwargs: Any) -> list[RequestHandle]:
+    def submit(
+        self, prompts: Sequence[Any], params: Sequence[SamplingParams], **options: Any
+    ) -> list[RequestHandle]:
         """Hands requests to the batcher, all or none.
 
         Args:
-            count: how many; each of args is a list of as many values.
-            args, kwargs: as ContinuousBatching.submit takes them; kwargs are the same for all.
+            prompts: of each as many answers as there are params.
+            params: of the answers to one prompt.
+            options: as ContinuousBatching.submit_group takes them, the same for all.
 
         Raises:
-            ServerBusy: there is no room for count more.
+            ServerBusy: there is no room for so many more.
             ValueError: there never is for so many.
             Exception: what the batcher refuses.
         """
+        count = len(prompts) * len(params)
         if self.failure is not None:
             raise ServerBusy(f"the server's steps have ended: {self.failure}")
         if self._is_draining:
@@ -78,8 +83,8 @@ class Worker:
             )
         handles: list[RequestHandle] = []
         try:
-            for values in zip(*args, strict=True):
-                handles.append(self.batcher.submit(*values, **kwargs))
+            for prompt in prompts:
+                handles += self.batcher.submit_group(prompt, params, **options)
         except BaseException:
             for handle in handles:
                 handle.cancel()
@@ -87,8 +92,9 @@ class Worker:
         self._work.set()
         return handles
 
-    async def follow(self, handle: RequestHandle, timeout: float) -> AsyncIterator[str]:
-        """Pieces of a request's text as they come; cancels it when the caller goes.
+    async def follow(self, handle: RequestHandle, timeout: float) -> AsyncIterator[tuple[str, int]]:
+        """Pieces of a request's text as they come, each with how many tokens were drawn by then;
+        cancels it when the caller goes.
 
         Args:
             handle: of submit.
@@ -103,8 +109,8 @@ class Worker:
             while True:
                 stepped = self._stepped
                 pieces, is_done = handle.pieces_from(count)
-                for piece in pieces:
-                    yield piece
+                for i, piece in enumerate(pieces, count):
+                    yield piece, handle.drawn_by(i)
                 count += len(pieces)
                 if is_done:
                     break

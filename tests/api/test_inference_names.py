@@ -28,11 +28,21 @@ FUNCTIONS = {
             "prompt",
             ("params", None),
             ("max_tokens", 128),
+            "**options",
+        ],
+        "ContinuousBatching.submit_group": [
+            "prompt",
+            "params",
+            ("max_tokens", 128),
             ("min_tokens", 0),
             ("stop_sequences", ()),
             ("stop_token_ids", ()),
             ("ignore_eos", False),
             ("priority", 0),
+            ("logits", None),
+            ("time_limit_s", None),
+            ("wait_limit_s", None),
+            ("shown_tokens", ()),
         ],
         "ContinuousBatching.step": [],
         "ContinuousBatching.run": [],
@@ -149,7 +159,7 @@ DATACLASSES = {
         ]
     },
     "request_handle": {
-        "RequestResult": ["text", "token_ids", "finish_reason", "stats"],
+        "RequestResult": ["text", "token_ids", "finish_reason", "stats", ("logprobs", None)],
         "RequestStats": [
             "enqueued",
             "started",
@@ -203,9 +213,10 @@ def test_paged_cache():
 def test_every_public_name_is_in_a_table():
     tables = [*FUNCTIONS.values(), *DATACLASSES.values()]
     names = {name for table in tables for name in table if "." not in name}
+    newer = {"LogitOptions", "Structures", "TokenLogprobs"}
     older = {"GenerationStats", "Recording", "RecordingError", "SamplingParams", "TextStream"}
     others = {"FLASH_ATTN_AVAILABLE", "PagedKVCache", "RequestHandle"}
-    assert set(package.__all__) == names | older | others
+    assert set(package.__all__) == names | newer | older | others
     assert set(package.__all__) <= set(dir(package))
     assert package.FLASH_ATTN_AVAILABLE is package.check_flash_attention_available()
 

@@ -70,9 +70,7 @@ def test_refusals(device):
 
 
 def test_opcheck(device):
-    run_opcheck(
-        "apply_token_bitmask_", torch.randn(3, 77, device=device), words(3, 77, device)
-    )
+    run_opcheck("apply_token_bitmask_", torch.randn(3, 77, device=device), words(3, 77, device))
 
 
 def test_replay(device):

@@ -1,0 +1,156 @@
+"""Tokens from logits that are looked at first: penalties, biases, grammars, log-probabilities."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from llamatelemetry.inference.logit_options import NO_OPTIONS, LogitOptions, Matcher
+from llamatelemetry.inference.sampling import SamplingParams, refuse_nan, sampling_tensors
+from llamatelemetry.inference.scheduled_request import ScheduledRequest
+from llamatelemetry.ops import apply_token_bitmask_
+
+
+@dataclass(frozen=True)
+class TokenLogprobs:
+    """How probable a drawn token was, and which were the most probable ones.
+
+    Attributes:
+        logprob: natural logarithm of its probability in the model's own distribution
+        top: (token id, logprob) of the most probable tokens, the best first
+
+    Example:
+        >>> TokenLogprobs(-0.5, ((3, -0.5), (9, -1.25))).top[1]
+        (9, -1.25)
+    """
+
+    logprob: float
+    top: tuple[tuple[int, float], ...]
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A token, and its log-probabilities where the request asks for them."""
+
+    token: int
+    logprobs: TokenLogprobs | None = None
+
+
+@dataclass(frozen=True)
+class Asked:
+    """How a request's tokens are to be drawn.
+
+    Attributes:
+        params: SamplingParams.
+        options: LogitOptions.
+        matcher: where its text stands in options.grammar; None for none.
+    """
+
+    params: SamplingParams
+    options: LogitOptions = NO_OPTIONS
+    matcher: Matcher | None = None
+
+    @property
+    def needs_logits(self) -> bool:
+        return self.options.needs_logits or self.params.repetition_penalty != 1
+
+
+def draw(
+    logits: Tensor, requests: Sequence[ScheduledRequest], asked: Sequence[Asked]
+) -> list[Drawn]:
+    """Draws one token a row.
+
+    Args:
+        logits: [rows, vocab_size], the caller's to lose.
+        requests: of each row; a row's draw depends on its seed and on how many it has drawn.
+        asked: likewise.
+
+    Raises:
+        FloatingPointError: a logit is NaN.
+        ValueError: nothing may be drawn in a row.
+    """
+    refuse_nan(logits)
+    told = [i for i, one in enumerate(asked) if one.options.logprobs is not None]
+    raw = torch.log_softmax(logits[told].float(), dim=-1) if told else None
+    shaped = [
+        i
+        for i, (request, one) in enumerate(zip(requests, asked, strict=True))
+        if request.forbidden or one.params.repetition_penalty != 1 or one.options.shapes_logits
+    ]
+    if shaped:
+        logits = logits.float()
+        for i in shaped:
+            _shape_(logits[i], requests[i], asked[i])
+        _mask_(logits, asked)
+        if (logits[shaped].amax(-1) == -torch.inf).any():
+            raise ValueError(
+                "a token must be left that may be drawn: the grammar, min_tokens and logit_bias "
+                "together forbid all"
+            )
+    offsets = torch.tensor([one.num_drawn for one in requests], device=logits.device)
+    sampling = sampling_tensors([one.params for one in asked], logits.device)
+    tokens = sampling.sample(logits, offsets)
+    found = [None] * len(requests) if raw is None else _logprobs(raw, tokens, told, asked)
+    return [Drawn(token, one) for token, one in zip(tokens.tolist(), found, strict=True)]
+
+
+def _shape_(row: Tensor, request: ScheduledRequest, asked: Asked) -> None:
+    """Penalties, biases and tokens that are forbidden, in place."""
+    options, penalty = asked.options, asked.params.repetition_penalty
+    if penalty != 1:
+        # A prompt may hold a token that has an embedding and no logit.
+        ids = _ids([token for token in set(request.tokens) if token < len(row)], row)
+        held = row[ids]
+        row[ids] = torch.where(held < 0, held * penalty, held / penalty)
+    if options.presence_penalty or options.frequency_penalty:
+        counts = Counter(request.tokens[len(request.prompt) :])
+        times = torch.tensor(list(counts.values()), dtype=row.dtype, device=row.device)
+        row[_ids(list(counts), row)] -= options.frequency_penalty * times + options.presence_penalty
+    if options.logit_bias:
+        bias = torch.tensor(list(options.logit_bias.values()), dtype=row.dtype, device=row.device)
+        row[_ids(list(options.logit_bias), row)] += bias
+    if request.forbidden:
+        row[_ids([token for token in request.forbidden if token < len(row)], row)] = -torch.inf
+
+
+def _mask_(logits: Tensor, asked: Sequence[Asked]) -> None:
+    """What grammars forbid. The masks are filled on the host, on a GPU while the forward that was
+    launched before still runs."""
+    if not any(one.matcher is not None for one in asked):
+        return
+    words = torch.full((len(asked), -(-logits.shape[1] // 32)), -1, dtype=torch.int32)
+    for i, one in enumerate(asked):
+        if one.matcher is not None:
+            one.matcher.fill(words, i)
+    apply_token_bitmask_(logits, words.to(logits.device))
+
+
+def _logprobs(
+    raw: Tensor, tokens: Tensor, told: Sequence[int], asked: Sequence[Asked]
+) -> list[TokenLogprobs | None]:
+    """Of each row whose request wants them.
+
+    Args:
+        raw: [len(told), vocab_size] log-probabilities of those rows.
+        tokens: [rows] int64, what was drawn.
+        told: the rows.
+        asked: of all rows.
+    """
+    found: list[TokenLogprobs | None] = [None] * len(tokens)
+    chosen = raw.gather(1, tokens[told].unsqueeze(1)).squeeze(1).tolist()
+    count = min(max(asked[i].options.logprobs or 0 for i in told), raw.shape[1])
+    best = raw.topk(count, dim=-1)
+    for i, own, values, ids in zip(
+        told, chosen, best.values.tolist(), best.indices.tolist(), strict=True
+    ):
+        wanted = asked[i].options.logprobs or 0
+        found[i] = TokenLogprobs(own, tuple(zip(ids[:wanted], values[:wanted], strict=True)))
+    return found
+
+
+def _ids(tokens: Sequence[int], like: Tensor) -> Tensor:
+    return torch.tensor(tokens, dtype=torch.int64, device=like.device)
