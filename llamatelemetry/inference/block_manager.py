@@ -162,9 +162,9 @@ class BlockManager:
 
     def fork(self, sequence: Hashable, child: Hashable) -> None:
         """A second sequence with the same tokens in the same blocks, without what is reserved."""
+        one = self._get(sequence)
         if child in self._sequences:
             raise ValueError(f"fork: child must be a new sequence, got {child!r} again")
-        one = self._get(sequence)
         blocks = one.blocks[: self.blocks_for(len(one.tokens))]
         for block in blocks:
             self._references[block] += 1
@@ -186,13 +186,13 @@ class BlockManager:
         return list(self._get(sequence).tokens)
 
     def sequences(self) -> list[Hashable]:
-        """The names of all sequences."""
         return list(self._sequences)
 
     def forget_prefixes(self) -> None:
-        """Shares nothing that is cached now with later sequences, as after a change of weights."""
-        self._cached.clear()
-        self._key_of.clear()
+        """Shares nothing that is cached or open now with later ones: the weights have changed."""
+        for one in self._sequences.values():
+            one.prefix = next(self._prefixes)
+        self._cached, self._key_of = {}, {}
         self._free += self._idle
         self._idle.clear()
 

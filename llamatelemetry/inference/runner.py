@@ -97,6 +97,14 @@ class StepRunner:
             self.pages.grow(num_blocks, keep=keep)
         return same_weights
 
+    def _follow_angles(self) -> None:
+        """Makes the tables anew where the rotary embedding has changed since ready."""
+        angles = rope_state(self.model)
+        if angles != self._angles:
+            self._steps.clear()
+            self._rope[:] = rope_tables(self.model, self._num_positions)
+            self._angles = angles
+
     def drop_steps(self) -> None:
         """Forgets the decode steps, as after an error in one."""
         self._steps.clear()
@@ -106,6 +114,7 @@ class StepRunner:
     ) -> Tensor:
         """Logits [batch, vocab_size] of the last token of each chunk, or of the tokens whose places
         among those of all chunks are kept."""
+        self._follow_angles()
         device = self.pages.device
         ids, step = prepare(chunks, self.pages.page_size, width, device)
         if kept is not None:
@@ -141,6 +150,7 @@ class StepRunner:
 
     def step_of(self, kind: type[_Step], batch: int, width: int) -> _Step:
         """decode_step of another kind."""
+        self._follow_angles()
         step = self._steps.get((kind, batch))
         if not isinstance(step, kind) or step.width < width:
             self._steps.pop((kind, batch), None)

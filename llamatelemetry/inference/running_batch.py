@@ -8,6 +8,7 @@ from typing import Any
 
 from llamatelemetry.inference.block_manager import BlockManager, OutOfBlocks
 from llamatelemetry.inference.drawing import Drawn
+from llamatelemetry.inference.fingerprint import Fingerprint
 from llamatelemetry.inference.kv_pages import floating_parameter
 from llamatelemetry.inference.plan_runner import PlanRunner
 from llamatelemetry.inference.request_handle import RequestHandle
@@ -48,6 +49,7 @@ class RunningBatch:
 
     def _begin(self) -> None:
         """An empty cache, as the model is now."""
+        self._fingerprint: Fingerprint | None = None  # of what the shared prefixes are of
         self._like = floating_parameter(self.model)
         blocks = BlockManager(self._fixed or 0, PAGE_SIZE, share_prefixes=self._share)
         self.scheduler = Scheduler(blocks, self._step_tokens, self.max_rows)
@@ -179,7 +181,8 @@ class RunningBatch:
         same = runner.runner.ready(positions, wanted, keep=is_used and blocks.num_blocks > 0)
         runner.width = width
         blocks.add_blocks(wanted - blocks.num_blocks)
-        if not same:
+        if self._share and not (same and self._fingerprint and self._fingerprint.holds()):
+            self._fingerprint = Fingerprint(self.model)
             blocks.forget_prefixes()
 
     def _move(self) -> None:

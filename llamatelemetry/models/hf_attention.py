@@ -8,7 +8,8 @@ of the module's own file where scores are capped, sinks stand or the weights are
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
@@ -84,11 +85,16 @@ def attention_forward(
     return theirs(module, query, key, value, attention_mask, scale, dropout, causal, kwargs)
 
 
-class _Chosen(NamedTuple):
+@dataclass
+class _Chosen:
     """Who has chosen our attention in a transformers model."""
 
     before: list[tuple[Any, Any]]  # a config, and the implementation that it had
     users: set[str]
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        register()  # a process that has loaded a pickle may not know our attention yet
 
 
 def _configs_of(model: nn.Module) -> list[Any]:

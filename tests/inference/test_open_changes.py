@@ -15,6 +15,7 @@ from torch import nn
 from transformers import DynamicCache
 
 from llamatelemetry.inference.continuous import ContinuousBatching
+from llamatelemetry.inference.flash_attn import enable_flash_attention
 from llamatelemetry.inference.generation import TokenGenerator
 from llamatelemetry.inference.kv_cache import optimize_kv_cache
 from llamatelemetry.inference.sampling import GREEDY
@@ -117,9 +118,55 @@ def test_a_hook_of_an_open_recording_is_not_left_out():
     steps = TokenGenerator(ours).generate([PROMPT], [GREEDY], COUNT)
     for _ in range(SOON):
         next(steps)
-    ours.model.layers[0].mlp.gate_proj.register_forward_hook(lambda *_: None)
-    with pytest.raises(RuntimeError, match="forward hooks"):
+    called = []
+    ours.model.layers[0].mlp.gate_proj.register_forward_hook(lambda *_: called.append(1))
+    with pytest.raises(RuntimeError, match=r"forward hooks.*; remove them, or begin again"):
         list(steps)
+    list(TokenGenerator(ours).generate([PROMPT], [GREEDY], 3))
+    assert len(called) == 3
+
+
+def test_a_hook_of_an_open_request_is_not_left_out():
+    model, ours = twins(quantised=True)
+    batcher = ContinuousBatching(2, ours)
+    handle = batcher.submit(PROMPT, max_tokens=COUNT)
+    while handle.request.num_drawn < SOON:
+        batcher.step()
+    hook = ours.model.layers[0].mlp.gate_proj.register_forward_hook(lambda *_: None)
+    batcher.run()
+    with pytest.raises(RuntimeError, match="remove them, or begin again"):
+        handle.result()
+    hook.remove()
+    assert batcher.submit(PROMPT, max_tokens=COUNT).result().token_ids == stepwise(model)
+
+
+def angles_in_place(model):
+    with torch.no_grad():
+        model.model.rotary_emb.inv_freq.mul_(0.2)
+
+
+def angle_scaling(model):
+    model.model.rotary_emb.attention_scaling = 1.7
+
+
+@pytest.mark.parametrize("quantised", [False, True], ids=["dense", "quantised"])
+@pytest.mark.parametrize("change", [angles_in_place, angle_scaling])
+def test_open_ones_follow_the_angles(change, quantised, device):
+    model, ours = twins(device=device, quantised=quantised)
+    before, wanted = stepwise(model), stepwise(copy.deepcopy(model), change)
+    assert before != wanted
+    optimize_kv_cache(ours)
+    open_ones = TokenGenerator(ours).generate([PROMPT], [GREEDY], COUNT)
+    tokens = [next(open_ones)[0] for _ in range(SOON)]
+    batcher = ContinuousBatching(2, ours)
+    handle = batcher.submit(PROMPT, max_tokens=COUNT)
+    while handle.request.num_drawn < SOON:
+        batcher.step()
+    change(ours)
+    tokens += [token for (token,) in open_ones]
+    batcher.run()
+    assert tokens == wanted
+    assert handle.result().token_ids == wanted
 
 
 def fewer_layers(model):
@@ -196,8 +243,12 @@ def test_doubles_and_autocast_go_by_the_models_own_forward():
     assert out[0, len(PROMPT) :].tolist() == stepwise(model)
 
 
-def test_a_pickle_runs_in_a_process_that_has_not_patched(tmp_path):
-    model, ours = twins()
+@pytest.mark.parametrize("way", [patch, enable_flash_attention])
+def test_a_pickle_runs_in_a_process_that_has_not_patched(way, tmp_path):
+    model = tiny_model("llama", "cpu")
+    with torch.inference_mode(False), torch.no_grad():
+        ours = copy.deepcopy(model)
+    way(ours)
     (tmp_path / "model").write_bytes(pickle.dumps(ours))
     script = (
         "import pickle, sys, torch\n"
@@ -223,7 +274,12 @@ def _other_weights(model):
             layer.mlp.up_proj.weight.mul_(-2)
 
 
-@pytest.mark.parametrize("change", [_other_eps, _other_weights])
+def _other_data(model):
+    for layer in model.model.layers:  # as merging an adapter does
+        layer.mlp.up_proj.weight.data.mul_(-2)
+
+
+@pytest.mark.parametrize("change", [_other_eps, _other_weights, _other_data])
 def test_no_prefix_of_the_model_before(change, device):
     plain, ours = twins(device=device)
     prompt = (PROMPT * 9)[:100]  # a whole block of 64 and more
