@@ -45,6 +45,12 @@ def add_command(commands: Any) -> None:
     parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="repeatable")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
     parser.add_argument(
+        "--backend",
+        choices=["native", "triton"],
+        default="native",
+        help="whose kernels run: ours in C++ and CUDA, or Triton's (default: %(default)s)",
+    )
+    parser.add_argument(
         "--exact", action="store_true", help="float32 activations in quantised linears on the CPU"
     )
     parser.add_argument(
@@ -148,7 +154,7 @@ def _generate(args: argparse.Namespace) -> int:
     _quiet_transformers()
     with _progress_bar("loading") as progress:
         loaded = load_model(args.model, device=device, exact=args.exact, progress=progress)
-    engine = InferenceEngine(loaded)
+    engine = InferenceEngine(loaded, backend=args.backend)
     params = replace(engine.defaults.unasked(), **given)
     for piece in engine.stream(prompt, params, args.max_tokens, stops, system_prompt=system):
         emit(piece)

@@ -17,10 +17,10 @@ from llamatelemetry.inference.step import Chunk, prepare
 from llamatelemetry.models.patching import (
     embedding_of,
     forward_tokens,
+    ops_of,
     why_not_forward_tokens,
 )
 from llamatelemetry.models.step_input import DecoderState
-from llamatelemetry.ops import advance_step_
 
 _log = logging.getLogger("llamatelemetry")
 
@@ -45,7 +45,8 @@ class DecodeStep:
     def __init__(self, model: Any, state: DecoderState, batch: int, width: int, size: int) -> None:
         device = state.caches[0][0].device
         blank = [Chunk([0], 0, [])] * batch
-        self.input_ids, self.input = prepare(blank, size, width, device)
+        self._ops = ops_of(model)
+        self.input_ids, self.input = prepare(blank, size, width, device, self._ops.slot_mapping)
         self.input.is_whole = False
         self.sampling = sampling_tensors([GREEDY] * batch, device)
         self.offsets = torch.zeros_like(self.input_ids)
@@ -90,7 +91,8 @@ class DecodeStep:
             active: see hold.
         """
         device, own = self.input_ids.device, self.input
-        ids, step = prepare(rows, self._page_size, self.width, device)
+        slots_of = self._ops.slot_mapping
+        ids, step = prepare(rows, self._page_size, self.width, device, slots_of)
         self.input_ids.copy_(ids)
         for name in ("positions", "slot_mapping", "block_table", "cache_seqlens"):
             getattr(own, name).copy_(getattr(step, name))
@@ -120,7 +122,7 @@ class DecodeStep:
         return self.input_ids
 
     def _next_ids(self, logits: Tensor) -> Tensor:
-        return self.sampling.sample(logits, self.offsets)
+        return self.sampling.sample(logits, self.offsets, draw=self._ops.sample)
 
     def _run_eagerly(self) -> None:
         self._run_forward()
@@ -132,7 +134,7 @@ class DecodeStep:
     def _draw(self) -> None:
         """Chooses the next tokens by the logits and puts them in place."""
         step = self.input
-        advance_step_(
+        self._ops.advance_step_(
             self.input_ids,
             step.positions,
             step.slot_mapping,

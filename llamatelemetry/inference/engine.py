@@ -79,7 +79,7 @@ class InferenceEngine:
     A prompt is text, which becomes a user's turn where the model has a chat template, messages
     (mappings with role and content), or token ids. A model that the packed steps do not serve
     generates by transformers' own forward, which a warning says once. What generation_config.json
-    asks for holds where a request says nothing else. Threads may share an engine; they take turns.
+    asks for holds where a request says no other. Threads share an engine, by turns.
 
     Attributes:
         loaded: the LoadedModel that was given; its transformers model is patched in place
@@ -91,15 +91,15 @@ class InferenceEngine:
         4
 
     Raises:
-        ValueError: for no LoadedModel, and a generation_config with numbers that are none
+        ValueError: for no LoadedModel, numbers of a config that are none, and a backend that fails
     """
 
-    def __init__(self, model: LoadedModel) -> None:
+    def __init__(self, model: LoadedModel, *, backend: str = "native") -> None:
         instance("InferenceEngine: model", model, LoadedModel, "what load_model returned")
         self.loaded = model
         self.tokenizer = model.tokenizer
         self.defaults = ModelDefaults(model.generation)
-        self.patch_report, reason = patch_or_reason(model.model)
+        self.patch_report, reason = patch_or_reason(model.model, backend)
         self.generator = TokenGenerator(model.model, reason)
         self.stats = GenerationStats()
         self._encoder = PromptEncoder(model.tokenizer)

@@ -28,6 +28,7 @@ from llamatelemetry.inference.sampling import (
 )
 from llamatelemetry.inference.step import Chunk
 from llamatelemetry.loading.find import context_length_of
+from llamatelemetry.models.patching import ops_of
 
 # Prompt tokens in one forward, by device: bounds the activations.
 PREFILL_TOKENS = {"cpu": 1024, "cuda": 16384}
@@ -202,7 +203,8 @@ class TokenGenerator:
             seen = None
             if batch.seen is not None:
                 seen = mark_seen_(logits.new_empty(logits.shape, dtype=torch.bool), batch.seen)
-            batch.took(batch.sampling.sample(logits, offsets, seen).tolist())
+            draw = ops_of(self.model).sample
+            batch.took(batch.sampling.sample(logits, offsets, seen, draw).tolist())
         except BaseException:
             batch.free()
             raise

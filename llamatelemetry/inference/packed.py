@@ -6,7 +6,7 @@ import warnings
 from typing import Any
 
 from llamatelemetry.inference.kv_pages import floating_parameter
-from llamatelemetry.models.patching import PatchReport, patch, why_not_forward_tokens
+from llamatelemetry.models.patching import PatchReport, patch, unpatch, why_not_forward_tokens
 from llamatelemetry.models.pieces.watch import SERVED
 
 
@@ -14,8 +14,11 @@ class NotPackedError(ValueError):
     """The packed steps do not serve a model, or not for so long a text."""
 
 
-def patch_or_reason(model: Any) -> tuple[PatchReport, str | None]:
+def patch_or_reason(model: Any, backend: str = "native") -> tuple[PatchReport, str | None]:
     """Patches a model; of one that patch does not know, its attention alone.
+
+    Args:
+        backend: as patch's; another than the native one serves the model or is refused.
 
     Returns:
         The report, and why the packed steps do not serve the model; None where they do.
@@ -23,9 +26,14 @@ def patch_or_reason(model: Any) -> tuple[PatchReport, str | None]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what matters of it is said when it matters
-            report = patch(model)
+            report = patch(model, backend=backend)
     except ValueError as error:
+        if backend != "native":
+            raise
         return PatchReport(not_packed=str(error)), _with_our_attention(model, str(error))
+    if backend != "native" and (reason := why_not_packed(model)) is not None:
+        unpatch(model)
+        raise ValueError(f"backend {backend} does not serve this model: {reason}")
     return report, None
 
 

@@ -27,4 +27,4 @@ class PenalisedStep(DecodeStep):
     def _next_ids(self, logits: Tensor) -> Tensor:
         assert self._seen is not None, "load_seen comes before the first run"
         self._seen.scatter_(1, self.input_ids.unsqueeze(1), True)
-        return self.sampling.sample(logits, self.offsets, self._seen)
+        return self.sampling.sample(logits, self.offsets, self._seen, self._ops.sample)

@@ -14,7 +14,7 @@ from llamatelemetry.inference.frozen import Frozen
 from llamatelemetry.inference.kv_pages import KvPages
 from llamatelemetry.inference.packed import NotPackedError
 from llamatelemetry.inference.step import Chunk, prepare
-from llamatelemetry.models.patching import forward_tokens, rope_state, rope_tables
+from llamatelemetry.models.patching import forward_tokens, ops_of, rope_state, rope_tables
 from llamatelemetry.models.step_input import DecoderState
 
 __all__ = ["PAGE_SIZE", "DecodeStep", "StepRunner"]
@@ -116,7 +116,8 @@ class StepRunner:
         among those of all chunks are kept."""
         self._follow_angles()
         device = self.pages.device
-        ids, step = prepare(chunks, self.pages.page_size, width, device)
+        slots_of = ops_of(self.model).slot_mapping
+        ids, step = prepare(chunks, self.pages.page_size, width, device, slots_of)
         if kept is not None:
             step.kept = torch.tensor(kept, dtype=torch.int64).to(device)
         return forward_tokens(self.model, ids, step, self.state)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 
 import torch
@@ -77,7 +77,13 @@ class SamplingTensors:
     seed: Tensor  # [batch] int64
     repetition_penalty: Tensor  # [batch] float32
 
-    def sample(self, logits: Tensor, offsets: Tensor, seen: Tensor | None = None) -> Tensor:
+    def sample(
+        self,
+        logits: Tensor,
+        offsets: Tensor,
+        seen: Tensor | None = None,
+        draw: Callable[..., Tensor] = sample,
+    ) -> Tensor:
         """Draws one token a row.
 
         Args:
@@ -85,6 +91,7 @@ class SamplingTensors:
             offsets: [batch] int64, another number for each token of a sequence (its position), so
                 that every draw is a fresh one
             seen: [batch, vocab_size] bool, where the repetition penalty holds; None is nowhere
+            draw: sample of the model's ops
 
         Returns:
             [batch] int64
@@ -93,7 +100,7 @@ class SamplingTensors:
             logits, penalty = logits.float(), self.repetition_penalty[:, None]
             penalised = torch.where(logits < 0, logits * penalty, logits / penalty)
             logits = torch.where(seen, penalised, logits)
-        return sample(
+        return draw(
             logits, self.temperature, self.top_k, self.top_p, self.min_p, self.seed, offsets
         )
 

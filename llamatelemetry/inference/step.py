@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -29,7 +29,11 @@ class Chunk:
 
 
 def prepare(
-    chunks: Sequence[Chunk], page_size: int, width: int, device: torch.device | str
+    chunks: Sequence[Chunk],
+    page_size: int,
+    width: int,
+    device: torch.device | str,
+    slots_of: Callable[..., Tensor] = slot_mapping,
 ) -> tuple[Tensor, StepInput]:
     """Packs chunks, of different sequences, into the tokens and the StepInput of one forward.
 
@@ -42,6 +46,7 @@ def prepare(
         width: columns of the block table, at least the blocks of every chunk's table. The CPU's
             kernel splits its work by it, so it stays the same for all steps of a sequence.
         device: where the tensors go.
+        slots_of: slot_mapping of the model's ops.
 
     Returns:
         input_ids [num_tokens] int64, and where they stand.
@@ -62,5 +67,5 @@ def prepare(
         max_seqlen_q=max(counts, default=0),
         is_whole=all(chunk.begin == 0 for chunk in chunks),
     )
-    step.slot_mapping = slot_mapping(step.positions, step.block_table, step.cu_seqlens_q, page_size)
+    step.slot_mapping = slots_of(step.positions, step.block_table, step.cu_seqlens_q, page_size)
     return tensor([token for chunk in chunks for token in chunk.tokens], torch.int64), step

@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 
 from llamatelemetry.models.hf_attention import NAME
-from llamatelemetry.ops import _contract, reference  # noqa: F401  (_contract loads the library)
+from llamatelemetry.ops import advance_step_, reference, sample, slot_mapping
+
+BACKENDS = ("native", "triton")
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,9 @@ class OpSet:
         all_reduce: of what the output and down projections give, where their inputs are split over
             several devices; the identity on one.
         attn_implementation: transformers' name for this set's attention; None leaves the model's.
+        linear_of_any_rows: whether linear is called for many rows too; other layers are refused.
+        sample, advance_step_, slot_mapping: what the engine calls besides the model.
+        name: of the set, where it has one to be pickled by.
     """
 
     rms_norm: Callable[..., Tensor]
@@ -44,6 +49,11 @@ class OpSet:
     activations: Mapping[str, Callable[[Tensor], Tensor]]
     all_reduce: Callable[[Tensor], Tensor]
     attn_implementation: str | None
+    linear_of_any_rows: bool = False
+    sample: Callable[..., Tensor] = sample
+    advance_step_: Callable[..., None] = advance_step_
+    slot_mapping: Callable[..., Tensor] = slot_mapping
+    name: str = ""
 
     def __deepcopy__(self, memo: dict[int, Any]) -> OpSet:
         return self
@@ -53,6 +63,8 @@ class OpSet:
         for name in ("NATIVE", "REFERENCE"):
             if self is globals().get(name):
                 return name
+        if self.name in BACKENDS:
+            return opset_of, (self.name,)
         raise pickle.PicklingError(
             "a patched model can be pickled with NATIVE or REFERENCE ops, got others: call "
             "unpatch(model) first"
@@ -84,6 +96,31 @@ ACTIVATIONS = {  # likewise, without a gate
     "gelu_new": "gelu_tanh",
 }
 OF_LINEAR = ("relu", "silu", "gelu", "gelu_tanh")  # those that ops.linear has
+
+
+def opset_of(backend: str) -> OpSet:
+    """The ops of a backend.
+
+    Args:
+        backend: "native", our C++ and CUDA; or "triton", no library but Triton.
+
+    Raises:
+        ValueError: Another name, or a Triton that is not installed.
+    """
+    if backend == "native":
+        return NATIVE
+    if backend != "triton":
+        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
+    try:
+        from llamatelemetry.models.triton_opset import TRITON
+    except ModuleNotFoundError as error:
+        if error.name != "triton":
+            raise
+        raise ValueError(
+            "backend triton needs Triton, which is not installed; "
+            'use `pip install "llamatelemetry[triton]"`'
+        ) from error
+    return TRITON
 
 
 def _activations(activation: Callable[..., Tensor]) -> dict[str, Callable[[Tensor], Tensor]]:

@@ -15,7 +15,7 @@ from llamatelemetry.models.decoder import Decoder, rope_state, rope_tables
 from llamatelemetry.models.families import FAMILIES
 from llamatelemetry.models.guess import find_stack
 from llamatelemetry.models.hf_attention import choose_ours, leave, register
-from llamatelemetry.models.opset import NATIVE, OpSet
+from llamatelemetry.models.opset import NATIVE, OpSet, opset_of
 from llamatelemetry.models.pieces.base import Piece
 from llamatelemetry.models.pieces.mlp import MLPS
 from llamatelemetry.models.refusals import bind, reason_of, refusals, summary, wanted_pieces
@@ -31,13 +31,13 @@ __all__ = [
     "bindings",
     "embedding_of",
     "forward_tokens",
+    "ops_of",
     "patch",
     "rope_state",
     "rope_tables",
     "unpatch",
     "why_not_forward_tokens",
 ]
-
 
 _USER = "patch"  # of our attention
 
@@ -60,7 +60,9 @@ class _Patched:
 
 
 @torch.no_grad()
-def patch(model: Any, strict: bool = False, ops: OpSet = NATIVE) -> PatchReport:
+def patch(
+    model: Any, strict: bool = False, ops: OpSet | None = None, *, backend: str = "native"
+) -> PatchReport:
     """Puts our ops in the place of a transformers model's modules, in place; weights are shared.
 
     Each replacement first has to give what its module gives on random input; one that does not,
@@ -81,20 +83,22 @@ def patch(model: Any, strict: bool = False, ops: OpSet = NATIVE) -> PatchReport:
             one inside; plain or with quantised linears.
         strict: whether a refused piece is an error, raised before any forward is replaced and, if
             the probe refused it, before a tensor has moved.
-        ops: what the pieces compute with.
+        ops: what the pieces compute with; None is what backend names.
+        backend: "native", our C++ and CUDA; or "triton", Triton's kernels for the packed forward.
 
     Returns:
         The report; a second call changes nothing and returns it again.
 
     Raises:
         ValueError: a model of another class, or one that is patched with other ops; with strict, a
-            piece that is refused, in a second call too.
+            piece that is refused, in a second call too; a backend that cannot run it.
 
     Example:
         >>> sorted(patch(model).replaced)
         ['Attention', 'DecoderLayer', 'GatedMlp', 'RmsNorm']
     """
     _check_is_module(model)
+    ops = opset_of(backend) if ops is None else ops
     if (patched := model.__dict__.get("_llamatelemetry")) is not None:
         return _again(patched, strict, ops)
     register()
@@ -204,6 +208,12 @@ def _take_out(model: Any, pieces: Mapping[str, Piece]) -> None:
     leave(model, _USER)
 
 
+def ops_of(model: Any) -> OpSet:
+    """What a model is patched with; NATIVE where it is not."""
+    patched: _Patched | None = model.__dict__.get("_llamatelemetry")
+    return NATIVE if patched is None else patched.ops
+
+
 def bindings(model: Any) -> list[object]:
     """One object for each piece of a model, another one once the piece was bound anew."""
     patched: _Patched | None = model.__dict__.get("_llamatelemetry")
@@ -269,7 +279,7 @@ def _patched_anew(model: Any, patched: _Patched) -> _Patched:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the report says it
         report.become(patch(model, ops=patched.ops))
-    renewed: _Patched = model._llamatelemetry
+    renewed: Any = model._llamatelemetry
     renewed.report = report
     for piece in renewed.pieces.values():
         piece.report = report

@@ -12,6 +12,7 @@ from llamatelemetry.models.opset import OpSet
 from llamatelemetry.models.pieces.attention import Attention
 from llamatelemetry.models.pieces.base import Piece
 from llamatelemetry.models.pieces.layer import DecoderLayer
+from llamatelemetry.models.pieces.linear import is_dense
 from llamatelemetry.models.pieces.merge import TensorsOf
 from llamatelemetry.models.pieces.mlp import MLPS
 from llamatelemetry.models.pieces.norm import norm_piece
@@ -41,10 +42,36 @@ def wanted_pieces(stack: Stack) -> dict[str, type[Piece]]:
     return wanted
 
 
+def refuse_what_triton_lacks(model: Any, stack: Stack) -> None:
+    """Refuses a model whose layers would run in part on other kernels.
+
+    Raises:
+        ValueError: What it is, and what the ops in Triton serve.
+    """
+    from llamatelemetry.triton_ops.launch import why_not_on
+
+    if (reason := why_not_on(stack.like().device)) is not None:
+        raise ValueError(f"backend triton: {reason}")
+    get_head = getattr(model, "get_output_embeddings", lambda: None)
+    if (head := get_head()) is not None and not is_dense(head):
+        raise ValueError(
+            "backend triton: the vocabulary projection must be torch's Linear, got "
+            f"{type(head).__name__}"
+        )
+    kinds = (stack.spec.attention_kind, stack.spec.mlp_kind)
+    if kinds != ("projected", "gated"):
+        raise ValueError(
+            "backend triton serves layers of projected attention and a gated MLP, got "
+            f"{kinds[0]} attention and a {kinds[1]} MLP"
+        )
+
+
 def refusals(
     model: Any, stack: Stack, ops: OpSet, wanted: Mapping[str, type[Piece]]
 ) -> dict[str, str]:
     """Why modules may not be replaced; one of each likeness is tried, and is as it was after."""
+    if ops.name == "triton":
+        refuse_what_triton_lacks(model, stack)
     whole = unread_field(stack.spec, stack.config)
     if whole is not None:
         return dict.fromkeys(wanted, whole)

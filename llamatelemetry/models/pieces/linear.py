@@ -37,18 +37,29 @@ class Joined:
         self.merged, self.linears = merged, list(linears)
         self._forward, self._after, self._activation = merged.forward, after, activation
         self._op = ops.linear if is_dense(merged) else None
+        self._of_any_rows = ops.linear_of_any_rows
+        if self._of_any_rows and self._op is None:
+            raise ValueError(
+                f"these ops take torch's Linear alone, got {type(merged).__name__}; load the "
+                "weights dense, or use the native ops"
+            )
 
     def __call__(self, x: Tensor) -> Tensor:
         # A graph reads the linears' own weights, wherever they lie when it runs.
         if torch.compiler.is_compiling():
             return self._followed(self._apart(x))
-        if self._op is not None and _is_small(x):
+        if self._op is not None and (self._of_any_rows or _is_small(x)):
             weight, bias = self.merged.weight, self.merged.bias
             y = self._op(x.contiguous(), weight, bias, None, self._activation)
             return y if self._activation is not None else self._followed(y)
         return self._followed(self._forward(x))
 
     def _apart(self, x: Tensor) -> Tensor:
+        if self._of_any_rows and self._op is not None:
+            op, x = self._op, x.contiguous()
+            linears = self.linears or [self.merged]
+            parts = [op(x, one.weight, one.bias, None, None) for one in linears]
+            return torch.cat(parts, -1) if len(parts) > 1 else parts[0]
         if len(self.linears) > 1:
             return torch.cat([linear(x) for linear in self.linears], -1)
         return self._forward(x)
@@ -59,6 +70,8 @@ class Joined:
 
 def head_of(module: Any, ops: OpSet) -> Callable[[Tensor], Tensor]:
     """What calls a model's vocabulary projection: by our op where nobody could tell."""
+    if ops.linear_of_any_rows:
+        return Joined(module, (), ops)
     if ops.linear is None or not is_dense(module):
         return module
     if any((module._forward_hooks, module._forward_pre_hooks, *EVERYWHERE)):

@@ -1,0 +1,1 @@
+"""The kernels' bodies, in Triton's language, a file a subject."""

@@ -1,0 +1,17 @@
+"""tl.dot, and what stands for it where Triton's interpreter has no bfloat16 product."""
+
+# mypy: ignore-errors
+# (the bodies are Triton's language, and only look like Python)
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def product(a, b, sums, PRECISION: tl.constexpr):
+    """sums + a @ b, in float32."""
+    if PRECISION == "interpreted":
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), sums, input_precision="ieee")
+    return tl.dot(a, b, sums, input_precision=PRECISION)

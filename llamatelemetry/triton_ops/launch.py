@@ -1,0 +1,80 @@
+"""What every op here shares: where it may run, and checks that refuse in a sentence."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from llamatelemetry.triton_ops.kernels.norm import rms_norm_kernel
+
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+IS_INTERPRETED = type(rms_norm_kernel).__name__ == "InterpretedFunction"
+
+
+def why_not_on(device: torch.device | str) -> str | None:
+    """Why the kernels cannot run on a device; None where they can."""
+    kind = torch.device(device).type
+    if kind == "cuda" or (kind == "cpu" and IS_INTERPRETED):
+        return None
+    return (
+        "Triton's kernels must have a GPU, or a CPU where TRITON_INTERPRET=1 was set before Triton "
+        f"was imported, got a {kind}"
+    )
+
+
+def check(op: str, name: str, x: Tensor, like: Tensor | None = None) -> None:
+    """Refuses a tensor that is not float32, float16 or bfloat16, where a kernel runs, or not like
+    another one.
+
+    Raises:
+        RuntimeError: Naming the argument, the rule and the value.
+    """
+    if x.dtype not in FLOATS or (like is not None and x.dtype != like.dtype):
+        rule = "float32, float16 or bfloat16" if like is None else f"{like.dtype} as x"
+        raise RuntimeError(f"{op}: {name} must be {rule}, got {x.dtype}")
+    if like is not None and x.device != like.device:
+        raise RuntimeError(f"{op}: {name} must be on {like.device} as x, got {x.device}")
+    if like is None and (reason := why_not_on(x.device)) is not None:
+        raise RuntimeError(f"{op}: {name}: {reason}")
+    if x.numel() and x.stride(-1) != 1:
+        raise RuntimeError(f"{op}: {name} must have contiguous rows, got strides {x.stride()}")
+
+
+def check_shape(op: str, name: str, x: Tensor, shape: Sequence[int]) -> None:
+    """Refuses a tensor of another shape.
+
+    Raises:
+        RuntimeError: Naming the argument, the rule and the value.
+    """
+    if list(x.shape) != list(shape):
+        raise RuntimeError(f"{op}: {name} must have shape {list(shape)}, got {list(x.shape)}")
+
+
+def on_device(x: Tensor) -> AbstractContextManager[object]:
+    """Triton launches on the current device."""
+    if not x.is_cuda or x.device.index == torch.cuda.current_device():
+        return nullcontext()
+    return torch.cuda.device(x.device)
+
+
+def next_power_of_2(n: int, least: int = 1) -> int:
+    return max(least, 1 << max(n - 1, 0).bit_length())
+
+
+def precision_of(x: Tensor) -> str:
+    """Of product: float32 is multiplied as float32, never as TF32."""
+    if IS_INTERPRETED:
+        return "interpreted"
+    return "ieee" if x.dtype == torch.float32 else "tf32"
+
+
+@cache
+def num_multiprocessors(device: torch.device) -> int:
+    """Of a GPU; of the interpreter, one."""
+    if device.type != "cuda":
+        return 1
+    return torch.cuda.get_device_properties(device).multi_processor_count

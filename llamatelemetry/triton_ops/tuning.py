@@ -1,0 +1,134 @@
+"""Tiles and launches of the matrix kernels: measured rows where a GPU has them, else start values.
+
+Rows stand in tuned/sm<capability>.json, written by ``llamatelemetry tune``; a user's own, which
+win, in the file that the environment names: LLAMATELEMETRY_TRITON_TUNED.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llamatelemetry.triton_ops.launch import next_power_of_2, num_multiprocessors
+
+FOLDER = Path(__file__).parent / "tuned"
+VARIABLE = "LLAMATELEMETRY_TRITON_TUNED"
+_FEW_ROWS = 16  # rows of one tl.dot; fewer cost as much
+_MOST_ROWS = 4096  # more are served as these are
+
+
+@dataclass(frozen=True)
+class LinearConfig:
+    """How linear_kernel is launched.
+
+    Attributes:
+        block_m, block_n, block_k: the tile; powers of two, at least 16.
+        splits: parts of k, summed by a second kernel; 1 is one kernel.
+        group_m: tiles of rows that run beside each other.
+    """
+
+    block_m: int = 16
+    block_n: int = 32
+    block_k: int = 128
+    splits: int = 1
+    group_m: int = 8
+    num_warps: int = 4
+    num_stages: int = 3
+
+
+@dataclass(frozen=True)
+class LinearShape:
+    """What a row of the table is for.
+
+    Attributes:
+        m: rows, rounded up to 16 or a power of two up to 4096.
+        n, k: outputs and inputs; of a gated layer n outputs of 2 n rows of weight.
+    """
+
+    m: int
+    n: int
+    k: int
+    gated: bool = False
+
+    @classmethod
+    def of(cls, m: int, n: int, k: int, gated: bool) -> LinearShape:
+        """The row that serves so many rows of x."""
+        return cls(min(next_power_of_2(m, _FEW_ROWS), _MOST_ROWS), n, k, gated)
+
+
+def start_value(shape: LinearShape, bytes_of_value: int, multiprocessors: int) -> LinearConfig:
+    """A launch for a shape that nobody measured."""
+    m, n, k = shape.m, shape.n, shape.k
+    if bytes_of_value == 4:  # float32 has no tensor cores here: small tiles of registers
+        side = 64 if m > 16 else 16
+        return LinearConfig(min(side, m), 32, 32, group_m=8, num_warps=4, num_stages=2)
+    if m <= 32:
+        # Enough programs to ask all memory at once: narrow tiles, and parts of k where n is small.
+        block_n = 16 if n <= 16 * 4 * multiprocessors else 32
+        programs = -(-n // block_n)
+        splits = 1
+        while programs * splits * 2 <= 2 * multiprocessors and k // (splits * 2) >= 512:
+            splits *= 2
+        return LinearConfig(m, block_n, 256, splits, 8, 4, 4)
+    if m <= 64:
+        return LinearConfig(64, 64, 128, 1, 8, 4, 4)
+    if m <= 256 or shape.gated:
+        return LinearConfig(128, 128, 64, 1, 8, 8, 3 if shape.gated else 4)
+    return LinearConfig(128, 256, 64, 1, 8, 8, 3)
+
+
+def table_of(text: str, where: str) -> dict[tuple[LinearShape, str], LinearConfig]:
+    """The rows of a tuned file.
+
+    Raises:
+        ValueError: For what is no such file, naming it and what is wrong.
+    """
+    try:
+        rows = json.loads(text)["linear"]
+        return {
+            (LinearShape(**row["shape"]), row["dtype"]): LinearConfig(**row["config"])
+            for row in rows
+        }
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{where}: must hold the rows that `llamatelemetry tune` writes, got {error!r}"
+        ) from error
+
+
+def row_of(shape: LinearShape, dtype: str, config: LinearConfig, us: float) -> dict[str, Any]:
+    """A row of a tuned file; us: microseconds that it took, weights out of L2."""
+    return {"shape": asdict(shape), "dtype": dtype, "config": asdict(config), "us": round(us, 2)}
+
+
+@cache
+def _table(capability: tuple[int, int]) -> Mapping[tuple[LinearShape, str], LinearConfig]:
+    rows: dict[tuple[LinearShape, str], LinearConfig] = {}
+    paths = [FOLDER / f"sm{capability[0]}{capability[1]}.json"]
+    if own := os.environ.get(VARIABLE):
+        paths.append(Path(own))
+        if not paths[-1].exists():
+            raise ValueError(f"{VARIABLE} must name a file, got {own!r}")
+    for path in paths:
+        if path.exists():
+            rows |= table_of(path.read_text(), path.name)
+    return rows
+
+
+def linear_config(
+    m: int, n: int, k: int, gated: bool, dtype: torch.dtype, device: torch.device
+) -> LinearConfig:
+    """What a linear layer is launched with."""
+    shape = LinearShape.of(m, n, k, gated)
+    if device.type == "cuda":
+        rows = _table(torch.cuda.get_device_capability(device))
+        kind = "float32" if dtype == torch.float32 else "16-bit"
+        if (found := rows.get((shape, kind))) is not None:
+            return found
+    return start_value(shape, dtype.itemsize, num_multiprocessors(device))

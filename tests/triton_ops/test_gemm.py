@@ -1,0 +1,102 @@
+"""Linear layers in Triton: any size, biases, gates, parts of k."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from closeness import assert_close
+from op_checks import assert_refuses
+from torch.library import opcheck
+from torch.nn import functional
+
+pytest.importorskip("triton")
+
+from llamatelemetry.triton_ops import gemm
+from llamatelemetry.triton_ops.tuning import LinearConfig, LinearShape, start_value
+
+SIZES = [(1, 1, 1), (2, 48, 32), (3, 17, 127), (16, 64, 256), (33, 80, 96), (70, 130, 200)]
+
+
+def weights(m, n, k, device, dtype):
+    x = torch.randn(m, k, device=device).to(dtype)
+    weight = (torch.randn(n, k, device=device) / k**0.5).to(dtype)
+    return x, weight, torch.randn(n, device=device).to(dtype)
+
+
+def in_steps(x, weight, bias, activation=None):
+    """Sums in float32, rounded as the op says."""
+    out = x.float() @ weight.float().t()
+    out = (out if bias is None else out + bias.float()).to(x.dtype)
+    if activation is None:
+        return out
+    gate, up = out.chunk(2, -1)
+    return functional.silu(gate.float()).to(x.dtype) * up
+
+
+@pytest.mark.parametrize(("m", "n", "k"), SIZES)
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_linear(device, dtype, m, n, k, has_bias):
+    x, weight, bias = weights(m, n, k, device, dtype)
+    bias = bias if has_bias else None
+    exact = x.double() @ weight.double().t() + (0 if bias is None else bias.double())
+    assert_close(gemm.linear(x, weight, bias), in_steps(x, weight, bias), exact)
+
+
+@pytest.mark.parametrize(("m", "n", "k"), SIZES)
+def test_gated_linear(device, dtype, m, n, k):
+    x, weight, bias = weights(m, 2 * n, k, device, dtype)
+    gate, up = (x.double() @ weight.double().t() + bias.double()).chunk(2, -1)
+    out, exact = gemm.linear(x, weight, bias, "silu"), functional.silu(gate) * up
+    if dtype == torch.float32:  # a GPU's fast exponential and quotient are off by some units
+        torch.testing.assert_close(out.double(), exact, rtol=1e-5, atol=1e-5)
+    else:
+        assert_close(out, in_steps(x, weight, bias, "silu"), exact)
+
+
+@pytest.mark.parametrize("splits", [2, 3, 8])
+@pytest.mark.parametrize("activation", [None, "silu"])
+def test_parts_of_k(device, splits, activation):
+    x, weight, bias = weights(3, 70, 200, device, torch.float32)
+    config = LinearConfig(16, 32, 32, splits, 8, 4, 2)
+    out = x.new_empty(3, 70 if activation is None else 35)
+    gemm.run(x, weight, bias, activation, out, config)
+    torch.testing.assert_close(out, in_steps(x, weight, bias, activation), rtol=1e-5, atol=1e-5)
+
+
+def test_rows_that_lie_apart(device):
+    x, weight, _ = weights(4, 32, 64, device, torch.float32)
+    apart = torch.cat([x, x], 1)[:, :64]
+    assert torch.equal(gemm.linear(apart, weight), gemm.linear(x, weight))
+    assert gemm.linear(x.view(2, 2, 64), weight).shape == (2, 2, 32)
+    assert gemm.linear(x[:0], weight).shape == (0, 32)
+
+
+def test_opcheck(device):
+    x, weight, bias = weights(3, 32, 48, device, torch.float32)
+    opcheck(torch.ops.llamatelemetry_triton.linear.default, (x, weight, bias, None))
+    opcheck(torch.ops.llamatelemetry_triton.linear.default, (x, weight, None, "silu"))
+
+
+def test_refuses(device):
+    x, weight, bias = weights(3, 33, 48, device, torch.float32)
+    assert_refuses(lambda: gemm.linear(x, weight[:, :5]), "weight", "[33, 48]", "[33, 5]")
+    assert_refuses(lambda: gemm.linear(x, weight, bias[:3]), "bias", "[33]", "[3]")
+    assert_refuses(lambda: gemm.linear(x, weight, None, "silu"), "even", "33")
+    assert_refuses(lambda: gemm.linear(x, weight, None, "relu"), "activation", "'relu'")
+    assert_refuses(lambda: gemm.linear(x, weight.half()), "weight", "float16")
+
+
+@pytest.mark.without_triton
+@pytest.mark.parametrize("m", [1, 16, 17, 100, 5000])
+@pytest.mark.parametrize("n", [16, 4096, 128256])
+def test_start_values_are_launches(m, n):
+    """Powers of two, tiles that fit in shared memory, and k split into parts that hold some."""
+    for gated in (False, True):
+        shape = LinearShape.of(m, n, 4096, gated)
+        config = start_value(shape, 2, 132)
+        tile = (config.block_m + config.block_n * (2 if gated else 1)) * config.block_k * 2
+        assert tile * config.num_stages <= 227 * 1024
+        assert config.splits * 512 <= 4096
+        for size in (config.block_m, config.block_n, config.block_k):
+            assert size >= 16
+            assert size & (size - 1) == 0

@@ -1,0 +1,141 @@
+"""Whole models with the ops in Triton: the greedy text of the native path, in float32."""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import pickle
+
+import pytest
+import torch
+from transformers import GraniteConfig, GraniteForCausalLM, LlamaConfig, LlamaForCausalLM
+
+pytest.importorskip("triton")
+
+from llamatelemetry.cli import tune
+from llamatelemetry.inference.generation import TokenGenerator
+from llamatelemetry.inference.sampling import GREEDY, SamplingParams
+from llamatelemetry.models.opset import opset_of
+from llamatelemetry.models.patching import ops_of, patch, unpatch
+from llamatelemetry.models.pieces.linear import Joined
+
+SIZES = {
+    "vocab_size": 97,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "eos_token_id": None,
+    "pad_token_id": None,
+}
+MODELS = {
+    "llama": (LlamaConfig, LlamaForCausalLM, {}),
+    "granite-code": (LlamaConfig, LlamaForCausalLM, {"mlp_bias": True, "attention_bias": True}),
+    "granite": (
+        GraniteConfig,
+        GraniteForCausalLM,
+        {
+            "residual_multiplier": 0.5,
+            "logits_scaling": 2.0,
+            "embedding_multiplier": 3.0,
+            "attention_multiplier": 0.2,
+        },
+    ),
+}
+PROMPTS = [[1, 2, 3], [5, 9] * 64, [7]]  # lengths 3, 128 and 1: with new tokens 127 is passed
+
+
+def tiny(name, device):
+    config, kind, more = MODELS[name]
+    torch.manual_seed(0)
+    model = kind(config(**SIZES, **more)).eval().requires_grad_(False)
+    for parameter in model.parameters():  # no zero biases, and no ties
+        parameter.data += 0.05 * torch.randn_like(parameter)
+    return model.to(device)
+
+
+def text(model, params, tokens=4):
+    generator = TokenGenerator(model)
+    return list(generator.generate(PROMPTS, [params] * len(PROMPTS), tokens))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_greedy_text_is_the_native_path_s(device, name):
+    with torch.inference_mode(False):
+        model = tiny(name, device)
+        patch(model, strict=True)
+        native = text(model, GREEDY)
+        unpatch(model)
+        report = patch(model, strict=True, backend="triton")
+        assert ops_of(model) is opset_of("triton")
+        assert report.not_packed is None
+        assert set(report.replaced) == {"RmsNorm", "Attention", "GatedMlp", "DecoderLayer"}
+        assert text(model, GREEDY) == native
+
+
+def test_sampled_text_is_the_native_path_s(device):
+    params = SamplingParams(temperature=0.9, top_k=20, top_p=0.9, seed=3, repetition_penalty=1.1)
+    with torch.inference_mode(False):
+        model = tiny("llama", device)
+        patch(model)
+        native = text(model, params, 3)
+        unpatch(model)
+        patch(model, backend="triton")
+        assert text(model, params, 3) == native
+
+
+def test_no_kernel_but_triton_s_and_torch_s_own(device):
+    """A step's kernels: none of cuBLAS, cuDNN, CUTLASS or of ours."""
+    if device.type != "cuda":
+        pytest.skip("the interpreter has no kernels to name; needs a device")
+    from torch.profiler import ProfilerActivity, profile
+
+    with torch.inference_mode(False):
+        model = tiny("granite-code", device).bfloat16()
+        patch(model, strict=True, backend="triton")
+        text(model, GREEDY)
+        with profile(activities=[ProfilerActivity.CUDA]) as run:
+            text(model, GREEDY, 3)
+            torch.cuda.synchronize()
+    names = [event.key for event in run.key_averages()]
+    others = ("cublas", "cudnn", "cutlass", "gemm", "gemv", "flash", "llamatelemetry")
+    assert any("linear_kernel" in name for name in names)
+    assert [name for name in names if any(part in name.lower() for part in others)] == []
+
+
+def test_copies_and_pickles_keep_the_ops():
+    assert copy.deepcopy(opset_of("triton")) is opset_of("triton")
+    assert pickle.loads(pickle.dumps(opset_of("triton"))) is opset_of("triton")
+
+
+@pytest.mark.without_triton
+def test_refuses_what_it_does_not_serve():
+    with pytest.raises(ValueError, match="one of native, triton, got 'cuda'"):
+        opset_of("cuda")
+
+    class Other(torch.nn.Linear):
+        pass
+
+    with pytest.raises(ValueError, match="torch's Linear alone, got Other"):
+        Joined(Other(2, 2), (), opset_of("triton"))
+
+
+@pytest.mark.without_triton
+@pytest.mark.parametrize("layer", ["4096", "0x8", "axb"])
+def test_tune_refuses_layers_that_are_none(layer, capsys):
+    args = argparse.Namespace(layer=[layer], gated=None, rows=[16], out="never.json")
+    assert tune.run(args) == 2
+    assert f"a layer must be outputs x inputs, as 4096x14336, got {layer!r}" in (
+        capsys.readouterr().err
+    )
+
+
+@pytest.mark.without_triton
+def test_the_cpu_needs_the_interpreter(monkeypatch):
+    from llamatelemetry.triton_ops import launch
+
+    monkeypatch.setattr(launch, "IS_INTERPRETED", False)
+    with torch.inference_mode(False), pytest.raises(ValueError, match="TRITON_INTERPRET=1 was set"):
+        patch(tiny("llama", "cpu"), backend="triton")
