@@ -33,14 +33,15 @@ def peak_bytes(call, device):
 
 @pytest.mark.parametrize("causal", [True, False])
 def test_attention_memory_is_linear_in_the_length(causal, device):
-    """To 8 Ki tokens here, to 128 Ki on a GPU; twice its output at most."""
+    """To 8 Ki tokens here, to 128 Ki on a GPU; twice its output, and there parts of few tiles."""
     on_cpu = device.type == "cpu"
+    parts = 0 if on_cpu else 2**24  # float32, of a tile a multiprocessor: no matter how long
     dtype = torch.float32 if on_cpu else torch.float16
     for length in (1024, 8192) if on_cpu else (1024, 8192, 131072):
         q, k, v = torch.randn(3, 1, length, HEADS, HEAD_DIM, device=device, dtype=dtype)
         flash_attention_forward(q, k, v, causal)
         peak = peak_bytes(lambda qkv=(q, k, v): flash_attention_forward(*qkv, causal), device)
-        assert q.nbytes <= peak <= 2 * q.nbytes + 2**20
+        assert q.nbytes <= peak <= 2 * q.nbytes + 2**20 + parts
 
 
 def test_attention_memory_of_a_module_is_linear(device):

@@ -97,7 +97,7 @@ def test_hooks_that_the_engine_would_not_run(path, device):
     handle.remove()
     assert patch(model).not_packed is None
     model.get_submodule(path).register_forward_hook(lambda *_: None)
-    with pytest.raises(RuntimeError, match=r"carries forward hooks.* call unpatch"):
+    with pytest.raises(RuntimeError, match=r"carries forward hooks.* remove them, or begin again"):
         PackedRun(model, 1).step([ids[0]])
 
 
@@ -145,7 +145,7 @@ def test_one_layer_changed_after(change, is_hooked, device):
         change(model.model.layers[1])
     got = model(ids).logits
     if is_hooked:
-        with pytest.raises(RuntimeError, match=r"forward_tokens: model\.layers\.1.*call unpatch"):
+        with pytest.raises(RuntimeError, match=r"forward_tokens: model\.layers\.1.*remove them"):
             PackedRun(model, 1).step([ids[0]])
     else:
         assert_close(PackedRun(model, 1).step([ids[0]]), got[:, -1])
