@@ -67,9 +67,11 @@ def attention_forward(
         scale, dropout, causal, attention_mask = _overridden(
             overrides, module, query, key, attention_mask, scale, dropout, causal, sliding_window
         )
-    if not causal and isinstance(attention_mask, KeyMask):
-        # Where torch's attention gets no mask, a module's own is_causal counts, so it does here.
-        attention_mask = None if attention_mask.key_layout.is_plain_causal else attention_mask
+    mask = attention_mask
+    if not causal and isinstance(mask, KeyMask) and not mask.is_floating_point():
+        # Where torch's attention gets no mask, a module's own is_causal counts, so it does here;
+        # a class that takes no sdpa adds its mask, whatever is_causal says.
+        attention_mask = None if mask.key_layout.is_plain_causal else mask
     window = -1 if sliding_window is None else sliding_window - 1
     if attention_mask is None:
         scores = Scores(scale, causal and query.shape[2] > 1, window if causal else -1, -1, 0.0)

@@ -17,7 +17,7 @@ from llamatelemetry.models.patching import patch
 SAMPLE = {
     "whole": ["Gemma2ForCausalLM", "Glm4MoeForCausalLM", "OPTForCausalLM"],
     "in part": ["DeepseekV3ForCausalLM"],
-    "attention only": ["BartForCausalLM"],
+    "attention only": ["BartForCausalLM", "BigBirdPegasusForCausalLM"],
     "not": ["BloomForCausalLM"],
 }
 NEW_TOKENS = 12
