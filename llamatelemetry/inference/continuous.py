@@ -32,8 +32,9 @@ class ContinuousBatching:
     that the rounding of other shapes decides. Threads may share it: a step at a time is run, by
     whoever waits for a result, calls step or run. An exception in one request ends that one alone.
 
-    Prefixes of equal tokens are computed once. Weights changed in place do not show: call
-    ``forget_prefixes`` then. Steps run in the model's own dtype, under autocast too.
+    Prefixes of equal tokens are computed once. Weights changed in place are noticed, but for a few
+    elements written through ``.data``: call ``forget_prefixes`` then. Steps run in the model's own
+    dtype, under autocast too.
 
     Args:
         max_batch_size: requests at work at once; others wait.

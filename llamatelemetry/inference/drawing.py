@@ -111,8 +111,9 @@ def _shape_(row: Tensor, request: ScheduledRequest, asked: Asked) -> None:
         times = torch.tensor(list(counts.values()), dtype=row.dtype, device=row.device)
         row[_ids(list(counts), row)] -= options.frequency_penalty * times + options.presence_penalty
     if options.logit_bias:
-        bias = torch.tensor(list(options.logit_bias.values()), dtype=row.dtype, device=row.device)
-        row[_ids(list(options.logit_bias), row)] += bias
+        known = {token: bias for token, bias in options.logit_bias.items() if token < len(row)}
+        bias = torch.tensor(list(known.values()), dtype=row.dtype, device=row.device)
+        row[_ids(list(known), row)] += bias
     if request.forbidden:
         row[_ids([token for token in request.forbidden if token < len(row)], row)] = -torch.inf
 

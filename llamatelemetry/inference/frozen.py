@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import copy
 from typing import Any
 
 from llamatelemetry.models.patching import bindings
@@ -9,6 +10,8 @@ from llamatelemetry.models.patching import bindings
 _NUMBERS = (bool, int, float, type(None))
 # Of modules in general, and sizes of linears: their weights say them.
 _OF_NO_STEP = {"training", "in_features", "out_features"}
+# Of peft's layers: which adapters run, and by how much.
+_OF_ADAPTERS = ("_disable_adapters", "_active_adapter", "scaling")
 
 
 class Frozen:
@@ -24,6 +27,13 @@ class Frozen:
             for one in (*modules, config)
             for name, value in one.__dict__.items()
             if isinstance(value, _NUMBERS) and name[0] != "_" and name not in _OF_NO_STEP
+        ]
+        self._numbers += [
+            (m.__dict__, name, copy(m.__dict__[name]))
+            for m in modules
+            if "_disable_adapters" in m.__dict__
+            for name in _OF_ADAPTERS
+            if name in m.__dict__
         ]
         self._hooks = [
             (hooks, len(hooks))

@@ -13,6 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+# Characters of a grammar: the time that xgrammar takes grows with the square of its choices.
+MAX_TEXT = 1 << 16
+
 
 @dataclass(frozen=True)
 class CompiledGrammar:
@@ -20,7 +23,7 @@ class CompiledGrammar:
 
     Attributes:
         compiled: xgrammar's.
-        ends_itself: whether a text ends where it is complete, for want of a token that ends it.
+        ends_itself: whether a text ends where nothing may follow, for want of a token that ends it.
     """
 
     compiled: Any
@@ -44,7 +47,11 @@ class GrammarMatcher:
     @property
     def is_complete(self) -> bool:
         """Whether nothing may follow."""
-        return bool(self._matcher.is_terminated())
+        if not self._matcher.is_terminated():  # xgrammar's "may end here"
+            return False
+        self._words.fill_(-1)
+        self._matcher.fill_next_token_bitmask(self._words, 0)
+        return not self._words.any()
 
     def fill(self, words: Tensor, row: int) -> None:
         """Sets a row of a token bitmask [rows, num_words] int32 on the CPU to what may come next;
@@ -146,6 +153,8 @@ class Structures:
     def _made(self, name: str, compile_: Callable[[str], Any], text: str) -> CompiledGrammar:
         if not isinstance(text, str):
             raise ValueError(f"{name} must be text, got {text!r:.80}")
+        if len(text) > MAX_TEXT:
+            raise ValueError(f"{name} must have at most {MAX_TEXT} characters, got {len(text)}")
         try:
             with self._lock:
                 compiled = compile_(text)

@@ -126,7 +126,10 @@ def token_bytes(tokenizer: Any) -> Callable[[int], bytes]:
             return str(name).encode()
         if match := _BYTE.fullmatch(name):
             return bytes.fromhex(match[1])
-        return _bytes_of(name) if is_bytes else str(backend.decode([token])).encode()
+        if is_bytes:
+            return _bytes_of(name)
+        first = str(backend.decode([token]))  # some decoders strip a first token's space
+        return str(backend.decode([token, token]))[len(first) :].encode()
 
     return found
 

@@ -95,7 +95,6 @@ ACTIVATIONS = {  # likewise, without a gate
     "gelu_pytorch_tanh": "gelu_tanh",
     "gelu_new": "gelu_tanh",
 }
-OF_LINEAR = ("relu", "silu", "gelu", "gelu_tanh")  # those that ops.linear has
 
 
 def opset_of(backend: str) -> OpSet:

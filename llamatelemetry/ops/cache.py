@@ -128,7 +128,8 @@ def swap_blocks_(
     ...     swap_blocks_(k_cache, v_cache, k_host, v_host, pairs)
     ...     swapped.record()
 
-    The blocks may be written anew once the computing stream has waited for ``swapped``.
+    The blocks may be written anew once the computing stream has waited for ``swapped``. Keep the
+    host's tensors until then: torch does not know that the launch uses them.
 
     Args:
         k_from, v_from: [num_blocks, page_size, num_heads_kv, head_dim], float32, float16 or

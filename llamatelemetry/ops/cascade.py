@@ -49,7 +49,17 @@ def cascade_attention(
     Source:
         Ye et al. 2024, Cascade Inference; Juravsky et al. 2024, arXiv:2402.05099
     """
-    max_blocks = block_table.shape[-1]
+    if block_table.ndim != 2:
+        raise RuntimeError(
+            "cascade_attention: block_table must be [batch, max_blocks], got shape "
+            f"{list(block_table.shape)}"
+        )
+    batch, max_blocks = block_table.shape
+    if cu_seqlens_q.shape != (batch + 1,):
+        raise RuntimeError(
+            f"cascade_attention: cu_seqlens_q must be [batch + 1] = [{batch + 1}], got shape "
+            f"{list(cu_seqlens_q.shape)}"
+        )
     if not 0 <= num_shared_blocks <= max_blocks:
         raise RuntimeError(
             "cascade_attention: num_shared_blocks must lie in [0, max_blocks] = "

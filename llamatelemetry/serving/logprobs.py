@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import accumulate
 from typing import Any
 
 from llamatelemetry.inference.drawing import TokenLogprobs
@@ -45,7 +46,7 @@ class TokenNames:
     ) -> dict[str, Any]:
         """The logprobs of a completion's choice; offset is where its first token's text begins."""
         texts = [self.text(token) for token in tokens]
-        offsets = [offset + sum(map(len, texts[:i])) for i in range(len(texts))]
+        offsets = list(accumulate(map(len, texts[:-1]), initial=offset))
         return {
             "tokens": texts,
             "token_logprobs": [one.logprob for one in found],

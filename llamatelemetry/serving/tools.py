@@ -39,6 +39,8 @@ def _call(value: Any) -> _Call:
     """
     if not isinstance(value, dict) or not isinstance(value.get("name"), str):
         raise ValueError("no call")
+    if not {"arguments", "parameters"} & value.keys():  # an answer that has a name
+        raise ValueError("no call")
     arguments = value.get("arguments", value.get("parameters", {}))
     return value["name"], json.loads(arguments) if isinstance(arguments, str) else arguments
 
@@ -76,6 +78,11 @@ HERMES = ToolForm("<tool_call>", "</tool_call>", False, ("<tool_call>", "</tool_
 LLAMA = ToolForm("<|python_tag|>", None, True, ("<|python_tag|>",), _sequence)
 MISTRAL = ToolForm("[TOOL_CALLS]", None, False, ("[TOOL_CALLS]", "[ARGS]", "[CALL_ID]"), _mistral)
 
+_OTHER_FORM = (
+    "tools: the model's chat template must have calls in the form of Hermes and Qwen, of Llama 3.1 "
+    "or of Mistral, and has another"
+)
+
 
 def form_of(template: Any) -> ToolForm:
     """The form that a chat template asks for.
@@ -91,16 +98,15 @@ def form_of(template: Any) -> ToolForm:
     text = template if isinstance(template, str) else ""
     if "tools" not in text:
         raise ValueError("tools need a chat template that takes them, and the model's does not")
+    if "<function=" in text or "<arg_key>" in text:  # Qwen3-Coder and GLM, between Hermes' marks
+        raise ValueError(_OTHER_FORM)
     if "<tool_call>" in text:
         return HERMES
     if "[TOOL_CALLS]" in text:
         return MISTRAL
     if "<|python_tag|>" in text or '"parameters": ' in text:
         return LLAMA
-    raise ValueError(
-        "tools: the model's chat template must have calls in the form of Hermes and Qwen, of Llama "
-        "3.1 or of Mistral, and has another"
-    )
+    raise ValueError(_OTHER_FORM)
 
 
 class ToolParser:
@@ -144,14 +150,17 @@ class ToolParser:
         if form.is_bare and not self._has_begun:
             start = self._held.lstrip()
             if start.startswith("{"):
-                self._held, self._opened = start, ""
+                self._opened = self._held[: len(self._held) - len(start)]
+                self._held = start
                 self._is_inside = self._has_begun = True
                 return True
             self._has_begun = bool(start)
         before, begin, after = self._held.partition(form.begin)
         if begin:
-            deltas += self._content(before.rstrip())
-            self._held, self._opened, self._is_inside = after, begin, True
+            said = before.rstrip()
+            deltas += self._content(said)
+            self._held, self._opened = after, before[len(said) :] + begin
+            self._is_inside = True
             return True
         certain = len(self._held) - self._open_length()
         # White space may stand before a call, and goes then.
@@ -178,7 +187,8 @@ class ToolParser:
             return self._content(self._opened + inner + end)
         deltas = []
         for name, arguments in found:
-            function = {"name": name, "arguments": json.dumps(arguments, ensure_ascii=False)}
+            # As ASCII: half of a surrogate pair, which a model may write, has no bytes.
+            function = {"name": name, "arguments": json.dumps(arguments)}
             call = {"id": f"call_{uuid.uuid4().hex[:24]}", "type": "function"}
             deltas.append({"tool_calls": [{"index": self.num_calls, **call, "function": function}]})
             self.num_calls += 1

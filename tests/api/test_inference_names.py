@@ -113,7 +113,7 @@ FUNCTIONS = {
         "restore_kv_cache": ["model"],
     },
     "engine": {
-        "InferenceEngine": ["model"],
+        "InferenceEngine": ["model", ("backend", "native")],
         "InferenceEngine.infer": [
             "prompt",
             ("max_tokens", 128),

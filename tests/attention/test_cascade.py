@@ -82,3 +82,7 @@ def test_refusals(device):
             lambda count=count: run(case, count),
             f"num_shared_blocks must lie in [0, max_blocks] = [0, {most}], got {count}",
         )
+    flat = replace(case, block_table=case.block_table[0])
+    assert_refuses(lambda: run(flat, 1), "block_table must be [batch, max_blocks], got shape")
+    short = replace(case, cu_seqlens_q=case.cu_seqlens_q[:2])
+    assert_refuses(lambda: run(short, 1), "cu_seqlens_q must be [batch + 1] = [6], got shape [2]")

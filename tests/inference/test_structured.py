@@ -105,3 +105,20 @@ def test_refusals(engine, structures):
         batcher.submit("x", GREEDY, 9, min_tokens=4, logits=options)
     with pytest.raises(ValueError, match="ignore_eos must be left out with a grammar"):
         batcher.submit("x", GREEDY, 9, ignore_eos=True, logits=options)
+
+
+def test_a_text_without_an_end_token_goes_on_while_it_can(engine, structures, monkeypatch):
+    monkeypatch.setattr(structures, "_eos", ())
+    matcher = structures.choice(["yes", "yes please"]).matcher()
+    encode = engine.tokenizer.encode
+    for token in encode("yes", add_special_tokens=False):
+        matcher.accept(token)
+    assert not matcher.is_complete
+    for token in encode(" please", add_special_tokens=False):
+        matcher.accept(token)
+    assert matcher.is_complete
+
+
+def test_a_long_grammar_is_refused(structures):
+    with pytest.raises(ValueError, match=r"choice must have at most 65536 characters, got \d+"):
+        structures.choice(["word"] * 20000)

@@ -253,3 +253,14 @@ def test_a_compiled_model_is_changed(change, device):
     for model in (ours, theirs):
         change(model.model.layers[0].mlp.gate_proj)
     assert_close(compiled(ids).logits, theirs(ids).logits, atol=2e-4, rtol=1e-4)
+
+
+def test_a_compiled_model_with_gradients_is_one_graph(device):
+    for family in ("llama", "starcoder2"):  # gated and ungated
+        model, ids = tiny_model(family, device), ids_of(device)
+        wanted = model(ids).logits
+        patch(model)
+        with torch.inference_mode(False), torch.enable_grad():
+            ids = ids.clone()
+            logits = torch.compile(model, backend="eager", fullgraph=True)(ids).logits
+        assert_close(logits.detach(), wanted, atol=2e-4, rtol=1e-4)

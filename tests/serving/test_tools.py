@@ -45,7 +45,14 @@ CASES = {
         [SUN, SUN],
     ),
     "llama text": (LLAMA, "It rains. {}", "It rains. {}", []),
-    "llama json": (LLAMA, '{"a": 1}', '{"a": 1}', []),
+    "llama json": (LLAMA, '  {"a": 1}', '  {"a": 1}', []),
+    "llama answer": (LLAMA, '{"name": "Bob", "age": 3}', '{"name": "Bob", "age": 3}', []),
+    "space before": (
+        HERMES,
+        "Hi \n<tool_call>no</tool_call>",
+        "Hi \n<tool_call>no</tool_call>",
+        [],
+    ),
     "mistral": (MISTRAL, "[TOOL_CALLS] " + json.dumps([RAIN, SUN]), "", [RAIN, SUN]),
     "mistral new": (
         MISTRAL,
@@ -79,7 +86,9 @@ def test_forms_of_templates():
     assert form_of("{% for t in tools %}<tool_call>") is HERMES
     assert form_of({"default": "x", "tool_use": "tools [TOOL_CALLS]"}) is MISTRAL
     assert form_of("{{ tools }} <|python_tag|>") is LLAMA
-    for template, words in ((None, "takes them"), ("hello", "takes them"), ("tools", "Hermes")):
+    of_qwen_coder = "tools <tool_call><function=name>"
+    wrong = [(None, "takes them"), ("hello", "takes them"), ("tools", "Hermes")]
+    for template, words in [*wrong, (of_qwen_coder, "has another")]:
         with pytest.raises(ValueError, match=words):
             form_of(template)
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from llamatelemetry.models.opset import ACTIVATIONS, GATED, NATIVE, OF_LINEAR, OpSet
+from llamatelemetry.models.opset import ACTIVATIONS, GATED, NATIVE, OpSet
 from llamatelemetry.models.pieces.base import Piece
 from llamatelemetry.models.pieces.linear import Joined
 from llamatelemetry.models.pieces.merge import merge_linears, unmerge_linears
@@ -35,7 +35,7 @@ class GatedMlp(Piece):
                 f"{' and '.join(self.spec.gate_up)} must be alike to become one linear"
             )
         self.merged = [merged] if len(self.linears) > 1 else []
-        after, name = self.ops.gated[self.activation], GATED[self.activation]
+        after, name = self.ops.gated[self.activation], GATED.get(self.activation)
         self.gate_up = Joined(merged, self.linears, self.ops, after, name)
         self.down = Joined(getattr(self.module, self.spec.down), (), self.ops)
 
@@ -70,9 +70,8 @@ class UngatedMlp(Piece):
 
     def bind(self) -> None:
         (up,) = self.spec.gate_up
-        after, name = self.ops.activations[self.activation], ACTIVATIONS[self.activation]
-        own = name if name in OF_LINEAR else None
-        self.up = Joined(getattr(self.module, up), (), self.ops, after, own)
+        after, name = self.ops.activations[self.activation], ACTIVATIONS.get(self.activation)
+        self.up = Joined(getattr(self.module, up), (), self.ops, after, name)
         self.down = Joined(getattr(self.module, self.spec.down), (), self.ops)
 
     def step(self, x: Tensor) -> Tensor:
@@ -80,7 +79,7 @@ class UngatedMlp(Piece):
 
     def forward(self, *args: Tensor, **kwargs: Tensor) -> Tensor:
         if self.stands_aside(args, kwargs):
-            return self.original(*args, **kwargs)
+            return self.run_original(*args, **kwargs)
         (x,) = self.named(args, kwargs).values()
         return self.step(x)
 
