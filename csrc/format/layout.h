@@ -41,9 +41,9 @@
 //                      (c >> 4 & 0x0f..) | (b >> 2 & 0x30..)
 //   sub_block16        byte i of word w: int8 scale of weights 16 * (4w + i) .. + 15
 //   sub_block16_four   likewise: scale in the low nibble, minimum in the high one
-//   sub_block16_six    words a, b, c, of weights 16 * (4w + i) in byte i: a & 0x0f.. for w = 0, b
-//   for
-//                      1, a >> 4 for 2, b >> 4 for 3, each | (c >> 2w & 0x03..) << 4; less 32
+//   sub_block16_six    words a, b, c, of weights 16 * (4w + i) in byte i: a & 0x0f.. for
+//                      w = 0, b for 1, a >> 4 for 2, b >> 4 for 3, each
+//                      | (c >> 2w & 0x03..) << 4; less 32
 //   sub_block32_six    nibble s: low four bits for sub-block s; bits 2s, 2s + 1 of sub_scales_high:
 //                      the other two; less 32
 #pragma once

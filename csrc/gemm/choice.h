@@ -46,9 +46,8 @@ static inline constexpr LinearImpl choose_linear(const LinearDescriptor& d) {
 enum class QuantLinearImpl : int8_t {
   kFused,   // one kernel decodes the weights in registers: launch_quant_linear
   kSkinny,  // CUDA: likewise, as the operand of tensor cores
-  kWgmma,  // Hopper: likewise for more rows, the weights rounded to the dtype of x; not for formats
-           // of FormatSet::kLowBit
-  kDense,  // CUDA: launch_dense_weights expands them to the dtype of x, torch's matmul reads that
+  kWgmma,   // Hopper: likewise for more rows, rounded to the dtype of x; no FormatSet::kLowBit
+  kDense,   // CUDA: launch_dense_weights expands them to the dtype of x, torch's matmul reads that
 };
 
 struct QuantLinearDescriptor {

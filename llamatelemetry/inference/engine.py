@@ -102,7 +102,7 @@ class InferenceEngine:
         self.patch_report, reason = patch_or_reason(model.model, backend)
         self.generator = TokenGenerator(model.model, reason)
         self.stats = GenerationStats()
-        self._encoder = PromptEncoder(model.tokenizer)
+        self.prompts = PromptEncoder(model.tokenizer)
 
     def encode(self, prompt: Any, system_prompt: str | None = None, tools: Any = None) -> list[int]:
         """Token ids of a prompt.
@@ -115,7 +115,7 @@ class InferenceEngine:
         Raises:
             ValueError: for what is no prompt, and what the chat template refuses
         """
-        return self._encoder.encode(prompt, system_prompt, tools)
+        return self.prompts.encode(prompt, system_prompt, tools)
 
     def stream(
         self,

@@ -60,6 +60,16 @@ class PromptEncoder:
         with self._lock:
             return self._chat(messages, tools)
 
+    def verbatim(self, text: str) -> list[int]:
+        """Token ids of text as the tokenizer has them: names of control tokens are those tokens.
+
+        Raises:
+            ValueError: half of a surrogate pair is in it.
+        """
+        check_text(text)
+        with self._lock:
+            return list(self.tokenizer.encode(text))
+
     def _plain(self, text: str) -> list[int]:
         ids = list(self.tokenizer.encode(text, split_special_tokens=True))
         # An end that the tokenizer puts behind a text would be the prompt's last word.

@@ -97,8 +97,10 @@ def create_app(batcher: ContinuousBatching, config: ServerConfig) -> FastAPI:
     @app.post("/v1/completions")
     async def completions(request: Request) -> Response:
         body = await service.authorized(request, CompletionRequest)
-        encode = batcher.engine.tokenizer.encode
-        prompts = [encode(p) if isinstance(p, str) else p for p in body.prompts()]
+        encode = batcher.engine.prompts.verbatim
+        prompts = [
+            await asyncio.to_thread(encode, p) if isinstance(p, str) else p for p in body.prompts()
+        ]
         return await service.answer(COMPLETION, body, prompts, body.limit, request)
 
     served = {

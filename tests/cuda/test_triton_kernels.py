@@ -6,14 +6,11 @@ a process of its own; in this one the functions take torch's ops for CPU tensors
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from interpreter import INTERPRETED, assert_passes_interpreted
 from tolerance import assert_within_2x
 from torch.library import opcheck
 from torch.nn.functional import layer_norm
@@ -28,7 +25,6 @@ from llamatelemetry.cuda import (
     triton_softmax,
 )
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 pytestmark = [
     pytest.mark.filterwarnings("ignore:triton_.*torch's own op runs"),
     pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning"),  # the interpreter's numpy
@@ -206,23 +202,8 @@ def test_compile_keeps_the_ops(device):
 @pytest.mark.skipif(not TRITON_AVAILABLE, reason="needs Triton")
 @pytest.mark.skipif(INTERPRETED, reason="this is the interpreted run")
 def test_this_file_with_the_interpreter():
-    import numpy
-    import triton
-
-    versions = [tuple(map(int, m.__version__.split(".")[:2])) for m in (triton, numpy)]
-    if versions[0] < (3, 7) and versions[1] >= (2, 4):
-        pytest.skip("this Triton's interpreter cannot loop with numpy 2.4")
     chosen = "not cuda- and not compile and not opcheck"
-    command = [sys.executable, "-m", "pytest", "-k", chosen, "-p", "no:cacheprovider", __file__]
-    run = subprocess.run(
-        command,
-        env=os.environ | {"TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-2000:]
-    assert " passed" in run.stdout
+    assert_passes_interpreted("-k", chosen, __file__)
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="needs TRITON_INTERPRET=1")

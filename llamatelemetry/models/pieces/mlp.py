@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -14,18 +14,40 @@ from llamatelemetry.models.pieces.merge import merge_linears, unmerge_linears
 from llamatelemetry.models.spec import LayerSpec
 
 
-class GatedMlp(Piece):
-    """``down(act(gate(x)) * up(x))`` with gate and up as one linear."""
+class _Mlp(Piece):
+    """What both have in common: an activation that the ops have, and a linear on either side."""
+
+    into: Joined  # up to the activation and with it
+    down: Joined
 
     def __init__(
         self, module: nn.Module, spec: LayerSpec, config: Any, ops: OpSet = NATIVE
     ) -> None:
         super().__init__(module, spec, config, ops)
-        activation = getattr(config, spec.activation)
-        if activation not in ops.gated:
-            raise ValueError(f"activation must be one of {sorted(ops.gated)}, got {activation!r}")
-        self.activation = activation
+        self.activation = getattr(config, spec.activation)
+        known = self.activations()
+        if self.activation not in known:
+            raise ValueError(f"activation must be one of {sorted(known)}, got {self.activation!r}")
         self.bind()
+
+    def activations(self) -> Mapping[str, Callable[[Tensor], Tensor]]:
+        raise NotImplementedError
+
+    def step(self, x: Tensor) -> Tensor:
+        return self.ops.all_reduce(self.down(self.into(x)))
+
+    def forward(self, *args: Tensor, **kwargs: Tensor) -> Tensor:
+        if self.stands_aside(args, kwargs):
+            return self.run_original(*args, **kwargs)
+        (x,) = self.named(args, kwargs).values()
+        return self.step(x)
+
+
+class GatedMlp(_Mlp):
+    """``down(act(gate(x)) * up(x))`` with gate and up as one linear."""
+
+    def activations(self) -> Mapping[str, Callable[[Tensor], Tensor]]:
+        return self.ops.gated
 
     def bind(self) -> None:
         self.linears = [getattr(self.module, name) for name in self.spec.gate_up]
@@ -36,7 +58,7 @@ class GatedMlp(Piece):
             )
         self.merged = [merged] if len(self.linears) > 1 else []
         after, name = self.ops.gated[self.activation], GATED.get(self.activation)
-        self.gate_up = Joined(merged, self.linears, self.ops, after, name)
+        self.into = Joined(merged, self.linears, self.ops, after, name)
         self.down = Joined(getattr(self.module, self.spec.down), (), self.ops)
 
     def merged_names(self) -> Sequence[str]:
@@ -45,43 +67,18 @@ class GatedMlp(Piece):
     def unbind(self) -> None:
         unmerge_linears(self.linears)
 
-    def step(self, x: Tensor) -> Tensor:
-        return self.ops.all_reduce(self.down(self.gate_up(x)))
 
-    def forward(self, *args: Tensor, **kwargs: Tensor) -> Tensor:
-        if self.stands_aside(args, kwargs):
-            return self.run_original(*args, **kwargs)
-        (x,) = self.named(args, kwargs).values()
-        return self.step(x)
-
-
-class UngatedMlp(Piece):
+class UngatedMlp(_Mlp):
     """``down(act(up(x)))``."""
 
-    def __init__(
-        self, module: nn.Module, spec: LayerSpec, config: Any, ops: OpSet = NATIVE
-    ) -> None:
-        super().__init__(module, spec, config, ops)
-        name = getattr(config, spec.activation)
-        if name not in ops.activations:
-            raise ValueError(f"activation must be one of {sorted(ops.activations)}, got {name!r}")
-        self.activation = name
-        self.bind()
+    def activations(self) -> Mapping[str, Callable[[Tensor], Tensor]]:
+        return self.ops.activations
 
     def bind(self) -> None:
         (up,) = self.spec.gate_up
         after, name = self.ops.activations[self.activation], ACTIVATIONS.get(self.activation)
-        self.up = Joined(getattr(self.module, up), (), self.ops, after, name)
+        self.into = Joined(getattr(self.module, up), (), self.ops, after, name)
         self.down = Joined(getattr(self.module, self.spec.down), (), self.ops)
-
-    def step(self, x: Tensor) -> Tensor:
-        return self.ops.all_reduce(self.down(self.up(x)))
-
-    def forward(self, *args: Tensor, **kwargs: Tensor) -> Tensor:
-        if self.stands_aside(args, kwargs):
-            return self.run_original(*args, **kwargs)
-        (x,) = self.named(args, kwargs).values()
-        return self.step(x)
 
 
 MLPS: dict[str, type[Piece]] = {"gated": GatedMlp, "ungated": UngatedMlp}  # of a spec's mlp_kind
