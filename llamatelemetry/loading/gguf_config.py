@@ -147,7 +147,7 @@ def _window(file: GgufFile, prefix: str, row: GgufRow, layers: int) -> dict[str,
 def _refuse_unknown(file: GgufFile, prefix: str, row: GgufRow) -> None:
     """Refuses what a model would be wrong without."""
     if file.value(prefix + "expert_count", int, 0) and not row.experts:
-        raise file.error("a mixture of experts is not supported for this architecture")
+        raise file.unserved("a mixture of experts is not supported for this architecture")
     known = {*_SIZES, *_OTHER_KEYS, *row.sizes, *row.numbers, *row.unread, *row.rope_keys}
     known.add(row.epsilon[0])
     if row.window:
@@ -158,7 +158,7 @@ def _refuse_unknown(file: GgufFile, prefix: str, row: GgufRow) -> None:
         name = key.removeprefix(prefix)
         is_ours = key.startswith(prefix) and name not in known
         if is_ours and value not in _NEUTRAL.get(name, ()):
-            raise file.error(f"metadata key {key} = {value!r:.80} is not known here")
+            raise file.unserved(f"metadata key {key} = {value!r:.80} is not known here")
 
 
 def _check_blocks(file: GgufFile, prefix: str, count: int) -> None:

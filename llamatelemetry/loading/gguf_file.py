@@ -105,6 +105,14 @@ class GgufFile:
     def error(self, what: str) -> ModelFileError:
         return ModelFileError(f"{self.path}: {what}")
 
+    def unserved(self, what: str) -> ModelFileError:
+        """An error for a sound file that nothing here reads: it names the way that may."""
+        folder, name = str(self.path.parent), self.path.name
+        return self.error(
+            f"{what}; the original model's directory may load, or let transformers dequantise the "
+            f"file: AutoModelForCausalLM.from_pretrained({folder!r}, gguf_file={name!r})"
+        )
+
     def value(self, key: str, kind: type, default: Any = None) -> Any:
         """metadata[key], checked to be of the kind; without a default the key must be there."""
         value = self.metadata.get(key, default)
@@ -213,10 +221,9 @@ class GgufFile:
             weights, block_bytes = format.block_size, format.block_bytes
         else:
             supported = ", ".join(_type_name(n) for n in (*_DENSE, *GGUF_FORMATS))
-            raise self.error(
+            raise self.unserved(
                 f"tensor {name} has type {_type_name(number)}, which no kernel reads; "
-                f"supported: {supported}; or let transformers dequantise the file: "
-                f"from_pretrained({str(self.path.parent)!r}, gguf_file={self.path.name!r})"
+                f"supported: {supported}"
             )
         if not shape or shape[-1] % weights:
             raise self.error(f"tensor {name} of shape {shape} is not in whole blocks of {weights}")

@@ -22,6 +22,7 @@ Progress = Callable[[int, int], None]
 
 _NO_BIAS = ".self_attn.o_proj.bias"  # transformers' attention has it where the others have biases
 _EXPERTS = re.compile(r"blk\.(\d+)\.ffn_(gate|up|down)_exps\.(weight|bias)")
+_ONE_EXPERT = re.compile(r"blk\.(\d+)\.ffn_(gate|up|down)\.(\d+)\.weight")  # older files
 
 
 def build_model(
@@ -60,10 +61,16 @@ def build_model(
     for tensor in file.tensors.values():
         if (match := _EXPERTS.fullmatch(tensor.name)) and int(match[1]) in experts:
             place.expert(tensor, int(match[1]), f"{match[2]}.{match[3]}")
+        elif (match := _ONE_EXPERT.fullmatch(tensor.name)) and int(match[1]) in experts:
+            place.expert(tensor, int(match[1]), f"{match[2]}.weight", int(match[3]))
+        elif (path := _stack(tensor.name, row)) is not None:
+            waiting -= place.stack(tensor, path)
         elif tensor.name not in TENSORS:
             name = names.get(tensor.name, "")
             if name not in waiting:
-                raise file.error(f"tensor {tensor.name} is no part of a {config.model_type} model")
+                raise file.unserved(
+                    f"tensor {tensor.name} is no part of a {config.model_type} model"
+                )
             waiting.remove(name)
             heads = _interleaved_heads(row, config, name)
             place.tensor(tensor, name, heads, row.one_added and name.endswith("norm.weight"))
@@ -106,6 +113,13 @@ def _parameters(file: GgufFile, model: nn.Module, row: GgufRow) -> dict[str, str
         # A parameter that is no module's weight or bias is stored as a weight.
         found[stored if stored.endswith((".weight", ".bias")) else stored + ".weight"] = name
     return found
+
+
+def _stack(tensor: str, row: GgufRow) -> str | None:
+    """The list of modules whose weights are a tensor's rows, or None."""
+    _, _, name = tensor.partition("blk.")
+    layer, _, part = name.partition(".")
+    return f"model.layers.{layer}.{row.stacks[part]}" if part in row.stacks else None
 
 
 def _expert_modules(model: nn.Module) -> dict[int, str]:

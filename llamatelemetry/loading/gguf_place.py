@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from llamatelemetry import ops
 from llamatelemetry.loading.gguf_file import GgufFile, GgufTensor
+from llamatelemetry.ops.formats import QuantFormat
 from llamatelemetry.quantization.experts import PARTS, QuantExperts, fill_experts
 from llamatelemetry.quantization.modules import QuantEmbedding, QuantLinear
 
@@ -30,9 +33,12 @@ class Place:
         dtype: torch.dtype,
         exact: bool,
     ) -> None:
-        self.file, self.model, self.experts = file, model, experts
+        self.file, self.model, self.modules = file, model, experts
         self.device, self.dtype, self.exact = device, dtype, exact
-        self._stacks: dict[int, dict[str, GgufTensor]] = {layer: {} for layer in experts}
+        # layer -> part -> the tensor of all experts, or one of each by its number
+        self._stacks: dict[int, dict[str, dict[int | None, GgufTensor]]] = {
+            layer: {} for layer in experts
+        }
 
     def tensor(self, tensor: GgufTensor, name: str, heads: int, one_added: bool) -> None:
         """Puts a tensor where the parameter of that name is, packed if the file has it quantised.
@@ -71,34 +77,75 @@ class Place:
         self.model.set_submodule(path, replacement)
         self.file.release(tensor)
 
-    def expert(self, tensor: GgufTensor, layer: int, part: str) -> None:
+    def stack(self, tensor: GgufTensor, path: str) -> set[str]:
+        """Makes each row of a tensor the weight of a module in the list at path.
+
+        Returns:
+            The names of those weights.
+
+        Raises:
+            ModelFileError: for a shape that the modules do not take, or quantised rows.
+        """
+        modules: list[Any] = list(self.model.get_submodule(path).children())
+        expected = (len(modules), *modules[0].weight.shape)
+        if tensor.shape != expected or tensor.format is not None:
+            kind = "dense" if tensor.format is None else tensor.format.name
+            raise self.file.error(
+                f"tensor {tensor.name} must be {expected} and dense, got {tensor.shape}, {kind}"
+            )
+        rows = self.file.dense(tensor).to(self.device, self.dtype, copy=True)
+        for module, row in zip(modules, rows, strict=True):
+            module.weight = nn.Parameter(row.clone(), requires_grad=False)
+        self.file.release(tensor)
+        return {f"{path}.{i}.weight" for i in range(len(rows))}
+
+    def expert(self, tensor: GgufTensor, layer: int, part: str, number: int | None = None) -> None:
         """Takes "gate.weight" or another part of a layer's experts; the last makes their module.
+
+        Args:
+            number: of the expert that the tensor is of; None where it is of all.
 
         Raises:
             ModelFileError: for a shape that the module does not take.
         """
-        module, stack = self._experts(layer), self._stacks[layer]
-        expected = _shape(module, part)
+        stack, module = self._stacks[layer], self._experts(layer)
+        found = stack.setdefault(part, {})
+        if found and (number is None or None in found or number in found):
+            other = next(iter(found.values()))
+            raise self.file.error(f"tensor {tensor.name} comes beside {other.name}")
+        count, *rest = _shape(module, part)
+        if number is not None and number >= count:
+            raise self.file.error(f"tensor {tensor.name} must be of one of {count} experts")
+        expected = (count, *rest) if number is None else tuple(rest)
         if tensor.shape != expected:
             raise self.file.error(f"tensor {tensor.name} must be {expected}, got {tensor.shape}")
         if tensor.format is not None and part.endswith(".bias"):
             format = tensor.format.name
             raise self.file.error(f"tensor {tensor.name} must not be quantised, got {format}")
-        stack[part] = tensor
+        found[number] = tensor
         if not self._missing(layer):
-            formats = {name: stack[f"{name}.weight"].format for name in PARTS}
-            values = {name: self._stacked(found) for name, found in stack.items()}
+            formats = {name: self._format(stack[f"{name}.weight"]) for name in PARTS}
+            values = {name: self._stacked(tensors) for name, tensors in stack.items()}
             if any(formats.values()):
                 module = QuantExperts(module, values, formats, self.exact)
             else:
                 module = fill_experts(module, values)
-            self.model.set_submodule(self.experts[layer], module)
+            self.model.set_submodule(self.modules[layer], module)
+
+    def _format(self, tensors: dict[int | None, GgufTensor]) -> QuantFormat | None:
+        first = next(iter(tensors.values()))
+        if other := next((t for t in tensors.values() if t.format != first.format), None):
+            raise self.file.unserved(
+                f"tensors {first.name} and {other.name} must have one type, as the experts of a "
+                "layer are one tensor here"
+            )
+        return first.format
 
     def parameters_of_experts(self) -> set[str]:
         """Names of the parameters that expert makes."""
         return {
             f"{path}.{name}"
-            for path in self.experts.values()
+            for path in self.modules.values()
             for name, _ in self.model.get_submodule(path).named_parameters()
         }
 
@@ -106,30 +153,40 @@ class Place:
         """Parts that the file has not, of layers with experts."""
         return {
             f"{path}.{part}"
-            for layer, path in self.experts.items()
+            for layer, path in self.modules.items()
             for part in self._missing(layer)
         }
 
     def _missing(self, layer: int) -> list[str]:
-        stack = self._stacks[layer]
-        if len(stack) == 2 * len(PARTS):
-            return []
-        kinds = ["weight"]
-        if getattr(self._experts(layer), "has_bias", False):
-            kinds.append("bias")
-        return [f"{p}.{kind}" for p in PARTS for kind in kinds if f"{p}.{kind}" not in stack]
+        stack, module = self._stacks[layer], self._experts(layer)
+        if isinstance(module, QuantExperts) or not any(p.is_meta for p in module.parameters()):
+            return []  # made
+        kinds = ["weight", "bias"] if getattr(module, "has_bias", False) else ["weight"]
+        missing = []
+        for part in (f"{part}.{kind}" for part in PARTS for kind in kinds):
+            found, count = stack.get(part, {}), _shape(module, part)[0]
+            if None not in found and len(found) < count:
+                lost = [number for number in range(count) if number not in found]
+                missing.append(f"{lost[0]}.{part}" if found else part)
+        return missing
 
     def _experts(self, layer: int) -> nn.Module:
-        return self.model.get_submodule(self.experts[layer])
+        return self.model.get_submodule(self.modules[layer])
 
-    def _stacked(self, tensor: GgufTensor) -> Tensor:
-        """A tensor of all experts, dense or each expert's rows packed."""
+    def _stacked(self, tensors: dict[int | None, GgufTensor]) -> Tensor:
+        """The tensor of all experts, dense or each expert's rows packed."""
+        if None in tensors:
+            return self._loaded(tensors[None])
+        return torch.stack([self._loaded(tensors[number]) for number in range(len(tensors))])
+
+    def _loaded(self, tensor: GgufTensor) -> Tensor:
         if tensor.format is None:
             values = self.file.dense(tensor).to(self.device, self.dtype, copy=True)
         else:
-            rows = self.file.rows(tensor).view(*tensor.shape[:2], -1)
-            format = tensor.format
-            values = torch.stack([ops.repack(one.to(self.device), format) for one in rows])
+            rows = self.file.rows(tensor).to(self.device)
+            matrices = rows.view(-1, tensor.shape[-2], rows.shape[-1])
+            values = torch.stack([ops.repack(one, tensor.format) for one in matrices])
+            values = values if len(tensor.shape) == 3 else values[0]
         self.file.release(tensor)
         return values
 

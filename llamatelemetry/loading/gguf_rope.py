@@ -89,4 +89,6 @@ def _scaling(file: GgufFile, prefix: str) -> dict[str, Any]:
             if (beta := f"{prefix}rope.scaling.yarn_{name}") in file.metadata:
                 found[name] = file.positive(beta, float)
         return found
-    raise file.error(f"{prefix}rope.scaling.type must be one of none, linear, yarn, got {scaling}")
+    raise file.unserved(
+        f"{prefix}rope.scaling.type must be one of none, linear, yarn, got {scaling}"
+    )

@@ -36,6 +36,8 @@ class GgufRow:
     lacks: Mapping[str, str] = field(default_factory=lambda: _NONE)
     # parameter -> tensor, where the gguf package knows no name
     tensors: Mapping[str, str] = field(default_factory=lambda: _NONE)
+    # tensor -> list of modules, the weight of each a row of it; only some files have them
+    stacks: Mapping[str, str] = field(default_factory=lambda: _NONE)
 
     interleaved: bool = False  # rows of q and k come in pairs that one angle turns
     one_added: bool = False  # weights of norms come with the 1 that transformers' modules add
@@ -217,7 +219,11 @@ ARCHITECTURES: dict[str, tuple[GgufRow, ...]] = {
         GgufRow(
             "stablelm",
             epsilon=(_LAYER, "layer_norm_eps"),
-            has={"use_qkv_bias": "attn_q.bias"},
+            has={"use_qkv_bias": "attn_q.bias", "qk_layernorm": "attn_q_norm.weight"},
+            stacks={
+                "attn_q_norm.weight": "self_attn.q_layernorm.norms",
+                "attn_k_norm.weight": "self_attn.k_layernorm.norms",
+            },
             lacks={"use_parallel_residual": "ffn_norm.weight"},
             unread=("use_parallel_residual",),
             partial_rope=True,
@@ -242,10 +248,9 @@ def row_of_file(file: GgufFile) -> GgufRow:
     """
     architecture = file.value("general.architecture", str)
     if architecture not in ARCHITECTURES:
-        raise file.error(
+        raise file.unserved(
             f"general.architecture must be one of {', '.join(ARCHITECTURES)}, got "
-            f"{architecture:.80}; the original model's directory may load, or "
-            "AutoModelForCausalLM.from_pretrained(folder, gguf_file=name) of transformers"
+            f"{architecture:.80}"
         )
     *special, plain = ARCHITECTURES[architecture]
     for row in special:

@@ -33,7 +33,7 @@ def build_tokenizer(file: GgufFile) -> Any:
     elif model == "llama":
         tokenizer = _sentence_piece(file, tokens)
     else:
-        raise file.error(f"tokenizer.ggml.model must be gpt2 or llama, got {model}")
+        raise file.unserved(f"tokenizer.ggml.model must be gpt2 or llama, got {model}")
     types = _types(file, tokens)
     # Control tokens are hidden by skip_special_tokens, user-defined ones are text.
     added = {
@@ -115,7 +115,7 @@ def _pre(file: GgufFile) -> str:
     pre = file.value("tokenizer.ggml.pre", str, "default")
     if pre not in PRE_TOKENIZERS:
         known = ", ".join(PRE_TOKENIZERS)
-        raise file.error(f"tokenizer.ggml.pre must be one of {known}, got {pre}")
+        raise file.unserved(f"tokenizer.ggml.pre must be one of {known}, got {pre}")
     return pre
 
 

@@ -8,6 +8,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from gguf.quants import quantize
 from gguf_arch_rows import ARCHS
 from gguf_archs import write_arch
 from tolerance import assert_within_2x
@@ -94,12 +95,29 @@ def test_every_architecture_has_a_file():
         (
             "qwen3moe",
             lambda w: w.add_expert_gating_func(gguf.ExpertGatingFuncType.SIGMOID),
-            "expert_gating_func = 2 is not known here",
+            "expert_gating_func = 2 is not known here; the original model's directory may load",
         ),
         (
             "mixtral",
             lambda w: w.add_tensor("blk.0.ffn_gate.0.weight", np.zeros((2, 2), np.float32)),
-            "tensor blk.0.ffn_gate.0.weight is no part of a mixtral model",
+            "tensor blk.0.ffn_gate.0.weight comes beside blk.0.ffn_gate_exps.weight",
+        ),
+        (
+            "mixtral, old",
+            lambda w: w.tensors[0].pop("blk.1.ffn_up.3.weight"),
+            "the tensor for model.layers.1.mlp.experts.3.up.weight is missing",
+        ),
+        (
+            "mixtral, old",
+            lambda w: (
+                w.tensors[0].pop("blk.0.ffn_up.1.weight"),
+                w.add_tensor(
+                    "blk.0.ffn_up.1.weight",
+                    quantize(np.zeros((96, 128), np.float32), gguf.GGMLQuantizationType.Q8_0),
+                    raw_dtype=gguf.GGMLQuantizationType.Q8_0,
+                ),
+            ),
+            "blk.0.ffn_up.1.weight must have one type",
         ),
     ],
 )

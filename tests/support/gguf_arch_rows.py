@@ -48,6 +48,7 @@ class Arch:
     name: str = ""  # the architecture, where the key is not its name
     permuted: bool = False  # rows of q and k
     one_added: bool = False  # to weights of norms
+    one_by_one: bool = False  # experts: a tensor for each
     tied: bool = False
 
 
@@ -205,6 +206,9 @@ ARCHS: dict[str, Arch] = {
     "stablelm parallel": Arch(
         "StableLm", {**_partial(0.25), "use_parallel_residual": True}, _stablelm, "stablelm"
     ),
+    "stablelm norms": Arch(
+        "StableLm", {**_partial(0.25), "qk_layernorm": True}, _stablelm, "stablelm"
+    ),
     "glm4": Arch("Glm4", {**_partial(0.5), "attention_bias": True}),
     "command-r": Arch("Cohere", {"logit_scale": 0.5}, _cohere, tied=True),
     "command-r norms": Arch(
@@ -216,6 +220,7 @@ ARCHS: dict[str, Arch] = {
         "Exaone4", {"sliding_window": None, "layer_types": ["full_attention"] * 4}, name="exaone4"
     ),
     "mixtral": Arch("Mixtral", _EXPERTS, _experts, "llama", permuted=True),
+    "mixtral, old": Arch("Mixtral", _EXPERTS, _experts, "llama", permuted=True, one_by_one=True),
     "qwen2moe": Arch(
         "Qwen2Moe",
         {**_EXPERTS, "moe_intermediate_size": 64, "shared_expert_intermediate_size": 160},

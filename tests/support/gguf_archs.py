@@ -3,6 +3,7 @@ transformers model of the same weights."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -41,11 +42,9 @@ def write_arch(
     arch.meta(writer, config)
     number = next(n for n, a in gguf.MODEL_ARCH_NAMES.items() if a == name)
     names = gguf.get_tensor_name_map(number, config.num_hidden_layers)
-    for parameter, tensor in model.named_parameters():
-        for stored, values in _split(parameter, tensor, model):
-            stem = names.get_name(stored, try_suffixes=(".weight", ".bias"))
-            assert stem, stored
-            stem = stem if stem.endswith((".weight", ".bias")) else f"{stem}.weight"
+    for parameter, tensor in list(model.named_parameters()):
+        for stored, values in _split(parameter, tensor, model, arch.one_by_one):
+            stem = _stored_name(names, stored)
             heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}
             turn = heads.get(stem.split(".")[-2], 0) if arch.permuted else 0
             _add(writer, stem, values, packed, turn, arch.one_added and "norm" in stem)
@@ -54,6 +53,15 @@ def write_arch(
         extra(writer)
     finish(writer)
     return model
+
+
+def _stored_name(names: gguf.TensorNameMap, parameter: str) -> str:
+    if match := re.fullmatch(r"(.*)\.(\d+)", parameter):  # of one expert
+        whole = _stored_name(names, match[1])
+        return whole.replace("_exps.", f".{match[2]}.")
+    stem = names.get_name(parameter, try_suffixes=(".weight", ".bias"))
+    assert stem, parameter
+    return stem if stem.endswith((".weight", ".bias")) else f"{stem}.weight"
 
 
 def _add_sizes(writer: gguf.GGUFWriter, config: Any) -> None:
@@ -75,9 +83,18 @@ def _add_sizes(writer: gguf.GGUFWriter, config: Any) -> None:
         writer.add_layer_norm_eps(getattr(config, "layer_norm_eps", None) or config.norm_epsilon)
 
 
-def _split(name: str, tensor: Tensor, model: Any) -> list[tuple[str, Tensor]]:
-    """The tensors of a file that a parameter is in, as views of it; one but for experts."""
+def _split(name: str, tensor: Tensor, model: Any, apart: bool) -> list[tuple[str, Tensor]]:
+    """The tensors of a file that a parameter is in, as views of it; one but for experts.
+
+    Args:
+        apart: whether each expert has tensors of its own.
+    """
+    if apart and ".experts." in name:
+        whole = _split(name, tensor, model, False)
+        return [(f"{n}.{i}", one) for n, values in whole for i, one in enumerate(values)]
     name = name.replace("block_sparse_moe.router.weight", "block_sparse_moe.router.layer.weight")
+    if match := re.fullmatch(r"(.*)\.norms\.(\d+)\.weight", name):
+        return _norms_of_heads(match[1], model) if match[2] == "0" else []
     if ".experts." not in name:
         return [(name, tensor)]
     path, _, last = name.rpartition(".")
@@ -91,6 +108,15 @@ def _split(name: str, tensor: Tensor, model: Any) -> list[tuple[str, Tensor]]:
     half = tensor.shape[1] // 2
     gate, up = (tensor[:, ::2], tensor[:, 1::2]) if gpt_oss else tensor.split(half, 1)
     return [(f"{path}.gate_proj.{kind}", gate), (f"{path}.up_proj.{kind}", up)]
+
+
+def _norms_of_heads(path: str, model: Any) -> list[tuple[str, Tensor]]:
+    """The weights of a norm for each head as views of one tensor."""
+    norms = model.get_submodule(f"{path}.norms")
+    whole = torch.empty(len(norms), *norms[0].weight.shape)
+    for norm, row in zip(norms, whole, strict=True):
+        norm.weight = torch.nn.Parameter(row, requires_grad=False)
+    return [(f"{path}.weight", whole)]
 
 
 def _add(
