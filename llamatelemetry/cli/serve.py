@@ -29,6 +29,9 @@ def add_command(commands: Any) -> None:
     parser.add_argument("--timeout", type=float, default=600.0, metavar="S", help="of a request")
     parser.add_argument("--max-body-bytes", type=int, default=4 << 20, metavar="N")
     parser.add_argument(
+        "--pooling", choices=["mean", "last"], default="mean", help="of /v1/embeddings"
+    )
+    parser.add_argument(
         "--api-key", metavar="KEY", help=f"what clients must send; default: ${KEY}, or nothing"
     )
 
@@ -100,6 +103,7 @@ def _serve(args: argparse.Namespace) -> int:
         max_open=args.max_open,
         max_body_bytes=args.max_body_bytes,
         timeout_s=args.timeout,
+        pooling=args.pooling,
     )
     app = create_app(ContinuousBatching(args.max_batch_size, engine), config)
     print(

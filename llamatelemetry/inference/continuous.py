@@ -51,6 +51,7 @@ class ContinuousBatching:
     Attributes:
         max_batch_size: as given.
         active_requests: handles of the requests that have not ended, in order of submission.
+        max_step_tokens: as given, or what it stands for; there is none without an engine.
 
     Example:
         >>> from llamatelemetry.inference import ContinuousBatching
@@ -108,10 +109,11 @@ class ContinuousBatching:
                 f"{type(self.model).__name__}: {reason}"
             )
         tokens = STEP_TOKENS.get(self.model.device.type, STEP_TOKENS["cuda"])
+        self.max_step_tokens = max_step_tokens or max(tokens, max_batch_size)
         self._batch = RunningBatch(
             self.model,
             max_batch_size,
-            max_step_tokens or max(tokens, max_batch_size),
+            self.max_step_tokens,
             num_blocks,
             share_prefixes,
         )

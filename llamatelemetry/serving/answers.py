@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import time
 import uuid
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -96,7 +97,8 @@ class Answer:
         """Waits for every choice."""
 
         async def choice_of(handle: RequestHandle) -> dict[str, Any]:
-            text = "".join([piece async for piece, _ in self.follow(handle)])
+            async with contextlib.aclosing(self.follow(handle)) as pieces:
+                text = "".join([piece async for piece, _ in pieces])
             calls: list[dict[str, Any]] = []
             if self.form is not None:
                 parser = ToolParser(self.form)
@@ -132,21 +134,23 @@ class Answer:
             kept += rows if self.n == self.drawn else sorted(rows, key=mean)[: self.n]
         return kept
 
-    async def chunks(self, includes_usage: bool) -> AsyncIterator[str]:
+    async def chunks(self, includes_usage: bool) -> AsyncGenerator[str, None]:
         """The data of server-sent events, of all choices as they come, and [DONE].
 
-        An exception of one choice becomes an error in the stream, which then ends.
+        An exception of one choice becomes an error in the stream, which then ends. No chunk is
+        made before the one before it is taken: for a client that reads nothing, nothing piles up
+        but the text itself.
         """
-        waiting: asyncio.Queue[Any] = asyncio.Queue()
+        waiting: asyncio.Queue[Any] = asyncio.Queue(maxsize=1)
 
         async def run(index: int, handle: RequestHandle) -> None:
             try:
-                async for choice in self._choices(handle):
-                    waiting.put_nowait({"index": index} | choice)
+                async with contextlib.aclosing(self._choices(handle)) as choices:
+                    async for choice in choices:
+                        await waiting.put({"index": index} | choice)
             except Exception as error:
-                waiting.put_nowait(error)
-            finally:
-                waiting.put_nowait(_DONE)
+                await waiting.put(error)
+            await waiting.put(_DONE)
 
         tasks = [asyncio.ensure_future(run(i, handle)) for i, handle in enumerate(self.handles)]
         extra = {"usage": None} if includes_usage else {}
@@ -173,16 +177,17 @@ class Answer:
             for task in tasks:
                 task.cancel()
 
-    async def _choices(self, handle: RequestHandle) -> AsyncIterator[dict[str, Any]]:
+    async def _choices(self, handle: RequestHandle) -> AsyncGenerator[dict[str, Any], None]:
         """One choice's part of each chunk: a delta with the log-probabilities of the tokens since
         the last, and at the end why it ended."""
         parser = None if self.form is None else ToolParser(self.form)
         told = length = 0
-        async for text, end in self.follow(handle):
-            for delta in [{"content": text}] if parser is None else parser.push(text):
-                logprobs = self._logprobs(handle, told, end, length)
-                told, length = end, length + len(delta.get("content", ""))
-                yield {"logprobs": logprobs, "finish_reason": None} | self.shape.piece(delta)
+        async with contextlib.aclosing(self.follow(handle)) as pieces:
+            async for text, end in pieces:
+                for delta in [{"content": text}] if parser is None else parser.push(text):
+                    logprobs = self._logprobs(handle, told, end, length)
+                    told, length = end, length + len(delta.get("content", ""))
+                    yield {"logprobs": logprobs, "finish_reason": None} | self.shape.piece(delta)
         for delta in [] if parser is None else parser.finish():
             yield {"logprobs": None, "finish_reason": None} | self.shape.piece(delta)
         body: dict[str, Any] = {

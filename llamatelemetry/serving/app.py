@@ -6,7 +6,9 @@ import asyncio
 import contextlib
 import hmac
 import json
-from collections.abc import AsyncIterator
+import math
+import time
+from collections.abc import AsyncIterator, Awaitable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -14,13 +16,16 @@ from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request
 from fastapi.responses import HTMLResponse, JSONResponse, Response
-from pydantic import ValidationError
-from sse_starlette.sse import EventSourceResponse
+from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
 from llamatelemetry.inference.continuous import ContinuousBatching
-from llamatelemetry.serving.answers import CHAT, COMPLETION, Answer, Shape, error_body
+from llamatelemetry.inference.embedding import Pooling
+from llamatelemetry.serving.answers import CHAT, COMPLETION, Answer, Shape
 from llamatelemetry.serving.body_limit import BodyLimit
+from llamatelemetry.serving.embeddings import EmbeddingRequest, embeddings
+from llamatelemetry.serving.errors import add_errors
+from llamatelemetry.serving.event_stream import EventStream
 from llamatelemetry.serving.logprobs import TokenNames
 from llamatelemetry.serving.metrics import Metrics
 from llamatelemetry.serving.protocol import (
@@ -31,11 +36,10 @@ from llamatelemetry.serving.protocol import (
 )
 from llamatelemetry.serving.structure import StructuresOnce, grammar_of
 from llamatelemetry.serving.tools import ToolForm, form_of
-from llamatelemetry.serving.worker import ServerBusy, Worker
+from llamatelemetry.serving.worker import Worker
 
 _PAGE = Path(__file__).with_name("chat.html")
-_RETRY_AFTER_S = "1"
-_Body = TypeVar("_Body", bound=Generation)
+_Body = TypeVar("_Body", bound=BaseModel)
 
 
 @dataclass(frozen=True)
@@ -50,6 +54,7 @@ class ServerConfig:
         timeout_s: of a request, from when it came; its generation is then cancelled.
         drain_s: how long a shutdown waits for open requests.
         send_timeout_s: a client that takes nothing of its stream for so long is left.
+        pooling: of embeddings: the "mean" of a text's tokens, or its "last" one.
     """
 
     model: str
@@ -59,6 +64,7 @@ class ServerConfig:
     timeout_s: float = 600.0
     drain_s: float = 30.0
     send_timeout_s: float = 60.0
+    pooling: Pooling = "mean"
 
 
 def create_app(batcher: ContinuousBatching, config: ServerConfig) -> FastAPI:
@@ -68,7 +74,7 @@ def create_app(batcher: ContinuousBatching, config: ServerConfig) -> FastAPI:
         batcher: ContinuousBatching over an InferenceEngine; the application's thread steps it.
         config: ServerConfig.
     """
-    worker = Worker(batcher, config.max_open)
+    worker = Worker(batcher, config.max_open, config.pooling)
     metrics = Metrics(config.model, lambda: worker.num_open)
 
     @contextlib.asynccontextmanager
@@ -79,7 +85,7 @@ def create_app(batcher: ContinuousBatching, config: ServerConfig) -> FastAPI:
 
     app = FastAPI(title="llamatelemetry", lifespan=lifespan, openapi_url=None)
     app.add_middleware(BodyLimit, max_bytes=config.max_body_bytes)
-    _add_errors(app)
+    add_errors(app)
     service = _Service(worker, metrics, config, StructuresOnce(batcher.engine))
 
     @app.post("/v1/chat/completions")
@@ -103,24 +109,13 @@ def create_app(batcher: ContinuousBatching, config: ServerConfig) -> FastAPI:
         ]
         return await service.answer(COMPLETION, body, prompts, body.limit, request)
 
-    served = {
-        "id": config.model,
-        "object": "model",
-        "created": 0,
-        "owned_by": "llamatelemetry",
-        "max_model_len": batcher.engine.loaded.context_length,
-    }
+    @app.post("/v1/embeddings")
+    async def embed(request: Request) -> Response:
+        body = await service.authorized(request, EmbeddingRequest)
+        made = embeddings(body, config.model, worker)
+        return JSONResponse(await _unless_gone(made, request, config.timeout_s))
 
-    @app.get("/v1/models")
-    async def models(request: Request) -> dict[str, Any]:
-        service.check_key(request)
-        return {"object": "list", "data": [served]}
-
-    @app.get("/v1/models/{name:path}")  # the name of a GGUF file has slashes
-    async def model(request: Request, name: str) -> dict[str, Any]:
-        service.check_key(request)
-        service.check_model(name)
-        return served
+    _add_models(app, service, batcher.engine.loaded.context_length)
 
     @app.get("/health")
     async def health() -> Response:
@@ -137,6 +132,28 @@ def create_app(batcher: ContinuousBatching, config: ServerConfig) -> FastAPI:
         return _PAGE.read_text()
 
     return app
+
+
+def _add_models(app: FastAPI, service: _Service, context: int) -> None:
+    """The routes that tell of the model that is served."""
+    served = {
+        "id": service.config.model,
+        "object": "model",
+        "created": 0,
+        "owned_by": "llamatelemetry",
+        "max_model_len": context,
+    }
+
+    @app.get("/v1/models")
+    async def models(request: Request) -> dict[str, Any]:
+        service.check_key(request)
+        return {"object": "list", "data": [served]}
+
+    @app.get("/v1/models/{name:path}")  # the name of a GGUF file has slashes
+    async def model(request: Request, name: str) -> dict[str, Any]:
+        service.check_key(request)
+        service.check_model(name)
+        return served
 
 
 @dataclass(frozen=True)
@@ -169,8 +186,8 @@ class _Service:
         except (ValueError, RecursionError) as error:
             raise ValueError(f"the body must be JSON: {error}") from None
         body = kind.model_validate(values)
-        if body.model is not None:
-            self.check_model(body.model)
+        if (name := getattr(body, "model", None)) is not None:
+            self.check_model(name)
         return body
 
     def check_model(self, name: str) -> None:
@@ -216,9 +233,11 @@ class _Service:
                 self.metrics.ended(handle)
 
         if body.stream:
-            return EventSourceResponse(
-                _then(answer.chunks(body.includes_usage), count),
-                send_timeout=self.config.send_timeout_s,
+            return EventStream(
+                answer.chunks(body.includes_usage),
+                count,
+                send_timeout_s=self.config.send_timeout_s,
+                drain_s=self.config.drain_s,
             )
         try:
             return JSONResponse(await _unless_gone(answer.whole(), request))
@@ -226,63 +245,18 @@ class _Service:
             count()
 
 
-async def _then(chunks: AsyncIterator[str], end: Any) -> AsyncIterator[dict[str, str]]:
-    """The events of a stream; end is called however it ends."""
-    try:
-        async for data in chunks:
-            yield {"data": data}
-    finally:
-        end()
-
-
-async def _unless_gone(answer: Any, request: Request) -> Any:
-    """An answer, unless its client goes before."""
-    task = asyncio.ensure_future(answer)
+async def _unless_gone(
+    answer: Awaitable[Any], request: Request, timeout_s: float = math.inf
+) -> Any:
+    """An answer, unless its client goes or the time is over before."""
+    task, end = asyncio.ensure_future(answer), time.monotonic() + timeout_s
     try:
         while not task.done():
             await asyncio.wait([task], timeout=0.25)
             if not task.done() and await request.is_disconnected():
                 raise HTTPException(499, "the client has gone")
+            if not task.done() and time.monotonic() > end:
+                raise TimeoutError(f"the request must end within {timeout_s} s")
         return task.result()
     finally:
         task.cancel()
-
-
-def _add_errors(app: FastAPI) -> None:
-    """Every error in the API's shape."""
-
-    def refuse(status: int, error: BaseException | str, **kind: Any) -> JSONResponse:
-        busy = {"Retry-After": _RETRY_AFTER_S} if status in (429, 503) else None
-        return JSONResponse({"error": error_body(error, **kind)}, status, headers=busy)
-
-    @app.exception_handler(ValidationError)
-    async def invalid(_: Request, error: ValidationError) -> JSONResponse:
-        first = max(error.errors(), key=lambda one: len(one["loc"]))  # of a union the nearest kind
-        where = ".".join(str(part) for part in first["loc"])
-        words = str(first["msg"]).removeprefix("Value error, ")
-        if first["type"] not in ("value_error", "missing"):
-            words += f", got {first['input']!r:.80}"
-        return refuse(400, f"{where}: {words}" if where else words, kind="invalid_request_error")
-
-    @app.exception_handler(HTTPException)
-    async def http(_: Request, error: HTTPException) -> JSONResponse:
-        kinds = {401: "authentication_error", 404: "not_found_error"}
-        kind = kinds.get(error.status_code, "invalid_request_error")
-        code = "model_not_found" if str(error.detail).startswith("model must") else None
-        return refuse(error.status_code, str(error.detail), kind=kind, code=code)
-
-    @app.exception_handler(ServerBusy)
-    async def busy(_: Request, error: ServerBusy) -> JSONResponse:
-        return refuse(429, error, kind="rate_limit_error")
-
-    @app.exception_handler(TimeoutError)
-    async def late(_: Request, error: TimeoutError) -> JSONResponse:
-        return refuse(504, error, kind="timeout_error")
-
-    @app.exception_handler(ValueError)
-    async def wrong(_: Request, error: ValueError) -> JSONResponse:
-        return refuse(400, error)
-
-    @app.exception_handler(Exception)
-    async def failed(_: Request, error: Exception) -> JSONResponse:
-        return refuse(500, error)

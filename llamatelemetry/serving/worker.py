@@ -7,10 +7,12 @@ import contextlib
 import logging
 import threading
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections import deque
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from typing import Any
 
 from llamatelemetry.inference.continuous import ContinuousBatching
+from llamatelemetry.inference.embedding import Embedder, Pooling
 from llamatelemetry.inference.request_handle import RequestHandle
 from llamatelemetry.inference.sampling import SamplingParams
 
@@ -29,28 +31,36 @@ class Worker:
     Args:
         batcher: ContinuousBatching with an engine.
         max_open: requests open at once, those that wait included.
+        pooling: of the embedder.
 
     Attributes:
+        embedder: Embedder of the batcher's model, for between_steps.
         failure: what ended the thread, if an exception did.
     """
 
-    def __init__(self, batcher: ContinuousBatching, max_open: int) -> None:
+    def __init__(
+        self, batcher: ContinuousBatching, max_open: int, pooling: Pooling = "mean"
+    ) -> None:
         self.batcher, self.max_open = batcher, max_open
+        self.embedder = Embedder(batcher.model, pooling)
         self.failure: BaseException | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._stepped = asyncio.Event()
+        self._stepped: asyncio.Future[None]
         self._work = threading.Event()
+        self._jobs: deque[tuple[Callable[[], Any], asyncio.Future[Any]]] = deque()
+        self._num_admitted = 0
         self._is_draining = self._is_stopped = False
         self._thread = threading.Thread(target=self._run, name="llamatelemetry-steps", daemon=True)
 
     def start(self) -> None:
         """Begins to step; called in the event loop that will follow requests."""
         self._loop = asyncio.get_running_loop()
+        self._stepped = self._loop.create_future()
         self._thread.start()
 
     @property
     def num_open(self) -> int:
-        return len(self.batcher.active_requests)
+        return len(self.batcher.active_requests) + self._num_admitted
 
     def submit(
         self, prompts: Sequence[Any], params: Sequence[SamplingParams], **options: Any
@@ -68,19 +78,12 @@ class Worker:
             Exception: what the batcher refuses.
         """
         count = len(prompts) * len(params)
-        if self.failure is not None:
-            raise ServerBusy(f"the server's steps have ended: {self.failure}")
-        if self._is_draining:
-            raise ServerBusy("the server is shutting down")
         if count > self.max_open:
             raise ValueError(
                 f"n times the prompts must be at most {self.max_open}, which the server takes at "
                 f"once, got {count}"
             )
-        if self.num_open + count > self.max_open:
-            raise ServerBusy(
-                f"the server takes {self.max_open} requests at once, and {self.num_open} are open"
-            )
+        self._require_room(count)
         handles: list[RequestHandle] = []
         try:
             for prompt in prompts:
@@ -92,7 +95,49 @@ class Worker:
         self._work.set()
         return handles
 
-    async def follow(self, handle: RequestHandle, timeout: float) -> AsyncIterator[tuple[str, int]]:
+    def _require_room(self, count: int) -> None:
+        if self.failure is not None:
+            raise ServerBusy(f"the server's steps have ended: {self.failure}")
+        if self._is_draining:
+            raise ServerBusy("the server is shutting down")
+        if self.num_open + count > self.max_open:
+            raise ServerBusy(
+                f"the server takes {self.max_open} requests at once, and {self.num_open} are open"
+            )
+
+    @contextlib.contextmanager
+    def admitted(self) -> Iterator[None]:
+        """One open request, of whatever kind.
+
+        Raises:
+            ServerBusy: there is no room for one more.
+        """
+        self._require_room(1)
+        self._num_admitted += 1
+        try:
+            yield
+        finally:
+            self._num_admitted -= 1
+
+    async def between_steps(self, work: Callable[[], Any]) -> Any:
+        """What work gives, which the thread of steps calls before its next one: for short ones.
+
+        One that is cancelled before it begins is left out.
+
+        Raises:
+            RuntimeError: the thread has ended.
+            Exception: what work raises.
+        """
+        future = asyncio.get_running_loop().create_future()
+        self._jobs.append((work, future))
+        self._work.set()
+        if not self._thread.is_alive():
+            raise RuntimeError(f"the server's steps have ended: {self.failure}")
+        return await future
+
+    async def follow(
+        self, handle: RequestHandle, timeout: float
+    ) -> AsyncGenerator[tuple[str, int], None]:
         """Pieces of a request's text as they come, each with how many tokens were drawn by then;
         cancels it when the caller goes.
 
@@ -116,10 +161,10 @@ class Worker:
                     break
                 if self.failure is not None:
                     raise RuntimeError(f"the server's steps have ended: {self.failure}")
-                try:
-                    await asyncio.wait_for(stepped.wait(), max(end - time.monotonic(), 0))
-                except asyncio.TimeoutError:
-                    raise TimeoutError(f"the request must end within {timeout} s") from None
+                # Not wait_for, which until Python 3.12 forgets a cancellation that meets a result.
+                _, late = await asyncio.wait([stepped], timeout=max(end - time.monotonic(), 0))
+                if late:
+                    raise TimeoutError(f"the request must end within {timeout} s")
         finally:
             handle.cancel()
         if handle.error is not None:
@@ -149,10 +194,11 @@ class Worker:
     def _run(self) -> None:
         try:
             while not self._is_stopped:
-                if self.num_open:
+                self._run_job()
+                if self.batcher.active_requests:
                     self.batcher.step()
                     self._tell()
-                else:
+                elif not self._jobs:
                     self._tell()
                     self._work.wait(1.0)
                     self._work.clear()
@@ -160,6 +206,39 @@ class Worker:
             self.failure = error
             _log.exception("the server's steps have ended")
             self._tell()
+        finally:
+            while self._jobs:
+                _, future = self._jobs.popleft()
+                self._answer(future, None, RuntimeError("the server's steps have ended"))
+
+    def _run_job(self) -> None:
+        """One of what is to be done between two steps."""
+        if not self._jobs:
+            return
+        work, future = self._jobs.popleft()
+        if future.cancelled():
+            return
+        try:
+            result = work()
+        except Exception as error:
+            self._answer(future, None, error)
+        else:
+            self._answer(future, result, None)
+
+    def _answer(self, future: asyncio.Future[Any], result: Any, error: Exception | None) -> None:
+        """Tells a future of the event loop, unless nobody waits for it any more."""
+
+        def tell() -> None:
+            if future.done():
+                return
+            if error is not None:
+                future.set_exception(error)
+            else:
+                future.set_result(result)
+
+        assert self._loop is not None
+        with contextlib.suppress(RuntimeError):  # the loop is closed
+            self._loop.call_soon_threadsafe(tell)
 
     def _tell(self) -> None:
         assert self._loop is not None
@@ -168,5 +247,6 @@ class Worker:
 
     def _wake(self) -> None:
         """Everyone who waits for a step looks; the next wait is for the next step."""
-        stepped, self._stepped = self._stepped, asyncio.Event()
-        stepped.set()
+        assert self._loop is not None
+        stepped, self._stepped = self._stepped, self._loop.create_future()
+        stepped.set_result(None)
