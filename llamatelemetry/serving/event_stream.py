@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, MutableMapping
 from typing import Any
 
-from sse_starlette.sse import EventSourceResponse
+from sse_starlette.sse import EventSourceResponse, SendTimeoutError
+
+_log = logging.getLogger("llamatelemetry")
 
 
 class EventStream(EventSourceResponse):
@@ -31,11 +34,13 @@ class EventStream(EventSourceResponse):
         super().__init__(
             _events(chunks), send_timeout=send_timeout_s, shutdown_grace_period=drain_s
         )
-        self._end = end
+        self._end, self._limit_s = end, send_timeout_s
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         try:
             await super().__call__(scope, receive, send)
+        except SendTimeoutError:
+            _log.warning("a client took nothing of its stream for %g s and was left", self._limit_s)
         finally:
             self._end()
 
