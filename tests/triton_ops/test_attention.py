@@ -27,7 +27,7 @@ SCORES = {
 
 
 def options_of(kind, heads, device):
-    more = {"softmax_scale": 0.3, "causal": True, "window_size": (-1, -1), "softcap": 0.0}
+    more = {"softmax_scale": 0.125, "causal": True, "window_size": (-1, -1), "softcap": 0.0}
     more |= SCORES[kind]
     has_sinks = more.pop("sinks", False)
     sinks = torch.randn(heads, device=device) if has_sinks else None
@@ -45,10 +45,15 @@ def random_qkv(total, heads, heads_kv, head_dim, device, dtype):
     return qkv.split([heads, heads_kv, heads_kv], 1)  # rows that lie apart, as a merged linear's
 
 
+def of_device(device, lengths):
+    """The interpreter takes a second for what a GPU does at once: a third of the keys there."""
+    return lengths if device.type == "cuda" else [n if n < 10 else n // 3 for n in lengths]
+
+
 @pytest.mark.parametrize("kind", SCORES)
-@pytest.mark.parametrize("lengths", [[1], [3, 0, 127], [70, 33]])
 @pytest.mark.parametrize(("heads", "heads_kv", "head_dim"), [(4, 2, 64), (3, 1, 40)])
-def test_prefill(device, dtype, kind, lengths, heads, heads_kv, head_dim):
+def test_prefill(device, dtype, kind, heads, heads_kv, head_dim):
+    lengths = of_device(device, [1, 3, 0, 127])
     q, k, v = random_qkv(sum(lengths), heads, heads_kv, head_dim, device, dtype)
     starts = starts_of(lengths, device)
     options, ours, sinks = options_of(kind, heads, device)
@@ -78,11 +83,12 @@ def paged(lengths, queries, heads, heads_kv, head_dim, page_size, device, dtype)
 
 @pytest.mark.parametrize("kind", SCORES)
 @pytest.mark.parametrize(
-    ("lengths", "queries"), [([1, 200], [1, 1]), ([7, 130], [3, 5]), ([90], [40])]
+    ("lengths", "queries", "page_size"),
+    [([1, 200], [1, 1], 16), ([7, 130], [3, 5], 5), ([90], [40], 16)],
 )
-@pytest.mark.parametrize("page_size", [16, 5])
 def test_paged(device, dtype, kind, lengths, queries, page_size):
     heads, heads_kv, head_dim = 6, 2, 64
+    lengths, queries = of_device(device, lengths), of_device(device, queries)
     args = paged(lengths, queries, heads, heads_kv, head_dim, page_size, device, dtype)
     options, ours, sinks = options_of(kind, heads, device)
     out = attention.paged_attention(*args, max(queries), *ours, sinks)
@@ -93,10 +99,10 @@ def test_paged(device, dtype, kind, lengths, queries, page_size):
 
 
 @pytest.mark.parametrize("kind", SCORES)
-@pytest.mark.parametrize("splits", [2, 3, 7])
+@pytest.mark.parametrize("splits", [2, 5])
 def test_parts_of_the_keys(device, monkeypatch, kind, splits):
     """However many parts, some of them empty, the result is that of one."""
-    args = paged([200, 3], [1, 2], 4, 2, 64, 16, device, torch.float32)
+    args = paged([100, 3], [1, 2], 4, 2, 64, 16, device, torch.float32)
     _, ours, sinks = options_of(kind, 4, device)
     outs = []
     for n in (1, splits):
