@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from llamatelemetry.cli import doctor, generate, serve, tune
+from llamatelemetry.cli import doctor, generate, profile, serve, tune
 from llamatelemetry.cli.output import guarded, replace_what_a_terminal_lacks
 
 
@@ -20,6 +20,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     generate.add_command(commands)
     serve.add_command(commands)
     tune.add_command(commands)
+    profile.add_command(commands)
     doctor.add_command(commands)
     replace_what_a_terminal_lacks()
     parsed = parser.parse_args(arguments)
