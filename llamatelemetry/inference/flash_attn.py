@@ -82,7 +82,7 @@ class _Enabled(NamedTuple):
     served: list[nn.Module]  # modules that plain_attention serves
     overridden: list[nn.Module]
     has_interface: bool  # our attention is chosen in transformers models
-    causal: list[tuple[Any, bool | None]]  # a transformers config, its is_causal
+    causal: list[Any]  # transformers configs whose causality is lifted
 
 
 def enable_flash_attention(model: _Model, config: FlashAttentionConfig | None = None) -> _Model:
@@ -148,10 +148,12 @@ def enable_flash_attention(model: _Model, config: FlashAttentionConfig | None = 
         setattr(module, OVERRIDES, overrides)
     causal = []
     if interface:
-        from llamatelemetry.models.hf_attention import choose_ours, lift_causality
+        from llamatelemetry.models.hf_attention import choose_ours
+        from llamatelemetry.models.hf_configs import lift_causality
 
         configs = choose_ours(model, _STATE)
-        causal = [] if config.causal else lift_causality(configs)
+        causal = [] if config.causal else configs
+        lift_causality(causal)
     setattr(model, _STATE, _Enabled(plain, overridden, bool(interface), causal))
     return model
 
@@ -177,13 +179,10 @@ def disable_flash_attention(model: _Model) -> _Model:
         module.__dict__.pop(OVERRIDES, None)
     if state.has_interface:
         from llamatelemetry.models.hf_attention import leave
+        from llamatelemetry.models.hf_configs import restore_causality
 
+        restore_causality(state.causal)
         leave(model, _STATE)
-    for config, is_causal in state.causal:
-        if is_causal is None:
-            del config.is_causal
-        else:
-            config.is_causal = is_causal
     return model
 
 

@@ -14,6 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
+from llamatelemetry.models.hf_configs import exchange, views_of
 from llamatelemetry.models.hf_fallback import theirs, wants_weights
 from llamatelemetry.models.hf_kernels import Scores, attend, serves
 from llamatelemetry.models.hf_layout import KeyLayout
@@ -91,7 +92,7 @@ def attention_forward(
 class _Chosen:
     """Who has chosen our attention in a transformers model."""
 
-    before: list[tuple[Any, Any]]  # a config, and the implementation that it had
+    views: list[tuple[Any, Any]]  # a config, and the view of it that stands in its place
     users: set[str]
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -107,31 +108,37 @@ def _configs_of(model: nn.Module) -> list[Any]:
     ]
     while waiting:
         config = waiting.pop(0)
-        if not any(config is known for known in configs):
-            configs.append(config)
-            subs = (getattr(config, key, None) for key in config.sub_configs)
-            waiting += [sub for sub in subs if sub is not None]
+        if any(config is known for known in configs):
+            continue
+        configs.append(config)
+        subs = (getattr(config, key, None) for key in config.sub_configs)
+        waiting += [sub for sub in subs if sub is not None]
     return configs
 
 
 def choose_ours(model: nn.Module, user: str) -> list[Any]:
     """Chooses our attention in every transformers model inside; returns their configs.
 
+    The configs are views: another model of the same config keeps its attention.
+
     Args:
         user: who chooses. What was chosen before the first user came is restored by ``leave`` when
             the last one goes.
     """
     register()
-    configs = _configs_of(model)
     for root in _roots_of(model):
         chosen = root.__dict__.get(_CHOSEN)
         if chosen is None:
-            before = [(config, config._attn_implementation) for config in _configs_of(root)]
-            chosen = _Chosen(before, set())
+            chosen = _Chosen(views_of(_configs_of(root)), set())
             setattr(root, _CHOSEN, chosen)
+            exchange(root, chosen.views)
         chosen.users.add(user)
-        root.set_attn_implementation(NAME)
-    return configs
+        try:
+            root.set_attn_implementation(NAME)
+        except Exception:
+            leave(model, user)
+            raise
+    return _configs_of(model)
 
 
 def leave(model: nn.Module, user: str) -> None:
@@ -143,8 +150,10 @@ def leave(model: nn.Module, user: str) -> None:
         chosen.users.remove(user)
         if not chosen.users:
             delattr(root, _CHOSEN)
-            for config, implementation in chosen.before:
-                config._attn_implementation_internal = implementation
+            for config, view in chosen.views:
+                # What stands on it, as for a model around this one, goes back to it later.
+                view._attn_implementation_internal = config._attn_implementation
+            exchange(root, [(view, config) for config, view in chosen.views])
 
 
 def _roots_of(model: nn.Module) -> list[Any]:
@@ -156,15 +165,6 @@ def _roots_of(model: nn.Module) -> list[Any]:
             roots.append(module)
             inside.update(module.modules())
     return roots
-
-
-def lift_causality(configs: list[Any]) -> list[tuple[Any, bool | None]]:
-    """Has transformers make masks without causality."""
-    before = []
-    for config in configs:
-        before.append((config, config.__dict__.get("is_causal")))
-        config.is_causal = False
-    return before
 
 
 def _overridden(

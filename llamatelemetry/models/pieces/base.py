@@ -34,7 +34,7 @@ KNOWN_TO_LAYERS = frozenset(
 )
 
 _OF_COPIES = (
-    "module", "spec", "config", "ops", "width", "parameters", "dtype", "name", "report",
+    "module", "spec", "_stack_config", "ops", "width", "parameters", "dtype", "name", "report",
     "_own_forward", "_is_installed", "_is_left", "_proved",
 )  # fmt: skip
 
@@ -72,7 +72,7 @@ class Piece:
     ) -> None:
         self.module: Any = module
         self.spec, self.ops = spec, ops
-        self.config = getattr(module, "config", config)
+        self._stack_config = config
         self.width = int(config.hidden_size)
         self.linears: list[nn.Module] = []
         self.merged: list[nn.Module] = []
@@ -83,6 +83,11 @@ class Piece:
             if tensor.is_meta:
                 raise ValueError(f"weights must be in memory, got {name} on the meta device")
         self.dtype = next((p.dtype for p in module.parameters() if p.dtype in FLOATS), None)
+
+    @property
+    def config(self) -> Any:
+        """The module's as it is now, or its stack's where it has none."""
+        return vars(self.module).get("config", self._stack_config)
 
     @property
     def original(self) -> Callable[..., Any]:
@@ -219,7 +224,7 @@ class Piece:
             self._watch = None  # the next call tries again, and says why not
 
     def rebind(self) -> None:
-        type(self).__init__(self, self.module, self.spec, self.config, self.ops)
+        type(self).__init__(self, self.module, self.spec, self._stack_config, self.ops)
         self.watch()
         if self._is_left:
             self._come_back()
