@@ -16,6 +16,7 @@ from torch.testing import assert_close
 
 from llamatelemetry import ops
 from llamatelemetry.ops.backends import flash_why_not
+from llamatelemetry.quantization.groups import pack_groups
 
 pytestmark = [pytest.mark.gpu, pytest.mark.sanitizer]
 
@@ -108,6 +109,14 @@ def linears(x, weight, bias, residual):
         ops.linear(x[:3], weight, bias, residual[:3]),
         ops.linear(x, weight, bias, residual[:, :17].contiguous(), "silu_and_mul"),
         ops.linear(x.repeat(2, 1), weight, bias, None, "gelu"),
+    )
+
+
+def grouped(x, codes, scales, zeros):
+    w = pack_groups(codes, "U4", scales, zeros)
+    return tuple(
+        ops.quant_linear(t, w.packed, "U4", 20, None, True, w.scales, w.zeros)
+        for t in (x, x[:1], x.half(), x[:1].half())
     )
 
 
@@ -237,6 +246,10 @@ CASES = {
         for options in ({}, {"split_size": 64}, {"num_splits": 2}, {"window_size": (70, 0)})
     },
     "linear": lambda: (linears, randn(13, 72), randn(34, 72) / 8, randn(34), randn(13, 34)),
+    "grouped": lambda: (
+        *(grouped, randn(9, 96), torch.randint(0, 16, (20, 96), dtype=torch.uint8)),
+        *(torch.rand(20, 3).half() / 9, torch.randint(0, 16, (20, 3), dtype=torch.uint8)),
+    ),
     "quantised": lambda: (quantised, randn(9, 96), q8_0_rows(20, 96)),
     "sample in one slice": lambda: (sample, randn(3, 1003)),
     "sample in slices": lambda: (sample, randn(3, 5003)),
@@ -253,7 +266,7 @@ def test_gpu_gives_what_the_cpu_gives(case):
         *((x,) if isinstance(x, torch.Tensor) else x for x in (on_gpu, on_cpu)), strict=True
     )
     for gpu, cpu in pairs:
-        rounded = ("flash", "paged prefill", "paged decode", "linear")
+        rounded = ("flash", "paged prefill", "paged decode", "linear", "grouped")
         rounding = 1e-4 if not case.startswith(rounded) else 2e-2
         assert gpu.dtype == cpu.dtype
         # Converted on the CPU: what a kernel reads of a result, initcheck would report.

@@ -6,6 +6,7 @@
 
 #include "binding/checks.h"
 #include "format/format.h"
+#include "format/groups.h"
 
 namespace llamatelemetry {
 
@@ -28,6 +29,53 @@ inline void check_packed_layout(const char* op, const std::string& layout) {
         std::string("be one of {") + kPackedLayouts[0] + "}", layout);
 }
 
+// A format whose blocks hold all that it needs: the others are quant_linear's alone.
+inline int check_block_format(const char* op, const std::string& name) {
+  const int format = check_format(op, name);
+  check(!kFormats[format].takes_scales(), op, "format",
+        "be one whose blocks hold their scales, as " + std::string(kFormats[0].name), name);
+  return format;
+}
+
+// Scales [ceil(n / 16), groups, 16] and zero points of formats that take them.
+inline GroupScales check_groups(const char* op, const Tensor& packed, int64_t k,
+                                const std::optional<Tensor>& scales,
+                                const std::optional<Tensor>& zeros) {
+  GroupScales groups{nullptr, nullptr, 1, 31, false};
+  if (!scales) return groups;
+  const ScalarType dtype = scales->scalar_type();
+  check(dtype == ScalarType::Half || dtype == ScalarType::BFloat16, op, "scales",
+        "be float16 or bfloat16", dtype_text(dtype));
+  check_dim(op, "scales", *scales, 3, "[ceil(n / 16), groups, 16]");
+  groups.groups = scales->size(1);
+  const int64_t tiles = packed.size(0);
+  check_shape(op, "scales", *scales, "[ceil(n / 16), groups, 16]",
+              {tiles, groups.groups, kTileRows});
+  const int64_t size = groups.groups > 0 && k % groups.groups == 0 ? k / groups.groups : 0;
+  check(
+      groups.groups == 1 || size == 32 || size == 64 || size == 128, op, "scales",
+      "have one group of each 32, 64, 128 or all of the " + std::to_string(k) + " weights of a row",
+      std::to_string(groups.groups) + " groups");
+  if (groups.groups != 1) groups.shift = size == 32 ? 0 : size == 64 ? 1 : 2;
+  const auto check_side = [&](const char* arg, const Tensor& tensor) {
+    check_device(op, arg, tensor, "packed", packed);
+    check_contiguous(op, arg, tensor);
+    const auto misaligned = reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) % 16;
+    check(misaligned == 0, op, arg, "start at a multiple of 16 bytes",
+          std::to_string(misaligned) + " bytes past one; call .clone()");
+  };
+  check_side("scales", *scales);
+  groups.scales = static_cast<const uint8_t*>(scales->const_data_ptr());
+  groups.bfloat16 = dtype == ScalarType::BFloat16;
+  if (zeros) {
+    check_dtype(op, "zeros", *zeros, ScalarType::Byte);
+    check_shape(op, "zeros", *zeros, "the shape of scales", {tiles, groups.groups, kTileRows});
+    check_side("zeros", *zeros);
+    groups.zeros = static_cast<const uint8_t*>(zeros->const_data_ptr());
+  }
+  return groups;
+}
+
 // Tensors beside the blocks: there where the format takes them, and only there.
 inline void check_side_tensors(const char* op, int format, const std::optional<Tensor>& scales,
                                const std::optional<Tensor>& zeros,
@@ -39,9 +87,9 @@ inline void check_side_tensors(const char* op, int format, const std::optional<T
               (takes ? "" : ", whose blocks hold all that it needs"),
           tensor ? "a tensor of shape " + shape_text(*tensor) : "None");
   };
-  check_one("scales", scales, descriptor.takes_scales);
+  check_one("scales", scales, descriptor.takes_scales());
   check_one("zeros", zeros, descriptor.takes_zeros);
-  check_one("perm", perm, descriptor.takes_perm);
+  if (!descriptor.takes_scales()) check_one("perm", perm, false);
 }
 
 // Bytes of a row of k weights.

@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "format/format.h"
+#include "format/groups.h"
 #include "tile/convert.cuh"
 
 namespace llamatelemetry {
@@ -78,7 +79,10 @@ class PackedWord {
   // Unsigned, codes of other families have at most seven bits.
   static constexpr bool kEightBits = kByteCodes || kCodes == CodeFamily::kIq4;
   static constexpr bool kFifthInOneWord = kFiveBits && has_fifth_bits_word(kLayout);
-  static constexpr bool kHasMin = kLayout.min.bytes > 0;
+  // Scales in a tensor beside the blocks; a zero point makes a minimum, scale * zero.
+  static constexpr bool kHasGroups = kDescriptor.takes_scales();
+  static constexpr bool kHasZeros = kDescriptor.takes_zeros;
+  static constexpr bool kHasMin = kLayout.min.bytes > 0 || kHasZeros;
   static constexpr int kQuants = kLayout.quants.packed;
   static constexpr int kHighBits = kLayout.high_bits.packed;
   static constexpr int kSubScales = kLayout.sub_scales.packed;
@@ -124,7 +128,9 @@ class PackedWord {
     return sub_block % kParts;
   }
 
-  __device__ PackedWord(const uint8_t* block, int word, int row) : word_(word) {
+  // side: of formats with scales beside their blocks, those of the word's group.
+  __device__ PackedWord(const uint8_t* block, int word, int row, const TileScales& side = {})
+      : word_(word) {
     quants_ = load_row_units<uint32_t, kRows>(block + kQuants, word, row);
     if constexpr (kFifthInOneWord) {
       high_bits_ = load_row_units<uint32_t, kRows>(block + kHighBits, 0, row);
@@ -133,6 +139,10 @@ class PackedWord {
     } else if constexpr (kSixBits) {
       high_bits_ =
           load_row_units<uint32_t, kRows>(block + kHighBits, word / 16 * 8 + word % 8, row);
+    }
+    if constexpr (kHasGroups) {
+      read_group(side, row);
+      return;
     }
     float scale[kRows], min[kRows];
     if constexpr (kScaleRule == ScaleRule::kExponent) {
@@ -157,8 +167,9 @@ class PackedWord {
 
   // Half of the bytes of words `word` and `word + 2`, which selector of __byte_perm picks, as one:
   // the group of a part is then made of two half groups, 8 weights apart.
-  __device__ PackedWord(const uint8_t* block, int word, int row, uint32_t selector)
-      : PackedWord(block, word, row) {
+  __device__ PackedWord(const uint8_t* block, int word, int row, uint32_t selector,
+                        const TileScales& side = {})
+      : PackedWord(block, word, row, side) {
     static_assert(!is_low_bit(kCodes));
     const auto quants = load_row_units<uint32_t, kRows>(block + kQuants, word + 2, row);
     RowUnits<uint32_t, kRows> high_bits = high_bits_;
@@ -235,6 +246,20 @@ class PackedWord {
   }
 
  private:
+  __device__ void read_group(const TileScales& side, int row) {
+    const auto scales = load_row_units<uint16_t, kRows>(side.scales, 0, row);
+    RowUnits<uint8_t, kRows> zeros;
+    if constexpr (kHasZeros) zeros = load_row_units<uint8_t, kRows>(side.zeros, 0, row);
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+      const float scale = side.bfloat16
+                              ? __uint_as_float(static_cast<uint32_t>(scales.row[r]) << 16)
+                              : half_bits_to_float(scales.row[r]);
+      scale_[0][r] = scale;
+      if constexpr (kHasZeros) min_[0][r] = scale * static_cast<float>(zeros.row[r]);
+    }
+  }
+
   // The sub-block of 32 weights that a part of a word belongs to, and which group of it it is.
   static __device__ constexpr int sub_block(int word, int part) {
     if constexpr (kBlockSize == 32) return 0;

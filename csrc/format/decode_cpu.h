@@ -5,6 +5,7 @@
 #pragma once
 
 #include "format/format.h"
+#include "format/groups.h"
 #include "format/tile_rows_cpu.h"
 
 namespace llamatelemetry {
@@ -36,7 +37,8 @@ struct PackedBlock {
   static constexpr BlockLayout kLayout = block_layout(kFormat);
   static constexpr int kBytes = kTileRows * kLayout.block_bytes;
   static constexpr int kSubBlocks = kLayout.block_size / kSubBlock;
-  static constexpr bool kHasMin = kLayout.min.bytes != 0;
+  static constexpr bool kHasGroups = kDescriptor.takes_scales();
+  static constexpr bool kHasMin = kLayout.min.bytes != 0 || kDescriptor.takes_zeros;
   static constexpr int kScalesPerSubBlock = has_scale_per_16(kScaleRule) ? 2 : 1;
   static constexpr int kScales = has_one_scale(kScaleRule) ? 1 : kSubBlocks * kScalesPerSubBlock;
   static constexpr int kZeroPoint = unsigned_zero_point(kDescriptor);
@@ -46,7 +48,12 @@ struct PackedBlock {
   Floats scales[kScales];
   Floats mins[kHasMin ? kScales : 1];
 
-  explicit LT_MEMBER PackedBlock(const uint8_t* block) : bytes(block) {
+  // side: of formats with scales beside their blocks, those of the block's group.
+  explicit LT_MEMBER PackedBlock(const uint8_t* block, const TileScales& side = {}) : bytes(block) {
+    if constexpr (kHasGroups) {
+      read_group(side);
+      return;
+    }
     if constexpr (kScaleRule == ScaleRule::kExponent) {
       scales[0] = exponents(kLayout.scale);
     } else {
@@ -124,6 +131,16 @@ struct PackedBlock {
       std::memcpy(values + row, &bits, sizeof bits);
     }
     return floats_load(values);
+  }
+
+  LT_MEMBER void read_group(const TileScales& side) {
+    scales[0] = side.bfloat16 ? floats_load(reinterpret_cast<const BFloat16*>(side.scales))
+                              : floats_load(reinterpret_cast<const Half*>(side.scales));
+    if constexpr (kDescriptor.takes_zeros) {
+      float zeros[kTileRows];
+      for (int row = 0; row < kTileRows; ++row) zeros[row] = -static_cast<float>(side.zeros[row]);
+      mins[0] = scales[0] * floats_load(zeros);
+    }
   }
 
   // scales[0] is d and mins[0] dmin.

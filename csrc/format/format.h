@@ -42,6 +42,7 @@ enum class ScaleRule : int8_t {
   kSubBlock16Four,  // 16 weights: d times a 4-bit integer; dmin times another is subtracted
   kSubBlock32Six,   // 32 weights: d times (a 6-bit integer - 32); no minimum
   kExponent,        // of the block: a byte e, 2^(e - 128): half of e8m0, for codes that are doubled
+  kGroup,           // of 32, 64, 128 or all weights of a row: a tensor beside the blocks, groups.h
 };
 
 static constexpr const char* code_family_name(CodeFamily codes) {
@@ -68,6 +69,7 @@ static constexpr const char* scale_rule_name(ScaleRule rule) {
     case ScaleRule::kSubBlock16Four: return "sub_block16_four";
     case ScaleRule::kSubBlock32Six: return "sub_block32_six";
     case ScaleRule::kExponent: return "exponent";
+    case ScaleRule::kGroup: return "group";
   }
   return "unknown";
 }
@@ -79,11 +81,12 @@ struct FormatDescriptor {
   ScaleRule scale_rule;
   int zero_point;
   BlockLayout fields;
-  // Tensors that the format needs beside its blocks: scales or zero points per group, and the order
-  // in which a quantiser sorted the columns.
-  bool takes_scales = false;
+  // Whether the format needs zero points beside its blocks and scales.
   bool takes_zeros = false;
-  bool takes_perm = false;
+
+  // Whether its scales are a tensor of their own; the order in which a quantiser sorted the columns
+  // may then be one too.
+  constexpr bool takes_scales() const { return scale_rule == ScaleRule::kGroup; }
 };
 
 namespace format_table {
@@ -107,6 +110,9 @@ constexpr FormatDescriptor kFormats[] = {
   {"MXFP4",  39, kE2m1, kExponent,     0, { 32,  17, {1, 16}, {}, {}, {0, 1}, {}}},
   {"TQ1_0",  34, kTernary, kBlock,     1, {256,  54, {0, 52}, {}, {}, {52, 2}, {}}},
   {"TQ2_0",  35, kU2, kBlock,          1, {256,  66, {0, 64}, {}, {}, {64, 2}, {}}},
+  {"U4",     -1, kU4, kGroup,          0, { 32,  16, {0, 16}, {}, {}, {}, {}}, true},
+  {"S4",     -1, kU4, kGroup,          8, { 32,  16, {0, 16}, {}, {}, {}, {}}},
+  {"S8",     -1, kS8, kGroup,          0, { 32,  32, {0, 32}, {}, {}, {}, {}}},
 };
 // clang-format on
 }  // namespace format_table
@@ -157,7 +163,7 @@ static constexpr bool has_scale_per_16(ScaleRule rule) {
 }
 // Whether the whole block has one.
 static constexpr bool has_one_scale(ScaleRule rule) {
-  return rule == ScaleRule::kBlock || rule == ScaleRule::kExponent;
+  return rule == ScaleRule::kBlock || rule == ScaleRule::kExponent || rule == ScaleRule::kGroup;
 }
 
 // Whether the decoders know the row's combination of codes, scales and block; they static_assert
@@ -168,6 +174,9 @@ static constexpr bool is_decodable(const FormatDescriptor& format) {
   const int block_size = format.fields.block_size;
   const bool subtracts_min = rule == kSubBlock32 || rule == kSubBlock16Four;
   if (rule != kBlock && subtracts_min != (format.fields.min.bytes > 0)) return false;
+  if (rule == kGroup) {
+    return block_size == 32 && (format.codes == CodeFamily::kU4 || format.codes == CodeFamily::kS8);
+  }
   switch (format.codes) {
     case CodeFamily::kU4:
     case CodeFamily::kU5:
@@ -186,16 +195,22 @@ static constexpr bool is_decodable(const FormatDescriptor& format) {
 
 // The kernels of each set are compiled in files of their own, so that none takes long.
 enum class FormatSet : int8_t {
-  kAll,
-  kWide,    // integer codes of four bits or more
-  kLowBit,  // two or three bits, ternary digits, tables of 16 values
+  kBlocks,  // blocks hold their scales
+  kWide,    // of kBlocks: integer codes of four bits or more
+  kLowBit,  // of kBlocks: two or three bits, ternary digits, tables of 16 values
+  kGroups,  // scales are a tensor of their own
 };
 static constexpr bool is_low_bit(CodeFamily codes) {
   return codes != CodeFamily::kU4 && codes != CodeFamily::kU5 && codes != CodeFamily::kU6 &&
          codes != CodeFamily::kS8;
 }
-static constexpr bool is_in_set(FormatSet set, CodeFamily codes) {
-  return set == FormatSet::kAll || is_low_bit(codes) == (set == FormatSet::kLowBit);
+static constexpr FormatSet format_set(const FormatDescriptor& format) {
+  if (format.takes_scales()) return FormatSet::kGroups;
+  return is_low_bit(format.codes) ? FormatSet::kLowBit : FormatSet::kWide;
+}
+static constexpr bool is_in_set(FormatSet set, const FormatDescriptor& format) {
+  const FormatSet narrow = format_set(format);
+  return set == narrow || (set == FormatSet::kBlocks && narrow != FormatSet::kGroups);
 }
 
 template <int... kRows>
@@ -204,11 +219,11 @@ static constexpr IntMenu<kRows...> format_menu(std::integer_sequence<int, kRows.
 }
 
 // Calls body(std::integral_constant<int, format>{}) for a row of kFormats that is in the set.
-template <FormatSet kSet = FormatSet::kAll, typename Body>
+template <FormatSet kSet, typename Body>
 static inline void dispatch_format(int format, Body&& body) {
   using Rows = decltype(format_menu(std::make_integer_sequence<int, kNumFormats>{}));
   Rows::dispatch(format, [&](auto row) {
-    if constexpr (is_in_set(kSet, kFormats[row()].codes)) body(row);
+    if constexpr (is_in_set(kSet, kFormats[row()])) body(row);
   });
 }
 

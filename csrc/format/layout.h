@@ -49,6 +49,7 @@
 #pragma once
 
 #include <cstdint>
+#include <initializer_list>
 
 namespace llamatelemetry {
 

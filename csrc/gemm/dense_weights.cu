@@ -3,8 +3,11 @@
 namespace llamatelemetry {
 
 Error launch_dense_weights(const DenseWeightsParams& p, Stream stream) {
-  if (is_low_bit(kFormats[p.format].codes)) return launch_dense_weights_low_bit(p, stream);
-  return launch_dense_weights_of<FormatSet::kWide>(p, stream);
+  switch (format_set(kFormats[p.format])) {
+    case FormatSet::kLowBit: return launch_dense_weights_low_bit(p, stream);
+    case FormatSet::kGroups: return launch_dense_weights_groups(p, stream);
+    default: return launch_dense_weights_of<FormatSet::kWide>(p, stream);
+  }
 }
 
 }  // namespace llamatelemetry

@@ -14,7 +14,8 @@ namespace llamatelemetry {
 template <int kFormat, typename T, int kNumThreads>
 __global__ void __launch_bounds__(kNumThreads)
     dense_weights_kernel(const uint8_t* __restrict__ packed,  // [ceil(n / 16), 16 * row_bytes]
-                         T* __restrict__ weights,             // [n, k]
+                         GroupScales groups,       // of formats with scales beside their blocks
+                         T* __restrict__ weights,  // [n, k]
                          int64_t n, int64_t k,
                          int64_t num_threads) {  // ceil(n / 16) * words of a row * 4
   constexpr int kQuad = 4;                       // rows in a thread
@@ -29,7 +30,9 @@ __global__ void __launch_bounds__(kNumThreads)
   const int64_t tile = packed_block / blocks_per_row;
   const int64_t block = packed_block - tile * blocks_per_row;
 
-  const Word decoder(packed + packed_block * Word::kPackedBytes, word, first_in_tile);
+  TileScales side{};
+  if constexpr (Word::kHasGroups) side = scales_of(groups, tile, block);
+  const Word decoder(packed + packed_block * Word::kPackedBytes, word, first_in_tile, side);
 #pragma unroll
   for (int r = 0; r < kQuad; ++r) {
     const int64_t row = tile * kTileRows + first_in_tile + r;
@@ -57,7 +60,7 @@ Error launch_dense_weights_of(const DenseWeightsParams& p, Stream stream) {
       const int64_t num_threads = num_tiles * (p.k / Word::kBlockSize) * Word::kWordsPerBlock * 4;
       const auto grid = static_cast<unsigned>((num_threads + kNumThreads - 1) / kNumThreads);
       dense_weights_kernel<format(), T, kNumThreads><<<grid, kNumThreads, 0, stream>>>(
-          p.packed, static_cast<T*>(p.weights), p.n, p.k, num_threads);
+          p.packed, p.groups, static_cast<T*>(p.weights), p.n, p.k, num_threads);
     });
   });
   return last_launch_error();

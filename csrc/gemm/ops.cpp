@@ -53,28 +53,59 @@ Tensor dense_linear(const char* op, const Tensor& x, const std::optional<Tensor>
   return call_torch_linear(x, weights, bias);
 }
 
-Tensor quant_linear(const Tensor& x, const Tensor& packed, StringHandle format_name, int64_t n,
-                    std::optional<Tensor> bias, bool exact, std::optional<Tensor> scales,
+// x with its columns in the order that perm names.
+Tensor permute_columns(const char* op, const Tensor& x, const Rows& rows, DType dtype,
+                       const Tensor& perm) {
+  std::vector<int64_t> sizes(x.sizes().begin(), x.sizes().end());
+  Tensor out = allocate(x, sizes);
+  if (out.numel() == 0) return out;
+  const PermuteColumnsParams params{
+      .x = x.const_data_ptr(),
+      .perm = static_cast<const int32_t*>(perm.const_data_ptr()),
+      .out = out.mutable_data_ptr(),
+      .m = rows.num_rows,
+      .k = rows.row_size,
+      .x_row_stride = rows.row_stride,
+      .dtype = dtype,
+  };
+  launch(op, launch_permute_columns, params, x);
+  return out;
+}
+
+void check_perm(const char* op, const Tensor& perm, const Tensor& x, int64_t k) {
+  check_dtype(op, "perm", perm, ScalarType::Int);
+  check_shape(op, "perm", perm, "[k]", {k});
+  check_device(op, "perm", perm, "x", x);
+  check_contiguous(op, "perm", perm);
+}
+
+Tensor quant_linear(const Tensor& given_x, const Tensor& packed, StringHandle format_name,
+                    int64_t n, std::optional<Tensor> bias, bool exact, std::optional<Tensor> scales,
                     std::optional<Tensor> zeros, std::optional<Tensor> perm) {
   constexpr const char* op = "quant_linear";
   const int format = check_format(op, take_string(format_name));
   check_side_tensors(op, format, scales, zeros, perm);
-  const DType dtype = check_floating(op, "x", x);
-  const Rows rows = rows_of(op, "x", x);
+  const DType dtype = check_floating(op, "x", given_x);
+  Rows rows = rows_of(op, "x", given_x);
   check_packed(op, packed, format, n, rows.row_size);
-  check_device(op, "packed", packed, "x", x);
+  check_device(op, "packed", packed, "x", given_x);
   if (bias) {
     check_shape(op, "bias", *bias, "[n]", {n});
-    check_like(op, "bias", *bias, "x", x);
+    check_like(op, "bias", *bias, "x", given_x);
     check_contiguous(op, "bias", *bias);
   }
-  const DeviceGuard guard(x);
+  const GroupScales groups = check_groups(op, packed, rows.row_size, scales, zeros);
+  if (perm) check_perm(op, *perm, given_x, rows.row_size);
+  const DeviceGuard guard(given_x);
+  const Tensor x = perm ? permute_columns(op, given_x, rows, dtype, *perm) : given_x;
+  if (perm) rows.row_stride = rows.row_size;
   const auto* packed_data = static_cast<const uint8_t*>(packed.const_data_ptr());
   const QuantLinearImpl impl = choose_quant_linear(descriptor_of(x, rows, n, format, dtype, exact));
   if constexpr (kHasDenseWeights) {
     if (impl == QuantLinearImpl::kDense) {
       return dense_linear(op, x, bias,
                           {.packed = packed_data,
+                           .groups = groups,
                            .weights = nullptr,
                            .n = n,
                            .k = rows.row_size,
@@ -90,6 +121,7 @@ Tensor quant_linear(const Tensor& x, const Tensor& packed, StringHandle format_n
       .x = x.const_data_ptr(),
       .packed = packed_data,
       .bias = bias ? bias->const_data_ptr() : nullptr,
+      .groups = groups,
       .out = out.mutable_data_ptr(),
       .workspace = nullptr,
       .m = rows.num_rows,

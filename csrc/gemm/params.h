@@ -6,6 +6,7 @@
 #include "common/activation.h"
 #include "common/backend.h"
 #include "common/dtype.h"
+#include "format/groups.h"
 #include "gemm/choice.h"
 
 namespace llamatelemetry {
@@ -48,6 +49,7 @@ struct QuantLinearParams {
   const void* x;          // [m, k], rows x_row_stride elements apart
   const uint8_t* packed;  // [n, k] of format in tiles, format/layout.h
   const void* bias;       // [n] or null
+  GroupScales groups;     // of formats with scales beside their blocks
   void* out;              // [m, n], contiguous
   void* workspace;        // quant_linear_workspace_bytes
   int64_t m;
@@ -70,18 +72,38 @@ Error launch_quant_wgmma_16(const QuantLinearParams& params, Stream stream);
 Error launch_quant_wgmma_32(const QuantLinearParams& params, Stream stream);
 Error launch_quant_wgmma_64(const QuantLinearParams& params, Stream stream);
 Error launch_quant_wgmma_128(const QuantLinearParams& params, Stream stream);
+// Those of FormatSet::kGroups, which go there from more rows on.
+Error launch_quant_wgmma_groups_32(const QuantLinearParams& params, Stream stream);
+Error launch_quant_wgmma_groups_64(const QuantLinearParams& params, Stream stream);
+Error launch_quant_wgmma_groups_128(const QuantLinearParams& params, Stream stream);
 
 // CUDA: what launch_quant_linear hands kSkinny to, by the set of formats and the dtype of x.
 Error launch_quant_skinny_f16(const QuantLinearParams& params, Stream stream);
 Error launch_quant_skinny_bf16(const QuantLinearParams& params, Stream stream);
 Error launch_quant_skinny_low_bit_f16(const QuantLinearParams& params, Stream stream);
 Error launch_quant_skinny_low_bit_bf16(const QuantLinearParams& params, Stream stream);
+Error launch_quant_skinny_groups_f16(const QuantLinearParams& params, Stream stream);
+Error launch_quant_skinny_groups_bf16(const QuantLinearParams& params, Stream stream);
 
-// What launch_quant_linear hands kFused to for the formats of FormatSet::kLowBit.
+// What launch_quant_linear hands kFused to for the formats of FormatSet::kLowBit and kGroups.
 Error launch_quant_linear_low_bit(const QuantLinearParams& params, Stream stream);
+Error launch_quant_linear_groups(const QuantLinearParams& params, Stream stream);
+
+// x[m, perm]: what a weight meets whose columns were sorted.
+struct PermuteColumnsParams {
+  const void* x;        // [m, k], rows x_row_stride elements apart
+  const int32_t* perm;  // [k]; of a number that is no column the result is 0
+  void* out;            // [m, k], contiguous
+  int64_t m;
+  int64_t k;
+  int64_t x_row_stride;
+  DType dtype;  // of x and out
+};
+Error launch_permute_columns(const PermuteColumnsParams& params, Stream stream);
 
 struct DenseWeightsParams {
   const uint8_t* packed;  // [n, k] of format in tiles
+  GroupScales groups;     // of formats with scales beside their blocks
   void* weights;          // [n, k], contiguous
   int64_t n;
   int64_t k;
@@ -90,7 +112,8 @@ struct DenseWeightsParams {
 };
 Error launch_dense_weights(const DenseWeightsParams& params, Stream stream);
 
-// What launch_dense_weights hands the formats of FormatSet::kLowBit to.
+// What launch_dense_weights hands the formats of FormatSet::kLowBit and kGroups to.
 Error launch_dense_weights_low_bit(const DenseWeightsParams& params, Stream stream);
+Error launch_dense_weights_groups(const DenseWeightsParams& params, Stream stream);
 
 }  // namespace llamatelemetry

@@ -1,31 +1,52 @@
 #include "gemm/quant_linear.cuh"
 
 namespace llamatelemetry {
+namespace {
+
+Error launch_skinny(const QuantLinearParams& p, FormatSet set, Stream stream) {
+  const bool is_half = p.dtype == DType::kFloat16;
+  switch (set) {
+    case FormatSet::kLowBit:
+      return is_half ? launch_quant_skinny_low_bit_f16(p, stream)
+                     : launch_quant_skinny_low_bit_bf16(p, stream);
+    case FormatSet::kGroups:
+      return is_half ? launch_quant_skinny_groups_f16(p, stream)
+                     : launch_quant_skinny_groups_bf16(p, stream);
+    default:
+      return is_half ? launch_quant_skinny_f16(p, stream) : launch_quant_skinny_bf16(p, stream);
+  }
+}
+
+#ifdef LT_SM90
+Error launch_wgmma(const QuantLinearParams& p, FormatSet set, Stream stream) {
+  const bool groups = set == FormatSet::kGroups;
+  switch (wgmma_tokens(p.m)) {
+    case 16: return launch_quant_wgmma_16(p, stream);
+    case 32:
+      return groups ? launch_quant_wgmma_groups_32(p, stream) : launch_quant_wgmma_32(p, stream);
+    case 64:
+      return groups ? launch_quant_wgmma_groups_64(p, stream) : launch_quant_wgmma_64(p, stream);
+    default:
+      return groups ? launch_quant_wgmma_groups_128(p, stream) : launch_quant_wgmma_128(p, stream);
+  }
+}
+#endif
+
+}  // namespace
 
 int64_t quant_linear_workspace_bytes(const QuantLinearParams&) { return 0; }
 
 Error launch_quant_linear(const QuantLinearParams& p, Stream stream) {
-  const bool low_bit = is_low_bit(kFormats[p.format].codes);
-  if (p.impl == QuantLinearImpl::kSkinny) {
-    const bool is_half = p.dtype == DType::kFloat16;
-    if (low_bit) {
-      return is_half ? launch_quant_skinny_low_bit_f16(p, stream)
-                     : launch_quant_skinny_low_bit_bf16(p, stream);
-    }
-    return is_half ? launch_quant_skinny_f16(p, stream) : launch_quant_skinny_bf16(p, stream);
-  }
+  const FormatSet set = format_set(kFormats[p.format]);
+  if (p.impl == QuantLinearImpl::kSkinny) return launch_skinny(p, set, stream);
 #ifdef LT_SM90
-  if (p.impl == QuantLinearImpl::kWgmma) {
-    switch (wgmma_tokens(p.m)) {
-      case 16: return launch_quant_wgmma_16(p, stream);
-      case 32: return launch_quant_wgmma_32(p, stream);
-      case 64: return launch_quant_wgmma_64(p, stream);
-      default: return launch_quant_wgmma_128(p, stream);
-    }
-  }
+  if (p.impl == QuantLinearImpl::kWgmma) return launch_wgmma(p, set, stream);
 #endif
-  if (low_bit) return launch_quant_linear_low_bit(p, stream);
-  return launch_quant_linear_of<FormatSet::kWide>(p, stream);
+  switch (set) {
+    case FormatSet::kLowBit: return launch_quant_linear_low_bit(p, stream);
+    case FormatSet::kGroups: return launch_quant_linear_groups(p, stream);
+    default: return launch_quant_linear_of<FormatSet::kWide>(p, stream);
+  }
 }
 
 }  // namespace llamatelemetry

@@ -55,8 +55,10 @@ __global__ void __launch_bounds__(kNumThreads)
        i += kNumThreads / kQuad) {
     const int block = i / Word::kWordsPerBlock;
     const int word = i % Word::kWordsPerBlock;
+    TileScales side{};
+    if constexpr (Word::kHasGroups) side = scales_of(p.groups, tile, block);
     const Word weights_of(packed + static_cast<int64_t>(block) * Word::kPackedBytes, word,
-                          kQuad * quad);
+                          kQuad * quad, side);
 #pragma unroll
     for (int part = 0; part < Word::kParts; ++part) {
       if (part >= Word::num_parts(word)) break;

@@ -4,8 +4,11 @@ namespace llamatelemetry {
 namespace LT_ISA {
 
 Error launch_quant_linear(const QuantLinearParams& p, Stream stream) {
-  if (is_low_bit(kFormats[p.format].codes)) return launch_quant_linear_low_bit(p, stream);
-  return launch_quant_linear_of<FormatSet::kWide>(p);
+  switch (format_set(kFormats[p.format])) {
+    case FormatSet::kLowBit: return launch_quant_linear_low_bit(p, stream);
+    case FormatSet::kGroups: return launch_quant_linear_groups(p, stream);
+    default: return launch_quant_linear_of<FormatSet::kWide>(p);
+  }
 }
 
 }  // namespace LT_ISA

@@ -132,13 +132,19 @@ void prepare_items(const QuantLinearParams& p, int64_t begin, int64_t end) {
 
 // ---- linear: one item per tile and chunk of tokens
 
+template <typename Block>
+LT_INLINE TileScales side_of(const QuantLinearParams& p, int64_t tile, int64_t block) {
+  if constexpr (Block::kHasGroups) return scales_of(p.groups, tile, block);
+  return {};
+}
+
 template <int kFormat, int kTokens>
-LT_INLINE void sum_quantized(const uint8_t* tile, int64_t num_blocks, const ActivationBlock* x,
-                             Floats (&sum)[kTokens]) {
+LT_INLINE void sum_quantized(const QuantLinearParams& p, int64_t tile_index, const uint8_t* tile,
+                             int64_t num_blocks, const ActivationBlock* x, Floats (&sum)[kTokens]) {
   using Block = PackedBlock<kFormat>;
   constexpr int kGroupsPerScale = kGroups / Block::kScalesPerSubBlock;
   for (int64_t i = 0; i < num_blocks; ++i, tile += Block::kBytes) {
-    const Block block(tile);
+    const Block block(tile, side_of<Block>(p, tile_index, i));
     for (int sub_block = 0; sub_block < Block::kSubBlocks; ++sub_block, x += kTokens) {
       Words code[kGroups];
       block.codes(sub_block, code);
@@ -173,11 +179,11 @@ LT_INLINE void sum_quantized(const uint8_t* tile, int64_t num_blocks, const Acti
 }
 
 template <int kFormat, int kTokens>
-LT_INLINE void sum_exact(const uint8_t* tile, int64_t num_blocks, const float* x,
-                         Floats (&sum)[kTokens]) {
+LT_INLINE void sum_exact(const QuantLinearParams& p, int64_t tile_index, const uint8_t* tile,
+                         int64_t num_blocks, const float* x, Floats (&sum)[kTokens]) {
   using Block = PackedBlock<kFormat>;
   for (int64_t i = 0; i < num_blocks; ++i, tile += Block::kBytes) {
-    const Block block(tile);
+    const Block block(tile, side_of<Block>(p, tile_index, i));
     for (int sub_block = 0; sub_block < Block::kSubBlocks; ++sub_block) {
       Floats weight[kSubBlock];
       block.weights(sub_block, weight);
@@ -224,11 +230,11 @@ __attribute__((noinline)) void linear_panel(const QuantLinearParams& p, int64_t 
   Floats sum[kTokens];
   for (int t = 0; t < kTokens; ++t) sum[t] = floats_set(0.0f);
   if (p.exact) {
-    sum_exact<kFormat>(packed, num_blocks, static_cast<const float*>(p.workspace) + token * p.k,
-                       sum);
+    sum_exact<kFormat>(p, tile, packed, num_blocks,
+                       static_cast<const float*>(p.workspace) + token * p.k, sum);
   } else {
     sum_quantized<kFormat>(
-        packed, num_blocks,
+        p, tile, packed, num_blocks,
         static_cast<const ActivationBlock*>(p.workspace) + token * (p.k / kSubBlock), sum);
   }
   dispatch_dtype(p.dtype, [&](auto type) {

@@ -76,8 +76,13 @@ struct QuantSkinny {
   static constexpr int kChunkBytes = kBlocks * Word::kPackedBytes;
   static constexpr int kVectorBytes = 16;
   static constexpr int kTokenBytes = kChunk * sizeof(T) + 32;  // rows of x in different banks
-  static constexpr int kStageBytes =
+  // Scales and zero points of each tile's groups, of formats that have them beside their blocks.
+  static constexpr int kScalesBytes = Word::kHasGroups ? kBlocks * kScaleBytes : 0;
+  static constexpr int kZerosBytes = Word::kHasZeros ? kBlocks * kZeroBytes : 0;
+  static constexpr int kSideBytes = kScalesBytes + kZerosBytes;
+  static constexpr int kSidesAt =
       kRowTiles * kChunkBytes + (kTokens * kTokenBytes + 127) / 128 * 128;
+  static constexpr int kStageBytes = kSidesAt + (kRowTiles * kSideBytes + 127) / 128 * 128;
   static constexpr int kRows = 16 * kRowTiles;
   static constexpr int kColumns = 8 * kTokenTiles;
   // Of shared memory, for each warp.
@@ -106,6 +111,7 @@ struct QuantSkinny {
     wait_for_predecessors();
     for (int i = 0; i < kStages - 1; ++i) {
       work.load_weights(work.warp + i * work.num_warps, i);
+      work.load_scales(work.warp + i * work.num_warps, i);
       work.load_tokens(work.warp + i * work.num_warps, i);
     }
     work.multiply();
@@ -164,6 +170,35 @@ struct QuantSkinny {
       }
     }
   }
+  // Of row tile r: the groups that the blocks of a chunk are in.
+  __device__ void load_scales(int chunk, int into) const {
+    if constexpr (!Word::kHasGroups) return;
+    if (chunk >= num_chunks) return;
+    const int last = min((chunk + 1) * kBlocks, blocks_per_row) - 1;
+    const int first_group = (chunk * kBlocks) >> p.groups.shift;
+    const int count = (last >> p.groups.shift) - first_group + 1;
+    const uint32_t to = ptx::shared_address(stage(into)) + kSidesAt;
+#pragma unroll
+    for (int r = 0; r < kRowTiles; ++r) {
+      if (first_tile + r >= num_tiles) break;
+      const TileScales from = scales_of(p.groups, first_tile + r, int64_t{chunk} * kBlocks);
+      const int byte = lane() * kVectorBytes;
+      if (byte < count * kScaleBytes) {
+        ptx::cp_async_16(to + r * kSideBytes + byte, from.scales + byte);
+      }
+      if (Word::kHasZeros && byte < count * kZeroBytes) {
+        ptx::cp_async_16(to + r * kSideBytes + kScalesBytes + byte, from.zeros + byte);
+      }
+    }
+  }
+  __device__ TileScales staged_scales(const char* s_stage, int r, int chunk, int block) const {
+    if constexpr (!Word::kHasGroups) return {};
+    const int first = chunk * kBlocks;
+    const int group = ((first + block) >> p.groups.shift) - (first >> p.groups.shift);
+    const auto* side = reinterpret_cast<const uint8_t*>(s_stage) + kSidesAt + r * kSideBytes;
+    return {side + group * kScaleBytes, side + kScalesBytes + group * kZeroBytes,
+            p.groups.bfloat16};
+  }
   // Ends the group of copies of a stage.
   __device__ void load_tokens(int chunk, int into) const {
     const int column = chunk * kChunk + lane() * (kVectorBytes / static_cast<int>(sizeof(T)));
@@ -188,11 +223,12 @@ struct QuantSkinny {
       __syncwarp();
       const int free = current == 0 ? kStages - 1 : current - 1;
       load_weights(chunk + (kStages - 1) * num_warps, free);
+      load_scales(chunk + (kStages - 1) * num_warps, free);
       load_tokens(chunk + (kStages - 1) * num_warps, free);
       const int blocks = min(kBlocks, blocks_per_row - chunk * kBlocks);
 #pragma unroll
       for (int quarter = 0; quarter < 4; ++quarter)
-        multiply_quarter(stage(current), quarter, blocks);
+        multiply_quarter(stage(current), chunk, quarter, blocks);
       current = current + 1 == kStages ? 0 : current + 1;
       __syncwarp();  // before the stage is filled again
     }
@@ -206,7 +242,7 @@ struct QuantSkinny {
     return 64 * quarter + 32 * run;
   }
 
-  __device__ void multiply_quarter(const char* s_stage, int quarter, int blocks) {
+  __device__ void multiply_quarter(const char* s_stage, int chunk, int quarter, int blocks) {
     // Of a last chunk that is not whole, a run may be missing.
     const bool exists[2] = {kSuperBlocks || 2 * quarter < blocks,
                             kSuperBlocks || 2 * quarter + 1 < blocks};
@@ -239,9 +275,10 @@ struct QuantSkinny {
               kSuperBlocks ? tile : tile + (2 * quarter + run) * Word::kPackedBytes;
           const int low_part = Word::part_of(sub_block, 0);
           const int high_part = Word::part_of(sub_block, Word::kTernary ? lane_in_group + 4 : 4);
-          const Word low(block, Word::word_of(sub_block, lane_in_group), 2 * group);
+          const TileScales side = staged_scales(s_stage, r, chunk, 2 * quarter + run);
+          const Word low(block, Word::word_of(sub_block, lane_in_group), 2 * group, side);
           if constexpr (Word::kByteCodes || Word::kTernary) {
-            const Word high(block, Word::word_of(sub_block, lane_in_group + 4), 2 * group);
+            const Word high(block, Word::word_of(sub_block, lane_in_group + 4), 2 * group, side);
             multiply_run(r, run, x, x_sums, low, low_part, high, high_part);
           } else {
             multiply_run(r, run, x, x_sums, low, low_part, low, high_part);

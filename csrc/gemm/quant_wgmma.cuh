@@ -57,7 +57,12 @@ struct QuantWgmma {
   static constexpr int kTileBytes = kBlocks * Word::kPackedBytes;  // of a tile's chunk
   static constexpr int kBoxBytes = kTokens * kColumns * static_cast<int>(sizeof(T));
   static constexpr int kWeightsAt = kBoxes * kBoxBytes;  // in a stage
-  static constexpr int kStageBytes = (kWeightsAt + kNumWarps * kTileBytes + 1023) / 1024 * 1024;
+  // Scales and zero points of each tile's groups, of formats that have them beside their blocks.
+  static constexpr int kScalesBytes = Word::kHasGroups ? kBlocks * kScaleBytes : 0;
+  static constexpr int kZerosBytes = Word::kHasZeros ? kBlocks * kZeroBytes : 0;
+  static constexpr int kSideBytes = kScalesBytes + kZerosBytes;
+  static constexpr int kSidesAt = kWeightsAt + kNumWarps * kTileBytes;
+  static constexpr int kStageBytes = (kSidesAt + kNumWarps * kSideBytes + 1023) / 1024 * 1024;
   static constexpr int kMaxShared = 227 * 1024;
   static constexpr int kMaxStages = 6;
   static constexpr int kBarrierBytes = 2 * kMaxStages * static_cast<int>(sizeof(uint64_t));
@@ -137,7 +142,8 @@ struct QuantWgmma {
     if (p.k % kChunk != 0) {
       for (int stage = 0; stage < kStages; ++stage) {
         auto* words = reinterpret_cast<uint4*>(s_bytes + stage * kStageBytes + kWeightsAt);
-        for (int i = threadIdx.x; i < kNumWarps * kTileBytes / 16; i += kNumThreads) {
+        for (int i = threadIdx.x; i < kNumWarps * (kTileBytes + kSideBytes) / 16;
+             i += kNumThreads) {
           words[i] = uint4{};
         }
       }
@@ -157,7 +163,13 @@ struct QuantWgmma {
     if (chunk >= num_chunks) return;
     const uint32_t to = ptx::shared_address(s_bytes + stage * kStageBytes);
     const int num_bytes = bytes_of(chunk);
-    if (lane == 0) ptx::mbarrier_arrive_expect(full(stage), kWeightsAt + num_tiles * num_bytes);
+    const int num_groups = groups_of(chunk);
+    const int scale_bytes = Word::kHasGroups ? num_groups * kScaleBytes : 0;
+    const int zero_bytes = Word::kHasZeros ? num_groups * kZeroBytes : 0;
+    if (lane == 0) {
+      ptx::mbarrier_arrive_expect(full(stage),
+                                  kWeightsAt + num_tiles * (num_bytes + scale_bytes + zero_bytes));
+    }
     __syncwarp();
     if (lane < kBoxes) {
       ptx::tma_load_2d(to + lane * kBoxBytes, x_map, full(stage), chunk * kChunk + lane * kColumns,
@@ -167,8 +179,21 @@ struct QuantWgmma {
     if (tile >= 0 && tile < num_tiles) {
       ptx::bulk_load(to + kWeightsAt + tile * kTileBytes, chunk_of(tile, chunk), num_bytes,
                      full(stage));
+      if constexpr (Word::kHasGroups) {
+        const TileScales from = scales_of(p.groups, first_tile + tile, int64_t{chunk} * kBlocks);
+        const uint32_t side = to + kSidesAt + tile * kSideBytes;
+        ptx::bulk_load(side, from.scales, scale_bytes, full(stage));
+        if constexpr (Word::kHasZeros) {
+          ptx::bulk_load(side + kScalesBytes, from.zeros, zero_bytes, full(stage));
+        }
+      }
     }
     __syncwarp();
+  }
+  // How many groups the blocks of a chunk are in.
+  __device__ int groups_of(int chunk) const {
+    const int last = min((chunk + 1) * kBlocks, blocks_per_row) - 1;
+    return (last >> p.groups.shift) - (chunk * kBlocks >> p.groups.shift) + 1;
   }
 
   // A stage is filled again kLag chunks after it was read: with stages to spare the warp that does
@@ -184,7 +209,7 @@ struct QuantWgmma {
     int target = kAhead, target_parity = 1;  // of the stage that is filled meanwhile
     for (int chunk = rank; chunk < num_chunks; chunk += splits) {
       ptx::mbarrier_wait(full(stage), parity);
-      multiply_chunk(s_bytes + stage * kStageBytes, [&] {
+      multiply_chunk(s_bytes + stage * kStageBytes, chunk, [&] {
         if (warp != 0) return;
         if (count >= kLag) ptx::mbarrier_wait(empty(target), target_parity);
         load(chunk + kAhead * splits, target);
@@ -206,7 +231,7 @@ struct QuantWgmma {
 
   // refill: called once the tensor cores have work.
   template <typename Refill>
-  __device__ void multiply_chunk(const char* stage, Refill&& refill) {
+  __device__ void multiply_chunk(const char* stage, int chunk, Refill&& refill) {
     const auto* weights = reinterpret_cast<const uint8_t*>(stage) + kWeightsAt + warp * kTileBytes;
     const uint64_t x = ptx::k_major_descriptor(ptx::shared_address(stage));
     uint32_t a[2][2][4];  // of two runs: two steps of 16 weights each
@@ -214,7 +239,7 @@ struct QuantWgmma {
     for (int run = 0; run < kRuns; ++run) {
       if (run == 1) refill();
       if (run >= 2) ptx::wgmma_wait<1>();  // the registers that come now are free
-      decode(weights, run, a[run % 2]);
+      decode(weights, staged_scales(stage, chunk, run), run, a[run % 2]);
       ptx::wgmma_fence();
 #pragma unroll
       for (int step = 0; step < 2; ++step) {
@@ -228,9 +253,19 @@ struct QuantWgmma {
     ptx::wgmma_hold(sums);
   }
 
+  __device__ TileScales staged_scales(const char* stage, int chunk, int block) const {
+    if constexpr (!Word::kHasGroups) return {};
+    const int first = chunk * kBlocks;
+    const int group = ((first + block) >> p.groups.shift) - (first >> p.groups.shift);
+    const auto* side = reinterpret_cast<const uint8_t*>(stage) + kSidesAt + warp * kSideBytes;
+    return {side + group * kScaleBytes, side + kScalesBytes + group * kZeroBytes,
+            p.groups.bfloat16};
+  }
+
   // Of 16 weights of each row, a lane has the 2 * t-th and the next of each half, t = lane % 4:
   // half of the bytes of two words.
-  __device__ void decode(const uint8_t* weights, int run, uint32_t (&a)[2][4]) const {
+  __device__ void decode(const uint8_t* weights, const TileScales& side, int run,
+                         uint32_t (&a)[2][4]) const {
     const int word = lane % 4 / 2, row = lane / 4 * 2;
     const uint32_t selector = lane % 2 == 0 ? 0x5410 : 0x7632;
     if constexpr (kSuperBlocks) {
@@ -243,10 +278,10 @@ struct QuantWgmma {
     } else {
       const uint8_t* block = weights + run * Word::kPackedBytes;
       if constexpr (Word::kByteCodes) {
-        fragment(Word(block, word, row, selector), 0, a[0]);
-        fragment(Word(block, word + 4, row, selector), 0, a[1]);
+        fragment(Word(block, word, row, selector, side), 0, a[0]);
+        fragment(Word(block, word + 4, row, selector, side), 0, a[1]);
       } else {
-        const Word both(block, word, row, selector);
+        const Word both(block, word, row, selector, side);
         fragment(both, 0, a[0]);
         fragment(both, 1, a[1]);
       }

@@ -3,7 +3,7 @@
 namespace llamatelemetry {
 
 Error launch_quant_wgmma_128(const QuantLinearParams& p, Stream stream) {
-  return launch_quant_wgmma<128>(p, stream);
+  return launch_quant_wgmma<128, FormatSet::kWide>(p, stream);
 }
 
 }  // namespace llamatelemetry

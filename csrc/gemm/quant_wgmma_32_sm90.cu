@@ -3,7 +3,7 @@
 namespace llamatelemetry {
 
 Error launch_quant_wgmma_32(const QuantLinearParams& p, Stream stream) {
-  return launch_quant_wgmma<32>(p, stream);
+  return launch_quant_wgmma<32, FormatSet::kWide>(p, stream);
 }
 
 }  // namespace llamatelemetry

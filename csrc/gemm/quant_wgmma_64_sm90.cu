@@ -3,7 +3,7 @@
 namespace llamatelemetry {
 
 Error launch_quant_wgmma_64(const QuantLinearParams& p, Stream stream) {
-  return launch_quant_wgmma<64>(p, stream);
+  return launch_quant_wgmma<64, FormatSet::kWide>(p, stream);
 }
 
 }  // namespace llamatelemetry

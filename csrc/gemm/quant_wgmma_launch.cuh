@@ -1,4 +1,4 @@
-// The launch of quant_wgmma.cuh for a number of rows of x in a block.
+// The launch of quant_wgmma.cuh for a number of rows of x in a block and a set of formats.
 #pragma once
 
 #include <cuda.h>
@@ -19,15 +19,17 @@ class ClusterSlots {
   static const Counts& of_device() {
     constexpr int kMaxDevices = 64;
     static ClusterSlots slots[kMaxDevices];
-    static std::once_flag asked[kMaxDevices];
+    static std::mutex mutex;
     int device = 0;
     cudaGetDevice(&device);
-    std::call_once(asked[device], [device] { slots[device].ask(); });
+    const std::lock_guard lock(mutex);
+    if (!slots[device].asked_) slots[device].ask();
     return slots[device].counts_;
   }
 
  private:
   void ask() {
+    asked_ = true;
     for (int blocks = 1; blocks <= kMaxWgmmaSplits; ++blocks) {
       cudaLaunchAttribute cluster{};
       cluster.id = cudaLaunchAttributeClusterDimension;
@@ -45,6 +47,7 @@ class ClusterSlots {
       }
     }
   }
+  bool asked_ = false;
   Counts counts_;
 };
 
@@ -107,10 +110,10 @@ Error launch_wgmma_kernel(const QuantLinearParams& p, Stream stream) {
   return last_launch_error();
 }
 
-template <int kTokens>
+template <int kTokens, FormatSet kSet>
 Error launch_quant_wgmma(const QuantLinearParams& p, Stream stream) {
   Error error = nullptr;
-  dispatch_format<FormatSet::kWide>(p.format, [&](auto format) {
+  dispatch_format<kSet>(p.format, [&](auto format) {
     constexpr QuantWgmmaConfig kConfig = wgmma_config(kTokens, kFormats[format()].codes);
     if (p.dtype == DType::kFloat16) {
       error = launch_wgmma_kernel<QuantWgmma<Half, format(), kConfig>>(p, stream);

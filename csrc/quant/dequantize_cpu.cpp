@@ -40,7 +40,7 @@ void dequantize_blocks(const DequantizeParams& p, int64_t begin, int64_t end) {
 }
 
 void dequantize_items(const DequantizeParams& p, int64_t begin, int64_t end) {
-  dispatch_format(p.format, [&](auto format) {
+  dispatch_format<FormatSet::kBlocks>(p.format, [&](auto format) {
     dispatch_dtype(p.dtype, [&](auto type) {
       dequantize_blocks<Block<format()>, typename decltype(type)::type>(p, begin, end);
     });

@@ -26,7 +26,7 @@ Tensor dequantize(const Tensor& data, StringHandle format_name, ScalarType dtype
                   std::optional<Tensor> scales, std::optional<Tensor> zeros,
                   std::optional<Tensor> perm) {
   constexpr const char* op = "dequantize";
-  const int format = check_format(op, take_string(format_name));
+  const int format = check_block_format(op, take_string(format_name));
   check_side_tensors(op, format, scales, zeros, perm);
   const BlockLayout& layout = kFormats[format].fields;
   const DType out_dtype = check_floating(op, "dtype", dtype);
@@ -101,7 +101,7 @@ Tensor quant_embedding(const Tensor& ids, const Tensor& packed, StringHandle for
                        int64_t k, ScalarType dtype, std::optional<Tensor> scales,
                        std::optional<Tensor> zeros, std::optional<Tensor> perm) {
   constexpr const char* op = "quant_embedding";
-  const int format = check_format(op, take_string(format_name));
+  const int format = check_block_format(op, take_string(format_name));
   check_side_tensors(op, format, scales, zeros, perm);
   const bool ids_are_int64 = ids.scalar_type() == ScalarType::Long;
   check(ids_are_int64 || ids.scalar_type() == ScalarType::Int, op, "ids", "be int64 or int32",

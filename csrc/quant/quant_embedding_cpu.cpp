@@ -40,7 +40,7 @@ void embed_rows(const QuantEmbeddingParams& p, int64_t begin, int64_t end) {
 }
 
 void embed_items(const QuantEmbeddingParams& p, int64_t begin, int64_t end) {
-  dispatch_format(p.format, [&](auto format) {
+  dispatch_format<FormatSet::kBlocks>(p.format, [&](auto format) {
     dispatch_dtype(p.dtype, [&](auto type) {
       using T = typename decltype(type)::type;
       if (p.ids_are_int64) {

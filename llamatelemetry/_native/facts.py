@@ -21,7 +21,8 @@ class FormatFacts:
         name: What ops call the format.
         ggml_type: GGUF's number of it, None where it has none.
         codes: Code family, an enumerator of CodeFamily: "u4" for a nibble.
-        scale_rule: An enumerator of ScaleRule: "block" for one scale a block.
+        scale_rule: An enumerator of ScaleRule: "block" for one scale a block, "group" for scales in
+            a tensor of their own.
         zero_point: What is subtracted from a code.
         block_size: Weights of a block.
         block_bytes: Bytes of a block.

@@ -12,6 +12,7 @@ import torch
 
 from llamatelemetry.loading.errors import ModelFileError, in_one_sentence
 from llamatelemetry.loading.files import check_directory, json_object
+from llamatelemetry.loading.quantised import build_quantised, quantization_of
 
 ADAPTER = "adapter_config.json"
 # Nothing outside the directory is fetched, and no code in it is run.
@@ -28,13 +29,22 @@ class Directory:
     generation: dict[str, Any]  # what its generation_config says, less what is transformers' own
 
 
-def load_directory(path: Path, dtype: torch.dtype | None, find: Callable[[str], Path]) -> Directory:
+def load_directory(
+    path: Path,
+    dtype: torch.dtype | None,
+    find: Callable[[str], Path],
+    device: torch.device | None = None,
+    exact: bool = False,
+) -> Directory:
     """Loads a directory with a config.json, or one with an adapter_config.json of peft.
 
     Args:
         path: of the directory.
         dtype: of the weights; None is that of the files.
         find: the directory of an adapter's base model.
+        device: where quantised weights are unpacked and stay; the CPU by default, where all others
+            are.
+        exact: float32 activations in quantised linears instead of int8 ones on the CPU.
 
     Raises:
         ModelFileError: naming the file or directory. A tensor that is missing or of another shape
@@ -44,10 +54,15 @@ def load_directory(path: Path, dtype: torch.dtype | None, find: Callable[[str], 
         return _load_adapter(path, dtype, find)
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    check_directory(path)
+    quantization = quantization_of(check_directory(path))
     with in_one_sentence(path / "config.json", "transformers cannot read it"):
-        AutoConfig.from_pretrained(path, **_LOCAL)
+        config = AutoConfig.from_pretrained(path, **_LOCAL)
     tokenizer = _load_tokenizer(path)
+    if quantization is not None:
+        place = device or torch.device("cpu")
+        model = build_quantised(path, config, quantization, dtype, place, exact)
+        _read_generation_config(path, model)
+        return Directory(model, tokenizer, _eos_ids(path, model, tokenizer), _generation(model))
     with in_one_sentence(path):
         model, found = AutoModelForCausalLM.from_pretrained(
             path,
@@ -58,6 +73,14 @@ def load_directory(path: Path, dtype: torch.dtype | None, find: Callable[[str], 
         )
     _check_loaded(path, found)
     return Directory(model, tokenizer, _eos_ids(path, model, tokenizer), _generation(model))
+
+
+def _read_generation_config(path: Path, model: Any) -> None:
+    from transformers import GenerationConfig
+
+    if (path / "generation_config.json").is_file():
+        with in_one_sentence(path / "generation_config.json", "transformers cannot read it"):
+            model.generation_config = GenerationConfig.from_pretrained(path, local_files_only=True)
 
 
 def _load_tokenizer(path: Path) -> Any:

@@ -129,7 +129,8 @@ def load_model(
     Nothing is fetched, and no code that lies beside a model is run.
 
     Args:
-        device, dtype, exact, progress: as in load_gguf; a directory keeps its own dtype by default
+        device, dtype, exact, progress: as in load_gguf; a directory keeps its own dtype by default.
+            Weights of GPTQ, AWQ and compressed-tensors (pack-quantized) stay packed
 
     Raises:
         ModelFileError: in one sentence
@@ -144,7 +145,7 @@ def load_model(
     if path.is_dir():
         is_id = not Path(name_or_path).expanduser().exists()
         name = str(name_or_path) if is_id else path.resolve().name
-        return _load_directory(path, name, device, dtype)
+        return _load_directory(path, name, device, dtype, exact)
     return load_gguf(path, device=device, dtype=dtype, exact=exact, progress=progress)
 
 
@@ -179,11 +180,11 @@ def load_gguf(
 
 
 def _load_directory(
-    path: Path, name: str, device: torch.device, dtype: torch.dtype | None
+    path: Path, name: str, device: torch.device, dtype: torch.dtype | None, exact: bool
 ) -> LoadedModel:
     from llamatelemetry.loading.directory import load_directory
 
-    found = load_directory(path, dtype, find_model)
+    found = load_directory(path, dtype, find_model, device, exact)
     model = found.model.eval().requires_grad_(False).to(device)
     return LoadedModel(model, found.tokenizer, name, found.eos_ids, found.generation)
 

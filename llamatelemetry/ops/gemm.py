@@ -73,7 +73,8 @@ def quant_linear(
     Args:
         x: [..., k], float32, float16 or bfloat16; rows contiguous, evenly spaced.
         packed: What repack returns for the weight's [n, k].
-        format: A QuantFormat, its name or its GGML type number.
+        format: A QuantFormat, its name or its GGML type number; or "U4", "S4" or "S8", whose
+            scales stand beside the codes: llamatelemetry.quantization.groups packs them.
         n: Rows of the weight.
         bias: [n], dtype and device of x.
         exact: Whether x stays as it is. Otherwise the CPU rounds it to 8 bits in blocks of 32
@@ -81,9 +82,12 @@ def quant_linear(
             gives NaN. CUDA never rounds x; from 9 rows on of 16-bit x on Hopper, elsewhere for many
             rows (past 32 or 64 of 16-bit x, past 8 of float32), it rounds the weights to the dtype
             of x.
-        scales: For formats whose scales are a tensor of their own; of today's, none.
-        zeros: For formats whose zero points are; of today's, none.
-        perm: For formats whose columns were sorted; of today's, none.
+        scales: [ceil(n / 16), groups, 16], float16 or bfloat16, for "U4", "S4" and "S8" alone:
+            16 rows side by side. A group is 32, 64, 128 or all weights of a row.
+        zeros: Likewise uint8, for "U4": ``weight = scale * (code - zero)``.
+        perm: [k] int32, for the formats with scales: column j of the weight meets column perm[j] of
+            x, as where a quantiser sorted the columns (GPTQ's act-order). Where perm names no
+            column x counts as 0.
 
     Returns:
         [..., n] in the dtype of x. On the CPU a row does not depend on the other rows, nor on how

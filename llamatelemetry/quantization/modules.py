@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from llamatelemetry import ops
 from llamatelemetry.ops.formats import TILE_ROWS, QuantFormat
 from llamatelemetry.quantization.experts import QuantExperts
+from llamatelemetry.quantization.group_linear import GroupLinear
 
 
 class QuantLinear(nn.Module):
@@ -166,5 +167,5 @@ def _weights_per_row(weight: Tensor, format: QuantFormat) -> int:
 def expand(module: nn.Module, dtype: torch.dtype) -> None:
     """Puts dense modules of dtype in the place of the quantised ones inside module."""
     for name, part in list(module.named_modules()):
-        if isinstance(part, (QuantLinear, QuantEmbedding, QuantExperts)):
+        if isinstance(part, (QuantLinear, QuantEmbedding, QuantExperts, GroupLinear)):
             module.set_submodule(name, part.dense(dtype))

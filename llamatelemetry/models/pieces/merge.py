@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from llamatelemetry.quantization.group_linear import GroupLinear, merge_group_linears
 from llamatelemetry.quantization.modules import QuantLinear, expand, merge_quant_linears
 
 
@@ -30,6 +31,8 @@ def merge_linears(linears: Sequence[nn.Module]) -> nn.Module | None:
 def _merge(linears: Sequence[nn.Module]) -> nn.Module | None:
     if all(type(linear) is QuantLinear for linear in linears):
         return merge_quant_linears(cast("Sequence[QuantLinear]", linears))
+    if all(type(linear) is GroupLinear for linear in linears):
+        return merge_group_linears(cast("Sequence[GroupLinear]", linears))
     if any(type(linear) is not nn.Linear for linear in linears):
         return None
     if not all(is_plain(p) for linear in linears for p in linear.parameters()):
@@ -102,7 +105,7 @@ def unmerge_linears(linears: Sequence[nn.Module]) -> None:
         return
     with _plain_tensors():
         for linear in linears:
-            if type(linear) not in (nn.Linear, QuantLinear):  # never merged
+            if type(linear) not in (nn.Linear, QuantLinear, GroupLinear):  # never merged
                 continue
             for parameter in linear.parameters():
                 if is_plain(parameter) and _is_part(parameter):

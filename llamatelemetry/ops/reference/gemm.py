@@ -46,8 +46,17 @@ def rounded_activations(x: Tensor) -> Tensor:
 
 
 def quant_linear(
-    x: Tensor, data: Tensor, format: int | str, bias: Tensor | None, exact: bool
+    x: Tensor,
+    data: Tensor,
+    format: int | str,
+    bias: Tensor | None,
+    exact: bool,
+    scales: Tensor | None = None,
+    zeros: Tensor | None = None,
+    perm: Tensor | None = None,
 ) -> Tensor:
-    """data: the rows that repack packed."""
-    out = (x if exact else rounded_activations(x)) @ dequantize(data, format).to(x.dtype).T
+    """data: the rows that repack packed; scales and zeros [n, groups], of grouped formats."""
+    x = x if perm is None else x[..., perm]
+    weight = dequantize(data, format, scales, zeros).to(x.dtype)
+    out = (x if exact else rounded_activations(x)) @ weight.T
     return out if bias is None else out + bias

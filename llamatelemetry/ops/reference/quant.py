@@ -16,11 +16,18 @@ _TABLES = {
 }
 
 
-def dequantize(data: Tensor, format: int | str) -> Tensor:
-    """Blocks as a GGUF file has them to float32."""
+def dequantize(
+    data: Tensor, format: int | str, scales: Tensor | None = None, zeros: Tensor | None = None
+) -> Tensor:
+    """Blocks of a GGUF file to float32; of grouped formats with scales and zeros [n, groups]."""
     facts = FORMATS[format_name(format)]
     blocks = data.reshape(-1, facts.block_bytes)
     weights = _codes(blocks, facts) - facts.zero_point
+    if scales is not None:
+        grouped = weights.view(*scales.shape, -1).float()
+        if zeros is not None:
+            grouped = grouped - zeros.float().unsqueeze(-1)
+        return (grouped * scales.float().unsqueeze(-1)).flatten(1)
     scale, minimum = _scales(blocks, facts)
     out = weights.view(len(blocks), scale.shape[1], -1) * scale.unsqueeze(-1)
     if minimum is not None:

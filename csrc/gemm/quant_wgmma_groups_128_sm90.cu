@@ -1,0 +1,9 @@
+#include "gemm/quant_wgmma_launch.cuh"
+
+namespace llamatelemetry {
+
+Error launch_quant_wgmma_groups_128(const QuantLinearParams& p, Stream stream) {
+  return launch_quant_wgmma<128, FormatSet::kGroups>(p, stream);
+}
+
+}  // namespace llamatelemetry

@@ -1,0 +1,201 @@
+"""A transformers model around the packed weights of a GPTQ, AWQ or compressed-tensors directory."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
+
+from llamatelemetry.loading.errors import ModelFileError, in_one_sentence
+from llamatelemetry.loading.files import tensor_names, weight_files
+from llamatelemetry.quantization.checkpoints import Layout, layout_of, pack_linear, read_linear
+from llamatelemetry.quantization.group_linear import GroupLinear
+
+METHODS = ("gptq", "awq", "compressed-tensors")
+
+
+def quantization_of(config: dict[str, Any]) -> dict[str, Any] | None:
+    """What config.json says of weights that are read here; None where transformers reads them."""
+    found = config.get("quantization_config") or config.get("compression_config")
+    if isinstance(found, dict) and found.get("quant_method") in METHODS:
+        return found
+    return None
+
+
+def build_quantised(
+    path: Path,
+    config: Any,
+    quantization: dict[str, Any],
+    dtype: torch.dtype | None,
+    device: torch.device,
+    exact: bool,
+) -> Any:
+    """The directory's model in eval mode; quantised linears stay packed, as GroupLinear.
+
+    Args:
+        path: of a directory with safetensors.
+        config: transformers' of it.
+        quantization: from quantization_of.
+        dtype: of activations and of what is not quantised; None is that of config.json.
+        device: where the weights go, and where they are unpacked.
+        exact: float32 activations in the quantised linears instead of int8 ones on the CPU.
+
+    Raises:
+        ModelFileError: naming the tensor, if one is missing, unknown or not as it should be.
+    """
+    from transformers import AutoModelForCausalLM
+
+    layout = _layout(path, quantization)
+    for name in ("quantization_config", "compression_config"):
+        if hasattr(config, name):
+            delattr(config, name)
+    dtype = dtype or getattr(config, "dtype", None) or torch.float16
+    with in_one_sentence(path), _parameters_on_meta():
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    model.config.name_or_path = str(path)
+    _Filling(path, model, layout, dtype, device, exact).fill()
+    for name, buffer in list(model.named_buffers()):
+        if buffer.is_meta:
+            raise ModelFileError(f"{path}: transformers' {config.model_type} leaves {name} unmade")
+    return model.to(device).eval()
+
+
+def _layout(path: Path, quantization: dict[str, Any]) -> Layout:
+    try:
+        return layout_of(quantization)
+    except ValueError as error:
+        raise ModelFileError(f"{path / 'config.json'}: quantization_config: {error}") from None
+
+
+@contextmanager
+def _parameters_on_meta() -> Iterator[None]:
+    """Modules made here have their buffers, and parameters without memory."""
+
+    def on_meta(_module: nn.Module, _name: str, parameter: nn.Parameter | None) -> Any:
+        if parameter is None or parameter.is_meta:
+            return None
+        return nn.Parameter(parameter.detach().to("meta"), requires_grad=False)
+
+    handle = register_module_parameter_registration_hook(on_meta)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+class _Filling:
+    """Puts tensors of the files where a model has its parameters."""
+
+    def __init__(
+        self,
+        path: Path,
+        model: Any,
+        layout: Layout,
+        dtype: torch.dtype,
+        device: torch.device,
+        exact: bool,
+    ) -> None:
+        self.path, self.model, self.layout = path, model, layout
+        self.dtype, self.device, self.exact = dtype, device, exact
+        self._whole: dict[str, set[str]] = {}  # quantised linear -> the tensors it has
+        self._parts: dict[str, dict[str, Tensor]] = {}  # those that were read
+        self._left_out: list[str] = []
+
+    def fill(self) -> None:
+        from safetensors import safe_open
+
+        files = list(weight_files(self.path))
+        if not files:
+            raise ModelFileError(f"{self.path}: quantised weights must be in safetensors files")
+        for module, attribute in (_split(name) for file in files for name in tensor_names(file)):
+            if attribute in self.layout.tensors:
+                self._whole.setdefault(module, set()).add(attribute)
+        for file in files:
+            with safe_open(file, "pt") as tensors:
+                for name in tensors.keys():  # noqa: SIM118, safe_open is no mapping
+                    self._take(name, tensors.get_tensor)
+        self._finish()
+
+    def _take(self, name: str, read: Any) -> None:
+        module, attribute = _split(name)
+        if attribute in self.layout.tensors:
+            parts = self._parts.setdefault(module, {})
+            parts[attribute] = read(name)
+            if parts.keys() == self._whole[module]:
+                self._linear(module, self._parts.pop(module))
+            return
+        owner, known = self._owner(module), None
+        if owner is not None:
+            known = owner._parameters.get(attribute, owner._buffers.get(attribute))
+        if known is None:
+            # GPTQ's files have a bias of zeros for each linear, whether the model has one or not.
+            if not (name.endswith(".bias") and not read(name).any()):
+                self._left_out.append(name)
+            return
+        values = read(name)
+        if values.shape != known.shape:
+            raise ModelFileError(
+                f"{self.path}: {name} must be {tuple(known.shape)} as config.json says, got "
+                f"{tuple(values.shape)}"
+            )
+        floating = values.is_floating_point()
+        values = values.to(self.device, self.dtype if floating else values.dtype, copy=True)
+        if attribute in owner._buffers:  # type: ignore[union-attr]
+            owner._buffers[attribute] = values  # type: ignore[union-attr]
+        else:
+            setattr(owner, attribute, nn.Parameter(values, requires_grad=False))
+
+    def _owner(self, module: str) -> nn.Module | None:
+        try:
+            return self.model.get_submodule(module)
+        except AttributeError:
+            return None
+
+    def _linear(self, name: str, parts: dict[str, Tensor]) -> None:
+        """Puts a GroupLinear in the place of the linear of that name."""
+        owner = self._owner(name)
+        if type(owner) is not nn.Linear:
+            kind = "nothing" if owner is None else f"a {type(owner).__name__}"
+            raise ModelFileError(
+                f"{self.path}: {name} is quantised and must be a Linear of transformers' "
+                f"{self.model.config.model_type}, which has {kind} there"
+            )
+        try:
+            on_device = {part: tensor.to(self.device) for part, tensor in parts.items()}
+            codes = read_linear(self.layout, on_device)
+            n, k = codes.codes.shape
+            if (n, k) != (owner.out_features, owner.in_features):
+                raise ValueError(
+                    f"it must be {(owner.out_features, owner.in_features)} as config.json says, "
+                    f"got {(n, k)}"
+                )
+            weight, perm = pack_linear(self.layout, codes)
+        except ValueError as error:
+            raise ModelFileError(f"{self.path}: {name}: {error}") from None
+        bias = owner.bias
+        self.model.set_submodule(name, GroupLinear(weight, k, n, bias, perm, self.exact))
+
+    def _finish(self) -> None:
+        """Ties what is tied, refuses what is missing."""
+        self.model.tie_weights()
+        if missing := sorted(n for n, p in self.model.named_parameters() if p.is_meta):
+            raise ModelFileError(f"{self.path}: the weights hold no {missing[0]}")
+        left_out = [name for name in self._left_out if not name.endswith("inv_freq")]
+        if left_out:
+            warnings.warn(
+                f"load_model: {self.path}: the weights' {left_out[0]} is no part of the model that "
+                f"config.json describes, and is left out (of {len(left_out)} tensors)",
+                stacklevel=5,
+            )
+
+
+def _split(name: str) -> tuple[str, str]:
+    """A tensor's module and its name there."""
+    module, _, attribute = name.rpartition(".")
+    return module, attribute

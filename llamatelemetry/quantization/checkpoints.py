@@ -1,0 +1,243 @@
+"""Layouts of quantised linears in checkpoints: GPTQ, AWQ and compressed-tensors' packed weights.
+
+Each is read to codes [n, k], scales [n, groups], zero points [n, groups] and the order of columns.
+Sources: AutoGPTQ's and GPTQModel's packing (bits of a code from the lowest on, zero points less one
+in the first version), AutoAWQ's (columns in the order 0 2 4 6 1 3 5 7 within 32 bits),
+compressed-tensors' pack_to_int32 (codes made unsigned).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llamatelemetry.quantization.groups import GroupedWeight, pack_groups
+
+_AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
+_LARGEST_GROUP = 128  # of the kernels; larger ones are repeated
+_GROUPS = (32, 64, 128)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a checkpoint keeps a linear.
+
+    Attributes:
+        method: "gptq", "awq" or "compressed-tensors"
+        bits: of a code, 4 or 8
+        zero_added: what is added to a stored zero point: 1 in the first version of GPTQ's files
+    """
+
+    method: str
+    bits: int
+    zero_added: int = 0
+
+    @property
+    def weight(self) -> str:
+        """The tensor that tells a quantised linear."""
+        return "weight_packed" if self.method == "compressed-tensors" else "qweight"
+
+    @property
+    def tensors(self) -> frozenset[str]:
+        """All that a linear may have but its bias."""
+        if self.method == "compressed-tensors":
+            names = ("packed", "scale", "zero_point", "shape", "g_idx")
+            return frozenset(f"weight_{name}" for name in names)
+        return frozenset(("qweight", "qzeros", "scales", "g_idx"))
+
+
+@dataclass(frozen=True)
+class Codes:
+    """A linear as read: ``weight = scale * (code - zero)`` with columns in their own order.
+
+    Attributes:
+        codes: [n, k] uint8
+        scales: [n, groups]
+        zeros: [n, groups] uint8
+        group_of: [k], the group of each column; None where they come in their order
+    """
+
+    codes: Tensor
+    scales: Tensor
+    zeros: Tensor
+    group_of: Tensor | None
+
+
+def layout_of(quantization: Mapping[str, Any]) -> Layout:
+    """What config.json's quantization_config describes.
+
+    Raises:
+        ValueError: what of it our kernels do not read.
+    """
+    method = quantization.get("quant_method")
+    if method == "gptq":
+        bits = _bits(quantization.get("bits"), (4, 8))
+        second = quantization.get("checkpoint_format") == "gptq_v2"
+        return Layout("gptq", bits, 0 if second else 1)
+    if method == "awq":
+        version = str(quantization.get("version", "gemm")).lower()
+        if version != "gemm":
+            raise ValueError(f"AWQ's version must be gemm, got {version}")
+        return Layout("awq", _bits(quantization.get("bits", quantization.get("w_bit")), (4,)))
+    if method == "compressed-tensors":
+        return Layout("compressed-tensors", _compressed_bits(quantization))
+    raise ValueError(f"quant_method must be gptq, awq or compressed-tensors, got {method!r}")
+
+
+def read_linear(layout: Layout, found: Mapping[str, Tensor]) -> Codes:
+    """Unpacks a linear's tensors, by their names without the module's, on the device they are on.
+
+    Raises:
+        ValueError: a tensor that is missing or of another shape than the others say.
+    """
+    read = {"gptq": _gptq, "awq": _awq, "compressed-tensors": _compressed}[layout.method]
+    return read(layout, found)
+
+
+def pack_linear(layout: Layout, found: Codes) -> tuple[GroupedWeight, Tensor | None]:
+    """In our kernels' layout, and the order in which the columns were sorted, [k] int32 or None.
+
+    Raises:
+        ValueError: groups of another size than the kernels know, or zero points of 8-bit codes that
+            are not in the middle.
+    """
+    codes, scales, zeros = found.codes, found.scales, found.zeros
+    k, groups = codes.shape[1], scales.shape[1]
+    size = k // max(groups, 1)
+    if k % 32 or groups * size != k:
+        raise ValueError(f"in_features must be a multiple of 32 and of its groups, got {k}")
+    perm = None
+    if found.group_of is not None:
+        perm = _order(found.group_of, groups, size)
+    if perm is not None:
+        codes = codes[:, perm]
+    if groups > 1 and size > _LARGEST_GROUP and size % _LARGEST_GROUP == 0:
+        times = size // _LARGEST_GROUP
+        scales, zeros = (t.repeat_interleave(times, 1) for t in (scales, zeros))
+    elif groups > 1 and size not in _GROUPS:
+        raise ValueError(f"groups must be of 32, 64 or a multiple of 128 weights, got {size}")
+    middle = 1 << (layout.bits - 1)
+    scales = _half(scales)
+    if bool((zeros == middle).all()):
+        signed = (codes.to(torch.int16) - middle).to(torch.int8)
+        weight = pack_groups(signed, "S4" if layout.bits == 4 else "S8", scales)
+    elif layout.bits == 4:
+        weight = pack_groups(codes, "U4", scales, zeros)
+    else:
+        raise ValueError("zero points of 8-bit weights must be 128 (a symmetric quantiser)")
+    return weight, None if perm is None else perm.int()
+
+
+def _gptq(layout: Layout, found: Mapping[str, Tensor]) -> Codes:
+    qweight, scales = _tensor(found, "qweight"), _tensor(found, "scales")
+    codes = _unpacked(qweight, layout.bits, 0).T
+    zeros = _unpacked(_tensor(found, "qzeros"), layout.bits, 1)
+    # Of four or eight bits: a zero point of 0 was stored as the largest.
+    zeros = (zeros + layout.zero_added) & ((1 << layout.bits) - 1)
+    return _checked(Codes(codes, scales.T, zeros.T, _groups_of(found.get("g_idx"))))
+
+
+def _awq(layout: Layout, found: Mapping[str, Tensor]) -> Codes:
+    place = torch.tensor(_AWQ_ORDER).argsort()
+
+    def columns(name: str) -> Tensor:
+        values = _unpacked(_tensor(found, name), layout.bits, 1)
+        return values.unflatten(1, (-1, len(_AWQ_ORDER)))[..., place].flatten(1)
+
+    scales = _tensor(found, "scales")
+    return _checked(Codes(columns("qweight").T, scales.T, columns("qzeros").T, None))
+
+
+def _compressed(layout: Layout, found: Mapping[str, Tensor]) -> Codes:
+    scales = _tensor(found, "weight_scale")
+    n, k = (int(size) for size in _tensor(found, "weight_shape"))
+    codes = _unpacked(_tensor(found, "weight_packed"), layout.bits, 1)[:, :k]
+    scales = scales.view(n, -1) if scales.numel() else scales
+    if (packed := found.get("weight_zero_point")) is not None:
+        zeros = _unpacked(packed, layout.bits, 0)[:n]
+    else:
+        middle = 1 << (layout.bits - 1)
+        zeros = torch.full(scales.shape, middle, dtype=torch.uint8, device=scales.device)
+    return _checked(Codes(codes, scales, zeros, _groups_of(found.get("weight_g_idx"))))
+
+
+def _unpacked(words: Tensor, bits: int, dim: int) -> Tensor:
+    """uint8 codes of int32 words, those of a word side by side along dim, from the lowest bits."""
+    if words.dtype != torch.int32 or words.dim() != 2:
+        raise ValueError(
+            f"packed codes must be two-dimensional int32, got {words.dtype} of {tuple(words.shape)}"
+        )
+    shifts = torch.arange(0, 32, bits, device=words.device, dtype=torch.int32)
+    shape = [1, 1, 1]
+    shape[dim + 1] = -1
+    codes = (words.unsqueeze(dim + 1) >> shifts.view(shape)) & ((1 << bits) - 1)
+    return codes.to(torch.uint8).flatten(dim, dim + 1)
+
+
+def _order(group_of: Tensor, groups: int, size: int) -> Tensor | None:
+    """Columns sorted by group; None where they are."""
+    if len(group_of) != groups * size or not bool((group_of.bincount() == size).all()):
+        raise ValueError(f"g_idx must name each of {groups} groups {size} times")
+    if bool((group_of[1:] >= group_of[:-1]).all()):
+        return None
+    return group_of.argsort(stable=True)
+
+
+def _groups_of(g_idx: Tensor | None) -> Tensor | None:
+    if g_idx is None or g_idx.numel() == 0 or bool((g_idx < 0).any()):  # -1: not set
+        return None
+    return g_idx.long()
+
+
+def _half(scales: Tensor) -> Tensor:
+    """Scales in a dtype that the kernels read, exactly."""
+    if scales.dtype in (torch.float16, torch.bfloat16):
+        return scales
+    half = scales.to(torch.float16)
+    if not torch.equal(half.to(scales.dtype), scales):
+        raise ValueError(f"scales must be float16 or bfloat16, got {scales.dtype} of more digits")
+    return half
+
+
+def _checked(found: Codes) -> Codes:
+    n, k = found.codes.shape
+    groups = found.scales.shape[1]
+    if found.scales.shape[0] != n or found.zeros.shape != found.scales.shape or groups == 0:
+        raise ValueError(
+            f"scales and zero points must be of {n} rows alike, got {tuple(found.scales.shape)} "
+            f"and {tuple(found.zeros.shape)}"
+        )
+    if found.group_of is not None and len(found.group_of) != k:
+        raise ValueError(f"g_idx must name the group of {k} columns, got {len(found.group_of)}")
+    return found
+
+
+def _tensor(found: Mapping[str, Tensor], name: str) -> Tensor:
+    if name not in found:
+        raise ValueError(f"{name} is missing")
+    return found[name]
+
+
+def _bits(bits: Any, known: tuple[int, ...]) -> int:
+    if bits not in known:
+        raise ValueError(f"bits must be {' or '.join(map(str, known))}, got {bits}")
+    return int(bits)
+
+
+def _compressed_bits(quantization: Mapping[str, Any]) -> int:
+    format = quantization.get("format")
+    if format != "pack-quantized":
+        raise ValueError(f"the format of compressed-tensors must be pack-quantized, got {format}")
+    groups = quantization.get("config_groups") or {}
+    weights = [(group or {}).get("weights") or {} for group in groups.values()]
+    bits = {one.get("num_bits") for one in weights}
+    if len(bits) != 1 or any((group or {}).get("input_activations") for group in groups.values()):
+        raise ValueError(
+            "config_groups must quantise weights alone, all in as many bits, got "
+            f"{sorted(map(str, bits))} bits"
+        )
+    return _bits(bits.pop(), (4, 8))

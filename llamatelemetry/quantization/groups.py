@@ -1,0 +1,115 @@
+"""Weights with scales and zero points in tensors of their own, as GPTQ and AWQ keep them."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from llamatelemetry import ops
+from llamatelemetry.ops.formats import TILE_ROWS
+
+# Name of a format -> dtype of its codes, the least and the largest.
+_CODES = {"U4": (torch.uint8, 0, 15), "S4": (torch.int8, -8, 7), "S8": (torch.int8, -128, 127)}
+
+
+class GroupedWeight(NamedTuple):
+    """What ops.quant_linear takes of a grouped weight.
+
+    Attributes:
+        packed: [ceil(n / 16), 16 * row_bytes] uint8.
+        format: "U4", "S4" or "S8".
+        scales: [ceil(n / 16), groups, 16].
+        zeros: Likewise uint8, or None.
+    """
+
+    packed: Tensor
+    format: str
+    scales: Tensor
+    zeros: Tensor | None
+
+
+def pack_groups(
+    codes: Tensor, format: str, scales: Tensor, zeros: Tensor | None = None
+) -> GroupedWeight:
+    """``weight = scale * (code - zero)``, a scale and a zero point for each group of a row.
+
+    Args:
+        codes: [n, k]: for "U4" uint8 up to 15, for "S4" int8 from -8 to 7, for "S8" int8. k is a
+            multiple of 32.
+        format: "U4", "S4" or "S8".
+        scales: [n, groups], float16 or bfloat16. A group is 32, 64, 128 or all weights of a row.
+        zeros: [n, groups] uint8, for "U4" alone.
+
+    Returns:
+        Tensors in the layout that the kernels read.
+
+    Raises:
+        ValueError: format, codes or shapes are not as above.
+    """
+    if format not in _CODES:
+        raise ValueError(f"format must be one of {sorted(_CODES)}, got {format!r}")
+    dtype, least, largest = _CODES[format]
+    n, k = codes.shape
+    if codes.dtype != dtype or k % 32:
+        raise ValueError(
+            f"codes must be [n, k] of {dtype} with k a multiple of 32, got {tuple(codes.shape)} of "
+            f"{codes.dtype}"
+        )
+    if codes.numel() and not least <= int(codes.min()) <= int(codes.max()) <= largest:
+        raise ValueError(
+            f"codes must be {least} to {largest}, got {int(codes.min())} to {int(codes.max())}"
+        )
+    for name, tensor in {"scales": scales, "zeros": zeros}.items():
+        if tensor is not None and (tensor.dim() != 2 or tensor.shape[0] != n):
+            raise ValueError(f"{name} must be [{n}, groups], got {tuple(tensor.shape)}")
+    if (zeros is None) != (format != "U4"):
+        raise ValueError(
+            f"zeros must be {'given' if zeros is None else 'None'} for {format}, got "
+            f"{'None' if zeros is None else 'a tensor'}"
+        )
+    return GroupedWeight(
+        ops.repack(rows_of_codes(codes, format), format),
+        format,
+        _in_tiles(scales),
+        None if zeros is None else _in_tiles(zeros),
+    )
+
+
+def unpack_groups(weight: GroupedWeight, n: int, k: int) -> Tensor:
+    """The weights [n, k] that a GroupedWeight stands for, in float32."""
+    rows = ops.unpack(weight.packed, weight.format, n, k)
+    if weight.format == "S8":
+        codes = rows.view(torch.int8).float()
+    else:
+        halves = torch.stack([rows & 15, rows >> 4]).unflatten(2, (-1, 16))
+        codes = halves.permute(1, 2, 0, 3).reshape(n, k).float()
+        codes -= 8.0 if weight.format == "S4" else 0.0
+    scales = _of_rows(weight.scales, n).float()
+    grouped = codes.view(n, scales.shape[1], -1)
+    if weight.zeros is not None:
+        grouped = grouped - _of_rows(weight.zeros, n).float().unsqueeze(-1)
+    return (grouped * scales.unsqueeze(-1)).flatten(1)
+
+
+def rows_of_codes(codes: Tensor, format: str) -> Tensor:
+    """[n, row_bytes] uint8: of 32 weights in 4 bits the first half in the low nibbles."""
+    if format == "S8":
+        return codes.contiguous().view(torch.uint8)
+    if format == "S4":
+        codes = (codes + 8).view(torch.uint8)
+    low, high = codes.unflatten(1, (-1, 2, 16)).unbind(2)
+    return (low | high << 4).flatten(1).contiguous()
+
+
+def _in_tiles(values: Tensor) -> Tensor:
+    """[n, groups] to [ceil(n / 16), groups, 16]; rows past n are zero."""
+    padded = pad(values, (0, 0, 0, -values.shape[0] % TILE_ROWS))
+    return padded.unflatten(0, (-1, TILE_ROWS)).transpose(1, 2).contiguous()
+
+
+def _of_rows(tiles: Tensor, n: int) -> Tensor:
+    """The first n rows of what _in_tiles made."""
+    return tiles.transpose(1, 2).flatten(0, 1)[:n]
