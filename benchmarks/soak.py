@@ -66,7 +66,8 @@ def tiny_batcher(**options: Any) -> ContinuousBatching:
         eos_token_id=None,
     )
     model = LlamaForCausalLM(config).eval()
-    return ContinuousBatching(8, model, **{"num_blocks": 16, "max_step_tokens": 64} | options)
+    sizes = {"num_blocks": 12, "num_host_blocks": 6, "max_step_tokens": 64}
+    return ContinuousBatching(8, model, **sizes | options)
 
 
 def submit(batcher: ContinuousBatching, rng: random.Random) -> list[RequestHandle]:

@@ -129,10 +129,9 @@ class BlockManager:
         self._require(missing + is_shared)
         pairs = []
         if is_shared:
-            source, destination = one.blocks[tail], self._take()
-            self._release(source)
-            one.blocks[tail] = destination
-            pairs.append((source, destination))
+            pairs.append((one.blocks[tail], self._take()))
+            self._release(one.blocks[tail])
+            one.blocks[tail] = pairs[0][1]
         one.blocks += [self._take() for _ in range(missing)]
         return pairs
 
@@ -149,12 +148,13 @@ class BlockManager:
         while len(one.blocks) > self.blocks_for(num_tokens):
             self._release(one.blocks.pop())
 
-    def commit(self, sequence: Hashable, num_tokens: int) -> None:
-        """Says that the keys and values of the first num_tokens are written: from now on other
-        sequences may share the full blocks among them."""
+    def commit(self, sequence: Hashable, num_tokens: int, *, shared: bool = True) -> None:
+        """Says that the first num_tokens are written: from now on others may share their full
+        blocks, or with shared False never."""
         one = self._of_count("commit", sequence, num_tokens)
         size = self.page_size
-        if self.share_prefixes:
+        one.prefix = one.prefix if shared else next(self._prefixes)
+        if shared and self.share_prefixes:
             for i in range(one.num_committed // size, num_tokens // size):
                 tokens = tuple(one.tokens[i * size : (i + 1) * size])
                 one.prefix = self._remember(one.blocks[i], (one.prefix, tokens))
@@ -171,8 +171,8 @@ class BlockManager:
         self._sequences[child] = _Sequence(list(one.tokens), blocks, one.num_committed, one.prefix)
 
     def free(self, sequence: Hashable) -> None:
-        """Ends a sequence. Cached blocks that nobody else has become idle, its last ones the least
-        recently used: a prefix goes after what continues it."""
+        """Ends a sequence. Its cached blocks may become idle, the last ones the least recently used
+        among them: a prefix goes after what continues it."""
         one = self._get(sequence)
         del self._sequences[sequence]
         for block in reversed(one.blocks):
@@ -186,7 +186,7 @@ class BlockManager:
         return list(self._get(sequence).tokens)
 
     def sequences(self) -> list[Hashable]:
-        return list(self._sequences)
+        return [*self._sequences]
 
     def forget_prefixes(self) -> None:
         """Shares nothing that is cached or open now with later ones: the weights have changed."""

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import itertools
-import threading
-import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from llamatelemetry.inference.arguments import integer
@@ -17,11 +15,11 @@ from llamatelemetry.inference.request_handle import RequestHandle
 from llamatelemetry.inference.running_batch import RunningBatch
 from llamatelemetry.inference.sampling import GREEDY, SamplingParams
 from llamatelemetry.inference.submission import Submission, checked_params
+from llamatelemetry.inference.turns import Turns
 from llamatelemetry.models.patching import patch
 
 # Tokens of a step, by device: how long a prompt may keep those that decode from their next token.
 STEP_TOKENS = {"cpu": 256, "cuda": 4096}
-_POLL_S = 0.02  # a thread that waits for another's step looks again
 
 
 class ContinuousBatching:
@@ -44,6 +42,9 @@ class ContinuousBatching:
             open requests may need at most; with a number, requests wait for blocks, or give
             theirs up and compute them again.
         share_prefixes: whether later requests use what earlier ones have in the cache.
+        num_host_blocks: blocks in the host's memory (pinned beside a GPU), to which the keys and
+            values of those that give up their blocks go, as many as find room there, and from which
+            they come back; with 0 they are computed again.
 
     Raises:
         ValueError: for a number below 1, and for a model that the packed steps do not serve.
@@ -75,6 +76,7 @@ class ContinuousBatching:
         max_step_tokens: int | None = None,
         num_blocks: int | None = None,
         share_prefixes: bool = True,
+        num_host_blocks: int = 0,
     ) -> None:
         for name, value in (
             ("max_batch_size", max_batch_size),
@@ -84,12 +86,14 @@ class ContinuousBatching:
             is_left_out = value is None and name != "max_batch_size"
             if not is_left_out and integer(f"ContinuousBatching: {name}", value) < 1:
                 raise ValueError(f"ContinuousBatching: {name} must be at least 1, got {value}")
+        if integer("ContinuousBatching: num_host_blocks", num_host_blocks) < 0:
+            raise ValueError(
+                f"ContinuousBatching: num_host_blocks must be at least 0, got {num_host_blocks}"
+            )
         self.max_batch_size = max_batch_size
         self.engine = engine
-        self._lock = threading.Lock()
-        self._progress = threading.Condition()
         self._names = itertools.count()
-        self._batch: RunningBatch | None = None
+        self._turns: Turns | None = None
         self._fixed_blocks = num_blocks
         self._tokenizer: Any = None
         self._eos: Collection[int] = ()
@@ -110,13 +114,20 @@ class ContinuousBatching:
             )
         tokens = STEP_TOKENS.get(self.model.device.type, STEP_TOKENS["cuda"])
         self.max_step_tokens = max_step_tokens or max(tokens, max_batch_size)
-        self._batch = RunningBatch(
-            self.model,
-            max_batch_size,
-            self.max_step_tokens,
-            num_blocks,
-            share_prefixes,
+        self._turns = Turns(
+            RunningBatch(
+                self.model,
+                max_batch_size,
+                self.max_step_tokens,
+                num_blocks,
+                share_prefixes,
+                num_host_blocks,
+            )
         )
+
+    @property
+    def _batch(self) -> RunningBatch | None:
+        return None if self._turns is None else self._turns.batch
 
     @property
     def active_requests(self) -> list[RequestHandle]:
@@ -167,6 +178,7 @@ class ContinuousBatching:
         time_limit_s: float | None = None,
         wait_limit_s: float | None = None,
         shown_tokens: Collection[str] = (),
+        num_beams: int = 1,
     ) -> list[RequestHandle]:
         """Queues several answers to one prompt, which is computed once and whose blocks they share.
 
@@ -182,12 +194,13 @@ class ContinuousBatching:
             time_limit_s: seconds from now until which each has to end.
             wait_limit_s: seconds from now until which its first forward has to begin.
             shown_tokens: names of control tokens that the text shows; of others it shows nothing.
+            num_beams: 1; model.generate searches beams.
 
         Raises:
             ValueError, OutOfBlocks: as submit does.
         """
-        batch = self._batch
-        if batch is None:
+        turns = self._turns
+        if turns is None:
             raise ValueError("ContinuousBatching: engine must be given to submit a request")
         if not params:
             raise ValueError("params must hold at least one SamplingParams or None, got none")
@@ -205,11 +218,12 @@ class ContinuousBatching:
             time_limit_s,
             wait_limit_s,
             shown_tokens,
+            num_beams,
         )
         names = [next(self._names) for _ in params]
         requests = asked.requests(names, self.model, self._tokenizer, self._eos)
         if self._fixed_blocks is not None:
-            batch.scheduler.require_fit(requests[0])
+            turns.batch.scheduler.require_fit(requests[0])
         limits, grammar = asked.limits(), asked.options.grammar
         handles = [
             RequestHandle(
@@ -219,13 +233,13 @@ class ContinuousBatching:
                     asked.options,
                     None if grammar is None else grammar.matcher(),
                 ),
-                self._drive,
-                self._sweep,
+                turns.drive,
+                turns.sweep,
                 limits,
             )
             for request, one in zip(requests, params, strict=True)
         ]
-        batch.submit(handles)
+        turns.batch.submit(handles)
         return handles
 
     def step(self) -> list[RequestHandle]:
@@ -234,10 +248,7 @@ class ContinuousBatching:
         Returns:
             Handles of the requests that a forward ran on, or that ended.
         """
-        with self._lock:
-            handles = [] if self._batch is None else self._batch.step()
-        self._tell()
-        return handles
+        return [] if self._turns is None else self._turns.step()
 
     def run(self) -> list[RequestHandle]:
         """Steps until no request is open; returns those that ended, in order of submission."""
@@ -248,9 +259,9 @@ class ContinuousBatching:
 
     def forget_prefixes(self) -> None:
         """Shares nothing that is cached now with later requests, as after a change of weights."""
-        if self._batch is not None:
-            with self._lock:
-                self._batch.scheduler.blocks.forget_prefixes()
+        if self._turns is not None:
+            with self._turns.held() as batch:
+                batch.scheduler.blocks.forget_prefixes()
 
     def _ids(self, prompt: Any) -> Any:
         if self._tokenizer is not None:
@@ -258,36 +269,6 @@ class ContinuousBatching:
         if isinstance(prompt, str):
             raise ValueError("prompt must be token ids where engine is a model, got text")
         return prompt
-
-    def _drive(self, until: Callable[[], bool], timeout: float | None) -> None:
-        end = None if timeout is None else time.monotonic() + timeout
-        while not until():
-            if end is not None and time.monotonic() >= end:
-                raise TimeoutError(f"the request must end within {timeout} s, it has not")
-            if self._lock.acquire(blocking=False):
-                try:
-                    if self._batch is not None and not until():
-                        self._batch.step()
-                finally:
-                    self._lock.release()
-                self._tell()
-            else:
-                with self._progress:
-                    self._progress.wait(_POLL_S)
-
-    def _tell(self) -> None:
-        with self._progress:
-            self._progress.notify_all()
-
-    def _sweep(self) -> None:
-        """Ends what was cancelled now, or before the next step where one is in progress."""
-        if self._lock.acquire(blocking=False):
-            try:
-                if self._batch is not None:
-                    self._batch.reap()
-            finally:
-                self._lock.release()
-            self._tell()
 
 
 def _eos_of(model: Any) -> Collection[int]:

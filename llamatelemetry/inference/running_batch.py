@@ -9,6 +9,7 @@ from typing import Any
 from llamatelemetry.inference.block_manager import BlockManager, OutOfBlocks
 from llamatelemetry.inference.drawing import Drawn
 from llamatelemetry.inference.fingerprint import Fingerprint
+from llamatelemetry.inference.host_pages import HostPages
 from llamatelemetry.inference.kv_pages import floating_parameter
 from llamatelemetry.inference.plan_runner import PlanRunner
 from llamatelemetry.inference.request_handle import RequestHandle
@@ -26,6 +27,7 @@ class RunningBatch:
         step_tokens: tokens of a step at most.
         num_blocks: of the cache; None grows it to what max_rows requests may need.
         share_prefixes: as in BlockManager.
+        num_host_blocks: as in Scheduler.
 
     Attributes:
         open: handles of the requests that have not ended, by name, in order of submission.
@@ -40,11 +42,13 @@ class RunningBatch:
         step_tokens: int,
         num_blocks: int | None,
         share_prefixes: bool,
+        num_host_blocks: int = 0,
     ) -> None:
         self.model, self.max_rows = model, max_rows
         self.open: dict[object, RequestHandle] = {}
         self.incoming: deque[RequestHandle] = deque()
         self._step_tokens, self._fixed, self._share = step_tokens, num_blocks, share_prefixes
+        self._num_host_blocks = num_host_blocks
         self._begin()
 
     def _begin(self) -> None:
@@ -52,7 +56,10 @@ class RunningBatch:
         self._fingerprint: Fingerprint | None = None  # of what the shared prefixes are of
         self._like = floating_parameter(self.model)
         blocks = BlockManager(self._fixed or 0, PAGE_SIZE, share_prefixes=self._share)
-        self.scheduler = Scheduler(blocks, self._step_tokens, self.max_rows)
+        self.scheduler = Scheduler(
+            blocks, self._step_tokens, self.max_rows, num_host_blocks=self._num_host_blocks
+        )
+        self._host = HostPages(self._num_host_blocks)
         self._runner = PlanRunner(
             self.model,
             lambda request: self.open[request.name].asked,
@@ -83,6 +90,7 @@ class RunningBatch:
                 self._move()  # its parameters are others
             touched += self._take_in(self.incoming.popleft())
         plan = self.scheduler.schedule()
+        self._host.swap(plan, self._runner.runner.pages)
         for piece in plan.pieces:
             self.open[piece.request.name].begins()
         for piece, result in self._runner.run(plan):

@@ -2,7 +2,8 @@
 
 Requests at work come first, then those that wait, by priority and arrival; the last prompt is cut
 into chunks where the budget ends. Where no block is left for a token, the request that goes last
-gives its blocks up and computes them again later: its tokens stay, so its text does too.
+gives its blocks up, and computes them again later or has them back from the host's memory: its
+tokens stay, so its text does too.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from llamatelemetry.inference.block_manager import BlockManager, OutOfBlocks
+from llamatelemetry.inference.host_blocks import HostBlocks, Pairs
 from llamatelemetry.inference.scheduled_request import ScheduledRequest
 
 # How much a request that ends changes the share of max_tokens that others are expected to use.
@@ -36,11 +38,15 @@ class Plan:
 
     Attributes:
         pieces: at most one a request: first those that decode, then prompts.
+        swaps_out, swaps_in: (cache, host) and (host, cache) of blocks to be copied first of all;
+            one of the two is empty.
         copies: (source, destination) of blocks to be copied before.
         preempted: requests that gave their blocks up for this step.
     """
 
     pieces: list[Piece] = field(default_factory=list)
+    swaps_out: Pairs = field(default_factory=list)
+    swaps_in: Pairs = field(default_factory=list)
     copies: list[tuple[int, int]] = field(default_factory=list)
     preempted: list[ScheduledRequest] = field(default_factory=list)
 
@@ -63,6 +69,7 @@ class Scheduler:
             request at work can decode in every step.
         max_running: requests at work at most.
         expected_share: the share to begin with.
+        num_host_blocks: of the host's memory, to which blocks that are given up are copied.
 
     Attributes:
         running: requests that have blocks, in order of rank.
@@ -75,6 +82,7 @@ class Scheduler:
         max_step_tokens: int,
         max_running: int,
         expected_share: float = 1.0,
+        num_host_blocks: int = 0,
     ) -> None:
         if max_running < 1:
             raise ValueError(f"Scheduler: max_running must be at least 1, got {max_running}")
@@ -85,7 +93,7 @@ class Scheduler:
             )
         if not 0 <= expected_share <= 1:
             raise ValueError(f"Scheduler: expected_share must lie in [0, 1], got {expected_share}")
-        self.blocks = blocks
+        self.blocks, self.host = blocks, HostBlocks(blocks, num_host_blocks)
         self.max_step_tokens, self.max_running = max_step_tokens, max_running
         self.expected_share = expected_share
         self.running: list[ScheduledRequest] = []
@@ -123,7 +131,7 @@ class Scheduler:
             budget -= self._plan(request, budget, plan)
         while budget and self.waiting and not plan.preempted:
             request = self.waiting[0]
-            if len(self.running) >= self.max_running or not self._admit(request):
+            if len(self.running) >= self.max_running or not self._admit(request, plan):
                 break
             budget -= self._plan(request, budget, plan)
         return plan
@@ -154,6 +162,7 @@ class Scheduler:
         request.finish_reason = request.finish_reason or reason
         if request in self.waiting:
             self.waiting.remove(request)
+            self.host.drop(request)
         else:
             self.running.remove(request)
             self._free(request)
@@ -162,9 +171,12 @@ class Scheduler:
             self.expected_share += SHARE_RATE * (used - self.expected_share)
         self._refused = None
 
-    def preempt(self, request: ScheduledRequest) -> None:
-        """Puts a request that is at work back in the queue; its tokens stay."""
+    def preempt(self, request: ScheduledRequest, plan: Plan | None = None) -> None:
+        """Puts a request that is at work back in the queue; its tokens stay, and with a plan to
+        copy them by the keys and values that the host has room for."""
         self.running.remove(request)
+        if plan is not None:
+            plan.swaps_out += self.host.swap_out(request)
         self._free(request)
         request.preemptions += 1
         _insert(self.waiting, request)
@@ -179,7 +191,7 @@ class Scheduler:
                 plan.copies += self.blocks.reserve(request.name, len(tokens) + 1)
             except OutOfBlocks:
                 last = self.running[-1]
-                self.preempt(last)
+                self.preempt(last, plan)
                 plan.preempted.append(last)
                 if last is request:
                     return
@@ -197,7 +209,7 @@ class Scheduler:
             plan.pieces.append(Piece(request, begin, begin + count, table, draws=count == left))
         return count
 
-    def _admit(self, request: ScheduledRequest) -> bool:
+    def _admit(self, request: ScheduledRequest, plan: Plan) -> bool:
         """Gives the first that waits its blocks, if there is room for it to go on."""
         if self.running and (request is self._refused or not self._has_room(request)):
             self._refused = request
@@ -207,6 +219,8 @@ class Scheduler:
         except OutOfBlocks:
             self._refused = request
             return False
+        cached, swaps = self.host.swap_in(request, cached)
+        plan.swaps_in += swaps
         self.waiting.remove(request)
         request.num_computed, request.num_placed = cached, len(request.tokens)
         if request.num_cached is None:
@@ -240,6 +254,7 @@ class Scheduler:
     def check(self) -> None:
         """Walks every invariant; raises RuntimeError that names those that do not hold."""
         self.blocks.check()
+        self.host.check()
         rules = {
             "both queues are in order": _in_order(self.running) and _in_order(self.waiting),
             "no more requests are at work than may be": len(self.running) <= self.max_running,

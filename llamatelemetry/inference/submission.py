@@ -36,6 +36,7 @@ class Submission:
     time_limit_s: float | None = None
     wait_limit_s: float | None = None
     shown_tokens: Collection[str] = ()
+    num_beams: int = 1
 
     @property
     def options(self) -> LogitOptions:
@@ -49,6 +50,11 @@ class Submission:
         Raises:
             ValueError: for what is of another type or out of range, by name.
         """
+        if integer("num_beams", self.num_beams) != 1:
+            raise ValueError(
+                "num_beams must be 1, for requests of a batch are drawn token by token, got "
+                f"{self.num_beams}; model.generate(..., num_beams={self.num_beams}) searches beams"
+            )
         vocab_size = model.get_input_embeddings().num_embeddings
         ids = token_ids("prompt: a token id", sequence(self.prompt), vocab_size)
         if not ids:

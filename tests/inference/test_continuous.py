@@ -34,6 +34,7 @@ def test_text_is_that_of_the_request_alone(device, family):
         {"max_batch_size": 3},
         {"max_batch_size": 4, "max_step_tokens": 6},
         {"max_batch_size": 5, "num_blocks": 12},
+        {"max_batch_size": 5, "num_blocks": 12, "num_host_blocks": 40, "share_prefixes": False},
         {"max_batch_size": 5, "share_prefixes": False},
     ):
         batcher = ContinuousBatching(engine=model, **options)

@@ -4,85 +4,16 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from dataclasses import dataclass, field
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scheduling import END, PAGE, VOCAB, World, a_request, alone, make, run
 
 from llamatelemetry.inference import scheduler as module
 from llamatelemetry.inference.block_manager import BlockManager, OutOfBlocks
 from llamatelemetry.inference.scheduled_request import ScheduledRequest
 from llamatelemetry.inference.scheduler import Scheduler
-
-PAGE = 3
-VOCAB = 5
-END = 4
-
-
-def next_token(tokens, forbidden=()):
-    """The fake model's greedy token: depends on every token before it."""
-    token = hash(tuple(tokens)) % VOCAB
-    while token in forbidden:
-        token = (token + 1) % VOCAB
-    return token
-
-
-def alone(prompt, max_tokens, min_tokens, stop_ids):
-    """What the fake model gives for one request, without any scheduler."""
-    tokens = list(prompt)
-    for count in range(max_tokens):
-        tokens.append(next_token(tokens, stop_ids if count < min_tokens else ()))
-        if tokens[-1] in stop_ids and count >= min_tokens:
-            break
-    return tokens[len(prompt) :]
-
-
-@dataclass
-class World:
-    """A scheduler, and a cache whose slots hold the tokens that their keys depend on."""
-
-    scheduler: Scheduler
-    slots: dict = field(default_factory=dict)
-    started: list = field(default_factory=list)
-
-    def slot(self, table, position):
-        return table[position // PAGE], position % PAGE
-
-    def step(self, fails=()):
-        plan = self.scheduler.schedule()
-        self.scheduler.check()
-        for source, destination in plan.copies:
-            for offset in range(PAGE):
-                self.slots[destination, offset] = self.slots.get((source, offset))
-        assert plan.num_tokens <= self.scheduler.max_step_tokens
-        names = [piece.request.name for piece in plan.pieces]
-        assert len(set(names)) == len(names)
-        for piece in plan.pieces:
-            self.compute(piece, fails)
-        self.scheduler.check()
-        return plan
-
-    def compute(self, piece, fails):
-        request = piece.request
-        if request.name not in self.started:
-            self.started.append(request.name)
-        for position in range(piece.begin):
-            assert self.slots[self.slot(piece.table, position)] == tuple(
-                request.tokens[: position + 1]
-            )
-        if request.name in fails:  # what a forward that raises leaves: nothing noted
-            return
-        assert len(piece.table) > piece.end // PAGE or not piece.draws  # the next one has a block
-        for position in range(piece.begin, piece.end):
-            self.slots[self.slot(piece.table, position)] = tuple(request.tokens[: position + 1])
-        self.scheduler.computed(piece)
-        if piece.draws:
-            assert piece.end == len(request.tokens)
-            request.take(next_token(request.tokens, request.forbidden))
-            if request.finish_reason:
-                self.scheduler.end(request)
-
 
 REQUESTS = st.lists(
     st.fixed_dictionaries(
@@ -114,12 +45,13 @@ REQUESTS = st.lists(
     sharing=st.booleans(),
     preempted=st.sets(st.integers(0, 60)),
     failed=st.sets(st.integers(0, 60)),
+    num_host_blocks=st.sampled_from([0, 3, 20]),
 )
 def test_any_schedule_gives_the_same_texts(
-    wanted, num_blocks, budget, max_running, share, sharing, preempted, failed
+    wanted, num_blocks, budget, max_running, share, sharing, preempted, failed, num_host_blocks
 ):
     blocks = BlockManager(num_blocks, PAGE, share_prefixes=sharing)
-    world = World(Scheduler(blocks, budget, max_running, share))
+    world = World(Scheduler(blocks, budget, max_running, share, num_host_blocks))
     scheduler = world.scheduler
     requests = [
         ScheduledRequest(
@@ -143,6 +75,7 @@ def test_any_schedule_gives_the_same_texts(
     assert not scheduler.running
     assert not scheduler.waiting
     assert blocks.num_available == blocks.num_blocks
+    assert scheduler.host.num_available == num_host_blocks
     for request, one in zip(requests, wanted, strict=True):
         drawn = request.tokens[len(one["prompt"]) :]
         whole = alone(one["prompt"], one["max_tokens"], one["min_tokens"], one["stop_ids"])
@@ -154,35 +87,19 @@ def test_any_schedule_gives_the_same_texts(
             assert request.finish_reason == ("stop" if ends else "length")
 
 
-def make(num_blocks=20, budget=16, max_running=4, **options):
-    return World(Scheduler(BlockManager(num_blocks, PAGE), budget, max_running, **options))
-
-
-def request(name, prompt_tokens=3, max_tokens=4, **options):
-    prompt = [(name * 7 + i) % 4 for i in range(prompt_tokens)]
-    return ScheduledRequest(name, prompt, max_tokens, arrival=name, **options)
-
-
-def run(world):
-    plans = []
-    while world.scheduler.running or world.scheduler.waiting:
-        plans.append(world.step())
-    return plans
-
-
 def test_priority_then_arrival_decides_who_starts():
     world = make(max_running=1)
     for name, priority in enumerate([1, 0, 1, 0]):
-        world.scheduler.add(request(name, priority=priority))
+        world.scheduler.add(a_request(name, priority=priority))
     run(world)
     assert world.started == [1, 3, 0, 2]
 
 
 def test_a_long_prompt_is_cut_and_nobody_waits_for_it():
     world = make(budget=6, max_running=2)
-    world.scheduler.add(request(0, max_tokens=9))
+    world.scheduler.add(a_request(0, max_tokens=9))
     world.step()
-    world.scheduler.add(request(1, prompt_tokens=14))
+    world.scheduler.add(a_request(1, prompt_tokens=14))
     sizes = []
     while world.scheduler.running:
         plan = world.step()
@@ -198,7 +115,7 @@ def test_a_long_prompt_is_cut_and_nobody_waits_for_it():
 def test_no_preemption_where_every_request_may_become_as_long_as_it_says():
     world = make(num_blocks=10, budget=16, max_running=4)
     for name in range(6):
-        world.scheduler.add(request(name, prompt_tokens=4, max_tokens=10))
+        world.scheduler.add(a_request(name, prompt_tokens=4, max_tokens=10))
     plans = run(world)
     assert not any(plan.preempted for plan in plans)
     assert max(len(plan.pieces) for plan in plans) == 2
@@ -206,7 +123,7 @@ def test_no_preemption_where_every_request_may_become_as_long_as_it_says():
 
 def test_after_a_preemption_no_other_follows():
     world = make(num_blocks=9, budget=16, max_running=4, expected_share=0.0)
-    requests = [request(name, prompt_tokens=4, max_tokens=20) for name in range(4)]
+    requests = [a_request(name, prompt_tokens=4, max_tokens=20) for name in range(4)]
     for one in requests:
         world.scheduler.add(one)
     plans = run(world)
@@ -220,7 +137,7 @@ def test_the_latest_lowest_gives_way():
     world = make(num_blocks=9, budget=16, max_running=3, expected_share=0.0)
     priorities = [1, 0, 1]
     requests = [
-        request(n, prompt_tokens=6, max_tokens=6, priority=p) for n, p in enumerate(priorities)
+        a_request(n, prompt_tokens=6, max_tokens=6, priority=p) for n, p in enumerate(priorities)
     ]
     for one in requests:
         world.scheduler.add(one)
@@ -256,7 +173,7 @@ def test_stop_strings_end_a_request():
 
 def test_expectations_follow_what_requests_use():
     world = make()
-    world.scheduler.add(request(0, max_tokens=10, stop_ids=range(VOCAB)))
+    world.scheduler.add(a_request(0, max_tokens=10, stop_ids=range(VOCAB)))
     run(world)
     assert world.scheduler.expected_share == pytest.approx(1 + module.SHARE_RATE * (0.1 - 1))
 
@@ -272,16 +189,16 @@ def test_refusals():
             Scheduler(blocks, *options)
     scheduler = Scheduler(blocks, 8, 4)
     with pytest.raises(OutOfBlocks, match="need 5 blocks of 3 tokens, the whole cache has 4"):
-        scheduler.add(request(0, prompt_tokens=6, max_tokens=7))
+        scheduler.add(a_request(0, prompt_tokens=6, max_tokens=7))
     assert not scheduler.waiting
 
 
 def test_broken_invariants_are_named():
     world = make()
-    world.scheduler.add(request(0))
+    world.scheduler.add(a_request(0))
     world.step()
     world.scheduler.running[0].num_computed = len(world.scheduler.running[0].tokens)
-    world.scheduler.waiting += [request(2), request(1)]
+    world.scheduler.waiting += [a_request(2), a_request(1)]
     with pytest.raises(RuntimeError, match="both queues are in order; at least one token"):
         world.scheduler.check()
 

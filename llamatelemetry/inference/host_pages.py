@@ -1,0 +1,60 @@
+"""The host's memory for swapped blocks: what HostBlocks keeps the books of."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from llamatelemetry.inference.kv_pages import KvPages
+from llamatelemetry.inference.scheduler import Plan
+from llamatelemetry.ops import swap_blocks_
+
+
+class HostPages:
+    """Pages on the host beside those of a cache, pinned where that is on a GPU; allocated when the
+    first block is swapped.
+
+    Args:
+        num_blocks: of the host.
+    """
+
+    def __init__(self, num_blocks: int) -> None:
+        self.num_blocks = num_blocks
+        self._layers: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(x.nbytes for layer in self._layers for x in layer)
+
+    @torch.inference_mode()
+    def swap(self, plan: Plan, pages: KvPages) -> None:
+        """The copies that a plan asks for, out and in: before its other copies, and once."""
+        if plan.swaps_out or plan.swaps_in:
+            self._allocate(pages)
+        for host, cache in zip(self._layers, pages.layers, strict=False):
+            self._copy(cache, host, plan.swaps_out, pages.device)
+            self._copy(host, cache, plan.swaps_in, pages.device)
+
+    def _copy(
+        self,
+        source: tuple[torch.Tensor, torch.Tensor],
+        destination: tuple[torch.Tensor, torch.Tensor],
+        pairs: Sequence[tuple[int, int]],
+        device: torch.device,
+    ) -> None:
+        if pairs:
+            on_device = torch.tensor(pairs, dtype=torch.int64).to(device)
+            swap_blocks_(*source, *destination, on_device)
+
+    def _allocate(self, pages: KvPages) -> None:
+        if self._layers:
+            return
+        is_pinned = pages.device.type == "cuda"
+        self._layers = [
+            (
+                torch.empty((self.num_blocks, *k.shape[1:]), dtype=k.dtype, pin_memory=is_pinned),
+                torch.empty((self.num_blocks, *v.shape[1:]), dtype=v.dtype, pin_memory=is_pinned),
+            )
+            for k, v in pages.layers
+        ]

@@ -1,0 +1,73 @@
+"""Who runs the steps of a batch: whoever waits for one of its requests, one thread at a time."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from llamatelemetry.inference.request_handle import RequestHandle
+from llamatelemetry.inference.running_batch import RunningBatch
+
+_POLL_S = 0.02  # a thread that waits for another's step looks again
+
+
+class Turns:
+    """The lock around a RunningBatch, and those who wait for it.
+
+    Args:
+        batch: RunningBatch.
+    """
+
+    def __init__(self, batch: RunningBatch) -> None:
+        self.batch = batch
+        self._lock = threading.Lock()
+        self._progress = threading.Condition()
+
+    @contextmanager
+    def held(self) -> Iterator[RunningBatch]:
+        """The batch, while no other thread steps it."""
+        with self._lock:
+            yield self.batch
+
+    def step(self) -> list[RequestHandle]:
+        """One step; see RunningBatch.step."""
+        with self._lock:
+            handles = self.batch.step()
+        self._tell()
+        return handles
+
+    def drive(self, until: Callable[[], bool], timeout: float | None) -> None:
+        """Steps until something is so, or waits while another thread does.
+
+        Raises:
+            TimeoutError: it is not so after timeout seconds.
+        """
+        end = None if timeout is None else time.monotonic() + timeout
+        while not until():
+            if end is not None and time.monotonic() >= end:
+                raise TimeoutError(f"the request must end within {timeout} s, it has not")
+            if self._lock.acquire(blocking=False):
+                try:
+                    if not until():
+                        self.batch.step()
+                finally:
+                    self._lock.release()
+                self._tell()
+            else:
+                with self._progress:
+                    self._progress.wait(_POLL_S)
+
+    def sweep(self) -> None:
+        """Ends what was cancelled now, or before the next step where one is in progress."""
+        if self._lock.acquire(blocking=False):
+            try:
+                self.batch.reap()
+            finally:
+                self._lock.release()
+            self._tell()
+
+    def _tell(self) -> None:
+        with self._progress:
+            self._progress.notify_all()

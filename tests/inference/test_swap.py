@@ -1,0 +1,56 @@
+"""Requests that give up their blocks and have them back from the host's memory."""
+
+from __future__ import annotations
+
+import pytest
+from scheduling import PAGE, World, a_request, alone, run
+
+from llamatelemetry.inference.block_manager import BlockManager
+from llamatelemetry.inference.scheduler import Scheduler
+
+
+@pytest.mark.parametrize(("num_host_blocks", "computed_anew"), [(0, 4), (9, 0)])
+def test_what_the_host_keeps_is_not_computed_again(num_host_blocks, computed_anew):
+    blocks = BlockManager(9, PAGE, share_prefixes=False)
+    world = World(Scheduler(blocks, 16, 4, 0.0, num_host_blocks))
+    requests = [a_request(name, prompt_tokens=4, max_tokens=20) for name in range(4)]
+    for one in requests:
+        world.scheduler.add(one)
+    plans = run(world)
+    assert sum(one.preemptions for one in requests) >= 1
+    whole = sum(len(one.tokens) - 1 for one in requests)
+    again = sum(plan.num_tokens for plan in plans) - whole
+    assert again >= computed_anew if computed_anew else again == 0
+    assert (world.swapped > 0) == (num_host_blocks > 0)
+    for one in requests:
+        assert one.tokens[4:] == alone(one.prompt, 20, 0, ())
+
+
+def test_what_the_host_keeps_goes_with_its_request():
+    blocks = BlockManager(9, PAGE, share_prefixes=False)
+    world = World(Scheduler(blocks, 16, 4, 0.0, 9))
+    requests = [a_request(name, prompt_tokens=4, max_tokens=20) for name in range(4)]
+    for one in requests:
+        world.scheduler.add(one)
+    plan = next(plan for plan in iter(world.step, None) if plan.preempted)
+    assert world.scheduler.host.num_available < 9
+    for one in plan.preempted:
+        world.scheduler.end(one, "cancelled")
+    assert world.scheduler.host.num_available == 9
+
+
+def test_what_the_host_kept_is_not_shared():
+    blocks = BlockManager(20, PAGE)
+    world = World(Scheduler(blocks, 16, 4, num_host_blocks=9))
+    first = a_request(0, prompt_tokens=7, max_tokens=9)
+    world.scheduler.add(first)
+    plan = world.step()
+    world.scheduler.preempt(first, plan)
+    world.swap(plan)
+    blocks.forget_prefixes()
+    world.step()
+    second = a_request(0, prompt_tokens=7, max_tokens=3)
+    second.name = second.arrival = 1
+    world.scheduler.add(second)
+    world.step()
+    assert (first.num_computed, second.num_cached) == (9, 0)
