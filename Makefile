@@ -34,6 +34,9 @@ SEE_PACKAGES := import site; print("import site;", *(f"site.addsitedir({p!r});" 
 LOWER_LEVELS := from llamatelemetry._native import library; from build_tools.ninja import LEVELS; \
   [print(n, *(f"tests/{r}" for r in "$(OP_ROOMS)".split() if LEVELS[n][1] in ("*", r))) \
    for n in library.lower_cpu_isas()]
+# A process a core, each with one thread; that many threads share a kernel is tried level by level.
+PYTEST_IN_PARALLEL := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 8 \
+  --dist worksteal
 # What a kernel's level cannot change.
 SAME_AT_ALL_LEVELS := compile or opcheck or refus or replay or growing or more_tiles
 # A demo without a GPU waits for no CUDA kernels, which take most of a build.
@@ -55,7 +58,7 @@ test: .venv/test build
 	    -m 'not slow' -k 'not ($(SAME_AT_ALL_LEVELS))' || exit 1; \
 	done
 	echo "All tests:"
-	$(BIN)/python -m pytest
+	$(PYTEST_IN_PARALLEL)
 
 # An environment of its own on top of .venv: its torch, tools and build, another transformers. What
 # 16-bit dtypes change does not depend on it, so that this takes two minutes.
@@ -67,8 +70,8 @@ test-transformers: .venv/test build
 	  $(BIN)/python -c '$(SEE_PACKAGES)' > $$(echo $$env/lib/python3*/site-packages)/below.pth && \
 	  $$env/bin/python -m pip install -qq --disable-pip-version-check \
 	    transformers==$(VERSION) && touch $$env/done; } || exit 1; \
-	$$env/bin/python -m pytest -W ignore::FutureWarning -k 'not float16' \
-	  tests/models tests/inference
+	$(subst $(BIN)/python,$$env/bin/python,$(PYTEST_IN_PARALLEL)) \
+	  -W ignore::FutureWarning -k 'not float16' tests/models tests/inference
 
 t: export LLAMATELEMETRY_CUDA := $(if $(ARCH),1,0)
 t: export LLAMATELEMETRY_CUDA_ARCHS := $(ARCH)
