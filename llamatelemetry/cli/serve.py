@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import socket
 import sys
@@ -28,6 +29,7 @@ def add_command(commands: Any) -> None:
     )
     parser.add_argument("--timeout", type=float, default=600.0, metavar="S", help="of a request")
     parser.add_argument("--max-body-bytes", type=int, default=4 << 20, metavar="N")
+    parser.add_argument("--live", action="store_true", help="show what the server does")
     parser.add_argument(
         "--pooling", choices=["mean", "last"], default="mean", help="of /v1/embeddings"
     )
@@ -105,16 +107,18 @@ def _serve(args: argparse.Namespace) -> int:
         timeout_s=args.timeout,
         pooling=args.pooling,
     )
-    app = create_app(ContinuousBatching(args.max_batch_size, engine), config)
+    batcher = ContinuousBatching(args.max_batch_size, engine)
+    app = create_app(batcher, config)
     print(
         f"serving {config.model} on http://{args.host}:{args.port} (API under /v1, a chat at /)",
         file=sys.stderr,
     )
-    uvicorn.run(
-        app,
-        host=args.host,
-        port=args.port,
-        log_level="warning",
-        timeout_graceful_shutdown=int(config.drain_s),
-    )
+    with batcher.watch() if args.live else contextlib.nullcontext():
+        uvicorn.run(
+            app,
+            host=args.host,
+            port=args.port,
+            log_level="warning",
+            timeout_graceful_shutdown=int(config.drain_s),
+        )
     return 0

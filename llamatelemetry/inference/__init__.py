@@ -48,6 +48,8 @@ if TYPE_CHECKING:
     from llamatelemetry.inference.speculative import SpeculationStats as SpeculationStats
     from llamatelemetry.inference.speculative import SpeculativeDecoder as SpeculativeDecoder
     from llamatelemetry.inference.structured import Structures as Structures
+    from llamatelemetry.inference.telemetry import StepStats as StepStats
+    from llamatelemetry.inference.telemetry import Telemetry as Telemetry
     from llamatelemetry.inference.text_stream import TextStream as TextStream
 
 __getattr__, __dir__, __all__ = lazy_names(
@@ -102,6 +104,10 @@ __getattr__, __dir__, __all__ = lazy_names(
             "SpeculativeDecoder",
         ),
         "structured": ("Structures",),
+        "telemetry": (
+            "StepStats",
+            "Telemetry",
+        ),
         "text_stream": ("TextStream",),
     },
 )

@@ -15,6 +15,7 @@ from llamatelemetry.inference.request_handle import RequestHandle
 from llamatelemetry.inference.running_batch import RunningBatch
 from llamatelemetry.inference.sampling import GREEDY, SamplingParams
 from llamatelemetry.inference.submission import Submission, checked_params
+from llamatelemetry.inference.telemetry import Telemetry
 from llamatelemetry.inference.turns import Turns
 from llamatelemetry.models.patching import patch
 
@@ -133,6 +134,21 @@ class ContinuousBatching:
     def active_requests(self) -> list[RequestHandle]:
         opened = [] if self._batch is None else list(self._batch.open.values())
         return [handle for handle in opened if not handle.done()]
+
+    @property
+    def telemetry(self) -> Telemetry:
+        """Telemetry of the steps and requests so far."""
+        return Telemetry() if self._turns is None else self._turns.telemetry
+
+    def watch(self) -> Any:
+        """A live view of the steps, in a terminal or a notebook's cell: ``with batcher.watch():``.
+
+        Raises:
+            ImportError: there is no package rich.
+        """
+        from llamatelemetry.inference.live_view import live
+
+        return live(self.telemetry)
 
     @property
     def decode_mode(self) -> str:

@@ -15,7 +15,7 @@ from llamatelemetry.inference.plan_runner import PlanRunner
 from llamatelemetry.inference.request_handle import RequestHandle
 from llamatelemetry.inference.runner import PAGE_SIZE
 from llamatelemetry.inference.scheduled_request import ScheduledRequest
-from llamatelemetry.inference.scheduler import Piece, Scheduler
+from llamatelemetry.inference.scheduler import Piece, Plan, Scheduler
 
 
 class RunningBatch:
@@ -33,7 +33,10 @@ class RunningBatch:
         open: handles of the requests that have not ended, by name, in order of submission.
         incoming: those of them that the scheduler does not know yet; any thread may append.
         scheduler: Scheduler.
+        plan: of the last step; the caller may take it.
     """
+
+    plan: Plan | None = None
 
     def __init__(
         self,
@@ -91,6 +94,7 @@ class RunningBatch:
             touched += self._take_in(self.incoming.popleft())
         plan = self.scheduler.schedule()
         self._host.swap(plan, self._runner.runner.pages)
+        self.plan = plan
         for piece in plan.pieces:
             self.open[piece.request.name].begins()
         for piece, result in self._runner.run(plan):

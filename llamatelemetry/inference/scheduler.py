@@ -11,48 +11,15 @@ from __future__ import annotations
 import bisect
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass, field
 
 from llamatelemetry.inference.block_manager import BlockManager, OutOfBlocks
-from llamatelemetry.inference.host_blocks import HostBlocks, Pairs
+from llamatelemetry.inference.host_blocks import HostBlocks
+from llamatelemetry.inference.plan import Piece as Piece
+from llamatelemetry.inference.plan import Plan as Plan
 from llamatelemetry.inference.scheduled_request import ScheduledRequest
 
 # How much a request that ends changes the share of max_tokens that others are expected to use.
 SHARE_RATE = 0.1
-
-
-@dataclass(frozen=True)
-class Piece:
-    """Tokens [begin, end) of a request, on which one forward runs."""
-
-    request: ScheduledRequest
-    begin: int
-    end: int
-    table: list[int]  # blocks of the request
-    draws: bool  # whether the next token is drawn from the last one's logits
-
-
-@dataclass
-class Plan:
-    """One step.
-
-    Attributes:
-        pieces: at most one a request: first those that decode, then prompts.
-        swaps_out, swaps_in: (cache, host) and (host, cache) of blocks to be copied first of all;
-            one of the two is empty.
-        copies: (source, destination) of blocks to be copied before.
-        preempted: requests that gave their blocks up for this step.
-    """
-
-    pieces: list[Piece] = field(default_factory=list)
-    swaps_out: Pairs = field(default_factory=list)
-    swaps_in: Pairs = field(default_factory=list)
-    copies: list[tuple[int, int]] = field(default_factory=list)
-    preempted: list[ScheduledRequest] = field(default_factory=list)
-
-    @property
-    def num_tokens(self) -> int:
-        return sum(piece.end - piece.begin for piece in self.pieces)
 
 
 class Scheduler:

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 
 from llamatelemetry.inference.request_handle import RequestHandle
 from llamatelemetry.inference.running_batch import RunningBatch
+from llamatelemetry.inference.telemetry import Telemetry
 
 _POLL_S = 0.02  # a thread that waits for another's step looks again
 
@@ -18,10 +19,13 @@ class Turns:
 
     Args:
         batch: RunningBatch.
+
+    Attributes:
+        telemetry: Telemetry of its steps.
     """
 
     def __init__(self, batch: RunningBatch) -> None:
-        self.batch = batch
+        self.batch, self.telemetry = batch, Telemetry()
         self._lock = threading.Lock()
         self._progress = threading.Condition()
 
@@ -34,8 +38,14 @@ class Turns:
     def step(self) -> list[RequestHandle]:
         """One step; see RunningBatch.step."""
         with self._lock:
-            handles = self.batch.step()
+            handles = self._step()
         self._tell()
+        return handles
+
+    def _step(self) -> list[RequestHandle]:
+        begin = time.perf_counter()
+        handles = self.batch.step()
+        self.telemetry.note_step(begin, time.perf_counter(), self.batch, handles)
         return handles
 
     def drive(self, until: Callable[[], bool], timeout: float | None) -> None:
@@ -51,7 +61,7 @@ class Turns:
             if self._lock.acquire(blocking=False):
                 try:
                     if not until():
-                        self.batch.step()
+                        self._step()
                 finally:
                     self._lock.release()
                 self._tell()
@@ -63,7 +73,7 @@ class Turns:
         """Ends what was cancelled now, or before the next step where one is in progress."""
         if self._lock.acquire(blocking=False):
             try:
-                self.batch.reap()
+                self.telemetry.note_ends(self.batch.reap())
             finally:
                 self._lock.release()
             self._tell()

@@ -23,6 +23,7 @@ FUNCTIONS = {
             ("max_step_tokens", None),
             ("num_blocks", None),
             ("share_prefixes", True),
+            ("num_host_blocks", 0),
         ],
         "ContinuousBatching.submit": [
             "prompt",
@@ -43,6 +44,7 @@ FUNCTIONS = {
             ("time_limit_s", None),
             ("wait_limit_s", None),
             ("shown_tokens", ()),
+            ("num_beams", 1),
         ],
         "ContinuousBatching.step": [],
         "ContinuousBatching.run": [],
@@ -213,7 +215,7 @@ def test_paged_cache():
 def test_every_public_name_is_in_a_table():
     tables = [*FUNCTIONS.values(), *DATACLASSES.values()]
     names = {name for table in tables for name in table if "." not in name}
-    newer = {"LogitOptions", "Structures", "TokenLogprobs"}
+    newer = {"LogitOptions", "StepStats", "Structures", "Telemetry", "TokenLogprobs"}
     older = {"GenerationStats", "Recording", "RecordingError", "SamplingParams", "TextStream"}
     others = {"FLASH_ATTN_AVAILABLE", "PagedKVCache", "RequestHandle"}
     assert set(package.__all__) == names | newer | older | others

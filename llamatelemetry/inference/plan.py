@@ -1,0 +1,47 @@
+"""One step, as a scheduler plans it. No torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from llamatelemetry.inference.host_blocks import Pairs
+from llamatelemetry.inference.scheduled_request import ScheduledRequest
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Tokens [begin, end) of a request, on which one forward runs."""
+
+    request: ScheduledRequest
+    begin: int
+    end: int
+    table: list[int]  # blocks of the request
+    draws: bool  # whether the next token is drawn from the last one's logits
+
+    @property
+    def is_decode(self) -> bool:
+        """Whether it is one drawn token, and not of a prompt or computed again."""
+        return self.draws and self.end - self.begin == 1 and self.begin >= len(self.request.prompt)
+
+
+@dataclass
+class Plan:
+    """One step.
+
+    Attributes:
+        pieces: at most one a request: first those that decode, then prompts.
+        swaps_out, swaps_in: (cache, host) and (host, cache) of blocks to be copied first of all;
+            one of the two is empty.
+        copies: (source, destination) of blocks to be copied before.
+        preempted: requests that gave their blocks up for this step.
+    """
+
+    pieces: list[Piece] = field(default_factory=list)
+    swaps_out: Pairs = field(default_factory=list)
+    swaps_in: Pairs = field(default_factory=list)
+    copies: list[tuple[int, int]] = field(default_factory=list)
+    preempted: list[ScheduledRequest] = field(default_factory=list)
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(piece.end - piece.begin for piece in self.pieces)

@@ -1,0 +1,173 @@
+"""What a batch has done lately: its steps, the requests that ended, and what they amount to."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from llamatelemetry.inference.request_handle import RequestHandle, RequestStats
+from llamatelemetry.inference.running_batch import RunningBatch
+from llamatelemetry.profiling.metrics import percentiles, summarise
+
+KEPT = 4096  # steps and requests that are remembered
+
+
+@dataclass(frozen=True)
+class StepStats:
+    """One step of a batch.
+
+    Attributes:
+        begin, end: seconds of time.perf_counter.
+        prompt_tokens: of prompts, that its forwards ran on.
+        decode_tokens: that they ran on to draw the next one.
+        running, waiting: requests at work and in the queue after it.
+        used_blocks, num_blocks: of the cache, after it; cached ones that nobody uses are not used.
+        preemptions: requests that gave their blocks up for it.
+
+    Example:
+        >>> step = StepStats(1.0, 1.5, 64, 4, running=5, waiting=0, used_blocks=6, num_blocks=8)
+        >>> step.seconds, step.cache_usage
+        (0.5, 0.75)
+    """
+
+    begin: float
+    end: float
+    prompt_tokens: int
+    decode_tokens: int
+    running: int
+    waiting: int
+    used_blocks: int
+    num_blocks: int
+    preemptions: int = 0
+
+    @property
+    def seconds(self) -> float:
+        return self.end - self.begin
+
+    @property
+    def cache_usage(self) -> float:
+        """The part of the cache's blocks that sequences hold."""
+        return self.used_blocks / self.num_blocks if self.num_blocks else 0.0
+
+
+@dataclass(frozen=True)
+class EndedRequest:
+    """A request that has ended: its number, its times and counts, and why it ended."""
+
+    number: int
+    stats: RequestStats
+    reason: str
+
+
+class Telemetry:
+    """The last steps and requests of a ContinuousBatching, as objects; any thread may read them.
+
+    Attributes:
+        steps: StepStats of the last 4096 steps that ran a forward, the latest last.
+        requests: likewise of those that ended: their number, RequestStats and finish_reason.
+        listeners: called with each StepStats, in the thread that ran the step.
+
+    Example:
+        >>> batcher = ContinuousBatching(4, model)
+        >>> handle = batcher.submit([1, 2, 3], max_tokens=2)
+        >>> ended = batcher.run()
+        >>> [(step.prompt_tokens, step.decode_tokens) for step in batcher.telemetry.steps]
+        [(3, 0), (0, 1)]
+        >>> sorted(batcher.telemetry.summary())[:3]
+        ['cache_usage', 'cached_tokens', 'decode_tokens']
+    """
+
+    def __init__(self) -> None:
+        self.steps: deque[StepStats] = deque(maxlen=KEPT)
+        self.requests: deque[EndedRequest] = deque(maxlen=KEPT)
+        self.listeners: list[Callable[[StepStats], None]] = []
+
+    def summary(self, last_s: float | None = None) -> dict[str, Any]:
+        """Counts, rates and percentiles.
+
+        Args:
+            last_s: of the last so many seconds; None is of all that is remembered.
+
+        Returns:
+            Requests, tokens, preemptions; rates over the time that the steps cover; p50, p95 and
+            p99 of ttft, tpot and queue_delay in seconds; what is open now.
+        """
+        since = -float("inf") if last_s is None else time.perf_counter() - last_s
+        steps = [one for one in list(self.steps) if one.end >= since]
+        ended = [one for one in list(self.requests) if not one.stats.last_token < since]
+        times = summarise(one.stats for one in ended)
+        span = steps[-1].end - steps[0].begin if steps else 0.0
+        counts = {
+            name: sum(getattr(step, name) for step in steps)
+            for name in ("prompt_tokens", "decode_tokens", "preemptions")
+        }
+        return {
+            "requests": len(ended),
+            "steps": len(steps),
+            **counts,
+            "prompt_tokens_per_second": counts["prompt_tokens"] / span if span else 0.0,
+            "decode_tokens_per_second": counts["decode_tokens"] / span if span else 0.0,
+            "cached_tokens": sum(one.stats.cached_tokens for one in ended),
+            "step_seconds": percentiles(step.seconds for step in steps),
+            **{name: times[name] for name in ("ttft", "tpot", "queue_delay")},
+            "running": steps[-1].running if steps else 0,
+            "waiting": steps[-1].waiting if steps else 0,
+            "cache_usage": steps[-1].cache_usage if steps else 0.0,
+        }
+
+    def save_trace(self, path: str | Path) -> None:
+        """Writes steps, requests and counts as a trace that Perfetto and chrome://tracing show.
+
+        Args:
+            path: a .json file.
+        """
+        from llamatelemetry.inference.trace import trace
+
+        events = trace(list(self.steps), list(self.requests))
+        Path(path).write_text(json.dumps({"traceEvents": events, "displayTimeUnit": "ms"}))
+
+    # ---- For Turns ----
+
+    def note_step(
+        self, begin: float, end: float, batch: RunningBatch, handles: list[RequestHandle]
+    ) -> None:
+        """A step is over.
+
+        Args:
+            begin, end: of time.perf_counter.
+            batch: whose step it was.
+            handles: what its step gave.
+        """
+        plan, scheduler = batch.plan, batch.scheduler
+        batch.plan = None
+        if plan is not None and plan.pieces:
+            drawn_before = [piece for piece in plan.pieces if piece.is_decode]
+            blocks = scheduler.blocks
+            step = StepStats(
+                begin,
+                end,
+                plan.num_tokens - len(drawn_before),
+                len(drawn_before),
+                len(scheduler.running),
+                len(scheduler.waiting) + len(batch.incoming),
+                blocks.num_blocks - blocks.num_available,
+                blocks.num_blocks,
+                len(plan.preempted),
+            )
+            self.steps.append(step)
+            for listener in self.listeners:
+                listener(step)
+        self.note_ends(handles)
+
+    def note_ends(self, handles: list[RequestHandle]) -> None:
+        """Remembers those of the requests that have ended."""
+        for handle in handles:
+            if handle.done():
+                request = handle.request
+                reason = request.finish_reason or "error"
+                self.requests.append(EndedRequest(request.arrival, handle.stats, reason))
