@@ -22,6 +22,8 @@ _LIBRARIES = (
     ("gemv", "cuBLAS"),
     ("splitkreduce", "cuBLAS"),
 )
+# torch's own kernels begin so, arange's in the second way; its copy of CUB is at_cuda_detail.
+_OF_TORCH = ("at::native::", "(anonymous namespace)::")
 _EXPECTED = {"triton": ("Triton", "torch")}
 
 
@@ -31,7 +33,7 @@ class KernelTime:
 
     Attributes:
         name: as the profiler has it.
-        maker: "Triton" (ours in Triton), "torch" (its own: at::native), "llamatelemetry" (ours in
+        maker: "Triton" (ours in Triton), "torch" (its own, at::native), "llamatelemetry" (ours in
             CUDA), "cuBLAS", "cuDNN", "CUTLASS", "FlashAttention" or "unknown".
         calls: in the run.
         us: microseconds of all of them.
@@ -67,7 +69,8 @@ def maker_of(name: str) -> str:
     for part, library in _LIBRARIES:
         if part in lower:
             return library
-    return "torch" if name.removeprefix("void ").startswith("at::native::") else "unknown"
+    is_torch_s = name.removeprefix("void ").startswith(_OF_TORCH) and "at::" in name
+    return "torch" if is_torch_s or "at_cuda_detail::" in name else "unknown"
 
 
 def kernels_of(run: Callable[[], Any]) -> list[KernelTime]:

@@ -14,6 +14,7 @@ from llamatelemetry.triton_ops.kernels.attention import (
 from llamatelemetry.triton_ops.launch import (
     check,
     check_shape,
+    dependent,
     next_power_of_2,
     num_multiprocessors,
     on_device,
@@ -219,6 +220,7 @@ def _run(
             PRECISION=precision_of(q),
             num_warps=config.num_warps,
             num_stages=config.num_stages,
+            **dependent(q.device),
         )
         if splits > 1:
             combine_attention_kernel[(total_q * num_heads,)](
@@ -227,6 +229,7 @@ def _run(
                 BLOCK_S=next_power_of_2(splits),
                 BLOCK_D=block_d,
                 num_warps=4,
+                **dependent(q.device),
             )
 
 

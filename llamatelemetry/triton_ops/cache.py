@@ -11,7 +11,13 @@ from llamatelemetry.triton_ops.kernels.cache import (
     rotary_kernel,
 )
 from llamatelemetry.triton_ops.kernels.step import advance_kernel
-from llamatelemetry.triton_ops.launch import check, check_shape, next_power_of_2, on_device
+from llamatelemetry.triton_ops.launch import (
+    check,
+    check_shape,
+    dependent,
+    next_power_of_2,
+    on_device,
+)
 
 
 def _check_tables(
@@ -147,6 +153,7 @@ def rope_append_kv_(
                 HAS_OFFSET=weight_offset != 0.0,
                 BLOCK=next_power_of_2(qkv.shape[2]),
                 num_warps=1,
+                **dependent(qkv.device),
             )
 
 
@@ -177,7 +184,9 @@ def advance_step_(
     if batch:
         with on_device(input_ids):
             advance_kernel[(-(-batch // 128),)](
-                *tensors, block_table, block_table.stride(0), width, page_size, batch, BLOCK=128
+                *(*tensors, block_table, block_table.stride(0), width, page_size, batch),
+                BLOCK=128,
+                **dependent(input_ids.device),
             )
 
 

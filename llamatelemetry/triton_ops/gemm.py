@@ -10,6 +10,7 @@ from llamatelemetry.triton_ops.launch import (
     IS_INTERPRETED,
     check,
     check_shape,
+    dependent,
     next_power_of_2,
     on_device,
     precision_of,
@@ -97,9 +98,14 @@ def run(
         PRECISION=precision_of(x),
         num_warps=config.num_warps,
         num_stages=config.num_stages,
+        **dependent(x.device),
     )
     if splits > 1:
         block = next_power_of_2(min(n, 2**20 if IS_INTERPRETED else 256))
         combine_kernel[(m, -(-n // block))](
-            *(target, bias, out, m, n), ACTIVATION=activation, SPLITS=splits, BLOCK=block
+            *(target, bias, out, m, n),
+            ACTIVATION=activation,
+            SPLITS=splits,
+            BLOCK=block,
+            **dependent(x.device),
         )

@@ -73,6 +73,19 @@ def precision_of(x: Tensor) -> str:
 
 
 @cache
+def dependent(device: torch.device) -> dict[str, bool]:
+    """Launch options of a kernel that begins with kernels.dependent.begin: Hopper and later GPUs
+    of NVIDIA put it in place while the one before it ends."""
+    is_served = (
+        device.type == "cuda"
+        and not IS_INTERPRETED
+        and torch.version.hip is None
+        and torch.cuda.get_device_capability(device) >= (9, 0)
+    )
+    return {"IS_DEPENDENT": True, "launch_pdl": True} if is_served else {"IS_DEPENDENT": False}
+
+
+@cache
 def num_multiprocessors(device: torch.device) -> int:
     """Of a GPU; of the interpreter, one."""
     if device.type != "cuda":

@@ -7,7 +7,13 @@ from torch import Tensor
 
 from llamatelemetry.triton_ops.kernels.activation import gated_kernel
 from llamatelemetry.triton_ops.kernels.norm import layer_norm_kernel, rms_norm_kernel
-from llamatelemetry.triton_ops.launch import check, check_shape, next_power_of_2, on_device
+from llamatelemetry.triton_ops.launch import (
+    check,
+    check_shape,
+    dependent,
+    next_power_of_2,
+    on_device,
+)
 
 _LANES = 512  # elements of a row for each 32 threads
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
@@ -55,6 +61,7 @@ def _run_rms_norm(
             *(x.shape[1], eps, weight_offset),
             HAS_OFFSET=weight_offset != 0.0,
             **_launch(x.shape[1]),
+            **dependent(x.device),
         )
 
 

@@ -6,7 +6,13 @@ import torch
 from torch import Tensor
 
 from llamatelemetry.triton_ops.kernels.sampling import draw_kernel, largest_kernel
-from llamatelemetry.triton_ops.launch import check, check_shape, next_power_of_2, on_device
+from llamatelemetry.triton_ops.launch import (
+    check,
+    check_shape,
+    dependent,
+    next_power_of_2,
+    on_device,
+)
 
 _BLOCK = 4096  # logits that a program takes at a time
 
@@ -42,7 +48,10 @@ def sample(
         ids = torch.empty((batch, blocks), dtype=torch.int64, device=logits.device)
         with on_device(logits):
             largest_kernel[(batch, blocks)](
-                *(logits, largest, ids, logits.stride(0), vocab_size), BLOCK=block, num_warps=4
+                *(logits, largest, ids, logits.stride(0), vocab_size),
+                BLOCK=block,
+                num_warps=4,
+                **dependent(logits.device),
             )
             draw_kernel[(batch,)](
                 *(logits, largest, ids, temperature, top_k, top_p, min_p, seed, offset, out),
@@ -50,6 +59,7 @@ def sample(
                 BLOCK_B=next_power_of_2(blocks),
                 BLOCK=block,
                 num_warps=8,
+                **dependent(logits.device),
             )
     return out
 

@@ -19,6 +19,11 @@ NAMES = {
         "llamatelemetry"
     ),
     "void at::native::vectorized_elementwise_kernel<4, at::native::FillFunctor<int>>()": "torch",
+    "void (anonymous namespace)::elementwise_kernel_with_index<int, at::native::arange_out>()": (
+        "torch"
+    ),
+    "void at_cuda_detail::cub::DeviceReduceSingleTileKernel<int>()": "torch",
+    "void (anonymous namespace)::kernel<int>()": "unknown",
     "void other::kernel<at::native::Thing>()": "unknown",
 }
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from llamatelemetry.triton_ops.kernels.dependent import begin
 from llamatelemetry.triton_ops.kernels.product import product
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -106,20 +107,21 @@ def attention_kernel(
     right, NUM_HEADS_KV: tl.constexpr, GROUP: tl.constexpr, HAS_LEFT: tl.constexpr,
     HAS_RIGHT: tl.constexpr, HAS_SOFTCAP: tl.constexpr, IS_PAGED: tl.constexpr,
     SPLITS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-    EVEN_D: tl.constexpr, PRECISION: tl.constexpr,
+    EVEN_D: tl.constexpr, PRECISION: tl.constexpr, IS_DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """A tile of queries of one sequence and key head, over all its keys or a part of them."""
+    begin(IS_DEPENDENT)
     tile = tl.num_programs(0) - 1 - tl.program_id(0)  # the longest first
     sequence, head_kv = tl.program_id(1) // NUM_HEADS_KV, tl.program_id(1) % NUM_HEADS_KV
     split = tl.program_id(2)
-    begin = tl.load(starts_ptr + sequence)
-    seqlen_q = tl.load(starts_ptr + sequence + 1) - begin
+    start = tl.load(starts_ptr + sequence)
+    seqlen_q = tl.load(starts_ptr + sequence + 1) - start
     if tile * BLOCK_M < seqlen_q * GROUP:
         rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)
         lanes = tl.arange(0, BLOCK_D)
         query, head = rows // GROUP, head_kv * GROUP + rows % GROUP
         row_mask = query < seqlen_q
-        token = (begin + query).to(tl.int64)
+        token = (start + query).to(tl.int64)
         q_ptrs = q_ptr + (token * q_token_stride + head * q_head_stride)[:, None] + lanes[None, :]
         q = tl.load(q_ptrs, mask=row_mask[:, None] & (lanes < head_dim)[None, :], other=0.0)
         if IS_PAGED:
@@ -127,8 +129,8 @@ def attention_kernel(
             table_ptr += sequence.to(tl.int64) * table_stride
         else:
             seqlen_k = seqlen_q
-            k_ptr += begin.to(tl.int64) * k_row_stride
-            v_ptr += begin.to(tl.int64) * v_row_stride
+            k_ptr += start.to(tl.int64) * k_row_stride
+            v_ptr += start.to(tl.int64) * v_row_stride
         k_ptr += head_kv.to(tl.int64) * k_head_stride
         v_ptr += head_kv.to(tl.int64) * v_head_stride
         positions = seqlen_k - seqlen_q + query
@@ -183,7 +185,9 @@ def combine_attention_kernel(
     SPLITS: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    IS_DEPENDENT: tl.constexpr,
 ):
+    begin(IS_DEPENDENT)
     row = tl.program_id(0).to(tl.int64)
     splits, lanes = tl.arange(0, BLOCK_S), tl.arange(0, BLOCK_D)
     lse = tl.load(lse_ptr + splits * rows + row, mask=splits < SPLITS, other=float("-inf"))

@@ -8,6 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from llamatelemetry.triton_ops.kernels.dependent import begin
 from llamatelemetry.triton_ops.kernels.norm import weighted
 
 
@@ -134,7 +135,9 @@ def rope_append_kernel(
     INTERLEAVED: tl.constexpr,
     HAS_OFFSET: tl.constexpr,
     BLOCK: tl.constexpr,
+    IS_DEPENDENT: tl.constexpr,
 ):
+    begin(IS_DEPENDENT)
     token, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     qkv_ptr += token * token_stride + head * head_stride
     lanes = tl.arange(0, BLOCK)

@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 
 from llamatelemetry.triton_ops.kernels.activation import gated
+from llamatelemetry.triton_ops.kernels.dependent import begin
 from llamatelemetry.triton_ops.kernels.product import product
 
 
@@ -40,7 +41,9 @@ def linear_kernel(
     EVEN_N: tl.constexpr,
     EVEN_K: tl.constexpr,
     PRECISION: tl.constexpr,
+    IS_DEPENDENT: tl.constexpr,
 ):
+    begin(IS_DEPENDENT)
     # Tiles of GROUP_M rows of tiles run beside each other, so that they share weights in L2.
     tile, tiles_m, tiles_n = tl.program_id(0), tl.cdiv(m, BLOCK_M), tl.cdiv(n, BLOCK_N)
     group = tile // (GROUP_M * tiles_n)
@@ -55,14 +58,14 @@ def linear_kernel(
     safe_rows = tl.where(row_mask, rows, 0).to(tl.int64)
     safe_columns = (columns if EVEN_N else tl.where(column_mask, columns, 0)).to(tl.int64)
     steps = tl.cdiv(tl.cdiv(k, BLOCK_K), SPLITS)
-    begin = tl.program_id(1) * steps * BLOCK_K
-    end = tl.minimum(begin + steps * BLOCK_K, k)
+    first_k = tl.program_id(1) * steps * BLOCK_K
+    end = tl.minimum(first_k + steps * BLOCK_K, k)
     x_ptrs = x_ptr + safe_rows[:, None] * x_stride + lanes[None, :]
     w_ptrs = weight_ptr + safe_columns[None, :] * weight_stride + lanes[:, None]
     u_ptrs = weight_ptr + (safe_columns + n)[None, :] * weight_stride + lanes[:, None]
     sums = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     ups = sums
-    for first in range(begin, end, BLOCK_K):
+    for first in range(first_k, end, BLOCK_K):
         if EVEN_K:
             x = tl.load(x_ptrs + first)
             w = tl.load(w_ptrs + first)
@@ -113,7 +116,9 @@ def combine_kernel(
     ACTIVATION: tl.constexpr,
     SPLITS: tl.constexpr,
     BLOCK: tl.constexpr,
+    IS_DEPENDENT: tl.constexpr,
 ):
+    begin(IS_DEPENDENT)
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = columns < n

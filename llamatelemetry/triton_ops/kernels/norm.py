@@ -8,6 +8,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from llamatelemetry.triton_ops.kernels.dependent import begin
+
 
 @triton.jit
 def weighted(x, scale, weight, weight_offset, HAS_OFFSET: tl.constexpr, dtype: tl.constexpr):
@@ -31,7 +33,9 @@ def rms_norm_kernel(
     weight_offset,
     HAS_OFFSET: tl.constexpr,
     BLOCK: tl.constexpr,
+    IS_DEPENDENT: tl.constexpr,
 ):
+    begin(IS_DEPENDENT)
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
     mask = columns < width

@@ -12,6 +12,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from llamatelemetry.triton_ops.kernels.dependent import begin
+
 
 @triton.jit
 def logits_at(logits_ptr, columns, vocab_size):
@@ -36,7 +38,9 @@ def largest_kernel(
     row_stride,
     vocab_size,
     BLOCK: tl.constexpr,
+    IS_DEPENDENT: tl.constexpr,
 ):
+    begin(IS_DEPENDENT)
     row, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
     columns = block * BLOCK + tl.arange(0, BLOCK)
     raw = tl.load(logits_ptr + row * row_stride + columns, mask=columns < vocab_size,
@@ -127,7 +131,9 @@ def draw_kernel(
     blocks,
     BLOCK_B: tl.constexpr,
     BLOCK: tl.constexpr,
+    IS_DEPENDENT: tl.constexpr,
 ):
+    begin(IS_DEPENDENT)
     row = tl.program_id(0).to(tl.int64)
     logits_ptr += row * row_stride
     parts = tl.arange(0, BLOCK_B)

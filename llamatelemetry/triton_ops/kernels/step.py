@@ -8,6 +8,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from llamatelemetry.triton_ops.kernels.dependent import begin
+
 
 @triton.jit
 def advance_kernel(
@@ -24,7 +26,9 @@ def advance_kernel(
     page_size,
     batch,
     BLOCK: tl.constexpr,
+    IS_DEPENDENT: tl.constexpr,
 ):
+    begin(IS_DEPENDENT)
     rows = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = rows < batch
     position = tl.load(positions_ptr + rows, mask=mask, other=0)
