@@ -29,6 +29,9 @@ def add_command(commands: Any) -> None:
     )
     parser.add_argument("--timeout", type=float, default=600.0, metavar="S", help="of a request")
     parser.add_argument("--max-body-bytes", type=int, default=4 << 20, metavar="N")
+    parser.add_argument(
+        "--otel", action="store_true", help="OpenTelemetry spans and metrics (the extra otel)"
+    )
     parser.add_argument("--live", action="store_true", help="show what the server does")
     parser.add_argument(
         "--pooling", choices=["mean", "last"], default="mean", help="of /v1/embeddings"
@@ -83,6 +86,21 @@ def _check_address(host: str, port: int) -> None:
         ) from None
 
 
+def _otel(model: str) -> Any:
+    """
+    Raises:
+        ValueError: there is no opentelemetry-api.
+    """
+    try:
+        from llamatelemetry.serving.otel import OpenTelemetry
+    except ImportError as error:
+        raise ValueError(
+            f"--otel needs {error.name}, which is not installed; install it with: pip install "
+            '--no-build-isolation ".[otel]"'
+        ) from None
+    return OpenTelemetry(model)
+
+
 def _serve(args: argparse.Namespace) -> int:
     _check(args)  # before what takes seconds to import
     import torch
@@ -108,7 +126,7 @@ def _serve(args: argparse.Namespace) -> int:
         pooling=args.pooling,
     )
     batcher = ContinuousBatching(args.max_batch_size, engine)
-    app = create_app(batcher, config)
+    app = create_app(batcher, config, _otel(config.model) if args.otel else None)
     print(
         f"serving {config.model} on http://{args.host}:{args.port} (API under /v1, a chat at /)",
         file=sys.stderr,

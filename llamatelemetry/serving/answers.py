@@ -26,12 +26,14 @@ class Shape:
         prefix: of an answer's id.
         whole, chunk: names of the objects.
         is_chat: whether a choice holds a message, or else a text.
+        operation: what OpenTelemetry calls it.
     """
 
     prefix: str
     whole: str
     chunk: str
     is_chat: bool
+    operation: str
 
     def choice(self, text: str, calls: list[dict[str, Any]]) -> dict[str, Any]:
         """What a choice of a whole answer says."""
@@ -47,8 +49,8 @@ class Shape:
         return {"delta": delta} if self.is_chat else {"text": delta.get("content", "")}
 
 
-CHAT = Shape("chatcmpl", "chat.completion", "chat.completion.chunk", True)
-COMPLETION = Shape("cmpl", "text_completion", "text_completion", False)
+CHAT = Shape("chatcmpl", "chat.completion", "chat.completion.chunk", True, "chat")
+COMPLETION = Shape("cmpl", "text_completion", "text_completion", False, "text_completion")
 
 
 @dataclass(frozen=True)

@@ -67,15 +67,16 @@ class ServerConfig:
     pooling: Pooling = "mean"
 
 
-def create_app(batcher: ContinuousBatching, config: ServerConfig) -> FastAPI:
+def create_app(batcher: ContinuousBatching, config: ServerConfig, otel: Any = None) -> FastAPI:
     """The application, to be run by any ASGI server.
 
     Args:
         batcher: ContinuousBatching over an InferenceEngine; the application's thread steps it.
         config: ServerConfig.
+        otel: an OpenTelemetry that is told of every answer.
     """
     worker = Worker(batcher, config.max_open, config.pooling)
-    metrics = Metrics(config.model, lambda: worker.num_open)
+    metrics = Metrics(config.model, lambda: worker.num_open, batcher.telemetry)
 
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -86,7 +87,7 @@ def create_app(batcher: ContinuousBatching, config: ServerConfig) -> FastAPI:
     app = FastAPI(title="llamatelemetry", lifespan=lifespan, openapi_url=None)
     app.add_middleware(BodyLimit, max_bytes=config.max_body_bytes)
     add_errors(app)
-    service = _Service(worker, metrics, config, StructuresOnce(batcher.engine))
+    service = _Service(worker, metrics, config, StructuresOnce(batcher.engine), otel)
 
     @app.post("/v1/chat/completions")
     async def chat(request: Request) -> Response:
@@ -164,6 +165,7 @@ class _Service:
     metrics: Metrics
     config: ServerConfig
     structures: StructuresOnce
+    otel: Any
 
     def check_key(self, request: Request) -> None:
         """Refuses a request without the key."""
@@ -231,6 +233,15 @@ class _Service:
             for handle in handles:
                 handle.cancel()
                 self.metrics.ended(handle)
+            if self.otel is not None:
+                asked = {
+                    "max_tokens": limit,
+                    "seed": body.seed,
+                    "temperature": params[0].temperature,
+                    "top_p": params[0].top_p,
+                    "choice.count": body.n,
+                }
+                self.otel.answered(shape.operation, handles, asked, request.headers)
 
         if body.stream:
             return EventStream(

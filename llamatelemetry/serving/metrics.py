@@ -8,15 +8,23 @@ from collections.abc import Callable
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from llamatelemetry.inference.request_handle import RequestHandle
+from llamatelemetry.inference.telemetry import Telemetry
 
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 _STEP_SECONDS = (0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0, 2.5)
+_TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000, 20000, 50000, 100000)
 
 
 class Metrics:
-    """Counters and histograms of one server, in a registry of their own."""
+    """Counters and histograms of one server, in a registry of their own.
 
-    def __init__(self, model: str, num_open: Callable[[], int]) -> None:
+    Args:
+        model: the served name.
+        num_open: how many requests are open.
+        telemetry: of the batcher.
+    """
+
+    def __init__(self, model: str, num_open: Callable[[], int], telemetry: Telemetry) -> None:
         self._registry = registry = CollectorRegistry()
         self._model = model
 
@@ -34,6 +42,16 @@ class Metrics:
         self._tpot = histogram("time_per_output_token_seconds", "Per output token", _STEP_SECONDS)
         self._queue = histogram("request_queue_time_seconds", "Before the prefill", _SECONDS)
         self._whole = histogram("e2e_request_latency_seconds", "Whole requests", _SECONDS)
+        self._prefill = histogram("request_prefill_time_seconds", "To the first token", _SECONDS)
+        self._decode = histogram("request_decode_time_seconds", "After the first token", _SECONDS)
+        self._inference = histogram("request_inference_time_seconds", "Without queue", _SECONDS)
+        self._prompts = histogram("request_prompt_tokens", "Tokens of prompts", _TOKENS)
+        self._drawns = histogram("request_generation_tokens", "Tokens of answers", _TOKENS)
+        iteration = histogram("iteration_tokens_total", "Tokens of a step", _TOKENS)
+        telemetry.listeners.append(
+            lambda step: iteration.observe(step.prompt_tokens + step.decode_tokens)
+        )
+        self._queries = counter("prefix_cache_queries", "Prompt tokens looked for in the cache")
         self._prompt = counter("prompt_tokens", "Prompt tokens")
         self._drawn = counter("generation_tokens", "Generated tokens")
         self._cached = counter("prefix_cache_hits", "Prompt tokens that the cache held already")
@@ -44,8 +62,21 @@ class Metrics:
             ["model_name", "finished_reason"],
             registry=registry,
         )
-        opened = Gauge("vllm:num_requests_running", "Open", ["model_name"], registry=registry)
-        opened.labels(model).set_function(num_open)
+
+        def gauge(name: str, text: str, value: Callable[[], float]) -> None:
+            made = Gauge(f"vllm:{name}", text, ["model_name"], registry=registry)
+            made.labels(model).set_function(value)
+
+        def running() -> int:
+            steps = telemetry.steps
+            return min(steps[-1].running, num_open()) if steps else 0
+
+        def usage() -> float:
+            return telemetry.steps[-1].cache_usage if running() else 0.0
+
+        gauge("num_requests_running", "At work", running)
+        gauge("num_requests_waiting", "In the queue", lambda: num_open() - running())
+        gauge("kv_cache_usage_perc", "Blocks in use, 1 is all", usage)
 
     def ended(self, handle: RequestHandle) -> None:
         """Counts a request that has ended."""
@@ -54,10 +85,17 @@ class Metrics:
         self._prompt.inc(len(handle.request.prompt))
         self._drawn.inc(stats.num_tokens)
         self._cached.inc(stats.cached_tokens)
+        if handle.request.num_cached is not None:
+            self._queries.inc(len(handle.request.prompt))
+        self._prompts.observe(len(handle.request.prompt))
+        self._drawns.observe(stats.num_tokens)
         self._preempted.inc(stats.preemptions)
         for metric, seconds in (
             (self._queue, stats.started - stats.enqueued),
             (self._ttft, stats.first_token - stats.enqueued),
+            (self._prefill, stats.first_token - stats.started),
+            (self._decode, stats.last_token - stats.first_token),
+            (self._inference, stats.last_token - stats.started),
             (self._whole, stats.last_token - stats.enqueued),
             (self._tpot, (stats.last_token - stats.first_token) / max(stats.num_tokens - 1, 1)),
         ):

@@ -49,12 +49,12 @@ def free_port() -> int:
 
 
 @contextlib.contextmanager
-def served(engine=None, step_s=0.0, **config):
+def served(engine=None, step_s=0.0, otel=None, **config):
     """The address of a running server whose steps take at least step_s, and the uvicorn server."""
     batcher = ContinuousBatching(4, engine or tiny_engine())
     step = batcher.step
     batcher.step = lambda: (time.sleep(step_s), step())[1]
-    app = create_app(batcher, ServerConfig("tiny", **config))
+    app = create_app(batcher, ServerConfig("tiny", **config), otel)
     port = free_port()
     server = uvicorn.Server(uvicorn.Config(app, port=port, log_level="error"))
     thread = threading.Thread(target=server.run, daemon=True)
