@@ -121,11 +121,10 @@ class BlockManager:
             OutOfBlocks: with the numbers; nothing was changed.
         """
         one = self._get(sequence)
-        length = len(one.tokens)
-        tail = length // self.page_size
-        block = one.blocks[tail] if count > 0 and length % self.page_size else None
+        tail, used = divmod(len(one.tokens), self.page_size)
+        block = one.blocks[tail] if count > 0 and used else None
         is_shared = block is not None and (self._references[block] > 1 or block in self._key_of)
-        missing = max(self.blocks_for(length + count) - len(one.blocks), 0)
+        missing = max(self.blocks_for(len(one.tokens) + count) - len(one.blocks), 0)
         self._require(missing + is_shared)
         pairs = []
         if is_shared:

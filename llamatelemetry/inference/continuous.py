@@ -46,6 +46,9 @@ class ContinuousBatching:
         num_host_blocks: blocks in the host's memory (pinned beside a GPU), to which the keys and
             values of those that give up their blocks go, as many as find room there, and from which
             they come back; with 0 they are computed again.
+        overlap: whether the next step is launched before a step's tokens are looked at, so that a
+            GPU does not wait for the host; None does so on a GPU. The text is the same, and step
+            gives it one step later.
 
     Raises:
         ValueError: for a number below 1, and for a model that the packed steps do not serve.
@@ -78,6 +81,7 @@ class ContinuousBatching:
         num_blocks: int | None = None,
         share_prefixes: bool = True,
         num_host_blocks: int = 0,
+        overlap: bool | None = None,
     ) -> None:
         for name, value in (
             ("max_batch_size", max_batch_size),
@@ -123,6 +127,7 @@ class ContinuousBatching:
                 num_blocks,
                 share_prefixes,
                 num_host_blocks,
+                self.model.device.type == "cuda" if overlap is None else overlap,
             )
         )
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -13,7 +13,8 @@ from torch import Tensor
 from llamatelemetry.inference.frozen import Frozen
 from llamatelemetry.inference.recording import Recording, RecordingError
 from llamatelemetry.inference.sampling import GREEDY, SamplingTensors, sampling_tensors
-from llamatelemetry.inference.step import Chunk, prepare
+from llamatelemetry.inference.step import Chunk, prepare, put
+from llamatelemetry.inference.step_graphs import StepGraphs
 from llamatelemetry.models.patching import (
     embedding_of,
     forward_tokens,
@@ -42,7 +43,15 @@ class DecodeStep:
     logits: Tensor
     draws_outside = False  # whether the next tokens are drawn by ops that no recording holds
 
-    def __init__(self, model: Any, state: DecoderState, batch: int, width: int, size: int) -> None:
+    def __init__(
+        self,
+        model: Any,
+        state: DecoderState,
+        batch: int,
+        width: int,
+        size: int,
+        graphs: StepGraphs | None = None,
+    ) -> None:
         device = state.caches[0][0].device
         blank = [Chunk([0], 0, [])] * batch
         self._ops = ops_of(model)
@@ -51,10 +60,12 @@ class DecodeStep:
         self.sampling = sampling_tensors([GREEDY] * batch, device)
         self.offsets = torch.zeros_like(self.input_ids)
         self.active = torch.zeros_like(self.input_ids, dtype=torch.bool)
+        self._drawn = torch.zeros_like(self.input_ids)  # on CUDA, with -1 for NaN
         self.mode = "eager"
         self.recording: Recording | None = None
         self.owner: object = None
         self._model, self._state, self._page_size = model, state, size
+        self._graphs = StepGraphs() if graphs is None else graphs
         self._replay: Callable[[], None] | None = None
         self._frozen: Frozen | None = None  # of the run that was recorded or captured
         self._embed: Callable[[Tensor, Tensor], Tensor] | None = None  # before each replay
@@ -97,14 +108,52 @@ class DecodeStep:
         for name in ("positions", "slot_mapping", "block_table", "cache_seqlens"):
             getattr(own, name).copy_(getattr(step, name))
         self.sampling.copy_(sampling)
-        self.offsets.copy_(torch.tensor(offsets))
+        self.offsets.copy_(put(offsets, torch.int64, device))
         self.owner = owner
         self.hold(active)
 
     def hold(self, active: Sequence[bool]) -> None:
         """Rows that are not active stay where they are from now on, and write nothing."""
-        self.active.copy_(torch.tensor(active, dtype=torch.bool))
+        self.active.copy_(put(active, torch.bool, self.active.device))
         self.input.slot_mapping.masked_fill_(~self.active, -1)
+
+    def place_tables(self, tables: Mapping[int, Sequence[int]]) -> None:
+        """Gives rows longer tables, whose blocks for the tokens so far are those they had.
+
+        Args:
+            tables: of each row that has another one now.
+        """
+        own = self.input.block_table
+        for row, table in tables.items():
+            blocks = torch.tensor(table, dtype=own.dtype, pin_memory=own.is_cuda)
+            own[row, : len(table)].copy_(blocks, non_blocking=True)
+
+    def take_ids(self, rows: Sequence[int], places: Sequence[tuple[Tensor, int]]) -> None:
+        """Puts tokens in place that the host has not seen.
+
+        Args:
+            rows: where they go.
+            places: of each the tensor on the device that holds it, and where in it.
+        """
+        sources = {id(tensor): tensor for tensor, _ in places}
+        begins = dict(
+            zip(sources, accumulate((len(s) for s in sources.values()), initial=0), strict=False)
+        )
+        found = [begins[id(tensor)] + index for tensor, index in places]
+        where = put([rows, found], torch.int64, self.input_ids.device)
+        # A row without a token, which -1 stands for, goes on until the host has seen it.
+        ids = torch.cat(list(sources.values())).index_select(0, where[1]).clamp_(min=0)
+        self.input_ids.index_copy_(0, where[0], ids)
+
+    def drawn(self) -> Tensor:
+        """What the last run drew, [batch] int64; -1 for a row whose logits are NaN. The next run
+        overwrites it."""
+        if self.input_ids.is_cuda:
+            return self._drawn
+        if not (self.input_ids == 0).any():  # what a row of NaN alone gives
+            return self.input_ids
+        lost = (self.input_ids == 0) & self.logits.isnan().any(-1)
+        return self.input_ids.masked_fill(lost, -1)
 
     def run(self) -> Tensor:
         """The next token of each row, [batch] int64, overwritten by the next run."""
@@ -145,6 +194,9 @@ class DecodeStep:
             step.block_table,
             self._page_size,
         )
+        if self.input_ids.is_cuda:
+            lost = self.logits[:, 0].isnan()  # of a row of NaN alone: the sampler shuns others
+            self._drawn.copy_(self.input_ids.masked_fill(lost, -1))
 
     def _record(self) -> None:
         if _hooked(self._model):  # a replay would not call them
@@ -189,33 +241,12 @@ class DecodeStep:
         self.input.embedded.copy_(rows)
 
     def _capture(self) -> None:
-        """Runs once, which warms up what the capture must not do, then captures for later runs.
-
-        All of it under the model's own device: torch captures on a stream of the current one.
-        """
         # A replay would not call hooks, and could not send other tokens to other experts.
         if _hooked(self._model) or has_experts(self._model):
             self._replay = self._run_eagerly
             return self._run_eagerly()
-        device = self.input_ids.device
-        with torch.cuda.device(device):
-            stream, current = torch.cuda.Stream(device), torch.cuda.current_stream(device)
-            stream.wait_stream(current)
-            with torch.cuda.stream(stream):
-                self._run_eagerly()
-            current.wait_stream(stream)
-            graph = torch.cuda.CUDAGraph()
-            with warnings.catch_warnings(record=True) as caught:
-                warnings.simplefilter("always")
-                # thread_local: what other threads do meanwhile is no error of this capture.
-                with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
-                    self._run_eagerly()
-        if any("graph is empty" in str(warning.message).lower() for warning in caught):
-            raise RuntimeError(
-                f"DecodeStep: the graph must hold the step's kernels, got an empty one on {device}"
-            )
+        self._replay = self._graphs.capture(self._run_eagerly, self.input_ids.device)
         self.mode = "graph"
-        self._replay = graph.replay
         return None
 
 

@@ -22,6 +22,7 @@ from llamatelemetry.inference.runner import DecodeStep, StepRunner
 from llamatelemetry.inference.sampling import (
     SamplingParams,
     mark_seen_,
+    nan_error,
     penalises,
     refuse_nan,
     sampling_tensors,
@@ -261,7 +262,9 @@ class TokenGenerator:
         step, drawn = batch.runner.draw(lambda: self._loaded(batch, has_changed=has_changed))
         tokens = drawn.tolist()
         if 0 in tokens:  # what a row of NaN alone gives
-            refuse_nan(step.logits[torch.tensor(batch.active, device=step.logits.device)])
+            rows = zip(step.drawn().tolist(), batch.active, strict=True)
+            if any(token < 0 and is_active for token, is_active in rows):
+                raise nan_error(step.logits.dtype)
         batch.took(tokens)
         self.decode_mode = step.mode
 

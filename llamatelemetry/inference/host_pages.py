@@ -8,6 +8,7 @@ import torch
 
 from llamatelemetry.inference.kv_pages import KvPages
 from llamatelemetry.inference.scheduler import Plan
+from llamatelemetry.inference.step import put
 from llamatelemetry.ops import swap_blocks_
 
 
@@ -44,8 +45,7 @@ class HostPages:
         device: torch.device,
     ) -> None:
         if pairs:
-            on_device = torch.tensor(pairs, dtype=torch.int64).to(device)
-            swap_blocks_(*source, *destination, on_device)
+            swap_blocks_(*source, *destination, put(pairs, torch.int64, device))
 
     def _allocate(self, pages: KvPages) -> None:
         if self._layers:

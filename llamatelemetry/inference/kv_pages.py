@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llamatelemetry.inference.step import put
 from llamatelemetry.ops import copy_blocks_
 
 
@@ -80,7 +81,7 @@ class KvPages:
     def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:
         """Copies blocks (source, destination) of every layer, as BlockManager asks for."""
         if pairs:
-            on_device = torch.tensor(pairs, dtype=torch.int64).to(self.device)
+            on_device = put(pairs, torch.int64, self.device)
             for k, v in self.layers:
                 copy_blocks_(k, v, on_device)
 

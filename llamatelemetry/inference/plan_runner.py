@@ -2,36 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from llamatelemetry.inference.decode_rows import (
+    LoadedRow,
+    Places,
+    buckets_of,
+    drawn_counts,
+    longer_tables,
+    moved_on,
+    wanted_rows,
+)
 from llamatelemetry.inference.drawing import Asked, Drawn, draw
+from llamatelemetry.inference.launched import Launched, Result
 from llamatelemetry.inference.logits_step import LogitsStep
+from llamatelemetry.inference.plan import Piece, Plan
 from llamatelemetry.inference.runner import DecodeStep, StepRunner
-from llamatelemetry.inference.sampling import GREEDY, refuse_nan, sampling_tensors
+from llamatelemetry.inference.sampling import GREEDY, nan_error, sampling_tensors
 from llamatelemetry.inference.scheduled_request import ScheduledRequest
-from llamatelemetry.inference.scheduler import Piece, Plan
-from llamatelemetry.inference.step import Chunk
+from llamatelemetry.inference.step import Chunk, current, put
 
-# Rows of the recorded or captured decode steps. Rows too many cost time on the CPU, where a
-# recording costs little; a graph costs a capture, and a few rows more next to nothing.
-BUCKETS = {"cpu": (*range(1, 9),), "cuda": (1, 2, 4, 8)}
 MIN_WIDTH = 8  # blocks in a table; wider ones come in powers of two
-
-# One token for each of piece.request.draws_for; none where the piece draws nothing.
-Result = tuple[Piece, "list[Drawn] | Exception"]
-
-
-@dataclass(frozen=True)
-class _Loaded:
-    """A row of the decode step, as it stands now."""
-
-    request: ScheduledRequest
-    length: int
-    table: list[int]
 
 
 class PlanRunner:
@@ -55,14 +50,49 @@ class PlanRunner:
         max_rows: int,
         page_size: int,
     ) -> None:
-        self.buckets = _buckets(model.device.type, max_rows)
+        self.buckets = buckets_of(model.device.type, max_rows)
         # Of each size one that draws, and one whose logits the host looks at.
         self.runner = StepRunner(model, page_size, max_steps=2 * len(self.buckets))
         self.decode_mode = "eager"
         self.width = MIN_WIDTH
         self._asked_of = asked_of
-        self._loaded: list[_Loaded] = []
-        self._watched: list[_Loaded] = []
+        self._loaded: list[LoadedRow] = []
+        self._watched: list[LoadedRow] = []
+
+    def can_launch(self, plan: Plan) -> bool:
+        """Whether the host need not look at anything before the tokens of a plan are drawn."""
+        return not any(
+            piece.draws and (piece.request.siblings or self._is_watched(piece))
+            for piece in plan.pieces
+        )
+
+    @torch.inference_mode()
+    def launch(self, plan: Plan, before: Launched | None) -> Launched:
+        """Runs a plan's forwards, as run does, but waits for nothing.
+
+        Args:
+            plan: of pieces that can_launch allows.
+            before: the plan before it, where the host has not seen its results.
+
+        Raises:
+            Exception: of a forward; no result counts. The results of before are good.
+        """
+        device, kinds = self.runner.pages.device, self._kinds(plan)
+        launched = Launched(device, self.runner.pages.dtype)
+        places = {} if before is None else before.places
+        with current(device), torch.autocast(device.type, enabled=False):
+            try:
+                if pieces := kinds.get("decoding"):
+                    step = self._run_step(pieces, places)
+                    launched.add(pieces, step.drawn())
+                for kind in ("continued", "whole"):
+                    if pieces := kinds.get(kind):
+                        launched.add(pieces, self._drawn_eagerly(pieces))
+            except BaseException:
+                self._loaded = []
+                raise
+            launched.seal()
+        return launched
 
     @torch.inference_mode()
     def run(self, plan: Plan) -> Iterator[Result]:
@@ -71,10 +101,7 @@ class PlanRunner:
         A forward of several that raises is run again one by one, so that an error is of the request
         alone that causes it.
         """
-        self.runner.pages.copy_blocks(plan.copies)
-        kinds: dict[str, list[Piece]] = {}
-        for piece in plan.pieces:
-            kinds.setdefault(self._kind(piece), []).append(piece)
+        kinds = self._kinds(plan)
         # Apart, for each kind runs through kernels of its own: no token depends on which others
         # there are in a step.
         yield from self._isolated(kinds.get("decoding", []), self._decode)
@@ -86,14 +113,22 @@ class PlanRunner:
         """Columns of the block tables once a sequence may have so many blocks."""
         return max(self.width, 1 << max(num_blocks - 1, 0).bit_length())
 
+    def _kinds(self, plan: Plan) -> dict[str, list[Piece]]:
+        kinds: dict[str, list[Piece]] = {}
+        for piece in plan.pieces:
+            kinds.setdefault(self._kind(piece), []).append(piece)
+        return kinds
+
     def _kind(self, piece: Piece) -> str:
         """What forward a piece has part in: the logits of those that are watched are looked at."""
         if piece.begin == 0:
             return "whole"
         if not piece.draws or piece.end - piece.begin > 1:
             return "continued"
-        is_watched = piece.request.forbidden or self._asked_of(piece.request).needs_logits
-        return "watched" if is_watched else "decoding"
+        return "watched" if self._is_watched(piece) else "decoding"
+
+    def _is_watched(self, piece: Piece) -> bool:
+        return bool(piece.request.forbidden) or self._asked_of(piece.request).needs_logits
 
     def _isolated(
         self, pieces: list[Piece], forward: Callable[[list[Piece]], list[list[Drawn]]]
@@ -109,13 +144,32 @@ class PlanRunner:
                 return [(pieces[0], error)]
         return [result for piece in pieces for result in self._isolated([piece], self._eager)]
 
-    def _eager(self, pieces: list[Piece]) -> list[list[Drawn]]:
-        """A forward of any pieces."""
+    def _prefill(self, pieces: list[Piece]) -> Tensor:
+        """Logits of the last token of each piece."""
         chunks = [
             Chunk(piece.request.tokens[piece.begin : piece.end], piece.begin, piece.table)
             for piece in pieces
         ]
-        logits = self.runner.prefill(chunks, self.width)
+        return self.runner.prefill(chunks, self.width)
+
+    def _drawn_eagerly(self, pieces: list[Piece]) -> Tensor | None:
+        """A forward of pieces that the host does not look at: a token for each that draws, -1 where
+        its logits are NaN."""
+        logits = self._prefill(pieces)
+        rows = [i for i, piece in enumerate(pieces) if piece.draws]
+        if not rows:
+            return None
+        device = logits.device
+        if len(rows) < len(pieces):
+            logits = logits.index_select(0, put(rows, torch.int64, device))
+        requests = [pieces[i].request for i in rows]
+        sampling = sampling_tensors([self._asked_of(one).params for one in requests], device)
+        tokens = sampling.sample(logits, put(drawn_counts(requests), torch.int64, device))
+        return tokens.masked_fill(logits.isnan().any(-1), -1)
+
+    def _eager(self, pieces: list[Piece]) -> list[list[Drawn]]:
+        """A forward of any pieces."""
+        logits = self._prefill(pieces)
         rows = [
             (i, one)
             for i, piece in enumerate(pieces)
@@ -132,40 +186,51 @@ class PlanRunner:
         return found
 
     def _decode(self, pieces: list[Piece]) -> list[list[Drawn]]:
-        """The recorded step; its rows stay loaded as long as no other comes or goes."""
-        wanted = _wanted(pieces)
-        step, drawn = self.runner.draw(lambda: self._step_with(pieces, wanted))
-        tokens = drawn.tolist()[: len(pieces)]
-        if 0 in tokens:  # what a row of NaN alone gives
-            refuse_nan(step.logits[: len(pieces)])
+        step = self._run_step(pieces, {})
+        tokens = step.drawn().tolist()[: len(pieces)]
+        if min(tokens) < 0:
+            raise nan_error(self.runner.pages.dtype)
+        return [[Drawn(token)] for token in tokens]
+
+    def _run_step(self, pieces: list[Piece], places: Places) -> DecodeStep:
+        """Runs the recorded step; its rows stay loaded as long as no other comes or goes."""
+        wanted = wanted_rows(pieces)
+        step, _ = self.runner.draw(
+            lambda: self._step_with(pieces, wanted, places), looks_first=bool(places)
+        )
         self.decode_mode = step.mode
         # The step itself has moved its rows on to the next token.
-        self._loaded = _moved_on(wanted)
+        self._loaded = moved_on(wanted)
         step.owner = self._loaded
-        return [[Drawn(token)] for token in tokens]
+        return step
 
     def _decode_watched(self, pieces: list[Piece]) -> list[list[Drawn]]:
         """A recorded step that ends in logits, for requests whose draws are the host's."""
-        wanted = _wanted(pieces)
+        wanted = wanted_rows(pieces)
         step = self._watched_step(pieces, wanted)
         if step.is_stale:
             self.runner.drop_steps()
             step = self._watched_step(pieces, wanted)
         spare = len(step.input_ids) - len(pieces)
         ids = [piece.request.tokens[-1] for piece in pieces] + [0] * spare
-        logits = step.step(torch.tensor(ids, device=step.input_ids.device))[: len(pieces)]
+        logits = step.step(put(ids, torch.int64, step.input_ids.device))[: len(pieces)]
         requests = [piece.request for piece in pieces]
         drawn = draw(logits, requests, list(map(self._asked_of, requests)))
         self.decode_mode = step.mode
-        self._watched = _moved_on(wanted)
+        self._watched = moved_on(wanted)
         step.owner = self._watched
         return [[one] for one in drawn]
 
-    def _watched_step(self, pieces: list[Piece], wanted: list[_Loaded]) -> LogitsStep:
+    def _watched_step(self, pieces: list[Piece], wanted: list[LoadedRow]) -> LogitsStep:
         step = self.runner.step_of(LogitsStep, self._rows_for(pieces), self.width)
-        if step.owner is not self._watched or wanted != self._watched:
+        if (
+            step.owner is not self._watched
+            or (longer := longer_tables(self._watched, wanted)) is None
+        ):
             chunks, active = self._placed(pieces, len(step.input_ids))
             step.load(None, chunks, step.sampling, [0] * len(active), active)
+        elif longer:
+            step.place_tables(longer)
         step.owner = None
         return step
 
@@ -175,38 +240,31 @@ class PlanRunner:
     def _placed(self, pieces: list[Piece], rows: int) -> tuple[list[Chunk], list[bool]]:
         """Rows of a decode step, and which of them are active."""
         spare = rows - len(pieces)
-        chunks = [Chunk(p.request.tokens[-1:], p.begin, p.table) for p in pieces]
+        # No token where the host has not seen it: take_ids puts it there.
+        chunks = [Chunk(p.request.tokens[p.begin : p.end] or [0], p.begin, p.table) for p in pieces]
         # A spare row reads a key that there is, whatever it holds, and writes nothing.
         chunks += [Chunk([0], 0, pieces[0].table[:1])] * spare
         return chunks, [True] * len(pieces) + [False] * spare
 
-    def _step_with(self, pieces: list[Piece], wanted: list[_Loaded]) -> DecodeStep:
+    def _step_with(
+        self, pieces: list[Piece], wanted: list[LoadedRow], places: Places
+    ) -> DecodeStep:
         """The decode step for these pieces, with its rows in place."""
         step = self.runner.decode_step(self._rows_for(pieces), self.width)
-        if step.owner is not self._loaded or wanted != self._loaded:
+        if (
+            step.owner is not self._loaded
+            or (longer := longer_tables(self._loaded, wanted)) is None
+        ):
             chunks, active = self._placed(pieces, len(step.input_ids))
             spare = len(active) - len(pieces)
             params = [self._asked_of(piece.request).params for piece in pieces]
-            counts = [piece.request.num_drawn for piece in pieces]
+            counts = drawn_counts([piece.request for piece in pieces])
             sampling = sampling_tensors(params + [GREEDY] * spare, self.runner.pages.device)
             step.load(None, chunks, sampling, counts + [0] * spare, active)
+            ahead = [i for i, p in enumerate(pieces) if p.begin >= len(p.request.tokens)]
+            if ahead:
+                step.take_ids(ahead, [places[pieces[i].request] for i in ahead])
+        elif longer:
+            step.place_tables(longer)
         step.owner = None  # until the run is over: an interrupted one leaves rows in between
         return step
-
-
-def _wanted(pieces: list[Piece]) -> list[_Loaded]:
-    """The rows of a decode step for these pieces."""
-    return [_Loaded(p.request, len(p.request.tokens), p.table) for p in pieces]
-
-
-def _moved_on(rows: list[_Loaded]) -> list[_Loaded]:
-    """Where rows stand after a step."""
-    return [_Loaded(row.request, row.length + 1, row.table) for row in rows]
-
-
-def _buckets(device: str, max_rows: int) -> Sequence[int]:
-    """Numbers of rows of which there are decode steps, the last at least max_rows."""
-    small = BUCKETS.get(device, BUCKETS["cuda"])
-    sizes = [*small, *range(16, max_rows + 8, 8)]
-    last = next(i for i, size in enumerate(sizes) if size >= max_rows)
-    return sizes[: last + 1]

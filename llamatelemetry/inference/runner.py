@@ -13,7 +13,8 @@ from llamatelemetry.inference.decode_step import DecodeStep, modules_of
 from llamatelemetry.inference.frozen import Frozen
 from llamatelemetry.inference.kv_pages import KvPages
 from llamatelemetry.inference.packed import NotPackedError
-from llamatelemetry.inference.step import Chunk, prepare
+from llamatelemetry.inference.step import Chunk, prepare, put
+from llamatelemetry.inference.step_graphs import StepGraphs
 from llamatelemetry.models.patching import forward_tokens, ops_of, rope_state, rope_tables
 from llamatelemetry.models.step_input import DecoderState
 
@@ -47,6 +48,7 @@ class StepRunner:
         self._num_positions = 0
         # by kind and rows, the last used last
         self._steps: OrderedDict[tuple[type, int], DecodeStep] = OrderedDict()
+        self._graphs = StepGraphs()
         self._pointers = _pointers(model)
         self._frozen, self._versions = Frozen(model), _versions(model)
         self._modules = modules_of(model)
@@ -119,23 +121,31 @@ class StepRunner:
         slots_of = ops_of(self.model).slot_mapping
         ids, step = prepare(chunks, self.pages.page_size, width, device, slots_of)
         if kept is not None:
-            step.kept = torch.tensor(kept, dtype=torch.int64).to(device)
+            step.kept = put(kept, torch.int64, device)
         return forward_tokens(self.model, ids, step, self.state)
 
-    def draw(self, load: Callable[[], DecodeStep]) -> tuple[DecodeStep, Tensor]:
+    def draw(
+        self, load: Callable[[], DecodeStep], *, looks_first: bool = False
+    ) -> tuple[DecodeStep, Tensor]:
         """Runs the decode step that load puts rows in; one that has frozen what is other now is
         dropped first.
+
+        Args:
+            load: puts rows in place, again where it is called again.
+            looks_first: whether a graph too is looked at before it runs, and not while it does: for
+                rows that stand on the device alone, and while the GPU is still at work before it.
 
         Returns:
             The step, and the next token of each of its rows.
         """
         step = load()
-        if not step.input_ids.is_cuda and step.is_stale:
+        looks_first = looks_first or not step.input_ids.is_cuda
+        if looks_first and step.is_stale:
             self.drop_steps()
             step = load()
         drawn = step.run()
-        # A graph's is looked at while the GPU works; what it wrote in vain is written over.
-        if step.input_ids.is_cuda and step.is_stale:
+        # What a graph wrote in vain is written over.
+        if not looks_first and step.is_stale:
             self.drop_steps()
             step = load()
             drawn = step.run()
@@ -157,7 +167,8 @@ class StepRunner:
             self._steps.pop((kind, batch), None)
             while len(self._steps) >= self.max_steps:
                 self._steps.popitem(last=False)
-            step = kind(self.model, self.state, batch, width, self.pages.page_size)
+            sizes = batch, width, self.pages.page_size
+            step = kind(self.model, self.state, *sizes, self._graphs)
             self._steps[kind, batch] = step
         self._steps.move_to_end((kind, batch))
         return step

@@ -6,11 +6,14 @@ from collections import deque
 from collections.abc import Sequence
 from typing import Any
 
+import torch
+
 from llamatelemetry.inference.block_manager import BlockManager, OutOfBlocks
 from llamatelemetry.inference.drawing import Drawn
 from llamatelemetry.inference.fingerprint import Fingerprint
 from llamatelemetry.inference.host_pages import HostPages
 from llamatelemetry.inference.kv_pages import floating_parameter
+from llamatelemetry.inference.launched import Flight
 from llamatelemetry.inference.plan_runner import PlanRunner
 from llamatelemetry.inference.request_handle import RequestHandle
 from llamatelemetry.inference.runner import PAGE_SIZE
@@ -28,6 +31,7 @@ class RunningBatch:
         num_blocks: of the cache; None grows it to what max_rows requests may need.
         share_prefixes: as in BlockManager.
         num_host_blocks: as in Scheduler.
+        overlap: whether a step's tokens are looked at once the next step was launched.
 
     Attributes:
         open: handles of the requests that have not ended, by name, in order of submission.
@@ -46,12 +50,15 @@ class RunningBatch:
         num_blocks: int | None,
         share_prefixes: bool,
         num_host_blocks: int = 0,
+        overlap: bool = False,
     ) -> None:
-        self.model, self.max_rows = model, max_rows
+        self.model, self.max_rows, self.overlap = model, max_rows, overlap
         self.open: dict[object, RequestHandle] = {}
         self.incoming: deque[RequestHandle] = deque()
         self._step_tokens, self._fixed, self._share = step_tokens, num_blocks, share_prefixes
         self._num_host_blocks = num_host_blocks
+        self._flights: deque[Flight] = deque()
+        self._is_torn = False
         self._begin()
 
     def _begin(self) -> None:
@@ -83,17 +90,35 @@ class RunningBatch:
         self.incoming.append(first)
 
     def step(self) -> list[RequestHandle]:
-        """Returns handles of the requests that a forward ran on, or that ended."""
+        """Returns handles of the requests that a forward ran on, or that ended.
+
+        With overlap a forward's tokens are taken in the step after it, while the next one is at
+        work already, which has the rows' tokens on the device: of a request that ended meanwhile it
+        draws one token in vain, into a block of which nothing is read any more.
+        """
         touched = self.reap()
         pages = self._runner.runner.pages
         if (self._like.dtype, self._like.device) != (pages.dtype, pages.device):
+            touched += self._land()
             self._move()
-        while self.incoming:
-            if not self._runner.runner.serves(self.model):
-                self._move()  # its parameters are others
-            touched += self._take_in(self.incoming.popleft())
+        touched += self._take_all_in()
+        if self._is_torn:  # rows on the device stand nobody knows where
+            touched += self._land()
+            self._is_torn = False
         plan = self.scheduler.schedule()
-        self._host.swap(plan, self._runner.runner.pages)
+        self._copy(plan)
+        if self.overlap and self._runner.can_launch(plan):
+            try:
+                self._launch(plan)
+            except Exception:  # run again below, which says whose it is
+                self._is_torn = False
+            else:
+                self.plan = plan
+                return touched + self._land(but=1 if plan.pieces else 0)
+        if self._flights:
+            touched += self._land()
+            plan = self.scheduler.schedule()
+            self._copy(plan)
         self.plan = plan
         for piece in plan.pieces:
             self.open[piece.request.name].begins()
@@ -101,14 +126,57 @@ class RunningBatch:
             touched += self._put_down(piece, result)
         return touched
 
-    def _put_down(self, piece: Piece, result: list[Drawn] | Exception) -> list[RequestHandle]:
-        """Notes what a piece's forward gave; returns handles of the requests that it is for."""
+    def _copy(self, plan: Plan) -> None:
+        """The copies of blocks that a plan asks for, before its forwards."""
+        pages = self._runner.runner.pages
+        self._host.swap(plan, pages)
+        with torch.inference_mode():
+            pages.copy_blocks(plan.copies)
+
+    def _launch(self, plan: Plan) -> None:
+        for piece in plan.pieces:
+            self.open[piece.request.name].begins()
+        self._is_torn = True
+        if plan.pieces:
+            before = self._flights[-1].launched if self._flights else None
+            launched = self._runner.launch(plan, before)
+            for piece in plan.pieces:
+                self.scheduler.launched(piece)
+            self._flights.append(Flight(launched, plan.pieces))
+        self._is_torn = False
+
+    def _land(self, but: int = 0) -> list[RequestHandle]:
+        """Takes what the plans that were launched have drawn, the last few left out."""
+        touched: list[RequestHandle] = []
+        while len(self._flights) > but:
+            flight = self._flights[0]
+            for piece, result in flight.results():
+                touched += self._put_down(piece, result, flight.preemptions[piece.request])
+            self._flights.popleft()
+        return touched
+
+    def _put_down(
+        self, piece: Piece, result: list[Drawn] | Exception, preemptions: int | None = None
+    ) -> list[RequestHandle]:
+        """Notes what a piece's forward gave; returns handles of the requests that it is for.
+
+        Args:
+            piece: of a plan.
+            result: of its forward.
+            preemptions: how many the request had when the piece was launched; None where it was
+                not.
+        """
         request = piece.request
+        if preemptions is not None:
+            if request.finish_reason is not None:
+                return []
+            self.scheduler.seen(piece)
         if isinstance(result, Exception):
             handle = self.open[request.name]
             self._end(handle, result)
             return [handle]
-        self.scheduler.computed(piece)
+        if preemptions in (None, request.preemptions):  # else its blocks are others now
+            self.scheduler.computed(piece)
         requests = request.draws_for if result else [request]
         if result:
             request.siblings = []
@@ -155,31 +223,44 @@ class RunningBatch:
                 ended.append(handle)
         return ended
 
-    def _take_in(self, handle: RequestHandle) -> list[RequestHandle]:
-        """Gives the scheduler a new request; returns it where that ends it."""
-        try:
-            self._make_room(handle.request)
-            self.scheduler.add(handle.request)
-        except Exception as error:
-            self._end(handle, error)
-            return [handle]
-        return []
+    def _take_all_in(self) -> list[RequestHandle]:
+        """Gives the scheduler the new requests; returns those which that ends."""
+        ended: list[RequestHandle] = []
+        if self.incoming and not self._runner.runner.serves(self.model):
+            ended += self._land()
+            self._move()  # its parameters are others
+        has_room = False
+        for _ in range(len(self.incoming)):  # what comes meanwhile waits for the next step
+            handle = self.incoming.popleft()
+            try:
+                # Once for all that are open, where that is possible: it looks at every weight.
+                has_room = has_room or self._make_room(handle.request)
+                self.scheduler.add(handle.request)
+            except Exception as error:
+                self._end(handle, error)
+                ended.append(handle)
+        return ended
 
-    def _make_room(self, request: ScheduledRequest) -> None:
+    def _make_room(self, request: ScheduledRequest) -> bool:
         """Grows the cache for all that is open, else for what was before and this one, else for
-        this one alone; the tables for the longest."""
+        this one alone; the tables for the longest.
+
+        Returns:
+            Whether there is room for all that is open.
+        """
         everyone = [handle.request for handle in list(self.open.values())]
         known = [*self.scheduler.running, *self.scheduler.waiting, *request.draws_for]
         for requests in (everyone, known):
             try:
-                return self._grow(requests, exact=False)
+                self._grow(requests, exact=False)
+                return requests is everyone
             except (RuntimeError, ValueError):
                 continue  # the memory or the rotary embedding: the least that is needed may do
         try:
             self._grow([request], exact=True)
         except RuntimeError as error:
             raise OutOfBlocks(f"Out of KV cache memory: it cannot grow: {error}") from error
-        return None
+        return False
 
     def _grow(self, requests: Sequence[ScheduledRequest], *, exact: bool) -> None:
         blocks, runner = self.scheduler.blocks, self._runner

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from llamatelemetry.inference.arguments import integer, real
+from llamatelemetry.inference.step import put
 from llamatelemetry.ops import sample
 
 
@@ -116,7 +117,7 @@ def sampling_tensors(
     """One row for each of params, in order."""
 
     def column(name: str, dtype: torch.dtype) -> Tensor:
-        return torch.tensor([getattr(p, name) for p in params], dtype=dtype, device=device)
+        return put([getattr(p, name) for p in params], dtype, device)
 
     return SamplingTensors(
         temperature=column("temperature", torch.float32),
@@ -151,7 +152,12 @@ def refuse_nan(logits: Tensor) -> None:
         FloatingPointError: a row holds a NaN, which the op would take for -inf.
     """
     if logits.isnan().any():
-        raise FloatingPointError(
-            f"the model's logits are NaN: its weights are damaged, or {str(logits.dtype)[6:]} is "
-            "too narrow for its activations (dtype=torch.float32 or bfloat16 may do)"
-        )
+        raise nan_error(logits.dtype)
+
+
+def nan_error(dtype: torch.dtype) -> FloatingPointError:
+    """Why no token can be drawn from logits of NaN."""
+    return FloatingPointError(
+        f"the model's logits are NaN: its weights are damaged, or {str(dtype)[6:]} is "
+        "too narrow for its activations (dtype=torch.float32 or bfloat16 may do)"
+    )

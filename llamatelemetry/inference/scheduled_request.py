@@ -31,8 +31,11 @@ class ScheduledRequest:
         siblings: other answers to its prompt, whose first tokens are drawn with its own, from the
             same logits; they are in no queue until then.
         tokens: of the prompt, then those drawn.
-        num_computed: leading tokens whose keys and values are in the cache.
+        num_computed: leading tokens whose keys and values are in the cache, or will be once the
+            forwards that were launched are over.
         num_placed: leading tokens that have blocks; 0 while it has none.
+        num_ahead: tokens that follow those in tokens, which forwards that were launched draw and
+            which the host has not seen.
         num_cached: leading tokens whose keys and values were in the cache already, at first.
         preemptions: how often its blocks were taken from it.
         finish_reason: "stop", "length", "cancelled" or "error"; None while it is open.
@@ -50,6 +53,7 @@ class ScheduledRequest:
     tokens: list[int] = field(init=False)
     num_computed: int = 0
     num_placed: int = 0
+    num_ahead: int = 0
     num_cached: int | None = None
     preemptions: int = 0
     finish_reason: str | None = None
@@ -69,7 +73,12 @@ class ScheduledRequest:
     @property
     def num_left(self) -> int:
         """Tokens that a forward has still to run on before the next one can be drawn."""
-        return len(self.tokens) - self.num_computed
+        return len(self.tokens) + self.num_ahead - self.num_computed
+
+    @property
+    def is_drawn_out(self) -> bool:
+        """Whether the tokens that it will have once those ahead are seen are all it may have."""
+        return self.num_ahead > 0 and self.num_drawn + self.num_ahead >= self.max_tokens
 
     @property
     def most_tokens(self) -> int:

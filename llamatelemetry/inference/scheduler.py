@@ -90,7 +90,8 @@ class Scheduler:
         """The next step's tokens. What was planned and never computed is planned again."""
         plan = Plan()
         for request in list(self.running):
-            if request.num_placed and request.num_placed < len(request.tokens):
+            length = len(request.tokens) + request.num_ahead
+            if request.num_placed and request.num_placed < length and not request.is_drawn_out:
                 self._place(request, plan)
         budget = self.max_step_tokens
         # Those that decode first: a long prompt never makes them wait. sorted keeps the ranks.
@@ -103,10 +104,26 @@ class Scheduler:
             budget -= self._plan(request, budget, plan)
         return plan
 
-    def computed(self, piece: Piece) -> None:
-        """Says that a piece's keys and values are in the cache."""
+    def launched(self, piece: Piece) -> None:
+        """Says that a piece's forward was launched, whose results the host will see later: the next
+        plan goes on from there. Launched pieces are computed in the same order."""
         piece.request.num_computed = piece.end
-        self.blocks.commit(piece.request.name, piece.end)
+        piece.request.num_ahead += piece.draws
+
+    def computed(self, piece: Piece) -> None:
+        """Says that a piece's keys and values are in the cache. If it was launched, seen is to be
+        called first."""
+        request = piece.request
+        request.num_computed = max(request.num_computed, piece.end)
+        if piece.end > request.num_placed:  # a token that was ahead: its block was reserved
+            self.blocks.append(request.name, request.tokens[request.num_placed : piece.end])
+            request.num_placed = piece.end
+        self.blocks.commit(request.name, piece.end)
+
+    def seen(self, piece: Piece) -> None:
+        """Says that the host knows what a launched piece has drawn, and that the request takes it
+        next."""
+        piece.request.num_ahead -= piece.draws
 
     def fork(self, request: ScheduledRequest, sibling: ScheduledRequest) -> None:
         """Puts a sibling at work, that shares the blocks of a request whose prompt was computed;
@@ -155,7 +172,8 @@ class Scheduler:
         while True:
             try:
                 # One more, for a decode step moves its rows on to the next position by itself.
-                plan.copies += self.blocks.reserve(request.name, len(tokens) + 1)
+                count = len(tokens) + request.num_ahead + 1
+                plan.copies += self.blocks.reserve(request.name, count)
             except OutOfBlocks:
                 last = self.running[-1]
                 self.preempt(last, plan)
@@ -169,7 +187,8 @@ class Scheduler:
 
     def _plan(self, request: ScheduledRequest, budget: int, plan: Plan) -> int:
         """Puts as many of a request's tokens as the budget allows in the plan; returns how many."""
-        count, left = min(request.num_left, budget), request.num_left
+        left = 0 if request.is_drawn_out else request.num_left
+        count = min(left, budget)
         if count:
             begin = request.num_computed
             table = self.blocks.table(request.name)
@@ -231,7 +250,9 @@ class Scheduler:
             "no request is ended": all(
                 one.finish_reason is None for one in (*self.running, *self.waiting)
             ),
-            "at least one token is left to run on": all(one.num_left for one in self.running),
+            "at least one token is left to run on": all(
+                one.num_left or one.is_drawn_out for one in self.running
+            ),
         }
         if broken := [rule for rule, holds in rules.items() if not holds]:
             raise RuntimeError(f"Scheduler: broken invariants: {'; '.join(broken)}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -28,6 +29,17 @@ class Chunk:
     table: Sequence[int]
 
 
+def put(values: Sequence[object], dtype: torch.dtype, device: torch.device | str) -> Tensor:
+    """Numbers of the host as a tensor of the device, which the host does not wait for."""
+    is_cuda = torch.device(device).type == "cuda"
+    return torch.tensor(values, dtype=dtype, pin_memory=is_cuda).to(device, non_blocking=True)
+
+
+def current(device: torch.device) -> AbstractContextManager[object]:
+    """Makes a GPU the current one, where the device is one."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
 def prepare(
     chunks: Sequence[Chunk],
     page_size: int,
@@ -51,21 +63,17 @@ def prepare(
     Returns:
         input_ids [num_tokens] int64, and where they stand.
     """
-
-    def tensor(values: Sequence[object], dtype: torch.dtype) -> Tensor:
-        return torch.tensor(values, dtype=dtype).to(device)
-
     counts = [len(chunk.tokens) for chunk in chunks]
     positions = [range(chunk.begin, chunk.begin + len(chunk.tokens)) for chunk in chunks]
     tables = [[*chunk.table, *[-1] * (width - len(chunk.table))] for chunk in chunks]
     step = StepInput(
-        positions=tensor([p for run in positions for p in run], torch.int64),
+        positions=put([p for run in positions for p in run], torch.int64, device),
         slot_mapping=torch.empty(0, dtype=torch.int64),
-        block_table=tensor(tables, torch.int32).view(len(chunks), width),
-        cache_seqlens=tensor([run.stop for run in positions], torch.int32),
-        cu_seqlens_q=tensor([0, *accumulate(counts)], torch.int32),
+        block_table=put(tables, torch.int32, device).view(len(chunks), width),
+        cache_seqlens=put([run.stop for run in positions], torch.int32, device),
+        cu_seqlens_q=put([0, *accumulate(counts)], torch.int32, device),
         max_seqlen_q=max(counts, default=0),
         is_whole=all(chunk.begin == 0 for chunk in chunks),
     )
     step.slot_mapping = slots_of(step.positions, step.block_table, step.cu_seqlens_q, page_size)
-    return tensor([token for chunk in chunks for token in chunk.tokens], torch.int64), step
+    return put([token for chunk in chunks for token in chunk.tokens], torch.int64, device), step

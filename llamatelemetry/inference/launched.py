@@ -1,0 +1,96 @@
+"""What forwards that were launched draw, until the host sees it."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llamatelemetry.inference.drawing import Drawn
+from llamatelemetry.inference.plan import Piece
+from llamatelemetry.inference.sampling import nan_error
+from llamatelemetry.inference.scheduled_request import ScheduledRequest
+
+# One token for each of piece.request.draws_for; none where the piece draws nothing.
+Result = tuple[Piece, "list[Drawn] | Exception"]
+
+
+class Launched:
+    """The tokens of one plan's forwards, on their way to the host.
+
+    Attributes:
+        pieces: of the plan, in the order of its forwards.
+        places: of each request that draws the tensor on the device that holds its token, or -1 for
+            NaN, and where in it; good until the next plan is launched.
+    """
+
+    def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
+        self.pieces: list[Piece] = []
+        self.places: dict[ScheduledRequest, tuple[Tensor, int]] = {}
+        self._device, self._dtype = device, dtype
+        self._copies: list[Tensor] = []
+        self._rows: list[tuple[int, int] | None] = []  # of each piece which copy, which row
+        self._end: Any = None
+
+    def add(self, pieces: Sequence[Piece], drawn: Tensor | None) -> None:
+        """Notes a forward.
+
+        Args:
+            pieces: that it ran on.
+            drawn: [rows] int64, the tokens of those pieces that draw, in order, then whatever
+                follows; None where none draws.
+        """
+        draws = [piece for piece in pieces if piece.draws]
+        if drawn is not None:
+            if drawn.is_cuda:
+                copy = torch.empty(drawn.shape, dtype=drawn.dtype, pin_memory=True)
+                self._copies.append(copy.copy_(drawn, non_blocking=True))
+            else:  # on the CPU the next run overwrites it at once
+                drawn = drawn.clone()
+                self._copies.append(drawn)
+            self.places |= {piece.request: (drawn, i) for i, piece in enumerate(draws)}
+        rows = iter(range(len(draws)))
+        self._rows += [
+            (len(self._copies) - 1, next(rows)) if piece.draws else None for piece in pieces
+        ]
+        self.pieces += pieces
+
+    def seal(self) -> None:
+        """Nothing is added any more."""
+        if self._device.type == "cuda":
+            self._end = torch.cuda.Event()
+            self._end.record(torch.cuda.current_stream(self._device))
+
+    def results(self) -> list[Result]:
+        """Each piece with what was drawn after it; waits until the forwards are over."""
+        if self._end is not None:
+            self._end.synchronize()
+        tokens = [copy.tolist() for copy in self._copies]
+        found: list[Result] = []
+        for piece, row in zip(self.pieces, self._rows, strict=True):
+            if row is None:
+                found.append((piece, []))
+            elif (token := tokens[row[0]][row[1]]) < 0:
+                found.append((piece, nan_error(self._dtype)))
+            else:
+                found.append((piece, [Drawn(token)]))
+        return found
+
+
+class Flight:
+    """A plan that was launched, whose tokens nobody has looked at."""
+
+    def __init__(self, launched: Launched, pieces: Sequence[Piece]) -> None:
+        self.launched = launched
+        self.preemptions = {piece.request: piece.request.preemptions for piece in pieces}
+        self._results: deque[Result] | None = None
+
+    def results(self) -> Iterator[Result]:
+        """Each once, however often the caller is interrupted."""
+        if self._results is None:
+            self._results = deque(self.launched.results())
+        while self._results:
+            yield self._results.popleft()
