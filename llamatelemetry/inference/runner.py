@@ -104,7 +104,13 @@ class StepRunner:
         angles = rope_state(self.model)
         if angles != self._angles:
             self._steps.clear()
-            self._rope[:] = rope_tables(self.model, self._num_positions)
+            try:
+                self._rope[:] = rope_tables(self.model, self._num_positions)
+            except ValueError as error:
+                raise RuntimeError(
+                    f"forward_tokens: the rotary embedding has changed: {error}; begin again: a "
+                    "new generation runs the model's own forward"
+                ) from error
             self._angles = angles
 
     def drop_steps(self) -> None:

@@ -52,6 +52,8 @@ class Decoder:
             (stack.module._modules, name, getattr(stack.module, name))
             for name in (parts.layers, parts.norm)
         ]
+        if stack.rotary is not None:
+            self._bound.append((stack.module._modules, parts.rotary, stack.rotary))
         self._bound += [(stack.layers._modules, *item) for item in stack.layers._modules.items()]
         self._bound += [
             (layer._modules, name, getattr(layer, name, None))
@@ -93,6 +95,8 @@ class Decoder:
         for entries, key, module in self._bound:
             if entries.get(key) is not module:
                 return f"{key} of the model's modules has been replaced since patch"
+        if (reason := _no_table(self.stack)) is not None:
+            return reason
         for name, piece in self.pieces.items():
             if (part := piece.changed()) is not None:
                 return f"{name}: {part}"
@@ -164,7 +168,7 @@ def decoder_of(
     """
     if stack.spec.attention_kind == "own":
         return None, f"the attention of {type(model).__name__} stays transformers' own"
-    if (reason := _not_causal(model, stack)) is not None:
+    if (reason := _not_causal(model, stack) or _no_table(stack)) is not None:
         return None, reason
     spec = stack.spec
     norms = [norm_of(layer, spec.first_norm, spec, ops) for layer in stack.layers[1:]]
@@ -189,6 +193,15 @@ def _not_causal(model: Any, stack: Stack) -> str | None:
     if not has_head or stack.path != stack.family.parts.stack or model.config is not stack.config:
         return f"{type(model).__name__} is not decoder layers and a vocabulary projection alone"
     return None
+
+
+def _no_table(stack: Stack) -> str | None:
+    """Why no table can stand for a stack's rotary embedding; None if one may."""
+    rotary = stack.rotary
+    if rotary is None or (isinstance(rotary, nn.Module) and "forward" not in vars(rotary)):
+        return None
+    what = "a forward of its own" if isinstance(rotary, nn.Module) else type(rotary).__name__
+    return f"its rotary embedding must be a module of transformers, got {what}"
 
 
 def _as_batch(mlp: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
@@ -236,24 +249,38 @@ def rope_tables(
 
 
 def rope_state(model: Any) -> list[object]:
-    """What the tables are made of, to be compared: pointers, versions and numbers."""
+    """What the tables are made of, to be compared: the module, its pointers, versions, numbers."""
     patched = model.__dict__.get("_llamatelemetry")
     rotary = None if patched is None else patched.stack.rotary
     if rotary is None:
         return []
+    if not isinstance(rotary, nn.Module):  # what someone has put there
+        return [rotary]
     tensors = [
         (name, x.data_ptr(), None if x.is_inference() else x._version)
         for name, x in (*rotary.named_parameters(), *rotary.named_buffers())
     ]
-    numbers = [item for item in vars(rotary).items() if isinstance(item[1], (int, float, dict))]
+    kinds = (int, float, str, dict)
+    numbers = [item for item in vars(rotary).items() if isinstance(item[1], kinds)]
     return [
+        rotary,
+        type(rotary).forward,
+        vars(rotary).get("forward"),
+        *rotary._forward_hooks.values(),
+        *rotary._forward_pre_hooks.values(),
         *tensors,
         *((name, value) for name, value in numbers if name[0] != "_" and name != "training"),
     ]
 
 
 def _check_length(stack: Stack, kind: str | None, num_positions: int) -> None:
-    parameters, rope_type = stack.config.rope_parameters, stack.rotary.rope_type
+    parameters = getattr(stack.config, "rope_parameters", None)
+    rope_type = getattr(stack.rotary, "rope_type", None)
+    if parameters is None or rope_type is None:
+        raise ValueError(
+            "rotary embeddings must be a module of transformers, of which there is a table, got "
+            f"{getattr(stack.rotary, '__name__', type(stack.rotary).__name__)}"
+        )
     if kind is not None:
         parameters, rope_type = parameters[kind], rope_type[kind]
     original = parameters.get("original_max_position_embeddings")

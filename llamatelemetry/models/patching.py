@@ -237,9 +237,8 @@ def forward_tokens(model: Any, input_ids: Tensor, step: StepInput, state: Decode
     if decoder is None:
         raise ValueError(f"forward_tokens: model must be patched as a whole, got {reason}")
     if reason is not None:
-        advice = "call unpatch(model) and patch(model) again"
-        if "forward hooks" in reason:
-            advice = "remove them, or begin again: a new generation runs the model's own forward"
+        what = "remove them" if "forward hooks" in reason else "undo it"
+        advice = f"{what}, or begin again: a new generation runs the model's own forward"
         raise RuntimeError(f"forward_tokens: {reason}; {advice}")
     return decoder.forward(input_ids, step, state)
 

@@ -115,7 +115,8 @@ class Stack:
 
 
 def _takes_kind(rotary: Any) -> bool:
-    return rotary is not None and "layer_type" in inspect.signature(rotary.forward).parameters
+    forward = getattr(rotary, "forward", rotary)
+    return forward is not None and "layer_type" in inspect.signature(forward).parameters
 
 
 def stack_of(model: Any) -> Stack:

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import copy
-import inspect
 import pickle
 import subprocess
 import sys
 
 import pytest
 import torch
-from families import VOCAB, quantise_, tiny_model
+from families import tiny_model
+from stepwise import COUNT, PROMPT, SOON, stepwise, twins
 from torch import nn
-from transformers import DynamicCache
 
 from llamatelemetry.inference.continuous import ContinuousBatching
 from llamatelemetry.inference.flash_attn import enable_flash_attention
@@ -20,38 +19,8 @@ from llamatelemetry.inference.generation import TokenGenerator
 from llamatelemetry.inference.kv_cache import optimize_kv_cache
 from llamatelemetry.inference.sampling import GREEDY
 from llamatelemetry.models.patching import patch
-from llamatelemetry.models.pieces.base import CACHE_NAMES
 
 pytestmark = pytest.mark.filterwarnings("ignore")
-PROMPT = [3, 14, 15, 9, 26, 5, 35, 8, 97 % VOCAB, 9, 3, 2]
-COUNT, SOON = 12, 5
-
-
-def stepwise(model, change=None, at=SOON, prompt=PROMPT):
-    """Tokens of transformers' forward; change comes before token number at."""
-    parameters = inspect.signature(model.forward).parameters
-    name = next(name for name in CACHE_NAMES if name in parameters)
-    tokens, cache, ids = [], DynamicCache(config=model.config), [prompt]
-    with torch.no_grad():
-        while len(tokens) < COUNT:
-            if change is not None and len(tokens) == at:
-                change(model)
-            ids = torch.tensor(ids, device=model.device)
-            logits = model(ids, **{name: cache}, use_cache=True).logits
-            tokens.append(int(logits[0, -1].argmax()))
-            ids = [[tokens[-1]]]
-    return tokens
-
-
-def twins(family="llama", device="cpu", quantised=False):
-    model = tiny_model(family, device)
-    if quantised:
-        with torch.inference_mode(False), torch.no_grad():
-            quantise_(model)
-    with torch.inference_mode(False), torch.no_grad():
-        ours = copy.deepcopy(model)
-    patch(ours)
-    return model, ours
 
 
 def swap_downs(model):
@@ -138,35 +107,6 @@ def test_a_hook_of_an_open_request_is_not_left_out():
         handle.result()
     hook.remove()
     assert batcher.submit(PROMPT, max_tokens=COUNT).result().token_ids == stepwise(model)
-
-
-def angles_in_place(model):
-    with torch.no_grad():
-        model.model.rotary_emb.inv_freq.mul_(0.2)
-
-
-def angle_scaling(model):
-    model.model.rotary_emb.attention_scaling = 1.7
-
-
-@pytest.mark.parametrize("quantised", [False, True], ids=["dense", "quantised"])
-@pytest.mark.parametrize("change", [angles_in_place, angle_scaling])
-def test_open_ones_follow_the_angles(change, quantised, device):
-    model, ours = twins(device=device, quantised=quantised)
-    before, wanted = stepwise(model), stepwise(copy.deepcopy(model), change)
-    assert before != wanted
-    optimize_kv_cache(ours)
-    open_ones = TokenGenerator(ours).generate([PROMPT], [GREEDY], COUNT)
-    tokens = [next(open_ones)[0] for _ in range(SOON)]
-    batcher = ContinuousBatching(2, ours)
-    handle = batcher.submit(PROMPT, max_tokens=COUNT)
-    while handle.request.num_drawn < SOON:
-        batcher.step()
-    change(ours)
-    tokens += [token for (token,) in open_ones]
-    batcher.run()
-    assert tokens == wanted
-    assert handle.result().token_ids == wanted
 
 
 def fewer_layers(model):
