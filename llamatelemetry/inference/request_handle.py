@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Generator, Iterator
 from concurrent.futures import CancelledError
 from dataclasses import dataclass
 from typing import Any, Protocol, cast
@@ -78,7 +79,8 @@ class TimeLimits:
 class RequestHandle:
     """A request that was submitted. Whoever waits for it runs the steps, if no other thread does.
 
-    Iterating gives its text in pieces; ``tokens`` gives its token ids.
+    Iterating gives its text in pieces; ``tokens`` gives its token ids. In a coroutine ``async for``
+    gives its text and ``await`` its result, while a thread runs the steps.
 
     Attributes:
         error: what ended it, if an exception did.
@@ -168,6 +170,23 @@ class RequestHandle:
         if self._text is None:
             raise ValueError("the text of a request needs an engine with a tokenizer; see tokens()")
         return self._follow(self._pieces)
+
+    async def __aiter__(self) -> AsyncIterator[str]:
+        """As iterating, for coroutines."""
+        pieces, end = iter(self), object()
+        while (piece := await asyncio.to_thread(next, pieces, end)) is not end:
+            yield cast("str", piece)
+
+    def __await__(self) -> Generator[Any, None, RequestResult]:
+        """As result; a coroutine that is cancelled cancels the request that it waits for."""
+        return self._awaited().__await__()
+
+    async def _awaited(self) -> RequestResult:
+        try:
+            return await asyncio.to_thread(self.result)
+        except asyncio.CancelledError:
+            self.cancel()
+            raise
 
     def tokens(self) -> Iterator[int]:
         """Token ids as they come; ends and raises as iterating does."""
