@@ -10,7 +10,6 @@ from llamatelemetry.triton_ops.launch import (
     IS_INTERPRETED,
     check,
     check_shape,
-    dependent,
     next_power_of_2,
     on_device,
     precision_of,
@@ -93,12 +92,12 @@ def run(
         BLOCK_N=config.block_n,
         BLOCK_K=config.block_k,
         GROUP_M=config.group_m,
+        EVEN_M=m % config.block_m == 0,
         EVEN_N=n % config.block_n == 0,
         EVEN_K=k % (config.block_k * splits) == 0,
         PRECISION=precision_of(x),
         num_warps=config.num_warps,
         num_stages=config.num_stages,
-        **dependent(x.device),
     )
     if splits > 1:
         block = next_power_of_2(min(n, 2**20 if IS_INTERPRETED else 256))
@@ -107,5 +106,4 @@ def run(
             ACTIVATION=activation,
             SPLITS=splits,
             BLOCK=block,
-            **dependent(x.device),
         )

@@ -75,7 +75,8 @@ def precision_of(x: Tensor) -> str:
 @cache
 def dependent(device: torch.device) -> dict[str, bool]:
     """Launch options of a kernel that begins with kernels.dependent.begin: Hopper and later GPUs
-    of NVIDIA put it in place while the one before it ends."""
+    of NVIDIA put it in place while the one before it ends. The linear layers' are none: put in
+    place early, their many programs crowd on some of the multiprocessors."""
     is_served = (
         device.type == "cuda"
         and not IS_INTERPRETED

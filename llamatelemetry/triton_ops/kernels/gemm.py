@@ -9,7 +9,6 @@ import triton
 import triton.language as tl
 
 from llamatelemetry.triton_ops.kernels.activation import gated
-from llamatelemetry.triton_ops.kernels.dependent import begin
 from llamatelemetry.triton_ops.kernels.product import product
 
 
@@ -38,12 +37,11 @@ def linear_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
+    EVEN_M: tl.constexpr,
     EVEN_N: tl.constexpr,
     EVEN_K: tl.constexpr,
     PRECISION: tl.constexpr,
-    IS_DEPENDENT: tl.constexpr,
 ):
-    begin(IS_DEPENDENT)
     # Tiles of GROUP_M rows of tiles run beside each other, so that they share weights in L2.
     tile, tiles_m, tiles_n = tl.program_id(0), tl.cdiv(m, BLOCK_M), tl.cdiv(n, BLOCK_N)
     group = tile // (GROUP_M * tiles_n)
@@ -54,24 +52,28 @@ def linear_kernel(
     columns = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     lanes = tl.arange(0, BLOCK_K)
     row_mask, column_mask = rows < m, columns < n
-    # Rows past the end are read at the last one's place, and never stored.
+    # Rows of weight past the end are read at the first one's place, and never stored; rows of x
+    # are not read: of two rows, fourteen more would be a third of what a program fetches.
     safe_rows = tl.where(row_mask, rows, 0).to(tl.int64)
     safe_columns = (columns if EVEN_N else tl.where(column_mask, columns, 0)).to(tl.int64)
     steps = tl.cdiv(tl.cdiv(k, BLOCK_K), SPLITS)
-    first_k = tl.program_id(1) * steps * BLOCK_K
-    end = tl.minimum(first_k + steps * BLOCK_K, k)
+    begin = tl.program_id(1) * steps * BLOCK_K
+    end = tl.minimum(begin + steps * BLOCK_K, k)
     x_ptrs = x_ptr + safe_rows[:, None] * x_stride + lanes[None, :]
     w_ptrs = weight_ptr + safe_columns[None, :] * weight_stride + lanes[:, None]
     u_ptrs = weight_ptr + (safe_columns + n)[None, :] * weight_stride + lanes[:, None]
     sums = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     ups = sums
-    for first in range(first_k, end, BLOCK_K):
+    for first in range(begin, end, BLOCK_K):
         if EVEN_K:
-            x = tl.load(x_ptrs + first)
+            if EVEN_M:
+                x = tl.load(x_ptrs + first)
+            else:
+                x = tl.load(x_ptrs + first, mask=row_mask[:, None], other=0.0)
             w = tl.load(w_ptrs + first)
         else:
             inside = first + lanes < k
-            x = tl.load(x_ptrs + first, mask=inside[None, :], other=0.0)
+            x = tl.load(x_ptrs + first, mask=row_mask[:, None] & inside[None, :], other=0.0)
             w = tl.load(w_ptrs + first, mask=inside[:, None], other=0.0)
         sums = product(x, w, sums, PRECISION)
         if ACTIVATION is not None:
@@ -116,9 +118,7 @@ def combine_kernel(
     ACTIVATION: tl.constexpr,
     SPLITS: tl.constexpr,
     BLOCK: tl.constexpr,
-    IS_DEPENDENT: tl.constexpr,
 ):
-    begin(IS_DEPENDENT)
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = columns < n
