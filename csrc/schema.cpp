@@ -38,6 +38,11 @@ STABLE_TORCH_LIBRARY(llamatelemetry, m) {
   m.def("linear(Tensor x, Tensor weight, Tensor? bias=None, Tensor? residual=None, str? activation=None) -> Tensor");
   m.def("quant_linear(Tensor x, Tensor packed, str format, int n, Tensor? bias=None, bool exact=False, Tensor? scales=None, Tensor? zeros=None, Tensor? perm=None) -> Tensor");
 
+  // gemm: alpha * a . b + beta * c of [m, k] and [k, n] or batches of them; backend: a name of gemm/product/choice.h
+  m.def("gemm(Tensor a, Tensor b, float alpha=1.0, float beta=0.0, bool trans_a=False, bool trans_b=False, Tensor? c=None, str? backend=None) -> Tensor");
+  m.def("tensor_core_gemm(Tensor a, Tensor b, float alpha=1.0, float beta=0.0, bool trans_a=False, bool trans_b=False, Tensor? c=None, str? backend=None) -> Tensor");
+  m.def("tensor_core_gemm_int8(Tensor a, Tensor b, bool trans_a=False, bool trans_b=False, str? backend=None) -> Tensor");
+
   // sampling: a parameter per row
   m.def("sample(Tensor logits, Tensor temperature, Tensor top_k, Tensor top_p, Tensor min_p, Tensor seed, Tensor offset) -> Tensor");
   m.def("apply_token_bitmask_(Tensor(a!) logits, Tensor bitmask) -> ()");

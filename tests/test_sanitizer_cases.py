@@ -120,6 +120,20 @@ def grouped(x, codes, scales, zeros):
     )
 
 
+def products(a, b):
+    """Ragged, and copied first; and rows that need no copy, of every kernel that is there."""
+    half, ints = [x.half() for x in (a, b)], [x.to(torch.int8) for x in (a, b)]
+    aligned = [x[:, :40].contiguous() for x in half]
+    return (
+        ops.gemm(a, b.T),
+        ops.gemm(*half, 0.5, 2.0, trans_b=True, c=a[:, : b.shape[0]].half()),
+        ops.gemm(*aligned, trans_b=True),
+        ops.gemm(aligned[0].T.contiguous(), aligned[1], trans_a=True, trans_b=True),
+        ops.tensor_core_gemm(*half, trans_b=True),
+        ops.tensor_core_gemm_int8(*ints, trans_b=True),
+    )
+
+
 def quantised(x, data):
     packed = ops.repack(data, "Q8_0")
     ids = torch.tensor([0, 19, 20, -1], device=x.device)
@@ -245,6 +259,7 @@ CASES = {
         )
         for options in ({}, {"split_size": 64}, {"num_splits": 2}, {"window_size": (70, 0)})
     },
+    "gemm": lambda: (products, randn(13, 77), randn(21, 77)),
     "linear": lambda: (linears, randn(13, 72), randn(34, 72) / 8, randn(34), randn(13, 34)),
     "grouped": lambda: (
         *(grouped, randn(9, 96), torch.randint(0, 16, (20, 96), dtype=torch.uint8)),
@@ -266,7 +281,7 @@ def test_gpu_gives_what_the_cpu_gives(case):
         *((x,) if isinstance(x, torch.Tensor) else x for x in (on_gpu, on_cpu)), strict=True
     )
     for gpu, cpu in pairs:
-        rounded = ("flash", "paged prefill", "paged decode", "linear", "grouped")
+        rounded = ("flash", "paged prefill", "paged decode", "linear", "gemm", "grouped")
         rounding = 1e-4 if not case.startswith(rounded) else 2e-2
         assert gpu.dtype == cpu.dtype
         # Converted on the CPU: what a kernel reads of a result, initcheck would report.

@@ -12,6 +12,9 @@ if TYPE_CHECKING:
     from llamatelemetry.cuda.graphs import disable_cuda_graphs as disable_cuda_graphs
     from llamatelemetry.cuda.graphs import enable_cuda_graphs as enable_cuda_graphs
     from llamatelemetry.cuda.graphs import replay_graph as replay_graph
+    from llamatelemetry.cuda.products import gemm as gemm
+    from llamatelemetry.cuda.products import tensor_core_gemm as tensor_core_gemm
+    from llamatelemetry.cuda.products import tensor_core_gemm_int8 as tensor_core_gemm_int8
     from llamatelemetry.cuda.tensor_core import TensorCoreConfig as TensorCoreConfig
     from llamatelemetry.cuda.tensor_core import TensorCoreMatMul as TensorCoreMatMul
     from llamatelemetry.cuda.tensor_core import (
@@ -57,6 +60,7 @@ __getattr__, __dir__, __all__ = lazy_names(
             "triton_layernorm",
             "triton_softmax",
         ),
+        "products": ("gemm", "tensor_core_gemm", "tensor_core_gemm_int8"),
         "tensor_core": (
             "TensorCoreConfig",
             "TensorCoreMatMul",

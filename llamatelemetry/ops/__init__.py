@@ -16,7 +16,13 @@ from llamatelemetry.ops.cache import (
 )
 from llamatelemetry.ops.cascade import cascade_attention
 from llamatelemetry.ops.formats import QuantFormat
-from llamatelemetry.ops.gemm import linear, quant_linear
+from llamatelemetry.ops.gemm import (
+    gemm,
+    linear,
+    quant_linear,
+    tensor_core_gemm,
+    tensor_core_gemm_int8,
+)
 from llamatelemetry.ops.norm import (
     activation,
     fused_add_rms_norm_,
@@ -45,6 +51,7 @@ __all__ = [
     "fused_add_rms_norm_",
     "gelu_and_mul",
     "gelu_tanh_and_mul",
+    "gemm",
     "layer_norm",
     "linear",
     "merge_attn_states",
@@ -60,5 +67,7 @@ __all__ = [
     "slot_mapping",
     "softmax",
     "swap_blocks_",
+    "tensor_core_gemm",
+    "tensor_core_gemm_int8",
     "unpack",
 ]

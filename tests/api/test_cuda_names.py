@@ -42,6 +42,17 @@ FUNCTIONS = {
         "triton_layernorm": ["x", ("weight", None), ("bias", None), ("eps", 1e-5)],
         "triton_softmax": ["x", ("dim", -1)],
     },
+    "products": {
+        "gemm": [
+            *("a", "b", ("alpha", 1.0), ("beta", 0.0), ("trans_a", False), ("trans_b", False)),
+            ("c", None),
+        ],
+        "tensor_core_gemm": [
+            *("a", "b", ("alpha", 1.0), ("beta", 0.0), ("trans_a", False), ("trans_b", False)),
+            ("c", None),
+        ],
+        "tensor_core_gemm_int8": ["a", "b", ("trans_a", False), ("trans_b", False)],
+    },
     "tensor_core": {
         "check_tensor_core_support": [("device", 0)],
         "enable_tensor_cores": [("dtype", torch.float16), ("allow_tf32", True)],

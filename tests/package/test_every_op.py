@@ -22,7 +22,8 @@ ONE_BACKEND = {
     "launch_dense_weights": (
         "cuda",
         "many rows go through torch's matmul, which the CPU never wants",
-    )
+    ),
+    "launch_pack_rows": ("cuda", "the CPU's product takes any strides"),
 }
 # Ops without a function of their own in ops/reference*, and why.
 NO_REFERENCE = {"unpack": "it undoes repack, so its test is the way there and back"}

@@ -17,7 +17,14 @@ from llamatelemetry.ops.reference.cache import (
     slot_mapping,
     swap_blocks_,
 )
-from llamatelemetry.ops.reference.gemm import linear, quant_linear, rounded_activations
+from llamatelemetry.ops.reference.gemm import (
+    gemm,
+    linear,
+    quant_linear,
+    rounded_activations,
+    tensor_core_gemm,
+    tensor_core_gemm_int8,
+)
 from llamatelemetry.ops.reference.norm import (
     activation,
     fused_add_rms_norm_,
@@ -49,6 +56,7 @@ __all__ = [
     "fused_add_rms_norm_",
     "gelu_and_mul",
     "gelu_tanh_and_mul",
+    "gemm",
     "layer_norm",
     "linear",
     "merge_attn_states",
@@ -67,4 +75,6 @@ __all__ = [
     "slot_mapping",
     "softmax",
     "swap_blocks_",
+    "tensor_core_gemm",
+    "tensor_core_gemm_int8",
 ]

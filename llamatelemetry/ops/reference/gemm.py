@@ -1,4 +1,4 @@
-"""Linear layers, dense and over quantised weights, in plain PyTorch."""
+"""Linear layers, dense and quantised, and products of two matrices, in plain PyTorch."""
 
 from __future__ import annotations
 
@@ -60,3 +60,36 @@ def quant_linear(
     weight = dequantize(data, format, scales, zeros).to(x.dtype)
     out = (x if exact else rounded_activations(x)) @ weight.T
     return out if bias is None else out + bias
+
+
+def gemm(
+    a: Tensor,
+    b: Tensor,
+    alpha: float = 1.0,
+    beta: float = 0.0,
+    trans_a: bool = False,
+    trans_b: bool = False,
+    c: Tensor | None = None,
+) -> Tensor:
+    out = alpha * ((a.mT if trans_a else a) @ (b.mT if trans_b else b))
+    return out + beta * c if beta and c is not None else out
+
+
+def tensor_core_gemm(
+    a: Tensor,
+    b: Tensor,
+    alpha: float = 1.0,
+    beta: float = 0.0,
+    trans_a: bool = False,
+    trans_b: bool = False,
+    c: Tensor | None = None,
+) -> Tensor:
+    wide = torch.promote_types(a.dtype, torch.float32)
+    return gemm(a.to(wide), b.to(wide), alpha, beta, trans_a, trans_b, c)
+
+
+def tensor_core_gemm_int8(
+    a: Tensor, b: Tensor, trans_a: bool = False, trans_b: bool = False
+) -> Tensor:
+    """In float64, whose whole numbers are exact to 2^53: torch has no int32 product on CUDA."""
+    return gemm(a.double(), b.double(), 1.0, 0.0, trans_a, trans_b).to(torch.int32)
