@@ -19,15 +19,6 @@ __device__ inline void tma_load_2d(uint32_t to, const CUtensorMap* map, uint32_t
       "l"(map), "r"(barrier), "r"(c0), "r"(c1)
       : "memory");
 }
-// Likewise of a 3-dimensional map.
-__device__ inline void tma_load_3d(uint32_t to, const CUtensorMap* map, uint32_t barrier, int c0,
-                                   int c1, int c2) {
-  asm volatile(
-      "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes "
-      "[%0], [%1, {%3, %4, %5}], [%2];" ::"r"(to),
-      "l"(map), "r"(barrier), "r"(c0), "r"(c1), "r"(c2)
-      : "memory");
-}
 // #data-movement-and-conversion-instructions-cp-async-bulk
 // num_bytes, a multiple of 16, from global to shared memory.
 __device__ inline void bulk_load(uint32_t to, const void* from, uint32_t num_bytes,

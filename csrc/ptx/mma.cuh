@@ -93,15 +93,6 @@ __device__ inline void cp_async_16_or_zeros(uint32_t shared_address, const void*
                : "memory");
 #endif
 }
-// Likewise; the first num_bytes of 16, of which alone any is read, and zeros behind them.
-__device__ inline void cp_async_16_part(uint32_t shared_address, const void* global,
-                                        int num_bytes) {
-#if __CUDA_ARCH__ >= 800
-  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(shared_address),
-               "l"(__cvta_generic_to_global(global)), "r"(num_bytes)
-               : "memory");
-#endif
-}
 // #data-movement-and-conversion-instructions-cp-async-commit-group, sm_80
 __device__ inline void cp_async_commit() {
 #if __CUDA_ARCH__ >= 800

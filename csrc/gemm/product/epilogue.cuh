@@ -1,6 +1,8 @@
 // From the sums of a product to what is stored: scales, bias, c, one rounding.
 #pragma once
 
+#include <type_traits>
+
 #include "gemm/product/params.h"
 #include "tile/convert.cuh"
 
@@ -105,6 +107,32 @@ __device__ inline void emit(const ProductParams& p, int64_t batch, int64_t row, 
   store_columns(p, at, count, values);
 }
 
+// What multiplies and what is added to the kCount columns that a lane stores of every row.
+template <int kCount>
+struct ColumnTerms {
+  float scales[kCount];
+  float bias[kCount];
+
+  __device__ ColumnTerms(const ProductParams& p, int64_t column) {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      scales[i] = p.column_scales ? p.column_scales[column + i] : 1.0f;
+      bias[i] = p.bias ? load_as_out(p, p.bias, column + i) : 0.0f;
+    }
+  }
+};
+
+// Eight columns to a multiple of 16 bytes.
+__device__ inline void store_eight(float* out, const float (&v)[8]) {
+  reinterpret_cast<float4*>(out)[0] = float4{v[0], v[1], v[2], v[3]};
+  reinterpret_cast<float4*>(out)[1] = float4{v[4], v[5], v[6], v[7]};
+}
+template <typename T>
+__device__ inline void store_eight(T* out, const float (&v)[8]) {
+  *reinterpret_cast<uint4*>(out) = uint4{pack_two(v[0], v[1], T{}), pack_two(v[2], v[3], T{}),
+                                         pack_two(v[4], v[5], T{}), pack_two(v[6], v[7], T{})};
+}
+
 // A warp's 16 rows of kColumns sums in shared memory, between the fragments that the matrix
 // instructions leave and rows as they are stored. Rows trade blocks of 8 columns, so that neither
 // way meets in one bank.
@@ -132,21 +160,76 @@ struct StagedRows {
   // To out[first_row ..., first_column ...].
   __device__ void store(const ProductParams& p, int lane, int64_t batch, int64_t first_row,
                         int64_t first_column) {
-    constexpr int kUnitsOfRow = kColumns / kUnit;
     __syncwarp();
+    if (p.c != nullptr || p.n % kUnit != 0) {
+      store_any(p, lane, batch, first_row, first_column);
+    } else if (p.out_type == ProductOut::kInt32) {
+      store_units(p, lane, batch, first_row, first_column, static_cast<int*>(p.out));
+    } else if (p.out_type == ProductOut::kFloat32) {
+      store_units(p, lane, batch, first_row, first_column, static_cast<float*>(p.out));
+    } else if (p.out_type == ProductOut::kFloat16) {
+      store_units(p, lane, batch, first_row, first_column, static_cast<Half*>(p.out));
+    } else {
+      store_units(p, lane, batch, first_row, first_column, static_cast<BFloat16*>(p.out));
+    }
+    __syncwarp();
+  }
+
+ private:
+  static constexpr int kUnitsOfRow = kColumns / kUnit;
+  static constexpr int kRowsAtOnce = 32 / kUnitsOfRow;
+  struct alignas(16) Four {
+    Sum value[4];
+  };
+
+  // Whole units, whose columns a lane keeps for all its rows.
+  template <typename Out>
+  __device__ void store_units(const ProductParams& p, int lane, int64_t batch, int64_t first_row,
+                              int64_t first_column, Out* out) {
+    static_assert(kRowsAtOnce % 4 == 0);  // so that a lane's rows trade blocks alike
+    const int row = lane / kUnitsOfRow, unit = lane % kUnitsOfRow * kUnit;
+    const int64_t column = first_column + unit;
+    if (column >= p.n) return;
+    const auto rows = static_cast<int>(min(p.m - first_row, static_cast<int64_t>(kRows)));
+    out += (batch * p.m + first_row + row) * p.n + column;
+    const Four* from = reinterpret_cast<const Four*>(s + place(row, unit));
+    if constexpr (std::is_same_v<Out, int>) {
+#pragma unroll
+      for (int i = 0; i < kRows; i += kRowsAtOnce, out += kRowsAtOnce * p.n) {
+        if (row + i >= rows) return;
+        const Four low = from[i * kColumns / 4], high = from[i * kColumns / 4 + 1];
+        reinterpret_cast<Four*>(out)[0] = low;
+        reinterpret_cast<Four*>(out)[1] = high;
+      }
+    } else {
+      const ColumnTerms<kUnit> terms(p, column);
+#pragma unroll
+      for (int i = 0; i < kRows; i += kRowsAtOnce, out += kRowsAtOnce * p.n) {
+        if (row + i >= rows) return;
+        const Four four[2] = {from[i * kColumns / 4], from[i * kColumns / 4 + 1]};
+        const float scale = p.row_scales ? p.alpha * p.row_scales[first_row + row + i] : p.alpha;
+        float values[kUnit];
+#pragma unroll
+        for (int e = 0; e < kUnit; ++e) {
+          const auto sum = static_cast<float>(four[e / 4].value[e % 4]);
+          values[e] = scale * sum * terms.scales[e] + terms.bias[e];
+        }
+        store_eight(out, values);
+      }
+    }
+  }
+
+  __device__ void store_any(const ProductParams& p, int lane, int64_t batch, int64_t first_row,
+                            int64_t first_column) {
 #pragma unroll 1
     for (int unit = lane; unit < kRows * kUnitsOfRow; unit += 32) {
       const int row = unit / kUnitsOfRow, column = unit % kUnitsOfRow * kUnit;
       Sum sums[kUnit];
-      struct alignas(16) Four {
-        Sum value[4];
-      };
       const Four* from = reinterpret_cast<const Four*>(s + place(row, column));
 #pragma unroll
       for (int i = 0; i < kUnit; ++i) sums[i] = from[i / 4].value[i % 4];
       emit(p, batch, first_row + row, first_column + column, sums);
     }
-    __syncwarp();
   }
 };
 

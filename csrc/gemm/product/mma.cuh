@@ -9,6 +9,7 @@
 
 #include "gemm/product/choice.h"
 #include "gemm/product/epilogue.cuh"
+#include "ptx/cp_async_part.cuh"
 #include "ptx/mma.cuh"
 #include "ptx/mma_s8.cuh"
 #include "tile/swizzled_tile.cuh"

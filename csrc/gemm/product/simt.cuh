@@ -21,10 +21,31 @@ struct SimtOperand {
   static constexpr int kStride = kRows + kPad;
   static constexpr int kLoads = kRows * kSimtDepth / 4 / kThreads;  // of four elements, of a thread
   float loaded[kLoads][4];
+  const T* next;    // this thread's first load of the next stage, where all its rows exist
+  int64_t apart;    // from one of its loads to the next
+  int64_t advance;  // from a stage to the next
+  bool whole;       // every row of the tile exists
+
+  __device__ void start(const Operand& x, const T* base, bool along_k, int64_t first_row) {
+    const auto at = static_cast<int>(threadIdx.x);
+    const int64_t row = first_row + (along_k ? at / (kSimtDepth / 4) : at % (kRows / 4) * 4);
+    const int64_t depth = along_k ? at % (kSimtDepth / 4) * 4 : at / (kRows / 4);
+    next = base + (along_k ? row * x.row_stride + depth : depth * x.k_stride + row);
+    apart =
+        along_k ? kThreads / (kSimtDepth / 4) * x.row_stride : kThreads / (kRows / 4) * x.k_stride;
+    advance = along_k ? kSimtDepth : kSimtDepth * x.k_stride;
+    whole = first_row + kRows <= x.rows;
+  }
 
   // Four along k of one row, or of four rows at one depth; zeros for what does not exist.
   __device__ void load(const Operand& x, const T* base, int64_t k, bool along_k, int64_t first_row,
                        int64_t first_k) {
+    if (whole && first_k + kSimtDepth <= k) {
+#pragma unroll
+      for (int i = 0; i < kLoads; ++i) load_four(next + i * apart, true, loaded[i]);
+      next += advance;
+      return;
+    }
 #pragma unroll
     for (int i = 0; i < kLoads; ++i) {
       const int at = i * kThreads + static_cast<int>(threadIdx.x);
@@ -98,6 +119,8 @@ struct ProductSimt {
     float sums[4 * kRowGroups][4 * kColumnGroups] = {};
     A a_part;
     B b_part;
+    a_part.start(p.a, a, a_along_k, first_row);
+    b_part.start(p.b, b, b_along_k, first_column);
     const auto load = [&](int64_t first_k) {
       a_part.load(p.a, a, p.k, a_along_k, first_row, first_k);
       b_part.load(p.b, b, p.k, b_along_k, first_column, first_k);
