@@ -64,6 +64,7 @@ class Row:
     limits: dict[str, list[float]] = field(default_factory=dict)  # same work at the limit's speed
     bytes_moved: int | None = None
     flops: int | None = None
+    tokens: int | None = None  # of a sample
 
     def percentile(self, percent: int) -> float:
         return sorted(self.ours)[round((len(self.ours) - 1) * percent / 100)]
@@ -75,13 +76,12 @@ class Row:
         return min(self.baselines, key=self.speedup, default=None)
 
     def percent_of_limit(self) -> float | None:
-        ratios = (
-            median(b / a for a, b in zip(self.ours, limit, strict=True))
-            for limit in self.limits.values()
-        )
-        return max((100 * ratio for ratio in ratios), default=None)
+        pairs = [zip(self.ours, limit, strict=True) for limit in self.limits.values()]
+        return max((100 * median(b / a for a, b in each) for each in pairs), default=None)
 
     def throughput(self) -> str:
+        if self.tokens is not None:
+            return f"{self.tokens / median(self.ours) * 1e6:.0f} tok/s"
         if self.flops is not None:
             return f"{self.flops / median(self.ours) / 1e6:.1f} TFLOP/s"
         if self.bytes_moved is not None:
