@@ -13,7 +13,7 @@ from torch import Tensor
 from llamatelemetry.inference.frozen import Frozen
 from llamatelemetry.inference.recording import Recording, RecordingError
 from llamatelemetry.inference.sampling import GREEDY, SamplingTensors, sampling_tensors
-from llamatelemetry.inference.step import Chunk, prepare, put
+from llamatelemetry.inference.step import Chunk, prepare, put, table_of
 from llamatelemetry.inference.step_graphs import StepGraphs
 from llamatelemetry.models.patching import (
     embedding_of,
@@ -54,6 +54,7 @@ class DecodeStep:
     ) -> None:
         device = state.caches[0][0].device
         blank = [Chunk([0], 0, [])] * batch
+        self._table = table_of(blank, width)  # on the host, as the input has it
         self._ops = ops_of(model)
         self.input_ids, self.input = prepare(blank, size, width, device, self._ops.slot_mapping)
         self.input.is_whole = False
@@ -103,7 +104,8 @@ class DecodeStep:
         """
         device, own = self.input_ids.device, self.input
         slots_of = self._ops.slot_mapping
-        ids, step = prepare(rows, self._page_size, self.width, device, slots_of)
+        self._table = table_of(rows, self.width)
+        ids, step = prepare(rows, self._page_size, self.width, device, slots_of, self._table)
         self.input_ids.copy_(ids)
         for name in ("positions", "slot_mapping", "block_table", "cache_seqlens"):
             getattr(own, name).copy_(getattr(step, name))
@@ -123,10 +125,11 @@ class DecodeStep:
         Args:
             tables: of each row that has another one now.
         """
-        own = self.input.block_table
         for row, table in tables.items():
-            blocks = torch.tensor(table, dtype=own.dtype, pin_memory=own.is_cuda)
-            own[row, : len(table)].copy_(blocks, non_blocking=True)
+            self._table[row, : len(table)] = torch.tensor(table, dtype=torch.int32)
+        own = self.input.block_table
+        # Whole: rows of equal length need their blocks in the same step, and each copy has a price.
+        own.copy_(self._table.pin_memory() if own.is_cuda else self._table, non_blocking=True)
 
     def take_ids(self, rows: Sequence[int], places: Sequence[tuple[Tensor, int]]) -> None:
         """Puts tokens in place that the host has not seen.

@@ -31,8 +31,22 @@ class Chunk:
 
 def put(values: Sequence[object], dtype: torch.dtype, device: torch.device | str) -> Tensor:
     """Numbers of the host as a tensor of the device, which the host does not wait for."""
-    is_cuda = torch.device(device).type == "cuda"
-    return torch.tensor(values, dtype=dtype, pin_memory=is_cuda).to(device, non_blocking=True)
+    tensor = torch.tensor(values, dtype=dtype)
+    return moved(tensor, device) if torch.device(device).type == "cuda" else tensor
+
+
+def moved(tensor: Tensor, device: torch.device | str) -> Tensor:
+    """A tensor of the host as one of the device, which the host does not wait for and which does
+    not change with it."""
+    if torch.device(device).type != "cuda":
+        return tensor.clone()
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
+def table_of(chunks: Sequence[Chunk], width: int) -> Tensor:
+    """The blocks of each chunk on the host, [batch, width] int32, with -1 after the last."""
+    rows = [[*chunk.table, *[-1] * (width - len(chunk.table))] for chunk in chunks]
+    return torch.tensor(rows, dtype=torch.int32).view(len(chunks), width)
 
 
 def current(device: torch.device) -> AbstractContextManager[object]:
@@ -46,6 +60,7 @@ def prepare(
     width: int,
     device: torch.device | str,
     slots_of: Callable[..., Tensor] = slot_mapping,
+    table: Tensor | None = None,
 ) -> tuple[Tensor, StepInput]:
     """Packs chunks, of different sequences, into the tokens and the StepInput of one forward.
 
@@ -59,17 +74,18 @@ def prepare(
             kernel splits its work by it, so it stays the same for all steps of a sequence.
         device: where the tensors go.
         slots_of: slot_mapping of the model's ops.
+        table: what table_of gives, where the caller keeps it.
 
     Returns:
         input_ids [num_tokens] int64, and where they stand.
     """
     counts = [len(chunk.tokens) for chunk in chunks]
     positions = [range(chunk.begin, chunk.begin + len(chunk.tokens)) for chunk in chunks]
-    tables = [[*chunk.table, *[-1] * (width - len(chunk.table))] for chunk in chunks]
+    table = table_of(chunks, width) if table is None else table
     step = StepInput(
         positions=put([p for run in positions for p in run], torch.int64, device),
         slot_mapping=torch.empty(0, dtype=torch.int64),
-        block_table=put(tables, torch.int32, device).view(len(chunks), width),
+        block_table=moved(table, device),
         cache_seqlens=put([run.stop for run in positions], torch.int32, device),
         cu_seqlens_q=put([0, *accumulate(counts)], torch.int32, device),
         max_seqlen_q=max(counts, default=0),
