@@ -20,7 +20,7 @@ class Frozen:
 
     def __init__(self, model: Any) -> None:
         self._model, self._bindings = model, bindings(model)
-        modules, config = list(model.modules()), model.config
+        modules, config = list(model.modules()), model.config.get_text_config()
         self._modules = [(m._modules, *item) for m in modules for item in m._modules.items()]
         self._numbers = [  # an eps, a scale, a window
             (one.__dict__, name, value)

@@ -92,7 +92,7 @@ class KvPages:
 
 def _sizes(model: Any) -> tuple[int, int, int]:
     """Layers, heads of keys and head_dim of a transformers model."""
-    config = model.config
+    config = model.config.get_text_config()
     heads = config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
     return config.num_hidden_layers, getattr(config, "num_key_value_heads", None) or heads, head_dim

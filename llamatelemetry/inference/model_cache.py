@@ -129,6 +129,9 @@ def _prepare(
 def _packs(model: Any) -> bool:
     """Whether the packed decoder is there to serve generate."""
     is_compiled = getattr(model, "_compiled_call_impl", None) is not None
+    patched = model.__dict__.get("_llamatelemetry")
+    if patched is not None and not patched.stack.is_bare_in(model):
+        return False  # generate may begin with images, and go on at positions that count them
     devices = {parameter.device for parameter in model.parameters()}
     return (
         not is_compiled and len(devices) == 1 and why_not_forward_tokens(model, renew=True) is None

@@ -19,6 +19,7 @@ from llamatelemetry.inference.request_handle import RequestHandle
 from llamatelemetry.inference.runner import PAGE_SIZE
 from llamatelemetry.inference.scheduled_request import ScheduledRequest
 from llamatelemetry.inference.scheduler import Piece, Plan, Scheduler
+from llamatelemetry.loading.find import context_length_of
 
 
 class RunningBatch:
@@ -266,7 +267,7 @@ class RunningBatch:
         blocks, runner = self.scheduler.blocks, self._runner
         counts = sorted(blocks.blocks_for(one.most_tokens) for one in requests)
         width = runner.width_for(counts[-1])
-        positions = min(width * PAGE_SIZE, int(self.model.config.max_position_embeddings))
+        positions = min(width * PAGE_SIZE, context_length_of(self.model.config))
         if exact:
             positions = max(one.most_tokens for one in requests)
         wanted = self._fixed or max(sum(counts[-self.max_rows :]), blocks.num_blocks)

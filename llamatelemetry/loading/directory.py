@@ -52,7 +52,7 @@ def load_directory(
     """
     if (path / ADAPTER).is_file():
         return _load_adapter(path, dtype, find)
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     quantization = quantization_of(check_directory(path))
     with in_one_sentence(path / "config.json", "transformers cannot read it"):
@@ -64,7 +64,7 @@ def load_directory(
         _read_generation_config(path, model)
         return Directory(model, tokenizer, _eos_ids(path, model, tokenizer), _generation(model))
     with in_one_sentence(path):
-        model, found = AutoModelForCausalLM.from_pretrained(
+        model, found = _auto_class(config).from_pretrained(
             path,
             dtype=dtype or "auto",
             output_loading_info=True,
@@ -73,6 +73,18 @@ def load_directory(
         )
     _check_loaded(path, found)
     return Directory(model, tokenizer, _eos_ids(path, model, tokenizer), _generation(model))
+
+
+def _auto_class(config: Any) -> Any:
+    """Of causal language models, or of those that take images too and generate text alone."""
+    import transformers
+
+    kind = type(config)
+    if kind in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
+        return transformers.AutoModelForCausalLM
+    if kind in transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+        return transformers.AutoModelForImageTextToText
+    return transformers.AutoModelForCausalLM  # whose refusal says it
 
 
 def _read_generation_config(path: Path, model: Any) -> None:

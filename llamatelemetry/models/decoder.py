@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from llamatelemetry.models.hf_overrides import in_force
 from llamatelemetry.models.opset import OpSet
@@ -190,7 +191,8 @@ def _not_causal(model: Any, stack: Stack) -> str | None:
     """Why a model is no decoder with a vocabulary projection and nothing else; None if it is."""
     get_head = getattr(model, "get_output_embeddings", None)
     has_head = get_head is not None and get_head() is not None
-    if not has_head or stack.path != stack.family.parts.stack or model.config is not stack.config:
+    # Of a model around it, a multimodal one say, the whole probe has to agree on text alone.
+    if not has_head or not (isinstance(model, PreTrainedModel) or stack.is_bare_in(model)):
         return f"{type(model).__name__} is not decoder layers and a vocabulary projection alone"
     return None
 
@@ -242,8 +244,7 @@ def rope_tables(
     positions = torch.arange(max(num_positions, 1), device=like.device).unsqueeze(0)
     tables = []
     for kind in kinds:
-        more = () if kind is None else (kind,)
-        cos, sin = rope_angles(stack.spec, *stack.rotary(like, positions, *more))
+        cos, sin = rope_angles(stack.spec, *stack.turned(like, positions, kind))
         tables.append((cos[0].to(like.dtype), sin[0].to(like.dtype)))
     return tables
 

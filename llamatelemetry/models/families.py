@@ -81,6 +81,19 @@ _GRANITE = LayerSpec(
     embedding_multiplier="embedding_multiplier",
     logits_scaling="logits_scaling",
 )
+# Learned positions; the layer's own linears are its MLP.
+_OPT = LayerSpec(
+    norm="layer",
+    first_norm="self_attn_layer_norm",
+    middle_norm="final_layer_norm",
+    output="out_proj",
+    rope="none",
+    mlp="",
+    mlp_kind="plain",
+    gate_up=("fc1",),
+    down="fc2",
+    activation="activation_function",
+)
 # Routed experts stay transformers' own module.
 _EXPERTS = LayerSpec(mlp_kind="own", window="sliding_window")
 
@@ -100,6 +113,22 @@ FAMILIES: dict[str, Family] = {
         ),
     ),
     "ArceeForCausalLM": Family("arcee", LayerSpec(mlp_kind="ungated", gate_up=("up_proj",))),
+    "AfmoeForCausalLM": Family(
+        "afmoe",
+        LayerSpec(
+            attention_norm="post_attention_layernorm",
+            middle_norm="pre_mlp_layernorm",
+            mlp_norm="post_mlp_layernorm",
+            attention_kind="own",
+            mlp_kind="own",
+            window="sliding_window",
+        ),
+    ),
+    "BioGptForCausalLM": Family(
+        "biogpt",
+        replace(_OPT, activation="hidden_act"),
+        parts=Parts("biogpt", norm="layer_norm", positions="embed_positions", rotary=""),
+    ),
     "CohereForCausalLM": Family("cohere", _COHERE),
     "Cohere2ForCausalLM": Family(
         "cohere2", replace(_COHERE, window="sliding_window", use_rope="sliding_window")
@@ -166,7 +195,25 @@ FAMILIES: dict[str, Family] = {
             qk_norm_after_rope=True,
         ),
     ),
+    "HyperCLOVAXForCausalLM": Family(
+        "hyperclovax",
+        replace(
+            _GRANITE,
+            attention_norm="post_norm1",
+            mlp_norm="post_norm2",
+            logits_scaling="",
+            logit_scale="logits_scaling",
+        ),
+    ),
     "HeliumForCausalLM": Family("helium", LayerSpec(rope="interleaved")),
+    "MiniCPM3ForCausalLM": Family(
+        "minicpm3",
+        LayerSpec(
+            attention_kind="own",
+            residual_multiplier="residual_scale",
+            logits_scaling="logits_scaling",
+        ),
+    ),
     "MinistralForCausalLM": Family("ministral", _WINDOW),
     "MixtralForCausalLM": Family("mixtral", _EXPERTS),
     "NemotronForCausalLM": Family(
@@ -180,22 +227,22 @@ FAMILIES: dict[str, Family] = {
     "OlmoeForCausalLM": Family("olmoe", LayerSpec(qk_norm="full", mlp_kind="own")),
     "OPTForCausalLM": Family(
         "opt",
-        LayerSpec(
-            norm="layer",
-            first_norm="self_attn_layer_norm",
-            middle_norm="final_layer_norm",
-            output="out_proj",
-            rope="none",
-            mlp="",
-            mlp_kind="plain",
-            gate_up=("fc1",),
-            down="fc2",
-            activation="activation_function",
-        ),
+        _OPT,
         parts=Parts(
             "model.decoder", norm="final_layer_norm", positions="embed_positions", rotary=""
         ),
         base="OPTDecoder",
+    ),
+    "PersimmonForCausalLM": Family(
+        "persimmon",
+        LayerSpec(
+            norm="layer",
+            attention_kind="own",
+            mlp_kind="ungated",
+            gate_up=("dense_h_to_4h",),
+            down="dense_4h_to_h",
+        ),
+        parts=Parts(norm="final_layernorm"),
     ),
     "PhiForCausalLM": Family(
         "phi",
@@ -212,6 +259,10 @@ FAMILIES: dict[str, Family] = {
     ),
     "Phi3ForCausalLM": Family(
         "phi3", LayerSpec(qkv=("qkv_proj",), gate_up=("gate_up_proj",), window="sliding_window")
+    ),
+    "Qwen2VLForConditionalGeneration": Family("qwen2_vl_text", _WINDOW, base="Qwen2VLTextModel"),
+    "Qwen2_5_VLForConditionalGeneration": Family(
+        "qwen2_5_vl_text", _WINDOW, base="Qwen2_5_VLTextModel"
     ),
     "Qwen2MoeForCausalLM": Family("qwen2_moe", _EXPERTS),
     "Qwen3MoeForCausalLM": Family("qwen3_moe", replace(_EXPERTS, qk_norm="head")),

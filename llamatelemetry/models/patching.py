@@ -104,7 +104,7 @@ def patch(
     register()
     _remove_strangers(model)
     stack = find_stack(model, lambda stack: refusals(model, stack, ops, wanted_pieces(stack)))
-    whole = None if stack.is_base() and stack.is_row(model) else WholeProbe(stack)
+    whole = None if stack.is_known_in(model) else WholeProbe(stack)
     wanted = wanted_pieces(stack)
     refused = refusals(model, stack, ops, wanted)
     pieces = _made(model, stack, ops, wanted, refused, strict)

@@ -11,7 +11,7 @@ from llamatelemetry.models.hf_overrides import in_force
 from llamatelemetry.models.opset import OpSet
 from llamatelemetry.models.pieces.attention import Attention
 from llamatelemetry.models.pieces.base import Piece
-from llamatelemetry.models.pieces.layer import DecoderLayer
+from llamatelemetry.models.pieces.layer import DecoderLayer, norm_in
 from llamatelemetry.models.pieces.linear import is_dense
 from llamatelemetry.models.pieces.merge import TensorsOf
 from llamatelemetry.models.pieces.mlp import MLPS
@@ -31,7 +31,7 @@ def wanted_pieces(stack: Stack) -> dict[str, type[Piece]]:
         wanted[stack.named(stack.family.parts.norm)] = norm
     for i, layer in enumerate(stack.layers):
         kinds: dict[str, type[Piece]] = {
-            name: norm for name in spec.norms if getattr(layer, name, None) is not None
+            name: norm for name in spec.norms if norm_in(layer, name) is not None
         }
         if spec.attention_kind == "projected":
             kinds[spec.attention] = Attention

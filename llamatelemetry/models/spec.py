@@ -90,15 +90,24 @@ _CONFIG_FIELDS: dict[str, tuple[str, tuple[Any, ...]]] = {
     "use_parallel_residual": ("parallel", (None, False)),
     "use_qk_norm": ("qk_norm", (None, False)),
 }
+_OF_ATTENTION = {  # which reads them itself where it stays the module's own
+    "attn_logit_softcapping",
+    "attn_output_gate",
+    "clip_qkv",
+    "qk_layernorm",
+    "use_qk_norm",
+}
 # Kinds of attention that layer_types may name, and the LayerSpec field that reads each.
 _LAYER_TYPES = {"full_attention": None, "sliding_attention": "window"}
 
 
 def unread_field(spec: LayerSpec, config: Any) -> str | None:
     """Why a model of this config is not what spec says; None where spec reads all that matters."""
+    named = [value for value in vars(spec).values() if isinstance(value, str)]
     for name, (field, neutral) in _CONFIG_FIELDS.items():
-        value = getattr(config, name, None)
-        if value is not None and value not in neutral and not _reads(spec, field):
+        value, is_read = getattr(config, name, None), _reads(spec, field) or name in named
+        is_read = is_read or (spec.attention_kind == "own" and name in _OF_ATTENTION)
+        if value is not None and value not in neutral and not is_read:
             return _unread(name, neutral[-1], value)
     ropes = getattr(config, "no_rope_layers", None)
     if ropes and not all(ropes) and not spec.use_rope:

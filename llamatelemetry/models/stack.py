@@ -93,19 +93,32 @@ class Stack:
 
     def angles(self, i: int) -> Callable[[Tensor, Tensor], Angles | None]:
         """What gives layer i its position_embeddings, of hidden states and position ids."""
-        rotary = self.rotary
-        if rotary is None:
+        if self.rotary is None:
             return lambda x, positions: None
-        if not _takes_kind(rotary):
-            return lambda x, positions: rotary(x, positions)
         kind = self.rope_kind(i)
-        return lambda x, positions: rotary(x, positions, kind)
+        return lambda x, positions: self.turned(x, positions, kind)
+
+    def turned(self, x: Tensor, positions: Tensor, kind: str | None) -> Angles:
+        """What the rotary module of a kind gives for position ids [batch, seqlen]."""
+        rotary = self.rotary
+        if hasattr(rotary, "mrope_section"):  # positions in time, height and width: text's are one
+            positions = positions.expand(3, *positions.shape)
+        angles: Angles = rotary(x, positions) if kind is None else rotary(x, positions, kind)
+        return angles
 
     def is_row(self, model: Any) -> bool:
         """Whether a model is of the very class that the stack's row is of."""
         kind = type(model)
         row = FAMILIES.get(kind.__name__)
         return row is self.family and kind.__module__.startswith("transformers.")
+
+    def is_bare_in(self, model: Any) -> bool:
+        """Whether a model is the stack and a head around it, not a larger one with more inputs."""
+        return self.path == self.family.parts.stack and model.config is self.config
+
+    def is_known_in(self, model: Any) -> bool:
+        """Whether the tests prove what a model does around the stack, so that no probe need."""
+        return self.is_base() and self.is_row(model) and self.is_bare_in(model)
 
     def is_base(self) -> bool:
         """Whether the stack is of the very class that its row's base model is."""

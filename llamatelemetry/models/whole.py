@@ -59,8 +59,11 @@ class WholeProbe:
     def packed_disagreement(self, decoder: Decoder) -> str | None:
         """Why the packed forward is not the model's; None if it is."""
         model = decoder.model
-        with undisturbed(model):
-            logits = model(input_ids=self._ids, use_cache=False).logits[0]
+        try:
+            with undisturbed(model):
+                logits = model(input_ids=self._ids, use_cache=False).logits[0]
+        except Exception as error:  # of whatever the model is made of
+            return f"it does not run on token ids alone: {type(error).__name__}: {error}"
         ours = _packed(decoder, self._ids[0])
         return _disagreement(ours, logits[[end - 1 for end in _BEGINS[1:]]])
 

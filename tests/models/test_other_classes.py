@@ -133,26 +133,6 @@ def test_an_adapter_around_a_model(device):
     assert_close(model(input_ids=ids).logits, before, **CLOSE)
 
 
-def test_the_language_model_of_a_multimodal_one(device):
-    vision = {"num_hidden_layers": 2, "num_attention_heads": 4, "image_size": 16, "patch_size": 4}
-    sizes = {"hidden_size": 64, "intermediate_size": 96}
-    config = transformers.LlavaConfig(
-        vision_config=transformers.CLIPVisionConfig(**vision, **sizes),
-        text_config=LlamaConfig(**SIZES),
-        image_token_index=VOCAB - 1,
-    )
-    model = made(transformers.LlavaForConditionalGeneration, config, device)
-    ids = torch.randint(1, VOCAB - 1, (2, 25), device=device)
-    ids[:, 1:17] = VOCAB - 1
-    pixels = torch.randn(2, 3, 16, 16, device=device)
-    before = model(input_ids=ids, pixel_values=pixels).logits
-    report = patch(model)
-    assert report.refused == {}
-    assert report.replaced["DecoderLayer"] == 2
-    assert report.not_packed is not None
-    assert_close(model(input_ids=ids, pixel_values=pixels).logits, before, **CLOSE)
-
-
 @pytest.mark.parametrize(
     "name", ["Ernie4_5_MoeForCausalLM", "Dots1ForCausalLM", "FlexOlmoForCausalLM"]
 )

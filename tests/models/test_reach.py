@@ -8,7 +8,7 @@ import pytest
 import reach
 import torch
 import transformers
-from families import VOCAB, tiny_model
+from families import FAMILIES, VOCAB, tiny_model
 
 from llamatelemetry.inference.generation import TokenGenerator
 from llamatelemetry.inference.sampling import GREEDY
@@ -16,11 +16,12 @@ from llamatelemetry.models.patching import patch
 
 SAMPLE = {
     "whole": ["Gemma2ForCausalLM", "Glm4MoeForCausalLM", "OPTForCausalLM"],
-    "in part": ["DeepseekV3ForCausalLM"],
+    "in part": ["DeepseekV3ForCausalLM", "PersimmonForCausalLM"],
     "attention only": ["BartForCausalLM", "BigBirdPegasusForCausalLM"],
     "not": ["BloomForCausalLM"],
 }
 NEW_TOKENS = 12
+NEEDS_NEMOTRON = pytest.mark.skipif("nemotron" not in FAMILIES, reason="families.py says why")
 
 
 def documented():
@@ -79,6 +80,19 @@ def test_the_table_has_no_wrong_and_enough_of_the_rest():
         "opt",
         "qwen3_moe",
         "gpt_oss",
+        "glm",
+        "seed_oss",
+        "ministral",
+        "cwm",
+        "arcee",
+        "cohere",
+        pytest.param("nemotron", marks=NEEDS_NEMOTRON),
+        "mixtral",
+        "qwen2_moe",
+        "olmoe",
+        "granitemoe",
+        "biogpt",
+        "hyperclovax",
     ],
 )
 def test_packed_generation_is_that_of_transformers(family, device):

@@ -50,6 +50,12 @@ _EXPERTS = {
     "num_experts_per_tok": 2,
     "moe_intermediate_size": 48,
 }
+_MULTIPLIERS = {
+    "attention_multiplier": 0.2,
+    "residual_multiplier": 0.3,
+    "embedding_multiplier": 2.0,
+    "logits_scaling": 1.5,
+}
 # Whose every linear can hold packed weights, and the embedding too.
 _PACKABLE = {
     "llama": ("Llama", {"tie_word_embeddings": True}),
@@ -62,15 +68,7 @@ _PACKABLE = {
         {"use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 1},
     ),
     "qwen3": ("Qwen3", {"tie_word_embeddings": True}),
-    "granite": (
-        "Granite",
-        {
-            "attention_multiplier": 0.2,
-            "residual_multiplier": 0.3,
-            "embedding_multiplier": 2.0,
-            "logits_scaling": 1.5,
-        },
-    ),
+    "granite": ("Granite", _MULTIPLIERS),
     "apertus": ("Apertus", {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}),
     "arcee": ("Arcee", {"mlp_bias": True}),
     "cwm": ("Cwm", _SLIDING),
@@ -112,6 +110,9 @@ FAMILIES = {
     "gpt2": ("GPT2", _HEADS | {"scale_attn_by_inverse_layer_idx": True}),
     "gpt_neox": ("GPTNeoX", _HEADS),
     "gpt_neox_serial": ("GPTNeoX", _HEADS | {"use_parallel_residual": False}),
+    "biogpt": ("BioGpt", _HEADS | {"activation_dropout": 0.0}),
+    "hyperclovax": ("HyperCLOVAX", _MULTIPLIERS | {"use_post_norm": True, "head_dim": 64}),
+    "hyperclovax_plain": ("HyperCLOVAX", {"use_post_norm": False}),
     "opt": ("OPT", _HEADS | {"word_embed_proj_dim": 192, "ffn_dim": 160}),
     "mixtral": ("Mixtral", _EXPERTS | {"sliding_window": WINDOW}),
     "qwen2_moe": (
@@ -122,14 +123,7 @@ FAMILIES = {
     "olmoe": ("Olmoe", _SQUARE | _EXPERTS),
     "granitemoe": (
         "GraniteMoe",
-        _SQUARE
-        | _EXPERTS
-        | {
-            "attention_multiplier": 0.2,
-            "residual_multiplier": 0.3,
-            "embedding_multiplier": 2.0,
-            "logits_scaling": 1.5,
-        },
+        _SQUARE | _EXPERTS | _MULTIPLIERS,
     ),
     "gpt_oss": ("GptOss", _SLIDING | _EXPERTS),
 }
@@ -137,6 +131,7 @@ FAMILIES = {
 # The oldest transformers that is supported has its attention outside of AttentionInterface.
 if not hasattr(transformers.models.nemotron.modeling_nemotron, "eager_attention_forward"):
     del FAMILIES["nemotron"]
+FAMILIES = {key: row for key, row in FAMILIES.items() if hasattr(transformers, f"{row[0]}Config")}
 QUANTISED = [*_PACKABLE, "olmo2", "exaone4", "ernie", "cohere2"]
 # Half precision where the layer rounds in another place than Llama's does.
 _IN_HALF = [*QUANTISED, "gemma2", "phi", "gpt_neox", "gpt_oss"]

@@ -19,7 +19,7 @@ from llamatelemetry.models.spec import LayerSpec
 # past_key_values to cache; a module's own signature says which of the two it has.
 CACHE_NAMES = ("cache", "past_key_values", "layer_past")
 # Of decoders that can have an encoder beside them: what hands a call over to the module's forward.
-ENCODER_NAMES = ("encoder_hidden_states", "encoder_attention_mask")
+ENCODER_NAMES = ("encoder_hidden_states", "encoder_attention_mask", "key_value_states")
 KNOWN_TO_LAYERS = frozenset(
     {
         "hidden_states",

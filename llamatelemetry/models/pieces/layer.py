@@ -38,7 +38,7 @@ class DecoderLayer(Piece):
 
     def bypassed(self) -> list[tuple[str, nn.Module]]:
         names = (self.spec.attention_norm, self.spec.middle_norm, self.spec.mlp_norm)
-        norms = ((name, getattr(self.module, name)) for name in names if name)
+        norms = ((name, norm_in(self.module, name)) for name in names)
         return [(name, norm) for name, norm in norms if norm is not None]
 
     def numbers(self) -> list[tuple[Any, str]]:
@@ -110,8 +110,14 @@ def add_norm(x: Tensor, residual: Tensor, norm: NormFunction | None) -> Tensor:
 
 def norm_of(owner: nn.Module, name: str, spec: LayerSpec, ops: OpSet) -> NormFunction | None:
     """A norm that a module has under this name; None where it has none."""
-    norm = getattr(owner, name) if name else None
+    norm = norm_in(owner, name)
     return None if norm is None else NormFunction(norm, spec.norm, ops)
+
+
+def norm_in(owner: nn.Module, name: str) -> Any:
+    """The module of a norm; None where there is none, or one that gives what it takes."""
+    norm = getattr(owner, name) if name else None
+    return None if isinstance(norm, nn.Identity) else norm
 
 
 def number_of(owner: Any, name: str) -> float:
