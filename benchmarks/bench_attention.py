@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 
 from llamatelemetry.ops import cascade_attention, merge_attn_states, paged_attention
+from llamatelemetry.ops.reference.cache import quantised
 
 PAGE_SIZE = 16
 
@@ -82,6 +83,26 @@ def with_terms(case: Case) -> Case:
     )
 
 
+def in_8_bits(case: Case, stored: torch.dtype) -> Case:
+    """A case of decode over a cache of 8 bits, beside the same numbers in q's dtype."""
+    q, keys, values, *where, _, _ = case.inputs
+    caches, scales = zip(*(quantised(x, stored) for x in (keys, values)), strict=True)
+    wide = [(x.float() * s.unsqueeze(-1)).to(q.dtype) for x, s in zip(caches, scales, strict=True)]
+
+    def over_8_bits(q: Tensor, *inputs: Tensor) -> Tensor:
+        named = {"k_scales": inputs[5], "v_scales": inputs[6]}
+        return paged_attention(q[:, 0], *inputs[:5], max_seqlen_q=1, **named)[0][:, None]
+
+    return replace(
+        case,
+        name=f"{case.name}, cache of {str(stored)[6:]}",
+        inputs=(q, *caches, *where, *scales, *wide),
+        ours=over_8_bits,
+        baselines={"16 bits": lambda q, *inputs: decode(q, *inputs[-2:], *inputs[2:5])},
+        bytes_moved=sum(x.nbytes for x in (*caches, *scales)),
+    )
+
+
 def decode_cases(device: torch.device, quick: bool) -> Iterator[Case]:
     """Decode steps of a batch on a GPU, Llama-3-8B's heads."""
     heads_q, heads_kv, head_dim = 32, 8, 128
@@ -118,6 +139,9 @@ def decode_cases(device: torch.device, quick: bool) -> Iterator[Case]:
         if (batch, num_keys) == (32, 4096):
             yield replace(case, name=f"{case.name}, split_size 1024", ours=decode_cut)
             yield with_terms(case)
+        if (batch, num_keys) in ((1, 4096), (8, 4096), (32, 4096)):
+            for stored in (torch.float8_e4m3fn, torch.int8):
+                yield in_8_bits(case, stored)
 
 
 def cascade(device: torch.device, batch: int, num_shared: int, num_own: int) -> Case:

@@ -10,6 +10,7 @@ from harness import Case, main
 from torch import Tensor
 
 from llamatelemetry import ops
+from llamatelemetry.ops.reference.cache import quantised
 
 PAGE_SIZE = 16
 
@@ -35,6 +36,35 @@ def append_kv(device: torch.device, num_tokens: int, heads: int, head_dim: int) 
         ours=ours,
         baselines={"index_copy_": theirs},
         bytes_moved=2 * 2 * qkv[:, 3].nbytes,
+    )
+
+
+def append_8_bit(device: torch.device, num_tokens: int, stored: torch.dtype) -> Case:
+    """Llama-3-8B's heads, each row with a scale of its own, beside the same in torch's ops."""
+    heads, head_dim = 8, 128
+    num_blocks = 2 * (num_tokens + PAGE_SIZE - 1) // PAGE_SIZE + 8
+    qkv = torch.randn(num_tokens, 5, heads, head_dim, device=device).bfloat16()
+    caches = torch.zeros(2, num_blocks, PAGE_SIZE, heads, head_dim, device=device).to(stored)
+    scales = torch.zeros(2, num_blocks, PAGE_SIZE, heads, device=device)
+    slots = torch.randperm(num_blocks * PAGE_SIZE, device=device)[:num_tokens]
+
+    def ours(qkv: Tensor, k: Tensor, v: Tensor, slots: Tensor, *scales: Tensor) -> list[Tensor]:
+        ops.append_kv_(qkv[:, 3], qkv[:, 4], k, v, slots, *scales)
+        return [x.view(torch.uint8) for x in (k, v)]
+
+    def theirs(qkv: Tensor, k: Tensor, v: Tensor, slots: Tensor, *scales: Tensor) -> list[Tensor]:
+        for i, (cache, scale) in enumerate(zip((k, v), scales, strict=True)):
+            rows, row_scales = quantised(qkv[:, 3 + i], stored)
+            cache.view(torch.uint8).flatten(0, 1)[slots] = rows.view(torch.uint8)
+            scale.flatten(0, 1)[slots] = row_scales
+        return [x.view(torch.uint8) for x in (k, v)]
+
+    return Case(
+        f"append_kv_ {num_tokens}x{heads}x{head_dim} bfloat16 to {str(stored)[6:]}",
+        inputs=(qkv, *caches, slots, *scales),
+        ours=ours,
+        baselines={"torch": theirs},
+        bytes_moved=2 * (qkv[:, 3].nbytes + num_tokens * heads * (head_dim + 4)),
     )
 
 
@@ -193,6 +223,9 @@ def cases(device: torch.device, quick: bool) -> Iterator[Case]:
         yield append_kv(device, num_tokens, heads, head_dim)
         if quick:
             return
+    for num_tokens in (64, 4096):
+        for stored in (torch.float8_e4m3fn, torch.int8):
+            yield append_8_bit(device, num_tokens, stored)
     for num_tokens in (1, 32, 2048):
         yield rope_append_kv(device, num_tokens, norms=False)
         yield rope_append_kv(device, num_tokens, norms=True)

@@ -15,8 +15,8 @@ STABLE_TORCH_LIBRARY(llamatelemetry, m) {
   m.def("softmax(Tensor x, float temperature) -> Tensor");
 
   // cache: k_cache, v_cache [num_blocks, page_size, num_heads_kv, head_dim]
-  m.def("append_kv_(Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor slot_mapping) -> ()");
-  m.def("rope_append_kv_(Tensor(a!) qkv, Tensor cos, Tensor sin, Tensor? positions, bool interleaved, Tensor(b!) k_cache, Tensor(c!) v_cache, Tensor slot_mapping, Tensor? q_weight=None, Tensor? k_weight=None, float eps=1e-6, float weight_offset=0.0) -> ()");
+  m.def("append_kv_(Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor slot_mapping, Tensor(c!)? k_scales=None, Tensor(d!)? v_scales=None) -> ()");
+  m.def("rope_append_kv_(Tensor(a!) qkv, Tensor cos, Tensor sin, Tensor? positions, bool interleaved, Tensor(b!) k_cache, Tensor(c!) v_cache, Tensor slot_mapping, Tensor? q_weight=None, Tensor? k_weight=None, float eps=1e-6, float weight_offset=0.0, Tensor(d!)? k_scales=None, Tensor(e!)? v_scales=None) -> ()");
   m.def("copy_blocks_(Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor block_pairs) -> ()");
   m.def("swap_blocks_(Tensor k_from, Tensor v_from, Tensor(a!) k_to, Tensor(b!) v_to, Tensor block_pairs) -> ()");
   m.def("slot_mapping(Tensor positions, Tensor block_table, Tensor cu_seqlens_q, int page_size) -> Tensor");
@@ -25,7 +25,7 @@ STABLE_TORCH_LIBRARY(llamatelemetry, m) {
   // attention: packed is [total_tokens, heads, head_dim], else [batch, seqlen, heads, head_dim]; returns out, lse; backend: a name of attention/choice.h
   m.def("flash_attn(Tensor q, Tensor k, Tensor v, Tensor? sinks, Tensor? alibi_slopes, float softmax_scale, bool causal, int window_left, int window_right, float softcap, str? backend=None) -> (Tensor, Tensor)");
   m.def("flash_attn_varlen(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor cu_seqlens_k, int max_seqlen_q, int max_seqlen_k, Tensor? sinks, Tensor? alibi_slopes, float softmax_scale, bool causal, int window_left, int window_right, float softcap, str? backend=None) -> (Tensor, Tensor)");
-  m.def("paged_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor block_table, Tensor cache_seqlens, Tensor cu_seqlens_q, int max_seqlen_q, float softmax_scale, bool causal, int window_left, int window_right, float softcap, str? backend=None, Tensor? sinks=None, Tensor? alibi_slopes=None, int num_splits=0, int split_size=0) -> (Tensor, Tensor)");
+  m.def("paged_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor block_table, Tensor cache_seqlens, Tensor cu_seqlens_q, int max_seqlen_q, float softmax_scale, bool causal, int window_left, int window_right, float softcap, str? backend=None, Tensor? sinks=None, Tensor? alibi_slopes=None, int num_splits=0, int split_size=0, Tensor? k_scales=None, Tensor? v_scales=None) -> (Tensor, Tensor)");
   m.def("merge_attn_states(Tensor out_a, Tensor lse_a, Tensor out_b, Tensor lse_b) -> (Tensor, Tensor)");
 
   // quant: format is a name of format/format.h; packed is what repack returns

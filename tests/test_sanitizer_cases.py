@@ -10,8 +10,12 @@ for reads of what nobody wrote, unless `--check-api-memory-access no` is given.
 
 from __future__ import annotations
 
+from functools import partial
+from itertools import product
+
 import pytest
 import torch
+from eight_bit_case import eight_bit_decode
 from torch.testing import assert_close
 
 from llamatelemetry import ops
@@ -260,6 +264,10 @@ CASES = {
         for options in ({}, {"split_size": 64}, {"num_splits": 2}, {"window_size": (70, 0)})
     },
     "gemm": lambda: (products, randn(13, 77), randn(21, 77)),
+    **{
+        f"paged decode, cache of {stored}, {head_dim}": partial(eight_bit_decode, stored, head_dim)
+        for stored, head_dim in product((torch.float8_e4m3fn, torch.int8), (24, 48, 128, 160))
+    },
     "linear": lambda: (linears, randn(13, 72), randn(34, 72) / 8, randn(34), randn(13, 34)),
     "grouped": lambda: (
         *(grouped, randn(9, 96), torch.randint(0, 16, (20, 96), dtype=torch.uint8)),

@@ -9,6 +9,7 @@
 #include "attention/decode/config.h"
 #include "attention/mma/tiles.h"
 #include "attention/sm90/tiles.h"
+#include "common/cache_dtype.h"
 #include "common/dtype.h"
 
 namespace llamatelemetry {
@@ -62,10 +63,10 @@ struct AttentionDescriptor {
   int num_threads;  // of the CPU
   // The call.
   DType dtype;
-  DType kv_dtype;  // of what keys and values are stored in
-  bool has_scales;
+  DType kv_dtype;     // of what keys and values are stored in
   bool is_packed;     // sequences of any length
   bool aligned;       // rows of q, k and v lie apart, each at a multiple of 16 bytes
+  bool far_apart;     // keys of a sequence, or pages, begin 2^36 bytes or more from each other
   int64_t page_size;  // 0: keys are dense
   int64_t head_dim;
   int64_t batch;
@@ -88,6 +89,7 @@ struct AttentionPlan {
   int split_keys;     // where they are cut: at multiples of it; 0: into equal parts
   bool fixed_splits;  // whether the caller said so; else decode shares the batch's keys evenly
   int num_blocks;     // decode: of the grid; else 0
+  bool is_wide;       // decode: row tiles of kWideRowTile
 };
 
 static inline constexpr const char* impl_name(AttentionImpl impl) {
@@ -109,6 +111,10 @@ static inline constexpr const char* tile_class_name(TileClass tile) {
 }
 
 // ---- What an implementation can serve ----
+
+static inline constexpr bool has_fixed_splits(const AttentionDescriptor& d) {
+  return d.num_splits > 0 || d.split_keys > 0;
+}
 
 static inline constexpr bool is_16_bit(DType dtype) {
   return dtype == DType::kFloat16 || dtype == DType::kBFloat16;
@@ -145,17 +151,41 @@ static inline constexpr const char* why_not_sm90(const AttentionDescriptor& d) {
   return nullptr;
 }
 
+static inline constexpr const decode::Config& decode_config(int64_t head_dim, DType stored,
+                                                            bool is_wide) {
+  return decode::config_of(head_dim,
+                           stored == DType::kFloat8E4M3 ? decode::Stored::kE4M3
+                           : stored == DType::kInt8     ? decode::Stored::kInt8
+                                                        : decode::Stored::kAsQueries,
+                           is_wide);
+}
+
+// Rows of a key head: its query heads, of all queries of a sequence.
+static inline constexpr int64_t rows_of_key_head(const AttentionDescriptor& d) {
+  return d.num_heads_kv > 0 ? d.seqlen_q * (d.num_heads_q / d.num_heads_kv) : 0;
+}
+// Wide row tiles read keys once for more rows, but their parts take long to combine: where every
+// other multiprocessor has a key head of its own there are few.
+static inline constexpr bool decodes_wide(const AttentionDescriptor& d) {
+  return rows_of_key_head(d) > decode::kRowTile && d.kv_dtype == d.dtype && !has_fixed_splits(d) &&
+         d.head_dim <= decode::kMaxWideHeadDim && 2 * d.batch * d.num_heads_kv >= d.num_sms;
+}
+
 static inline constexpr const char* why_not_decode(const AttentionDescriptor& d) {
   if (d.code_capability < 80) {
     return "it needs a GPU of compute capability 8.0 or later and code for it";
   }
   if (d.dtype == DType::kFloat32) return "it serves float16 and bfloat16";
   if (!d.aligned) return "rows of q, k and v must lie apart, at multiples of 16 bytes";
-  if (decode::config_of(d.head_dim).shared_bytes() > d.max_shared_bytes) {
+  if (is_8_bit_cache(d.kv_dtype)) {
+    if (d.head_dim % 16 != 0) return "over 8 bits head_dim must be a multiple of 16";
+    if (has_fixed_splits(d)) return "over 8 bits it takes neither num_splits nor split_size";
+  }
+  if (decode_config(d.head_dim, d.kv_dtype, decodes_wide(d)).shared_bytes() > d.max_shared_bytes) {
     return "its blocks need more shared memory than this GPU gives one";
   }
-  const int64_t group_size = d.num_heads_kv > 0 ? d.num_heads_q / d.num_heads_kv : 0;
-  const int64_t row_tiles = (d.seqlen_q * group_size + decode::kRowTile - 1) / decode::kRowTile;
+  if (d.far_apart) return "it reaches caches of up to 64 GB";
+  const int64_t row_tiles = (rows_of_key_head(d) + decode::kRowTile - 1) / decode::kRowTile;
   const int64_t segments = d.batch * d.num_heads_kv * row_tiles;
   const int64_t tiles = d.seqlen_k / decode::kTileKeys + 2;
   if (d.seqlen_k > INT32_MAX - decode::kTileKeys) return "it counts up to 2^31 - 65 keys";
@@ -193,7 +223,11 @@ static inline constexpr const char* why_not_simt(const AttentionDescriptor& d) {
 static inline constexpr const char* why_not(AttentionImpl impl, const AttentionDescriptor& d) {
   if (impl == AttentionImpl::kCpu && d.on_cuda) return "the tensors are on a GPU";
   if (impl != AttentionImpl::kCpu && !d.on_cuda) return "the tensors are on the CPU";
-  if (d.kv_dtype != d.dtype || d.has_scales) return "keys and values must be stored in q's dtype";
+  const bool takes_8_bit =
+      impl == AttentionImpl::kCpu || impl == AttentionImpl::kDecode || impl == AttentionImpl::kSimt;
+  if (d.kv_dtype != d.dtype && !(takes_8_bit && is_8_bit_cache(d.kv_dtype))) {
+    return "keys and values must be stored in q's dtype";
+  }
   switch (impl) {
     case AttentionImpl::kCpu: return nullptr;
     case AttentionImpl::kDecode: return why_not_decode(d);
@@ -210,20 +244,22 @@ static inline constexpr const char* why_not(AttentionImpl impl, const AttentionD
 
 // The first in this order that can serve the call and is worth it; kNone where none can.
 static inline constexpr AttentionImpl best_impl(const AttentionDescriptor& d) {
-  const bool few_queries = d.seqlen_q < kMinPrefillQueries;
+  // Rows over one read of the keys.
+  const int64_t rows = rows_of_key_head(d);
+  const bool few_rows =
+      d.page_size > 0 && !has_fixed_splits(d) && why_not(AttentionImpl::kDecode, d) == nullptr &&
+      (rows <= decode::kRowTile || (decodes_wide(d) && rows <= decode::kWideRowTile));
+  const bool few_queries = d.seqlen_q < kMinPrefillQueries || few_rows;
   for (const AttentionImpl impl :
        {AttentionImpl::kCpu, AttentionImpl::kDecode, AttentionImpl::kSm90, AttentionImpl::kSm80,
         AttentionImpl::kSm75, AttentionImpl::kSimt}) {
-    if (impl == AttentionImpl::kDecode && !few_queries) continue;
+    // Over 8 bits nothing else with tensor cores serves chunks.
+    if (impl == AttentionImpl::kDecode && !few_queries && d.kv_dtype == d.dtype) continue;
     const bool is_prefill = impl == AttentionImpl::kSm90 || impl == AttentionImpl::kSm80;
     if (is_prefill && few_queries && d.page_size > 0) continue;
     if (why_not(impl, d) == nullptr) return impl;
   }
   return AttentionImpl::kNone;
-}
-
-static inline constexpr bool has_fixed_splits(const AttentionDescriptor& d) {
-  return d.num_splits > 0 || d.split_keys > 0;
 }
 
 // Into how many parts the keys of a sequence are cut, so that few queries over many keys use every
@@ -258,6 +294,7 @@ static inline constexpr int num_splits_of(AttentionImpl impl, const AttentionDes
 static inline constexpr TileClass tile_class_of(AttentionImpl impl, const AttentionDescriptor& d) {
   switch (impl) {
     case AttentionImpl::kCpu: {
+      if (d.kv_dtype != d.dtype) return TileClass::kRow;
       const int64_t rows = d.seqlen_q * (d.num_heads_q / d.num_heads_kv);
       return rows <= kMaxDecodeRows ? TileClass::kRow : TileClass::kLarge;
     }
@@ -277,14 +314,17 @@ static inline constexpr TileClass tile_class_of(AttentionImpl impl, const Attent
 // What impl runs the call with. why_not must have had nothing to say.
 static inline constexpr AttentionPlan plan_of(AttentionImpl impl, const AttentionDescriptor& d) {
   const bool decodes = impl == AttentionImpl::kDecode;
+  const bool is_wide = decodes && decodes_wide(d);
   return {.impl = impl,
           .tile = tile_class_of(impl, d),
           .num_splits = num_splits_of(impl, d),
           .split_keys = d.split_keys,
           .fixed_splits = has_fixed_splits(d) && (decodes || impl == AttentionImpl::kCpu),
-          .num_blocks = decodes ? d.num_sms * decode::resident_blocks(decode::config_of(d.head_dim),
-                                                                      d.max_shared_bytes)
-                                : 0};
+          .num_blocks = decodes ? d.num_sms * decode::resident_blocks(
+                                                  decode_config(d.head_dim, d.kv_dtype, is_wide),
+                                                  d.max_shared_bytes)
+                                : 0,
+          .is_wide = is_wide};
 }
 
 }  // namespace llamatelemetry

@@ -8,6 +8,9 @@ namespace llamatelemetry {
 
 Error launch_decode(const AttentionParams& params, Stream stream);        // dense and paged
 Error launch_decode_fixed(const AttentionParams& params, Stream stream);  // of it, fixed splits
+Error launch_decode_wide(const AttentionParams& params, Stream stream);   // of it, plan.is_wide
+Error launch_decode_e4m3(const AttentionParams& params, Stream stream);   // of it, such caches
+Error launch_decode_int8(const AttentionParams& params, Stream stream);
 Error launch_sm75(const AttentionParams& params, Stream stream);
 Error launch_sm80(const AttentionParams& params, Stream stream);
 Error launch_sm80_paged(const AttentionParams& params, Stream stream);

@@ -129,16 +129,22 @@ inline AttentionDescriptor this_machine() {
 // Whether the rows of x lie apart, each at a multiple of 16 bytes.
 inline bool has_aligned_rows(const Heads& x, int64_t batch, int64_t num_tokens, int64_t num_heads,
                              DType dtype) {
-  const int64_t element_bytes = dtype == DType::kFloat32 ? 4 : 2;
   const bool apart = num_tokens <= 1 || x.token_stride != 0;
-  return apart && rows_are_aligned(x, batch, num_tokens, num_heads, element_bytes);
+  return apart && rows_are_aligned(x, batch, num_tokens, num_heads, dtype_bytes(dtype));
+}
+
+// Bytes from the first row of keys or values to the last that a kernel counts from there: those of
+// all pages, or of a sequence.
+inline int64_t reach_of(const KeyValueView& view, int64_t num_pages, int64_t num_tokens) {
+  const int64_t pages = view.page_size > 0 ? std::max<int64_t>(num_pages - 1, 0) : 0;
+  return (pages * view.rows.batch_stride + num_tokens * view.rows.token_stride) *
+         dtype_bytes(view.dtype);
 }
 
 inline AttentionDescriptor descriptor_of(const AttentionParams& p) {
   AttentionDescriptor d = this_machine();
   d.dtype = p.dtype;
   d.kv_dtype = p.k.dtype;
-  d.has_scales = p.k.scales != nullptr || p.v.scales != nullptr;
   d.is_packed = p.cu_seqlens_q != nullptr;
   d.page_size = p.k.page_size;
   d.head_dim = p.head_dim;
@@ -158,6 +164,10 @@ inline AttentionDescriptor descriptor_of(const AttentionParams& p) {
   d.aligned = has_aligned_rows(p.q, p.batch, tokens_q, p.num_heads_q, p.dtype) &&
               has_aligned_rows(p.k.rows, parts_k, tokens_k, p.num_heads_kv, p.k.dtype) &&
               has_aligned_rows(p.v.rows, parts_k, tokens_k, p.num_heads_kv, p.v.dtype);
+  constexpr int64_t kFar = int64_t{1} << 36;
+  const int64_t tokens = paged ? d.page_size : p.seqlen_k;
+  d.far_apart =
+      std::max(reach_of(p.k, p.num_pages, tokens), reach_of(p.v, p.num_pages, tokens)) >= kFar;
   return d;
 }
 
@@ -241,8 +251,8 @@ inline Workspace allocate_workspace(const Tensor& q, AttentionParams& p) {
   }
   if (plan.num_blocks > 0) {
     if (!plan.fixed_splits) {  // each leaves at most one part
-      allocate_partials(int64_t{plan.num_blocks} * decode::kRowTile,
-                        decode::config_of(p.head_dim).head_dim);
+      const decode::Config& config = decode_config(p.head_dim, p.k.dtype, plan.is_wide);
+      allocate_partials(int64_t{plan.num_blocks} * config.row_tile, config.head_dim);
     }
     workspace.flags = allocate(q, {plan.num_blocks}, ScalarType::Long);
     p.part_flags = reinterpret_cast<uint64_t*>(workspace.flags->mutable_data_ptr());

@@ -21,8 +21,8 @@ AttentionParams dense_params(const char* op, const Tensor& q, const Tensor& k, c
   }
   AttentionParams p{};
   p.q = heads_of(q);
-  p.k = {.rows = heads_of(k), .page_size = 0, .scales = nullptr, .dtype = dtype};
-  p.v = {.rows = heads_of(v), .page_size = 0, .scales = nullptr, .dtype = dtype};
+  p.k = {.rows = heads_of(k), .page_size = 0, .scales = {}, .dtype = dtype};
+  p.v = {.rows = heads_of(v), .page_size = 0, .scales = {}, .dtype = dtype};
   p.batch = batch;
   p.num_heads_q = q.size(heads);
   p.num_heads_kv = k.size(heads);

@@ -3,6 +3,7 @@
 #include <utility>
 
 #include "attention/ops_checks.h"
+#include "binding/cache_scales.h"
 
 namespace llamatelemetry {
 namespace {
@@ -14,17 +15,30 @@ struct PagedTensors {
   const Tensor& block_table;
   const Tensor& cache_seqlens;
   const Tensor& cu_seqlens_q;
+  const std::optional<Tensor>& k_scales;
+  const std::optional<Tensor>& v_scales;
 };
 
-void check_cache(const char* op, const PagedTensors& t) {
+// The dtype of the caches: q's, or 8 bits with scales.
+DType check_stored(const char* op, const PagedTensors& t) {
   check_dim(op, "k_cache", t.k_cache, 4, "[num_blocks, page_size, num_heads_kv, head_dim]");
+  check_cache_scales(op, t.k_cache, t.k_scales, t.v_scales);
+  if (is_8_bit(t.k_cache)) {
+    check_device(op, "k_cache", t.k_cache, "q", t.q);
+  } else {
+    check_like(op, "k_cache", t.k_cache, "q", t.q);
+  }
+  return *dtype_of(t.k_cache.scalar_type());
+}
+
+void check_cache(const char* op, const PagedTensors& t) {
   check_at_least(op, "page_size", t.k_cache.size(1), 1);
   check_heads(op, t.q.size(1), t.k_cache.size(2));
   for (const auto& [arg, cache] :
        {std::pair<const char*, const Tensor&>{"k_cache", t.k_cache}, {"v_cache", t.v_cache}}) {
     check_shape(op, arg, cache, "[num_blocks, page_size, num_heads_kv, head_dim] as q and k_cache",
                 {t.k_cache.size(0), t.k_cache.size(1), t.k_cache.size(2), t.q.size(2)});
-    check_like(op, arg, cache, "q", t.q);
+    check_like(op, arg, cache, "k_cache", t.k_cache);
     check_last_contiguous(op, arg, cache);
   }
 }
@@ -53,16 +67,25 @@ void check_splits(const char* op, int64_t num_splits, int64_t split_size) {
         std::to_string(num_splits));
 }
 
-KeyValueView pages_of(const Tensor& cache, DType dtype) {
-  return {.rows = heads_of(cache), .page_size = cache.size(1), .scales = nullptr, .dtype = dtype};
+Heads heads_of_scales(const Tensor& scales) {
+  const ScaleStrides strides = scale_strides_of(scales);
+  return {scales.const_data_ptr(), strides.block, strides.slot, strides.head};
+}
+
+KeyValueView pages_of(const Tensor& cache, const std::optional<Tensor>& scales, DType dtype) {
+  return {.rows = heads_of(cache),
+          .page_size = cache.size(1),
+          .scales = scales ? heads_of_scales(*scales) : Heads{},
+          .dtype = dtype};
 }
 
 // Everything but what is allocated and the plan.
-AttentionParams paged_params(const PagedTensors& t, DType dtype, int64_t max_seqlen_q) {
+AttentionParams paged_params(const PagedTensors& t, DType dtype, DType stored,
+                             int64_t max_seqlen_q) {
   AttentionParams p{};
   p.q = heads_of(t.q);
-  p.k = pages_of(t.k_cache, dtype);
-  p.v = pages_of(t.v_cache, dtype);
+  p.k = pages_of(t.k_cache, t.k_scales, stored);
+  p.v = pages_of(t.v_cache, t.v_scales, stored);
   p.cu_seqlens_q = t.cu_seqlens_q.const_data_ptr<int32_t>();
   p.block_table = t.block_table.const_data_ptr<int32_t>();
   p.cache_seqlens = t.cache_seqlens.const_data_ptr<int32_t>();
@@ -86,20 +109,23 @@ std::tuple<Tensor, Tensor> paged_attention(
     const Tensor& cache_seqlens, const Tensor& cu_seqlens_q, int64_t max_seqlen_q,
     double softmax_scale, bool causal, int64_t window_left, int64_t window_right, double softcap,
     std::optional<StringHandle> backend_handle, const std::optional<Tensor>& sinks,
-    const std::optional<Tensor>& alibi_slopes, int64_t num_splits, int64_t split_size) {
+    const std::optional<Tensor>& alibi_slopes, int64_t num_splits, int64_t split_size,
+    const std::optional<Tensor>& k_scales, const std::optional<Tensor>& v_scales) {
   const auto backend = take_string(backend_handle);
   constexpr const char* op = "paged_attention";
   const DType dtype = check_floating(op, "q", q);
   check_dim(op, "q", q, 3, "[total_q, num_heads_q, head_dim]");
   check_last_contiguous(op, "q", q);
   check_head_dim(op, q.size(2));
-  const PagedTensors tensors{q, k_cache, v_cache, block_table, cache_seqlens, cu_seqlens_q};
+  const PagedTensors tensors{q,        k_cache, v_cache, block_table, cache_seqlens, cu_seqlens_q,
+                             k_scales, v_scales};
+  const DType stored = check_stored(op, tensors);
   check_cache(op, tensors);
   check_tables(op, tensors);
   check_at_least(op, "max_seqlen_q", max_seqlen_q, 0);
   check_splits(op, num_splits, split_size);
   const DeviceGuard guard(q);
-  AttentionParams params = paged_params(tensors, dtype, max_seqlen_q);
+  AttentionParams params = paged_params(tensors, dtype, stored, max_seqlen_q);
   set_scores(op, params, q,
              {sinks, alibi_slopes, softmax_scale, causal, window_left, window_right, softcap});
   params.plan.num_splits = static_cast<int>(num_splits);

@@ -42,9 +42,11 @@ static inline constexpr bool rows_are_aligned(const Heads& x, int64_t batch, int
 // block_table[b, t / page_size], and rows.batch_stride is a page's.
 struct KeyValueView {
   Heads rows;
-  int64_t page_size;    // tokens of a page; 0: dense
-  const float* scales;  // [num_heads_kv], by which stored numbers are multiplied, or nullptr
-  DType dtype;          // of what is stored
+  int64_t page_size;  // tokens of a page; 0: dense
+  // Of 8 bits in pages, float32 by which stored numbers are multiplied: a token's and head's lies
+  // as its row does, and strides are 0 where one serves many. Else without data.
+  Heads scales;
+  DType dtype;  // of what is stored
 };
 
 struct AttentionParams {

@@ -7,7 +7,7 @@
 namespace llamatelemetry {
 namespace {
 
-using CopyBytes = IntMenu<2, 4, 8, 16>;
+using CopyBytes = IntMenu<1, 2, 4, 8, 16>;
 constexpr int kNumThreads = 128;
 
 unsigned num_blocks_for(int64_t num_rows) {
@@ -24,7 +24,7 @@ Error launch_append_kv(const AppendKvParams& p, Stream stream) {
   return last_launch_error();
 }
 
-Error launch_copy_blocks(const CopyBlocksParams& p, Stream stream) {
+Error launch_copy_blocks(const MoveBlocksParams& p, Stream stream) {
   CopyBytes::dispatch(p.copy_bytes, [&](auto bytes) {
     copy_blocks_kernel<bytes(), kNumThreads>
         <<<num_blocks_for(p.num_pairs * p.page_size), kNumThreads, 0, stream>>>(p);

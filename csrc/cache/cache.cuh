@@ -12,9 +12,13 @@ namespace llamatelemetry {
 
 constexpr int64_t kMaxBlocks = 1 << 20;
 
-// The integer types of 2, 4, 8 and 16 bytes: one load and one store each.
+// The integer types of 1, 2, 4, 8 and 16 bytes: one load and one store each.
 template <int kBytes>
 struct CopyUnit;
+template <>
+struct CopyUnit<1> {
+  using type = uint8_t;
+};
 template <>
 struct CopyUnit<2> {
   using type = uint16_t;
@@ -56,19 +60,25 @@ __global__ void __launch_bounds__(kNumThreads)
 
 template <int kBytes, int kNumThreads>
 __global__ void __launch_bounds__(kNumThreads)
-    copy_blocks_kernel(const __grid_constant__ CopyBlocksParams p) {
+    copy_blocks_kernel(const __grid_constant__ MoveBlocksParams p) {
   using Unit = typename CopyUnit<kBytes>::type;
   const auto row_units = static_cast<int>(p.row_bytes / kBytes);
   for (int64_t item = blockIdx.x; item < p.num_pairs * p.page_size; item += gridDim.x) {
     const int64_t* pair = p.block_pairs + item / p.page_size * 2;
     const int64_t src = pair[0];
     const int64_t dst = pair[1];
-    if (src < 0 || src >= p.num_blocks || dst < 0 || dst >= p.num_blocks || src == dst) continue;
+    if (src < 0 || src >= p.num_blocks_from || dst < 0 || dst >= p.num_blocks_to || src == dst) {
+      continue;
+    }
+    const int64_t slot = item % p.page_size;
     for (int i = threadIdx.x; i < 2 * row_units; i += kNumThreads) {
-      const CachePlane& plane = p.planes[i / row_units];
-      char* slot = static_cast<char*>(plane.cache) + item % p.page_size * plane.slot_stride_bytes;
-      reinterpret_cast<Unit*>(slot + dst * plane.block_stride_bytes)[i % row_units] =
-          reinterpret_cast<const Unit*>(slot + src * plane.block_stride_bytes)[i % row_units];
+      const BlockPlane& plane = p.planes[i / row_units];
+      const char* from = static_cast<const char*>(plane.from) +
+                         src * plane.from_block_stride_bytes + slot * plane.from_slot_stride_bytes;
+      char* to = static_cast<char*>(plane.to) + dst * plane.to_block_stride_bytes +
+                 slot * plane.to_slot_stride_bytes;
+      reinterpret_cast<Unit*>(to)[i % row_units] =
+          reinterpret_cast<const Unit*>(from)[i % row_units];
     }
   }
 }

@@ -18,55 +18,70 @@ int copy_bytes_of(const CachePlane (&planes)[2], int64_t run_bytes) {
   return static_cast<int>(all & -all);  // the lowest bit set
 }
 
-void append_kv_(const Tensor& k, const Tensor& v, Tensor k_cache, Tensor v_cache,
-                const Tensor& slot_mapping) {
-  constexpr const char* op = "append_kv_";
-  check_caches(op, k_cache, v_cache);
-  check_dim(op, "k", k, 3, "[num_tokens, num_heads_kv, head_dim]");
-  const int64_t num_tokens = k.size(0);
-  const int64_t num_heads = k_cache.size(2);
-  const int64_t head_dim = k_cache.size(3);
-  for (const auto& [arg, x] : {std::pair<const char*, const Tensor&>{"k", k}, {"v", v}}) {
-    check_shape(op, arg, x, "[num_tokens, num_heads_kv, head_dim] as k and the caches are",
-                {num_tokens, num_heads, head_dim});
+void check_rows(const char* op, const char* arg, const Tensor& x, const Tensor& k,
+                const Tensor& k_cache) {
+  check_shape(op, arg, x, "[num_tokens, num_heads_kv, head_dim] as k and the caches are",
+              {k.size(0), k_cache.size(2), k_cache.size(3)});
+  if (is_8_bit(k_cache)) {
+    check_floating(op, arg, x);
+    check_like(op, arg, x, "k", k);
+    check_device(op, arg, x, "k_cache", k_cache);
+  } else {
     check_like(op, arg, x, "k_cache", k_cache);
-    check_last_contiguous(op, arg, x);
   }
-  check_slots(op, slot_mapping, num_tokens, k_cache);
+  check_last_contiguous(op, arg, x);
+}
+
+void append_kv_(const Tensor& k, const Tensor& v, Tensor k_cache, Tensor v_cache,
+                const Tensor& slot_mapping, std::optional<Tensor> k_scales,
+                std::optional<Tensor> v_scales) {
+  constexpr const char* op = "append_kv_";
+  const bool quantises = is_8_bit(k_cache);
+  check_caches(op, k_cache, v_cache);
+  check_cache_scales(op, k_cache, k_scales, v_scales);
+  check_dim(op, "k", k, 3, "[num_tokens, num_heads_kv, head_dim]");
+  check_rows(op, "k", k, k, k_cache);
+  check_rows(op, "v", v, k, k_cache);
+  const int64_t head_dim = k_cache.size(3);
+  check(!quantises || head_dim <= kMax8BitHeadDim, op, "head_dim",
+        "be at most " + std::to_string(kMax8BitHeadDim) + " beside caches of 8 bits",
+        std::to_string(head_dim));
+  check_slots(op, slot_mapping, k.size(0), k_cache);
   const DeviceGuard guard(k_cache);
   if (k.numel() == 0 || k_cache.numel() == 0) return;
   AppendKvParams params{
       .planes = {plane_of(k, k_cache), plane_of(v, v_cache)},
       .slot_mapping = slot_mapping.const_data_ptr<int64_t>(),
-      .num_tokens = num_tokens,
+      .num_tokens = k.size(0),
       .num_blocks = k_cache.size(0),
       .page_size = k_cache.size(1),
-      .num_heads = num_heads,
+      .num_heads = k_cache.size(2),
       .head_bytes = head_dim * static_cast<int64_t>(k_cache.element_size()),
       .copy_bytes = 0,
+      .scales = {cache_scales_of(k_scales), cache_scales_of(v_scales)},
+      .dtype = *dtype_of(k.scalar_type()),
+      .stored = *dtype_of(k_cache.scalar_type()),
   };
   params.copy_bytes = copy_bytes_of(params.planes, params.head_bytes);
-  launch(op, launch_append_kv, params, k_cache);
+  launch(op, quantises ? launch_append_8_bit : launch_append_kv, params, k_cache);
 }
 
 void copy_blocks_(Tensor k_cache, Tensor v_cache, const Tensor& block_pairs) {
   constexpr const char* op = "copy_blocks_";
   check_caches(op, k_cache, v_cache);
-  check_dim(op, "block_pairs", block_pairs, 2, "[num_pairs, 2]");
-  check_shape(op, "block_pairs", block_pairs, "[num_pairs, 2]", {block_pairs.size(0), 2});
-  check_dtype(op, "block_pairs", block_pairs, ScalarType::Long);
-  check_device(op, "block_pairs", block_pairs, "k_cache", k_cache);
-  check_contiguous(op, "block_pairs", block_pairs);
+  check_pairs(op, block_pairs, "k_cache", k_cache);
   const DeviceGuard guard(k_cache);
   if (block_pairs.size(0) == 0 || k_cache.numel() == 0) return;
-  CopyBlocksParams params{
-      .planes = {plane_of(k_cache), plane_of(v_cache)},
+  MoveBlocksParams params{
+      .planes = {block_plane_of(k_cache, k_cache), block_plane_of(v_cache, v_cache)},
       .block_pairs = block_pairs.const_data_ptr<int64_t>(),
       .num_pairs = block_pairs.size(0),
-      .num_blocks = k_cache.size(0),
+      .num_blocks_from = k_cache.size(0),
+      .num_blocks_to = k_cache.size(0),
       .page_size = k_cache.size(1),
       .row_bytes = k_cache.size(2) * k_cache.size(3) * static_cast<int64_t>(k_cache.element_size()),
       .copy_bytes = 0,
+      .crosses_host = false,
   };
   params.copy_bytes = copy_bytes_of(params.planes, params.row_bytes);
   launch(op, launch_copy_blocks, params, k_cache);

@@ -60,7 +60,12 @@ void check_qkv(const char* op, const Tensor& qkv, const Tensor& k_cache) {
         std::to_string(qkv.size(2)));
   check(qkv.size(2) <= kMaxRopeHeadDim, op, "head_dim",
         "be at most " + std::to_string(kMaxRopeHeadDim), std::to_string(qkv.size(2)));
-  check_like(op, "qkv", qkv, "k_cache", k_cache);
+  if (is_8_bit(k_cache)) {
+    check_floating(op, "qkv", qkv);
+    check_device(op, "qkv", qkv, "k_cache", k_cache);
+  } else {
+    check_like(op, "qkv", qkv, "k_cache", k_cache);
+  }
   check_last_contiguous(op, "qkv", qkv);
   check_apart(op, "qkv", qkv.size(0), qkv.stride(0), qkv.size(2));
   check_apart(op, "qkv", qkv.size(1), qkv.stride(1), qkv.size(2));
@@ -69,9 +74,11 @@ void check_qkv(const char* op, const Tensor& qkv, const Tensor& k_cache) {
 void rope_append_kv_(Tensor qkv, const Tensor& cos, const Tensor& sin,
                      std::optional<Tensor> positions, bool interleaved, Tensor k_cache,
                      Tensor v_cache, const Tensor& slot_mapping, std::optional<Tensor> q_weight,
-                     std::optional<Tensor> k_weight, double eps, double weight_offset) {
+                     std::optional<Tensor> k_weight, double eps, double weight_offset,
+                     std::optional<Tensor> k_scales, std::optional<Tensor> v_scales) {
   constexpr const char* op = "rope_append_kv_";
   check_caches(op, k_cache, v_cache);
+  check_cache_scales(op, k_cache, k_scales, v_scales);
   check_qkv(op, qkv, k_cache);
   check_rope(op, {cos, sin, positions}, qkv);
   check_slots(op, slot_mapping, qkv.size(0), k_cache);
@@ -105,7 +112,9 @@ void rope_append_kv_(Tensor qkv, const Tensor& cos, const Tensor& sin,
       .num_heads_kv = num_heads_kv,
       .head_dim = qkv.size(2),
       .rotary_dim = cos.size(1),
+      .scales = {cache_scales_of(k_scales), cache_scales_of(v_scales)},
       .dtype = *dtype_of(qkv.scalar_type()),
+      .stored = *dtype_of(k_cache.scalar_type()),
   };
   launch(op, launch_rope_append_kv, params, qkv);
 }

@@ -5,6 +5,7 @@
 
 #include "cache/block_table.h"
 #include "common/backend.h"
+#include "common/cache_dtype.h"
 #include "common/dtype.h"
 
 namespace llamatelemetry {
@@ -20,6 +21,27 @@ struct CachePlane {
   int64_t slot_stride_bytes;
 };
 
+// Of a cache of 8 bits: by what its numbers are multiplied. A token's and head's own, which writing
+// sets to the row's largest number over the type's, or one for all (strides of 0), which is read.
+struct CacheScales {
+  float* data;  // nullptr: another type
+  int64_t block_stride;
+  int64_t slot_stride;
+  int64_t head_stride;
+  bool is_given;
+};
+constexpr float kMaxE4M3 = 448.0f;
+constexpr float kMaxInt8 = 127.0f;
+constexpr float kLeastRowMax = 0x1p-100f;  // of a head's row: less is stored as zeros
+static inline constexpr float largest_stored(DType stored) {
+  return stored == DType::kInt8 ? kMaxInt8 : kMaxE4M3;
+}
+static inline constexpr int64_t scale_index(const CacheScales& scales, int64_t page_size,
+                                            int64_t slot, int64_t head) {
+  return slot / page_size * scales.block_stride + slot % page_size * scales.slot_stride +
+         head * scales.head_stride;
+}
+
 struct AppendKvParams {
   CachePlane planes[2];         // K, V
   const int64_t* slot_mapping;  // [num_tokens], block * page_size + offset; others are skipped
@@ -27,12 +49,17 @@ struct AppendKvParams {
   int64_t num_blocks;
   int64_t page_size;
   int64_t num_heads;
-  int64_t head_bytes;
-  int copy_bytes;  // divides head_bytes, every stride and every address
+  int64_t head_bytes;  // of a head in the cache
+  int copy_bytes;      // divides head_bytes, every stride and every address
+  CacheScales scales[2];
+  DType dtype;   // of the sources
+  DType stored;  // of the caches
 };
 Error launch_append_kv(const AppendKvParams& params, Stream stream);
+Error launch_append_8_bit(const AppendKvParams& params, Stream stream);
 
 constexpr int kMaxRopeHeadDim = 256;  // a row of it stands in registers and in shared memory
+constexpr int kMax8BitHeadDim = 256;  // likewise
 
 struct RopeAppendKvParams {
   void* qkv;  // [num_tokens, num_heads_q + 2 * num_heads_kv, head_dim], q and k turned in place
@@ -59,23 +86,15 @@ struct RopeAppendKvParams {
   int64_t num_heads_kv;
   int64_t head_dim;
   int64_t rotary_dim;
+  CacheScales scales[2];
   DType dtype;
+  DType stored;  // of the caches
 };
 Error launch_rope_append_kv(const RopeAppendKvParams& params, Stream stream);
 
-struct CopyBlocksParams {
-  CachePlane planes[2];        // K, V
-  const int64_t* block_pairs;  // [num_pairs, 2], source and destination; others are skipped
-  int64_t num_pairs;
-  int64_t num_blocks;
-  int64_t page_size;
-  int64_t row_bytes;
-  int copy_bytes;  // divides row_bytes, every stride and every address
-};
-Error launch_copy_blocks(const CopyBlocksParams& params, Stream stream);
-
-// K or V of swap_blocks_: the cache that is read and the one that is written.
-struct SwapPlane {
+// K or V of copy_blocks_ and swap_blocks_: the cache that is read and the one that is written,
+// which copy_blocks_ makes the same.
+struct BlockPlane {
   const void* from;  // [num_blocks_from, page_size, num_heads, head_dim]
   int64_t from_block_stride_bytes;
   int64_t from_slot_stride_bytes;
@@ -84,8 +103,8 @@ struct SwapPlane {
   int64_t to_slot_stride_bytes;
 };
 
-struct SwapBlocksParams {
-  SwapPlane planes[2];         // K, V
+struct MoveBlocksParams {
+  BlockPlane planes[2];        // K, V
   const int64_t* block_pairs;  // [num_pairs, 2], block of from and of to; others are skipped
   int64_t num_pairs;
   int64_t num_blocks_from;
@@ -95,7 +114,8 @@ struct SwapBlocksParams {
   int copy_bytes;     // divides row_bytes, every stride and every address
   bool crosses_host;  // one of the caches is in host memory, and a GPU copies
 };
-Error launch_swap_blocks(const SwapBlocksParams& params, Stream stream);
+Error launch_copy_blocks(const MoveBlocksParams& params, Stream stream);
+Error launch_swap_blocks(const MoveBlocksParams& params, Stream stream);
 
 struct SlotMappingParams {
   const int64_t* positions;     // [num_tokens]

@@ -6,6 +6,7 @@
 // Grid: warps over tokens and their heads, block kNumWarps * 32.
 #pragma once
 
+#include "cache/eight_bit.cuh"
 #include "cache/params.h"
 #include "tile/dependent_launch.cuh"
 #include "tile/reduce.cuh"
@@ -110,12 +111,40 @@ struct RopeAppend {
     const int64_t slot = p.slot_mapping[token];
     if (slot < 0 || slot >= p.num_blocks * p.page_size) return;
     const int kv_head = (head - static_cast<int>(p.num_heads_q)) % static_cast<int>(p.num_heads_kv);
-    const CachePlane& plane = p.planes[head >= p.num_heads_q + p.num_heads_kv];
-    T* to = reinterpret_cast<T*>(static_cast<char*>(plane.cache) +
-                                 slot / p.page_size * plane.block_stride_bytes +
-                                 slot % p.page_size * plane.slot_stride_bytes) +
-            kv_head * p.head_dim;
+    const int which = head >= p.num_heads_q + p.num_heads_kv;
+    const CachePlane& plane = p.planes[which];
+    char* slot_row = static_cast<char*>(plane.cache) +
+                     slot / p.page_size * plane.block_stride_bytes +
+                     slot % p.page_size * plane.slot_stride_bytes;
+    if (is_8_bit_cache(p.stored)) {
+      append_8_bit(slot, kv_head, which,
+                   reinterpret_cast<uint8_t*>(slot_row) + kv_head * p.head_dim);
+      return;
+    }
+    T* to = reinterpret_cast<T*>(slot_row) + kv_head * p.head_dim;
     for_each([&](int at, V& value) { *reinterpret_cast<V*>(to + at) = value; });
+  }
+
+  __device__ void append_8_bit(int64_t slot, int kv_head, int which, uint8_t* to) {
+    float largest = 0.0f;
+    bool is_finite = true;
+    for_each([&](int, const V& value) {
+#pragma unroll
+      for (const T element : value.value) {
+        is_finite &= isfinite(to_float(element));
+        largest = fmaxf(largest, fabsf(to_float(element)));
+      }
+    });
+    const float factor =
+        factor_of_row(p.scales[which], p.page_size, slot, kv_head, p.stored, largest, is_finite);
+    for_each([&](int at, const V& value) {
+      Vector<uint8_t, kElements> bytes;
+#pragma unroll
+      for (int e = 0; e < kElements; ++e) {
+        bytes.value[e] = stored_in_8_bits(to_float(value.value[e]) * factor, p.stored);
+      }
+      *reinterpret_cast<Vector<uint8_t, kElements>*>(to + at) = bytes;
+    });
   }
 };
 

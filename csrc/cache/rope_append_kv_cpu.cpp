@@ -3,6 +3,7 @@
 // append_kv_ would. Memory bound. One item per token: its row of cos and sin serves every head.
 #include <cstring>
 
+#include "cache/eight_bit.h"
 #include "cache/params.h"
 #include "cpu/parallel.h"
 #include "vec/row_ops.h"
@@ -33,12 +34,17 @@ void rope_append_tokens(const RopeAppendKvParams& p, int64_t begin, int64_t end)
     const int64_t slot = p.slot_mapping[token];
     if (slot < 0 || slot >= p.num_blocks * p.page_size) continue;
     const T* source = heads + p.num_heads_q * p.head_stride;
-    for (const CachePlane& plane : p.planes) {
+    for (int which = 0; which < 2; ++which) {
+      const CachePlane& plane = p.planes[which];
       char* row = static_cast<char*>(plane.cache) + slot / p.page_size * plane.block_stride_bytes +
                   slot % p.page_size * plane.slot_stride_bytes;
-      for (int64_t head = 0; head < p.num_heads_kv; ++head) {
-        std::memcpy(row + head * static_cast<int64_t>(head_bytes), source, head_bytes);
-        source += p.head_stride;
+      for (int64_t head = 0; head < p.num_heads_kv; ++head, source += p.head_stride) {
+        if (is_8_bit_cache(p.stored)) {
+          store_row_in_8_bits(source, p.head_dim, p.stored, p.scales[which], p.page_size, slot,
+                              head, reinterpret_cast<uint8_t*>(row) + head * p.head_dim);
+        } else {
+          std::memcpy(row + head * static_cast<int64_t>(head_bytes), source, head_bytes);
+        }
       }
     }
   }

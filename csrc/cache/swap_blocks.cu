@@ -7,7 +7,7 @@
 namespace llamatelemetry {
 namespace {
 
-using CopyBytes = IntMenu<2, 4, 8, 16>;
+using CopyBytes = IntMenu<1, 2, 4, 8, 16>;
 constexpr int kNumThreads = 256;
 constexpr int kUnroll = 4;
 constexpr int64_t kBlocksOfTheBus = 64;  // 64 x 256 x 4 loads of 16 bytes: 1 MiB under way
@@ -24,9 +24,9 @@ void* device_address(const void* host) {
 
 }  // namespace
 
-Error launch_swap_blocks(const SwapBlocksParams& params, Stream stream) {
-  SwapBlocksParams p = params;
-  for (SwapPlane& plane : p.planes) {
+Error launch_swap_blocks(const MoveBlocksParams& params, Stream stream) {
+  MoveBlocksParams p = params;
+  for (BlockPlane& plane : p.planes) {
     plane.from = device_address(plane.from);
     plane.to = device_address(plane.to);
     if (!plane.from || !plane.to) {

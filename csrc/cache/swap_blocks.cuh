@@ -14,7 +14,7 @@ namespace llamatelemetry {
 
 template <int kBytes, int kNumThreads, int kUnroll>
 __global__ void __launch_bounds__(kNumThreads)
-    swap_blocks_kernel(const __grid_constant__ SwapBlocksParams p) {
+    swap_blocks_kernel(const __grid_constant__ MoveBlocksParams p) {
   using Unit = typename CopyUnit<kBytes>::type;
   const int64_t row_units = p.row_bytes / kBytes;
   const int64_t plane_units = p.page_size * row_units;
@@ -32,7 +32,7 @@ __global__ void __launch_bounds__(kNumThreads)
       const int64_t src = pair[0];
       const int64_t dst = pair[1];
       if (src < 0 || src >= p.num_blocks_from || dst < 0 || dst >= p.num_blocks_to) continue;
-      const SwapPlane& plane = p.planes[i / plane_units % 2];
+      const BlockPlane& plane = p.planes[i / plane_units % 2];
       const int64_t slot = i % plane_units / row_units;
       const int64_t unit = i % row_units;
       const char* from = static_cast<const char*>(plane.from) +

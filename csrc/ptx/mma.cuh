@@ -93,6 +93,15 @@ __device__ inline void cp_async_16_or_zeros(uint32_t shared_address, const void*
                : "memory");
 #endif
 }
+// Likewise, 4 bytes.
+__device__ inline void cp_async_4_or_zeros(uint32_t shared_address, const void* global,
+                                           bool valid) {
+#if __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(shared_address),
+               "l"(__cvta_generic_to_global(global)), "r"(valid ? 4 : 0)
+               : "memory");
+#endif
+}
 // #data-movement-and-conversion-instructions-cp-async-commit-group, sm_80
 __device__ inline void cp_async_commit() {
 #if __CUDA_ARCH__ >= 800

@@ -9,6 +9,7 @@ from typing import Any
 from llamatelemetry.inference.arguments import integer
 from llamatelemetry.inference.drawing import Asked
 from llamatelemetry.inference.engine import InferenceEngine
+from llamatelemetry.inference.kv_pages import check_cache_dtype
 from llamatelemetry.inference.logit_options import LogitOptions
 from llamatelemetry.inference.packed import why_not_packed
 from llamatelemetry.inference.request_handle import RequestHandle
@@ -49,9 +50,10 @@ class ContinuousBatching:
         overlap: whether the next step is launched before a step's tokens are looked at, so that a
             GPU does not wait for the host; None does so on a GPU. The text is the same, and step
             gives it one step later.
+        cache_dtype: of keys and values: torch.float8_e4m3fn or torch.int8; None is the model's.
 
     Raises:
-        ValueError: for a number below 1, and for a model that the packed steps do not serve.
+        ValueError: for a number below 1, another cache_dtype, a model packed steps do not serve.
 
     Attributes:
         max_batch_size: as given.
@@ -82,6 +84,7 @@ class ContinuousBatching:
         share_prefixes: bool = True,
         num_host_blocks: int = 0,
         overlap: bool | None = None,
+        cache_dtype: Any = None,
     ) -> None:
         for name, value in (
             ("max_batch_size", max_batch_size),
@@ -95,6 +98,7 @@ class ContinuousBatching:
             raise ValueError(
                 f"ContinuousBatching: num_host_blocks must be at least 0, got {num_host_blocks}"
             )
+        check_cache_dtype("ContinuousBatching", cache_dtype)
         self.max_batch_size = max_batch_size
         self.engine = engine
         self._names = itertools.count()
@@ -121,13 +125,10 @@ class ContinuousBatching:
         self.max_step_tokens = max_step_tokens or max(tokens, max_batch_size)
         self._turns = Turns(
             RunningBatch(
-                self.model,
-                max_batch_size,
-                self.max_step_tokens,
-                num_blocks,
-                share_prefixes,
+                *(self.model, max_batch_size, self.max_step_tokens, num_blocks, share_prefixes),
                 num_host_blocks,
                 self.model.device.type == "cuda" if overlap is None else overlap,
+                cache_dtype,
             )
         )
 

@@ -22,7 +22,7 @@ class HostPages:
 
     def __init__(self, num_blocks: int) -> None:
         self.num_blocks = num_blocks
-        self._layers: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self._layers: list[tuple[torch.Tensor, ...]] = []
 
     @property
     def num_bytes(self) -> int:
@@ -39,22 +39,28 @@ class HostPages:
 
     def _copy(
         self,
-        source: tuple[torch.Tensor, torch.Tensor],
-        destination: tuple[torch.Tensor, torch.Tensor],
+        source: tuple[torch.Tensor, ...],
+        destination: tuple[torch.Tensor, ...],
         pairs: Sequence[tuple[int, int]],
         device: torch.device,
     ) -> None:
         if pairs:
-            swap_blocks_(*source, *destination, put(pairs, torch.int64, device))
+            on_device = put(pairs, torch.int64, device)
+            for i in range(0, len(source), 2):  # keys and values, and their scales
+                k_from, v_from, k_to, v_to = (
+                    x.unsqueeze(-1) if i else x
+                    for x in (*source[i : i + 2], *destination[i : i + 2])
+                )
+                swap_blocks_(k_from, v_from, k_to, v_to, on_device)
 
     def _allocate(self, pages: KvPages) -> None:
         if self._layers:
             return
         is_pinned = pages.device.type == "cuda"
         self._layers = [
-            (
-                torch.empty((self.num_blocks, *k.shape[1:]), dtype=k.dtype, pin_memory=is_pinned),
-                torch.empty((self.num_blocks, *v.shape[1:]), dtype=v.dtype, pin_memory=is_pinned),
+            tuple(
+                torch.empty((self.num_blocks, *x.shape[1:]), dtype=x.dtype, pin_memory=is_pinned)
+                for x in layer
             )
-            for k, v in pages.layers
+            for layer in pages.layers
         ]

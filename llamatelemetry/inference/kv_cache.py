@@ -9,6 +9,7 @@ from torch import Tensor
 
 from llamatelemetry.inference.arguments import instance, integer
 from llamatelemetry.inference.kv_cache_config import (
+    EIGHT_BIT,
     KVCacheConfig,
     ServesTransformers,
     kv_cache_bytes,
@@ -46,6 +47,11 @@ class KVCache(ServesTransformers):
 
     def __init__(self, config: KVCacheConfig) -> None:
         instance("KVCache: config", config, KVCacheConfig, "a KVCacheConfig")
+        if config.dtype in EIGHT_BIT:
+            raise ValueError(
+                f"KVCache: dtype must be one without scales, got {config.dtype}; PagedKVCache "
+                "keeps 8 bits"
+            )
         self.config = config
         shape = (
             config.num_layers,

@@ -9,6 +9,9 @@ import torch
 
 from llamatelemetry.inference.arguments import instance, integer
 
+# What caches of 8 bits hold, with scales.
+EIGHT_BIT = (torch.float8_e4m3fn, torch.int8)
+
 
 class ServesTransformers:
     """A cache that transformers takes only through its for_transformers()."""
@@ -27,6 +30,8 @@ class KVCacheConfig:
 
     Attributes:
         num_heads: query heads; keys and values have num_kv_heads, None for as many.
+        dtype: of keys and values; PagedKVCache keeps those of 8 bits with a float32 scale for each
+            token and head.
         device: None is torch's default device.
 
     Raises:
@@ -51,9 +56,11 @@ class KVCacheConfig:
             self._check(name)
         if self.num_kv_heads is not None:
             self._check("num_kv_heads")
-        if not isinstance(self.dtype, torch.dtype) or not self.dtype.is_floating_point:
+        is_dtype = isinstance(self.dtype, torch.dtype)
+        if not is_dtype or not (self.dtype.is_floating_point or self.dtype == torch.int8):
             raise ValueError(
-                f"KVCacheConfig: dtype must be a floating-point torch.dtype, got {self.dtype!r}"
+                "KVCacheConfig: dtype must be a floating-point torch.dtype or int8, got "
+                f"{self.dtype!r}"
             )
         if self.num_heads % self.kv_heads:
             raise ValueError(
@@ -81,6 +88,8 @@ def kv_cache_bytes(
 ) -> int:
     """``2 * num_layers * num_kv_heads * head_dim * num_tokens * bytes of dtype``: keys and values.
 
+    Those of 8 bits have 4 bytes more for each token and head, its scale.
+
     Raises:
         ValueError: for a count that is no whole number of at least 0, by name.
 
@@ -102,4 +111,5 @@ def kv_cache_bytes(
         if integer(f"kv_cache_bytes: {name}", count) < 0:
             raise ValueError(f"kv_cache_bytes: {name} must be at least 0, got {count}")
     instance("kv_cache_bytes: dtype", dtype, torch.dtype, "a torch.dtype")
-    return 2 * num_layers * num_kv_heads * head_dim * num_tokens * dtype.itemsize
+    head_bytes = head_dim * dtype.itemsize + (4 if dtype in EIGHT_BIT else 0)
+    return 2 * num_layers * num_kv_heads * num_tokens * head_bytes

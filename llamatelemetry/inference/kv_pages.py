@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llamatelemetry.inference.kv_cache_config import EIGHT_BIT
 from llamatelemetry.inference.step import put
 from llamatelemetry.ops import copy_blocks_
 
@@ -16,9 +17,11 @@ class KvPages:
     """Keys and values of every layer in pages.
 
     Attributes:
-        layers: (k, v) of each layer, [num_blocks, page_size, num_heads_kv, head_dim]; grow puts
-            other tensors in the same list.
+        layers: (k, v) of each layer, [num_blocks, page_size, num_heads_kv, head_dim]; of 8 bits
+            (k, v, k_scales, v_scales), the scales float32 [num_blocks, page_size, num_heads_kv].
+            grow puts other tensors in the same list.
         page_size: tokens in a block.
+        model_dtype: of what for_model made them for; else dtype.
     """
 
     def __init__(
@@ -31,21 +34,37 @@ class KvPages:
         dtype: torch.dtype,
         device: torch.device | str,
     ) -> None:
-        self.page_size = page_size
+        self.page_size, self.model_dtype = page_size, dtype
         self._page = (page_size, num_heads_kv, head_dim)
         self._like = torch.empty(0, dtype=dtype, device=device)
         self.layers = [self._new(num_blocks) for _ in range(num_layers)]
 
     @classmethod
-    def for_model(cls, model: Any, num_blocks: int, page_size: int) -> KvPages:
-        """Pages that fit a transformers model's layers, in its dtype, on its device."""
+    def for_model(
+        cls, model: Any, num_blocks: int, page_size: int, dtype: torch.dtype | None = None
+    ) -> KvPages:
+        """Pages that fit a transformers model's layers, on its device, in its dtype or another.
+
+        Raises:
+            ValueError: for 8 bits and a model that is patched with ops that do not take them.
+        """
+        patched = model.__dict__.get("_llamatelemetry")
+        decoder = None if patched is None else patched.decoder
+        if dtype in EIGHT_BIT and decoder is not None and not decoder.ops.takes_8_bit_caches:
+            raise ValueError(
+                f"cache_dtype must be None for a model patched with {decoder.ops.name} ops, got "
+                f"{dtype}"
+            )
         like, (layers, heads, head_dim) = floating_parameter(model), _sizes(model)
-        return cls(layers, num_blocks, page_size, heads, head_dim, like.dtype, like.device)
+        stored = like.dtype if dtype is None else dtype
+        pages = cls(layers, num_blocks, page_size, heads, head_dim, stored, like.device)
+        pages.model_dtype = like.dtype
+        return pages
 
     def fits(self, model: Any) -> bool:
         """Whether for_model would give such pages for the model as it is now."""
         like, (layers, *head) = floating_parameter(model), _sizes(model)
-        is_alike = (like.dtype, like.device) == (self.dtype, self.device)
+        is_alike = (like.dtype, like.device) == (self.model_dtype, self.device)
         return is_alike and layers == len(self.layers) and tuple(head) == self._page[1:]
 
     @property
@@ -75,19 +94,31 @@ class KvPages:
                 for before, larger in zip(old, self.layers[i], strict=True):
                     larger[:count].copy_(before)
         except BaseException:  # out of memory: as it was, in part in larger tensors
-            self.layers[:] = [(k[:count], v[:count]) for k, v in self.layers]
+            self.layers[:] = [tuple(x[:count] for x in layer) for layer in self.layers]
             raise
 
     def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:
         """Copies blocks (source, destination) of every layer, as BlockManager asks for."""
         if pairs:
             on_device = put(pairs, torch.int64, self.device)
-            for k, v in self.layers:
+            for k, v, *scales in self.layers:
                 copy_blocks_(k, v, on_device)
+                if scales:
+                    copy_blocks_(scales[0].unsqueeze(-1), scales[1].unsqueeze(-1), on_device)
 
-    def _new(self, num_blocks: int) -> tuple[Tensor, Tensor]:
+    def _new(self, num_blocks: int) -> tuple[Tensor, ...]:
         shape = (num_blocks, *self._page)
-        return self._like.new_empty(shape), self._like.new_empty(shape)
+        kept = [self._like.new_empty(shape) for _ in range(2)]
+        if self.dtype in EIGHT_BIT:
+            kept += [self._like.new_empty(shape[:-1], dtype=torch.float32) for _ in range(2)]
+        return tuple(kept)
+
+
+def check_cache_dtype(who: str, dtype: Any) -> None:
+    """Raises ValueError for what is neither None nor a dtype of 8 bits that caches hold."""
+    if dtype is not None and dtype not in EIGHT_BIT:
+        names = " or ".join(map(str, EIGHT_BIT))
+        raise ValueError(f"{who}: cache_dtype must be None, {names}, got {dtype!r}")
 
 
 def _sizes(model: Any) -> tuple[int, int, int]:

@@ -10,7 +10,11 @@ from torch import Tensor
 
 from llamatelemetry.inference.arguments import instance, integer
 from llamatelemetry.inference.block_manager import BlockManager
-from llamatelemetry.inference.kv_cache_config import KVCacheConfig, ServesTransformers
+from llamatelemetry.inference.kv_cache_config import (
+    EIGHT_BIT,
+    KVCacheConfig,
+    ServesTransformers,
+)
 from llamatelemetry.inference.kv_pages import KvPages
 from llamatelemetry.ops import append_kv_, slot_mapping
 
@@ -20,7 +24,8 @@ class PagedKVCache(ServesTransformers):
 
     BlockManager says which blocks a sequence has, KvPages holds the tensors. Either a config, whose
     max_batch_size and max_seq_length are limits, or sizes by keyword (block_size is page_size), of
-    which those named are.
+    which those named are. A dtype of float8_e4m3fn or int8 takes half the memory of 16 bits: each
+    token and head has a scale.
 
     Attributes:
         blocks: BlockManager.
@@ -149,27 +154,39 @@ class PagedKVCache(ServesTransformers):
         starts = torch.tensor([0, len(positions)], dtype=torch.int32).to(device)
         return slot_mapping(positions, self.block_table([sequence]), starts, self.pages.page_size)
 
-    def update(self, layer_idx: int, k: Tensor, v: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
+    def update(self, layer_idx: int, k: Tensor, v: Tensor, slots: Tensor) -> tuple[Tensor, ...]:
         """Writes keys and values [num_tokens, num_kv_heads, head_dim] of a layer to their slots.
 
         Returns:
-            The layer's pages, (k, v), as paged_attention takes them.
+            The layer's pages, (k, v), as paged_attention takes them; of 8 bits (k, v, k_scales,
+            v_scales).
         """
-        k_pages, v_pages = self._layer("update", layer_idx)
-        append_kv_(k, v, k_pages, v_pages, slots)
-        return k_pages, v_pages
+        k_pages, v_pages, *scales = pages = self._layer("update", layer_idx)
+        append_kv_(k, v, k_pages, v_pages, slots, *scales)
+        return pages
 
     def get(self, layer_idx: int, sequence: Hashable) -> tuple[Tensor, Tensor] | None:
         """Copies of a sequence's keys and values in order, [length, num_kv_heads, head_dim]; None
-        for a sequence without tokens."""
+        for a sequence without tokens. Of 8 bits they are multiplied out, in float32."""
         slots = self.slot_mapping(sequence)
         if not len(slots):
             return None
-        k, v = (pages.flatten(0, 1)[slots] for pages in self._layer("get", layer_idx))
+        k, v, *scales = (pages.flatten(0, 1)[slots] for pages in self._layer("get", layer_idx))
+        if scales:
+            k, v = (x.float() * s.unsqueeze(-1) for x, s in zip((k, v), scales, strict=True))
         return k, v
 
     def for_transformers(self, sequences: Sequence[Hashable]) -> Any:
-        """A transformers Cache over new sequences of these names, one a row of the batch."""
+        """A transformers Cache over new sequences of these names, one a row of the batch.
+
+        Raises:
+            ValueError: for a cache of 8 bits, which transformers would multiply as it is.
+        """
+        if self.config.dtype in EIGHT_BIT:
+            raise ValueError(
+                "PagedKVCache.for_transformers: dtype must be the model's, got "
+                f"{self.config.dtype}; ContinuousBatching(cache_dtype=...) runs models over it"
+            )
         from llamatelemetry.inference.hf_cache import paged_cache
 
         return paged_cache(self, sequences)
@@ -183,7 +200,7 @@ class PagedKVCache(ServesTransformers):
                 f"{count} + {more}; free one or use a larger cache"
             )
 
-    def _layer(self, method: str, layer_idx: int) -> tuple[Tensor, Tensor]:
+    def _layer(self, method: str, layer_idx: int) -> tuple[Tensor, ...]:
         """The pages of a layer."""
         name, count = f"PagedKVCache.{method}: layer_idx", self.config.num_layers
         if not 0 <= integer(name, layer_idx) < count:

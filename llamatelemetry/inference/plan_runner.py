@@ -37,6 +37,7 @@ class PlanRunner:
         asked_of: how a request's tokens are to be drawn.
         max_rows: requests that decode in one step at most.
         page_size: tokens in a block.
+        cache_dtype: as in StepRunner.
 
     Attributes:
         runner: StepRunner, with the cache.
@@ -49,10 +50,11 @@ class PlanRunner:
         asked_of: Callable[[ScheduledRequest], Asked],
         max_rows: int,
         page_size: int,
+        cache_dtype: torch.dtype | None = None,
     ) -> None:
         self.buckets = buckets_of(model.device.type, max_rows)
         # Of each size one that draws, and one whose logits the host looks at.
-        self.runner = StepRunner(model, page_size, max_steps=2 * len(self.buckets))
+        self.runner = StepRunner(model, page_size, 2 * len(self.buckets), cache_dtype)
         self.decode_mode = "eager"
         self.width = MIN_WIDTH
         self._asked_of = asked_of

@@ -32,6 +32,7 @@ class StepRunner:
 
     Args:
         max_steps: decode steps that are kept at most, one a number of rows.
+        cache_dtype: of keys and values; None is the model's.
 
     Attributes:
         pages: KvPages, the cache.
@@ -39,10 +40,14 @@ class StepRunner:
     """
 
     def __init__(
-        self, model: Any, page_size: int = PAGE_SIZE, max_steps: int = MAX_DECODE_STEPS
+        self,
+        model: Any,
+        page_size: int = PAGE_SIZE,
+        max_steps: int = MAX_DECODE_STEPS,
+        cache_dtype: torch.dtype | None = None,
     ) -> None:
         self.model, self.max_steps = model, max_steps
-        self.pages = KvPages.for_model(model, 0, page_size)
+        self.pages = KvPages.for_model(model, 0, page_size, cache_dtype)
         self._rope: list[tuple[Tensor, Tensor]] = []
         self.state = DecoderState(caches=self.pages.layers, rope=self._rope)
         self._num_positions = 0

@@ -33,6 +33,7 @@ class RunningBatch:
         share_prefixes: as in BlockManager.
         num_host_blocks: as in Scheduler.
         overlap: whether a step's tokens are looked at once the next step was launched.
+        cache_dtype: as in StepRunner.
 
     Attributes:
         open: handles of the requests that have not ended, by name, in order of submission.
@@ -52,6 +53,7 @@ class RunningBatch:
         share_prefixes: bool,
         num_host_blocks: int = 0,
         overlap: bool = False,
+        cache_dtype: torch.dtype | None = None,
     ) -> None:
         self.model, self.max_rows, self.overlap = model, max_rows, overlap
         self.open: dict[object, RequestHandle] = {}
@@ -60,6 +62,7 @@ class RunningBatch:
         self._num_host_blocks = num_host_blocks
         self._flights: deque[Flight] = deque()
         self._is_torn = False
+        self._cache_dtype = cache_dtype
         self._begin()
 
     def _begin(self) -> None:
@@ -76,6 +79,7 @@ class RunningBatch:
             lambda request: self.open[request.name].asked,
             self.max_rows,
             PAGE_SIZE,
+            self._cache_dtype,
         )
 
     @property
@@ -99,7 +103,7 @@ class RunningBatch:
         """
         touched = self.reap()
         pages = self._runner.runner.pages
-        if (self._like.dtype, self._like.device) != (pages.dtype, pages.device):
+        if (self._like.dtype, self._like.device) != (pages.model_dtype, pages.device):
             touched += self._land()
             self._move()
         touched += self._take_all_in()

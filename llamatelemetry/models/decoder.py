@@ -118,13 +118,12 @@ class Decoder:
         if residual is None:
             residual = self.embed(input_ids, step.positions)
         x = residual if norm is None else norm(residual)
-        for block, (k_cache, v_cache) in zip(self.blocks, state.caches, strict=True):
+        for block, cache in zip(self.blocks, state.caches, strict=True):
             attend = partial(
                 block.attention.step,
                 step=step,
                 rope=None if block.rope is None else state.rope[block.rope],
-                k_cache=k_cache,
-                v_cache=v_cache,
+                cache=cache,
             )
             x = block.layer.run(x, residual, attend, block.mlp)
             if block is last and (step.max_seqlen_q > 1 or step.kept is not None):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pickle
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -28,6 +28,8 @@ class OpSet:
             side.
         activations: likewise ``act(x)``.
         flash_attn_varlen, paged_attention: return the output alone.
+        takes_8_bit_caches: whether append_kv_ and rope_append_kv_ take scales last, and
+            paged_attention as ``scales=``.
         all_reduce: of what the output and down projections give, where their inputs are split over
             several devices; the identity on one.
         attn_implementation: transformers' name for this set's attention; None leaves the model's.
@@ -40,7 +42,7 @@ class OpSet:
     fused_add_rms_norm_: Callable[..., None]
     layer_norm: Callable[..., Tensor]
     rotary_embedding_: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor | None, bool], None]
-    append_kv_: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], None]
+    append_kv_: Callable[..., None]
     rope_append_kv_: Callable[..., None]
     flash_attn_varlen: Callable[..., Tensor]
     paged_attention: Callable[..., Tensor]
@@ -50,6 +52,7 @@ class OpSet:
     all_reduce: Callable[[Tensor], Tensor]
     attn_implementation: str | None
     linear_of_any_rows: bool = False
+    takes_8_bit_caches: bool = False
     sample: Callable[..., Tensor] = sample
     advance_step_: Callable[..., None] = advance_step_
     slot_mapping: Callable[..., Tensor] = slot_mapping
@@ -155,9 +158,10 @@ def _native_varlen(
     return out
 
 
-def _native_paged(*args: Any, sinks: Tensor | None = None) -> Tensor:
+def _native_paged(*args: Any, sinks: Tensor | None = None, scales: Sequence[Tensor] = ()) -> Tensor:
     more = () if sinks is None else (None, sinks.float())
-    out, _ = _paged_attention(*args, *more)
+    names = dict(zip(("k_scales", "v_scales"), scales, strict=False))
+    out, _ = _paged_attention(*args, *more, **names)
     return out
 
 
@@ -177,6 +181,7 @@ NATIVE = OpSet(
     activations=_activations(_ops.activation.default),
     all_reduce=_alone,
     attn_implementation=NAME,
+    takes_8_bit_caches=True,
 )
 
 
@@ -233,10 +238,12 @@ def _exact_paged(
     max_seqlen_q: int,
     *scores: Any,
     sinks: Tensor | None = None,
+    scales: Sequence[Tensor] = (),
 ) -> Tensor:
     tensors = (q.double(), k_cache.double(), v_cache.double())
     where = (block_table, cache_seqlens, cu_seqlens_q)
-    out, _ = reference.paged_attention(*tensors, *where, sinks=sinks, **_options(*scores))
+    options = _options(*scores) | dict(zip(("k_scales", "v_scales"), scales, strict=False))
+    out, _ = reference.paged_attention(*tensors, *where, sinks=sinks, **options)
     return out.to(q.dtype)
 
 
@@ -259,4 +266,5 @@ REFERENCE = OpSet(
     activations=_activations(_in_float64(reference.activation)),
     all_reduce=_alone,
     attn_implementation=None,
+    takes_8_bit_caches=True,
 )

@@ -41,10 +41,11 @@ class DecoderState:
     """What stays the same from one forward of a model to the next.
 
     Attributes:
-        caches: (k_cache, v_cache) of each layer, [num_blocks, page_size, num_heads_kv, head_dim]
+        caches: (k_cache, v_cache) of each layer, [num_blocks, page_size, num_heads_kv, head_dim];
+            of 8 bits (k_cache, v_cache, k_scales, v_scales)
         rope: (cos, sin) of each kind of rotary embedding that the model's layers use, [positions,
             rotary_dim] in the model's dtype, from rope_tables
     """
 
-    caches: Sequence[tuple[Tensor, Tensor]]
+    caches: Sequence[tuple[Tensor, ...]]
     rope: Sequence[tuple[Tensor, Tensor]]

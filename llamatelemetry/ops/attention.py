@@ -148,16 +148,21 @@ def paged_attention(
     alibi_slopes: Tensor | None = None,
     num_splits: int = 0,
     split_size: int = 0,
+    k_scales: Tensor | None = None,
+    v_scales: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """flash_attn of packed queries, each sequence's over its own keys in a paged cache.
 
     Args:
         q: [total_q, num_heads_q, head_dim], float32, float16 or bfloat16: the queries of all
             sequences, one after the other; any token and head strides
-        k_cache, v_cache: [num_blocks, page_size, num_heads_kv, head_dim], dtype and device of q;
-            any strides with a contiguous last dimension; any page_size (on Hopper chunks of 16 or
-            more queries run on flash_attn's own kernel where it is 8, 16, 32, 64 or a multiple of
-            128, or where a sequence has one page)
+        k_cache, v_cache: [num_blocks, page_size, num_heads_kv, head_dim], dtype and device of q, or
+            float8_e4m3fn (without NaN) or int8 with scales; any strides with a contiguous last
+            dimension; any page_size (on Hopper more than 64 rows of a key head, in chunks of 16 or
+            more queries, run on flash_attn's own kernel where it is 8, 16, 32, 64 or a multiple of
+            128, or where a sequence has one page). Over 8 bits "decode" serves chunks too, in
+            float16; what it does not serve (float32, fixed splits, a head_dim that is no multiple
+            of 16) "simt" does
         block_table: [batch, max_blocks] int32, the blocks of each sequence in order
         cache_seqlens: [batch] int32, keys of each sequence, its own queries' (appended before)
             included
@@ -170,6 +175,8 @@ def paged_attention(
         split_size: the same kernels cut at its multiples, itself a multiple of 64; 0: they choose.
             With either of the two a row's bits depend on its own sequence alone, among calls that
             the same kernel serves
+        k_scales, v_scales: [num_blocks, page_size, num_heads_kv] float32 of any strides, or [1]: by
+            which caches of 8 bits are multiplied, as append_kv_ writes or takes them; positive
 
     Returns:
         out as q, contiguous, and lse [num_heads_q, total_q] float32, as in flash_attn; rows of q
@@ -188,6 +195,7 @@ def paged_attention(
         *(q, k_cache, v_cache, block_table, cache_seqlens, cu_seqlens_q, max_seqlen_q),
         max(q.shape[-1], 1) ** -0.5 if softmax_scale is None else softmax_scale,
         *(causal, *window_size, softcap, backend, sinks, alibi_slopes, num_splits, split_size),
+        *(k_scales, v_scales),
     )
 
 
@@ -242,6 +250,8 @@ def _(
     alibi_slopes: Tensor | None = None,
     num_splits: int = 0,
     split_size: int = 0,
+    k_scales: Tensor | None = None,
+    v_scales: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     lse = q.new_empty((q.shape[1], q.shape[0]), dtype=torch.float32)
     return q.new_empty(q.shape), lse

@@ -9,28 +9,50 @@ from llamatelemetry.ops._contract import inference_only, register_fake
 
 
 def append_kv_(
-    k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor
+    k: Tensor,
+    v: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    slot_mapping: Tensor,
+    k_scales: Tensor | None = None,
+    v_scales: Tensor | None = None,
 ) -> None:
     """Writes each token's keys and values to its slot: ``cache[slot // page, slot % page] = k[t]``.
+
+    A cache of 8 bits gets ``round(x / scale)``. Where each token and head has a scale, it is set to
+    ``max |x|`` over 448 (float8_e4m3fn) or 127 (int8), and to NaN where x holds NaN or inf. One
+    scale for the whole tensor is read, and what is larger than the type holds becomes its largest.
 
     Args:
         k, v: [num_tokens, num_heads_kv, head_dim], float32, float16 or bfloat16; any token and head
             strides (slices of a merged qkv), last dimension contiguous
-        k_cache, v_cache: [num_blocks, page_size, num_heads_kv, head_dim], dtype and device of k,
-            written in place; any page_size, any block and slot strides, heads contiguous
+        k_cache, v_cache: [num_blocks, page_size, num_heads_kv, head_dim], dtype and device of k, or
+            float8_e4m3fn or int8 (head_dim up to 256), written in place; memory of their own; any
+            page_size, any block and slot strides, heads contiguous
         slot_mapping: [num_tokens] int64, block * page_size + offset; -1 skips the token. Slots of
             one call must differ. Any other value outside the cache is a mistake that nothing can
             report, for it lies on the device: such a token is skipped too
+        k_scales, v_scales: [num_blocks, page_size, num_heads_kv] float32 of any strides, written in
+            place, or [1], read; None but beside caches of 8 bits
 
     Raises:
         RuntimeError: naming the argument, the rule and the value
     """
     inference_only("append_kv_", k=k, v=v, k_cache=k_cache, v_cache=v_cache)
-    torch.ops.llamatelemetry.append_kv_.default(k, v, k_cache, v_cache, slot_mapping)
+    caches = (k_cache, v_cache, slot_mapping, k_scales, v_scales)
+    torch.ops.llamatelemetry.append_kv_.default(k, v, *caches)
 
 
 @register_fake("append_kv_")
-def _(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor) -> None:
+def _(
+    k: Tensor,
+    v: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    slot_mapping: Tensor,
+    k_scales: Tensor | None = None,
+    v_scales: Tensor | None = None,
+) -> None:
     return None
 
 
@@ -47,6 +69,8 @@ def rope_append_kv_(
     k_weight: Tensor | None = None,
     eps: float = 1e-6,
     weight_offset: float = 0.0,
+    k_scales: Tensor | None = None,
+    v_scales: Tensor | None = None,
 ) -> None:
     """``rms_norm`` of each head, ``rotary_embedding_`` and ``append_kv_`` of packed q, k and v, one
     launch.
@@ -58,7 +82,8 @@ def rope_append_kv_(
             the heads of q, of k and of v; q and k are written in place; any token and head strides,
             last dimension contiguous; head_dim up to 256
         cos, sin, positions, interleaved: as in rotary_embedding_; a rotary_dim of 0 turns nothing
-        k_cache, v_cache, slot_mapping: as in append_kv_; dtype and device of qkv
+        k_cache, v_cache, slot_mapping, k_scales, v_scales: as in append_kv_; dtype of qkv or 8
+            bits
         q_weight, k_weight: [head_dim], dtype of qkv: of the norm of each head of q and of k; None:
             there is none
         eps, weight_offset: of both norms, as in rms_norm
@@ -72,7 +97,7 @@ def rope_append_kv_(
     inference_only("rope_append_kv_", qkv=qkv, k_cache=k_cache, v_cache=v_cache, q_weight=q_weight)
     torch.ops.llamatelemetry.rope_append_kv_.default(
         *(qkv, cos, sin, positions, interleaved, k_cache, v_cache, slot_mapping),
-        *(q_weight, k_weight, eps, weight_offset),
+        *(q_weight, k_weight, eps, weight_offset, k_scales, v_scales),
     )
 
 
@@ -90,6 +115,8 @@ def _(
     k_weight: Tensor | None = None,
     eps: float = 1e-6,
     weight_offset: float = 0.0,
+    k_scales: Tensor | None = None,
+    v_scales: Tensor | None = None,
 ) -> None:
     return None
 
@@ -97,9 +124,12 @@ def _(
 def copy_blocks_(k_cache: Tensor, v_cache: Tensor, block_pairs: Tensor) -> None:
     """Copies whole blocks within a cache: ``cache[dst] = cache[src]`` for each pair, K and V.
 
+    Scales of a cache of 8 bits are a cache of head_dim 1: ``scales.unsqueeze(-1)``.
+
     Args:
-        k_cache, v_cache: [num_blocks, page_size, num_heads_kv, head_dim], float32, float16 or
-            bfloat16, written in place; any page_size, any block and slot strides, heads contiguous
+        k_cache, v_cache: [num_blocks, page_size, num_heads_kv, head_dim], float32, float16,
+            bfloat16, float8_e4m3fn or int8, written in place; memory of their own; any page_size,
+            any block and slot strides, heads contiguous
         block_pairs: [num_pairs, 2] int64, (src, dst). All pairs run at once: no dst may be another
             pair's src or dst. A pair outside the cache is skipped, so (-1, -1) pads
 
@@ -132,10 +162,11 @@ def swap_blocks_(
     host's tensors until then: torch does not know that the launch uses them.
 
     Args:
-        k_from, v_from: [num_blocks, page_size, num_heads_kv, head_dim], float32, float16 or
-            bfloat16; any block and slot strides, heads contiguous
-        k_to, v_to: likewise, of any number of blocks, written in place; memory apart from k_from's
-            and v_from's. Both pairs on one device, or one of them on the host and pinned
+        k_from, v_from: [num_blocks, page_size, num_heads_kv, head_dim] of a type that copy_blocks_
+            takes; any block and slot strides, heads contiguous
+        k_to, v_to: likewise, of any number of blocks, written in place; memory apart from each
+            other's, k_from's and v_from's. Both pairs on one device, or one of them on the host and
+            pinned
         block_pairs: [num_pairs, 2] int64, (src, dst), on the GPU where a cache is on one. All pairs
             run at once: no dst may appear twice. A pair outside the caches is skipped, so (-1, -1)
             pads

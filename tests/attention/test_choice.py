@@ -55,23 +55,23 @@ BY_PAGE_SIZE |= {128: "sm90", 256: "sm90", 200: "sm80", 2048: "sm90"}
 
 @pytest.mark.parametrize(("page_size", "chosen"), BY_PAGE_SIZE.items())
 def test_pages_on_hopper(page_size, chosen):
-    options = {"seqlen_q": 16, "page_size": page_size, "capability": 90}
+    options = {"seqlen_q": 65, "page_size": page_size, "capability": 90}
     assert attention_choice("paged_attention", FP16, **options) == f"{chosen}, tiles for pages"
 
 
 def test_a_single_page_of_any_size_on_hopper():
-    options = {"seqlen_q": 64, "page_size": 77, "seqlen_k": 77, "capability": 90}
+    options = {"seqlen_q": 65, "page_size": 77, "seqlen_k": 77, "capability": 90}
     assert attention_choice("paged_attention", BF16, **options) == "sm90, tiles for pages"
 
 
 @pytest.mark.parametrize(
     ("capability", "dtype", "seqlen_q", "chosen"),
     [
-        (90, FP16, 15, "decode"),
-        (90, FP16, 16, "sm90"),
+        (90, FP16, 64, "decode"),
+        (90, FP16, 65, "sm90"),
         (90, FP32, 64, "simt"),
-        (80, BF16, 15, "decode"),
-        (80, BF16, 16, "sm80"),
+        (80, BF16, 64, "decode"),
+        (80, BF16, 65, "sm80"),
         (75, FP16, 64, "simt"),
         (75, BF16, 64, "simt"),
     ],

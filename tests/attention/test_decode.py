@@ -47,6 +47,21 @@ def test_widths_and_pages(dtype, head_dim, page_size):
 
 
 @DTYPES
+@pytest.mark.parametrize("head_dim", [40, 96, 128])
+@pytest.mark.parametrize(
+    "options", [{}, {"window_size": (100, 0)}, {"softcap": 20.0, "causal": False}], ids=str
+)
+def test_rows_of_several_warps(dtype, head_dim, options):
+    """Drafts to verify beside single queries and chunks: up to 64 rows over one read of keys."""
+    sequences = [(16, 3000), (1, 900), (5, 5), (0, 70), (33, 2000), (9, 20_000)]
+    sequences += [(2, 40)] * 60  # as many as it takes for rows to share warps
+    case = random_case("cuda", dtype, sequences, (8, 2), head_dim, page_size=16)
+    assert_right(case, backend="decode", **options)
+    again = case.run(backend="decode", **options), case.run(backend="decode", **options)
+    assert all(torch.equal(a, b) for a, b in zip(*again, strict=True))
+
+
+@DTYPES
 @pytest.mark.parametrize("window", [(0, 0), (20, 0), (700, 0)], ids=str)
 def test_what_a_window_hides_is_not_read(dtype, window):
     case = random_case("cuda", dtype, [(1, 1500), (1, 40), (1, 801)], (8, 2), 64, page_size=1)

@@ -78,7 +78,12 @@ def test_refusals(device):
     refuses("k_cache must be [num_blocks, page_size, num_heads_kv, head_dim]", k_cache=k_cache[0])
     refuses("v_cache must be the shape of k_cache = [5, 4, 3, 16]", v_cache=v_cache[1:])
     refuses("v_cache must have the dtype of k_cache", v_cache=v_cache.half())
-    refuses("k_cache must be float32, float16 or bfloat16, got float64", k_cache=k_cache.double())
+    refuses(
+        "k_cache must be float32, float16, bfloat16, float8_e4m3fn or int8, got float64",
+        k_cache=k_cache.double(),
+    )
+    refuses("v_cache must not overlap k_cache, got memory 0 elements from it", v_cache=k_cache)
+    refuses("k_cache must not overlap itself", k_cache=k_cache[:1].expand(k_cache.shape))
     refuses("k_cache must have contiguous heads", "stride 48", k_cache=k_cache.transpose(1, 2))
     refuses("k_cache must have a contiguous last dimension", k_cache=k_cache.transpose(2, 3))
     refuses("k must be [num_tokens, num_heads_kv, head_dim], got shape [7, 3]", k=k[:, :, 0])

@@ -124,6 +124,26 @@ def test_no_cache(device, dtype):
     assert_is_the_three_ops(case | {"k_cache": empty, "v_cache": empty.clone()})
 
 
+@pytest.mark.parametrize("stored", [torch.float8_e4m3fn, torch.int8], ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize(("head_dim", "rotary_dim"), [(128, 64), (6, 2)])
+def test_caches_of_8_bits(device, dtype, stored, head_dim, rotary_dim):
+    """What append_kv_ makes of the keys and values that stand in qkv afterwards."""
+    case = random_case(device, dtype, (6, 2), head_dim, rotary_dim)
+    shape = case["k_cache"].shape
+    caches = torch.zeros(4, *shape, dtype=torch.uint8, device=device).view(stored)
+    scales = torch.full((4, *shape[:-1]), torch.nan, device=device)
+    case["qkv"][3, 7, 0] = torch.inf
+    given = {"k_cache": caches[0], "v_cache": caches[1]}
+    rope_append_kv_(**(case | given), k_scales=scales[0], v_scales=scales[1])
+    k, v = case["qkv"][:, 6:8], case["qkv"][:, 8:]
+    ops.append_kv_(k, v, *caches[2:], case["slot_mapping"], *scales[2:])
+    assert torch.equal(scales[:2].nan_to_num(7.0), scales[2:].nan_to_num(7.0))
+    known = ~scales[:2].isnan()
+    ours, wanted = caches.view(torch.uint8).view(2, 2, *shape)
+    assert torch.equal(ours[known], wanted[known])
+    assert known.any()
+
+
 @given(
     st.integers(0, 9),
     st.tuples(st.integers(0, 4), st.integers(1, 3)),

@@ -69,6 +69,14 @@ def test_refusals(device):
     )
     half = case["k_to"].half()
     refuses("k_to must be float32, got float16", k_to=half, v_to=half)
+    overlap = "v_to must not overlap k_to, got memory "
+    refuses(overlap + "0 elements from it", v_to=case["k_to"])
+    both = torch.zeros(10, *case["k_to"].shape[1:], device=device)
+    refuses(overlap + "192 elements", k_to=both[:9], v_to=both[1:])
+    rows = torch.zeros(9, 4, 7, 16, device=device)  # k beside v in each slot, and one head of both
+    swap_blocks_(case["k_from"], case["v_from"], rows[:, :, :3], rows[:, :, 3:6], case["pairs"])
+    refuses(overlap + "32 elements", k_to=rows[:, :, :3], v_to=rows[:, :, 2:5])
+    refuses("v_to must not overlap itself", v_to=case["k_to"][:, :1].expand(9, 4, 3, 16))
     refuses("block_pairs must be [num_pairs, 2], got shape [2]", pairs=case["pairs"][0])
     refuses("block_pairs must be int64, got int32", pairs=case["pairs"].int())
     with torch.inference_mode(False), torch.enable_grad():
@@ -135,10 +143,10 @@ def test_a_graph_swaps_other_blocks_at_replay():
 @pytest.mark.gpu
 def test_memory_that_the_gpu_cannot_reach_is_refused():
     k, v, _, _, pairs = random_case("cuda", torch.float32)
-    host = torch.zeros(9, *k.shape[1:])
-    assert_refuses(lambda: swap_blocks_(k, v, host, host, pairs), "swap_blocks_: ", "pinned")
-    host = host.pin_memory()
+    hosts = [torch.zeros(9, *k.shape[1:]) for _ in range(2)]
+    assert_refuses(lambda: swap_blocks_(k, v, *hosts, pairs), "swap_blocks_: ", "pinned")
+    hosts = [host.pin_memory() for host in hosts]
     assert_refuses(
-        lambda: swap_blocks_(k, v, host, host, pairs.cpu()),
+        lambda: swap_blocks_(k, v, *hosts, pairs.cpu()),
         "block_pairs must be on the device of k_from (device 0), got cpu",
     )

@@ -1,6 +1,8 @@
 // out[i] = sum_j softmax_j(softmax_scale * q[i] . k[j]) v[j] over the keys j that query i sees,
 // kept in pages of a cache. Few rows (decode): decode.h; many (prefill): prefill.h.
 // One item per (split, key head, sequence or tile of rows); splits are merged by a second launch.
+#include <memory>
+
 #include "attention/cpu/decode.h"
 #include "attention/cpu/prefill.h"
 #include "attention/params.h"
@@ -120,6 +122,66 @@ struct PagedSource {
   }
 };
 
+// The same over a cache of 8 bits, whose rows are multiplied out a block at a time. For decode.h
+// alone: it asks for a block's keys and values once, and for a query right before it copies it.
+template <typename Element>
+struct EightBitSource {
+  using T = float;
+  static constexpr bool kHasAlibi = true;
+
+  struct Scratch {
+    alignas(64) float query[kMaxHeadDim];
+    alignas(64) float keys[kBlockKeys * kMaxHeadDim];
+    alignas(64) float values[kBlockKeys * kMaxHeadDim];
+  };
+  PagedSource<Element> stored;
+  Scratch& scratch;
+  int64_t head_dim;
+  ScoreRule rule;
+
+  EightBitSource(const PagedSource<Element>& source, Scratch& memory)
+      : stored(source), scratch(memory), head_dim(source.head_dim), rule(source.rule) {}
+
+  int64_t num_rows() const { return stored.num_rows(); }
+  const float* query(int64_t row) const {
+    load_row(stored.query(row), head_dim, 1.0f, scratch.query, head_dim);
+    return scratch.query;
+  }
+  KeyRange keys(int64_t row) const { return stored.keys(row); }
+  KeyRange keys(int64_t begin, int64_t end) const { return stored.keys(begin, end); }
+  void find_keys(KeyRange keys, const float** rows) const {
+    find(stored.p.k, keys, scratch.keys, rows);
+  }
+  void find_values(KeyRange keys, const float** rows) const {
+    find(stored.p.v, keys, scratch.values, rows);
+  }
+  float slope(int64_t row) const { return stored.slope(row); }
+  float position(int64_t row) const { return stored.position(row); }
+  float sink(int64_t row) const { return stored.sink(row); }
+  void finish(int64_t row, const float* o, float row_max, float sum) const {
+    stored.finish(row, o, row_max, sum);
+  }
+
+ private:
+  void find(const KeyValueView& view, KeyRange keys, float* memory, const float** rows) const {
+    const int32_t* table = stored.p.block_table + stored.sequence * stored.p.block_table_stride;
+    for (int64_t key = keys.begin; key < keys.end; ++key, memory += kMaxHeadDim) {
+      const int64_t page = table[key / view.page_size], slot = key % view.page_size;
+      const auto at = [&](const Heads& x) {
+        return page * x.batch_stride + slot * x.token_stride + stored.kv_head * x.head_stride;
+      };
+      const auto* row = static_cast<const uint8_t*>(view.rows.data) + at(view.rows);
+      const float scale = static_cast<const float*>(view.scales.data)[at(view.scales)];
+      if (view.dtype == DType::kInt8) {
+        for (int64_t c = 0; c < head_dim; ++c) memory[c] = static_cast<int8_t>(row[c]) * scale;
+      } else {
+        for (int64_t c = 0; c < head_dim; ++c) memory[c] = e4m3_to_float(row[c]) * scale;
+      }
+      *rows++ = memory;
+    }
+  }
+};
+
 template <typename T>
 void merge_rows(const Params& p, int64_t begin, int64_t end) {
   const int64_t num_rows = p.total_q * p.num_heads_q;
@@ -147,7 +209,14 @@ template <typename T>
 void decode_items(const Params& p, int64_t begin, int64_t end) {
   for (int64_t item = begin; item < end; ++item) {
     const int64_t split = item / (p.batch * p.num_heads_kv);
-    attend_rows(PagedSource<T>(p, item / p.num_heads_kv % p.batch, item % p.num_heads_kv, split));
+    const PagedSource<T> source(p, item / p.num_heads_kv % p.batch, item % p.num_heads_kv, split);
+    if (is_8_bit_cache(p.k.dtype)) {
+      using Scratch = typename EightBitSource<T>::Scratch;
+      thread_local const std::unique_ptr<Scratch> scratch(new Scratch);  // too large for stacks
+      attend_rows(EightBitSource<T>(source, *scratch));
+    } else {
+      attend_rows(source);
+    }
   }
 }
 

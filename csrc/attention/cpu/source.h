@@ -17,6 +17,7 @@
 #pragma once
 
 #include <cmath>
+#include <cstring>
 #include <type_traits>
 
 #include "attention/params.h"
@@ -85,6 +86,20 @@ LT_INLINE float first_row_max(float sink) {
 LT_INLINE float first_sum(float sink) { return sink == -INFINITY ? 0.0f : 1.0f; }
 
 // ---- Rows ----
+
+// Exponent 0 counts in 2^-9; the largest exponent with the largest mantissa is NaN.
+LT_INLINE float e4m3_to_float(uint8_t x) {
+  const uint32_t size = x & 0x7f;
+  const float least = static_cast<float>(size) * 0.001953125f;
+  uint32_t least_bits;
+  std::memcpy(&least_bits, &least, sizeof least_bits);
+  constexpr uint32_t kBias = (127 - 7) << 23;
+  uint32_t bits = size < 8 ? least_bits : size == 0x7f ? 0x7fc00000 : (size << 20) + kBias;
+  bits |= static_cast<uint32_t>(x & 0x80) << 24;
+  float value;
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
+}
 
 // dst[0..padded) = src[0..head_dim) * factor, then zeros.
 template <typename T>

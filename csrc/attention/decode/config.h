@@ -11,25 +11,42 @@ constexpr int kRowTile = 16;  // query rows of one mma
 constexpr int kNumWarps = 4;
 constexpr int kWarpKeys = 16;
 constexpr int kTileKeys = kNumWarps * kWarpKeys;
-// A run is at least this many tiles long, unless there are fewer: more parts take longer to combine
-// than 128 keys to read.
-constexpr int kMinRunTiles = 2;
+constexpr int kLongestShortRun = 4;  // tiles, decode.cuh
 constexpr int kMaxPartsAtOnce = 32;
+
+// What keys and values are stored in.
+enum class Stored { kAsQueries, kE4M3, kInt8 };
 
 struct Config {
   int head_dim;       // up to which it serves, and of its tiles
-  int stages;         // of a warp's ring: two loads under way keep memory busy
+  int stages;         // of a warp's ring: loads under way that keep memory busy
   int blocks_per_sm;  // with stages, what fits 227 KB of shared memory
   bool queries_in_registers;
+  Stored stored = Stored::kAsQueries;
+  // Rows of a segment: kRowTile, whose keys warps share out; or as many for each warp, which then
+  // all read the same keys.
+  int row_tile = kRowTile;
 
-  constexpr int stage_bytes() const { return 2 * kWarpKeys * head_dim * 2; }
+  constexpr bool is_wide() const { return row_tile > kRowTile; }
+
+  constexpr bool is_8_bit() const { return stored != Stored::kAsQueries; }
+  // Keys and values of a warp; of 8 bits with a scale for each.
+  constexpr int stage_bytes() const {
+    return is_8_bit() ? 2 * kWarpKeys * (head_dim + 4) : 2 * kWarpKeys * head_dim * 2;
+  }
+  // Of the queries of a row tile in shared memory.
+  constexpr int query_bytes() const {
+    if (queries_in_registers) return 0;
+    constexpr int kPadding = 8;
+    return kRowTile * (is_8_bit() ? head_dim * 2 + kPadding + 4 : head_dim * 2);
+  }
   // Merge of decode.cuh: o of each warp, their row statistics, and statistics of parts.
   constexpr int merge_bytes() const {
-    return kNumWarps * kRowTile * (head_dim + 4 + 2) * 4 + kRowTile * kMaxPartsAtOnce * 8;
+    return kNumWarps * kRowTile * (head_dim + 4 + 2) * 4 + row_tile * kMaxPartsAtOnce * 8;
   }
   constexpr int shared_bytes() const {
     constexpr int kLine = 128;  // what the struct is aligned to
-    const int queries = queries_in_registers ? kLine : kRowTile * head_dim * 2;
+    const int queries = query_bytes() == 0 ? kLine : (query_bytes() + kLine - 1) / kLine * kLine;
     return std::max(kNumWarps * stages * stage_bytes(), merge_bytes()) + queries;
   }
 };
@@ -43,11 +60,58 @@ constexpr Config kConfigs[] = {
     {.head_dim = 256, .stages = 2, .blocks_per_sm = 1, .queries_in_registers = false},
 };
 
-constexpr const Config& config_of(int64_t head_dim) {
-  for (const Config& config : kConfigs) {
+// Over keys and values of 8 bits: half the bytes a stage, so more of them.
+constexpr Config kE4M3Configs[] = {
+    {.head_dim = 64,
+     .stages = 8,
+     .blocks_per_sm = 2,
+     .queries_in_registers = true,
+     .stored = Stored::kE4M3},
+    {.head_dim = 128,
+     .stages = 5,
+     .blocks_per_sm = 2,
+     .queries_in_registers = true,
+     .stored = Stored::kE4M3},
+    {.head_dim = 192,
+     .stages = 4,
+     .blocks_per_sm = 2,
+     .queries_in_registers = false,
+     .stored = Stored::kE4M3},
+    {.head_dim = 256,
+     .stages = 3,
+     .blocks_per_sm = 2,
+     .queries_in_registers = false,
+     .stored = Stored::kE4M3},
+};
+constexpr Config in_int8(Config config) {
+  config.stored = Stored::kInt8;
+  return config;
+}
+constexpr Config kInt8Configs[] = {in_int8(kE4M3Configs[0]), in_int8(kE4M3Configs[1]),
+                                   in_int8(kE4M3Configs[2]), in_int8(kE4M3Configs[3])};
+
+// For more rows than kRowTile.
+constexpr int kWideRowTile = kNumWarps * kRowTile;
+constexpr Config widened(Config config) {
+  config.row_tile = kWideRowTile;
+  return config;
+}
+constexpr Config kWideConfigs[] = {widened(kConfigs[0]), widened(kConfigs[1]),
+                                   widened(kConfigs[2])};
+constexpr int kMaxWideHeadDim = 128;
+
+template <int kCount>
+constexpr const Config& first_that_holds(const Config (&configs)[kCount], int64_t head_dim) {
+  for (const Config& config : configs) {
     if (head_dim <= config.head_dim) return config;
   }
-  return kConfigs[4];
+  return configs[kCount - 1];
+}
+constexpr const Config& config_of(int64_t head_dim, Stored stored, bool is_wide) {
+  if (is_wide) return first_that_holds(kWideConfigs, head_dim);
+  if (stored == Stored::kE4M3) return first_that_holds(kE4M3Configs, head_dim);
+  if (stored == Stored::kInt8) return first_that_holds(kInt8Configs, head_dim);
+  return first_that_holds(kConfigs, head_dim);
 }
 
 // Blocks that a multiprocessor holds at once, of a GPU that gives one block so much shared memory.

@@ -8,13 +8,17 @@
 // Grid: as many blocks as the GPU holds; plan.cuh says what each does.
 #pragma once
 
+#include <climits>
+#include <type_traits>
+
+#include "attention/decode/keys_16_bit.cuh"
+#include "attention/decode/keys_8_bit.cuh"
 #include "attention/decode/merge.cuh"
 #include "ptx/math.cuh"
 #include "ptx/mma.cuh"
 #include "ptx/shared.cuh"
 #include "tile/convert.cuh"
 #include "tile/dependent_launch.cuh"
-#include "tile/swizzled_tile.cuh"
 
 namespace llamatelemetry::decode {
 
@@ -24,30 +28,36 @@ struct RowRules {
   float slope[2];        // ALiBi, in log2 units
   int position[2];       // among the keys
 };
+// What a warp knows of the same two rows.
+struct RowStats {
+  float max[2] = {-INFINITY, -INFINITY};  // of their scores, in log2 units
+  float sum[2] = {};                      // of weights against it, of this lane's keys
+  // Where values have scales: what o is exponentiated against, the largest of scores times those.
+  float reference[2] = {-INFINITY, -INFINITY};
+};
 
 template <typename T, Config kConfig, bool kFixed>
 struct Decode {
   using Params = AttentionParams;
   using Merge = Merging<T, kConfig, kFixed>;
-  using Sequence = decode::Sequence<kFixed>;
+  using Sequence = decode::Sequence<kFixed, kConfig.row_tile>;
+  using Keys = std::conditional_t<kConfig.is_8_bit(), Keys8Bit<T, kConfig>, Keys16Bit<T, kConfig>>;
+  using Element = typename Keys::Element;
+  using Stage = typename Keys::Stage;
+  using Scales = typename Keys::Scales;
   static constexpr int kHeadDim = kConfig.head_dim;
   static constexpr int kStages = kConfig.stages;
-  using Tile = SwizzledTile<kHeadDim>;
   static constexpr int kCapability = 80;
   static constexpr int kNumThreads = kNumWarps * kWarpSize;
   static constexpr int kMinBlocks = kConfig.blocks_per_sm;
   static constexpr int kDimSteps = kHeadDim / 16;
 
-  struct Stage {
-    char k[Tile::bytes(kWarpKeys)];
-    char v[Tile::bytes(kWarpKeys)];
-  };
   struct alignas(128) Shared {
     union {
       Stage stages[kNumWarps][kStages];
       typename Merge::Shared merge;
     };
-    char queries[kConfig.queries_in_registers ? 1 : Tile::bytes(kRowTile)];
+    alignas(16) char queries[std::max(1, kConfig.query_bytes())];
   };
   static constexpr int kSharedBytes = sizeof(Shared);
 
@@ -59,8 +69,9 @@ struct Decode {
     Shared& shared = *reinterpret_cast<Shared*>(s_bytes);
     let_successors_start();
     wait_for_predecessors();
-    const Plan<kFixed> plan(p);
-    const Runs runs(plan.total_units(), gridDim.x, kFixed ? 1 : kMinRunTiles);
+    const Plan<kFixed, kConfig.row_tile> plan(p);
+    const int total = plan.total_units();
+    const Runs runs(total, gridDim.x, kFixed ? 1 : shortest_run(total));
     const int block = blockIdx.x;
     if (block >= runs.num_runs) return;
     const int begin = runs.first_of(block);
@@ -88,6 +99,13 @@ struct Decode {
         first_unit -= Sequence(p, index).work(p);
       } while (first_unit == end);
     }
+  }
+
+  // Up to a block a multiprocessor runs stay as short as they can, beyond that kLongestShortRun
+  // before there are more blocks: more parts take longer to combine than so many tiles to read.
+  static __device__ int shortest_run(int total) {
+    return max(1, min(total / max(1, static_cast<int>(gridDim.x) / kConfig.blocks_per_sm),
+                      kLongestShortRun));
   }
 
   // Units [from, end) of the segment that begins at segment_begin.
@@ -121,118 +139,128 @@ struct Decode {
 
   // ---- Keys and values ----
 
+  static constexpr int kChunkBytes = 16;
+
   // Copies this warp's 16 keys and values of one tile after another. Lanes 0 to 15 find rows of
-  // keys, the others rows of values.
+  // keys, the others rows of values. Rows are counted in chunks, which 32 bits hold.
   struct Loader {
-    const Params& p;
+    static constexpr int kRowChunks = Keys::kRowChunks;
+    static constexpr bool kOneChunk = kWarpSize % kRowChunks == 0;  // a lane's, of all its rows
     const Sequence& s;
-    const int32_t* table;  // nullptr: dense
-    const T* rows;         // of the head
-    int64_t batch_stride, token_stride;
-    int num_chunks;
-    int key;   // that this lane finds next
-    int page;  // which holds it
+    const int32_t* table;  // nullptr: dense, one page
+    const char* k_rows;    // of the head, from the lane's chunk on; dense: of the sequence
+    const char* v_rows;
+    const float* scales;  // of this lane's side, of the head
+    int64_t page_scales, token_scales;
+    uint32_t page_chunks, token_chunks;
+    int num_chunks;  // of a row
+    int page_size;
+    uint32_t step_pages, step_slots;  // a tile's
+    int key;                          // that this lane finds next
+    int page_index, slot;             // where it lies in the table and in its page
+    int page;
 
     __device__ Loader(const Params& p, const Sequence& s, int index, int kv_head, int first_key)
-        : p(p), s(s), num_chunks(static_cast<int>(p.head_dim) / Tile::kChunkElements), page(0) {
+        : s(s),
+          table(nullptr),
+          num_chunks(static_cast<int>(p.head_dim * int64_t{sizeof(Element)}) / kChunkBytes),
+          page_size(INT_MAX),
+          page(0) {
       const KeyValueView& view = lane() < kWarpKeys ? p.k : p.v;
-      rows = static_cast<const T*>(view.rows.data) + kv_head * view.rows.head_stride;
-      batch_stride = view.rows.batch_stride;
-      token_stride = view.rows.token_stride;
-      table = view.page_size > 0 ? p.block_table + index * p.block_table_stride : nullptr;
-      if (table == nullptr) rows += index * batch_stride + s.first_key * token_stride;
+      const auto chunks = [](int64_t elements) {
+        return static_cast<uint32_t>(elements * int64_t{sizeof(Element)} / kChunkBytes);
+      };
+      page_chunks = chunks(view.rows.batch_stride);
+      token_chunks = chunks(view.rows.token_stride);
+      if constexpr (Keys::kHasScales) {
+        scales = static_cast<const float*>(view.scales.data) + kv_head * view.scales.head_stride;
+        page_scales = view.scales.batch_stride;
+        token_scales = view.scales.token_stride;
+      }
+      if (view.page_size > 0) {
+        table = p.block_table + index * p.block_table_stride;
+        page_size = static_cast<int>(min(view.page_size, int64_t{INT_MAX}));
+      }
+      k_rows = rows_of(p.k, index, kv_head);
+      v_rows = rows_of(p.v, index, kv_head);
       key = first_key + warp() * kWarpKeys + lane() % kWarpKeys;
+      page_index = key / page_size;
+      slot = key % page_size;
+      step_pages = kTileKeys / page_size;
+      step_slots = kTileKeys % page_size;
+      ptx::keep(step_pages);  // divided once, not at each tile
+      ptx::keep(step_slots);
       find_page();
+    }
+    __device__ const char* rows_of(const KeyValueView& view, int index, int kv_head) const {
+      const Heads& rows = view.rows;
+      int64_t elements = kv_head * rows.head_stride;
+      if (table == nullptr) elements += index * rows.batch_stride + s.first_key * rows.token_stride;
+      const char* first = static_cast<const char*>(rows.data) + elements * int64_t{sizeof(Element)};
+      return kOneChunk ? first + lane() % kRowChunks * kChunkBytes : first;
     }
     __device__ bool exists() const { return key >= s.begin && key < s.end; }
     __device__ void find_page() {
-      if (table != nullptr && exists()) page = table[key / static_cast<int>(p.k.page_size)];
+      if (table != nullptr && exists()) page = table[page_index];
     }
-    __device__ const T* row() const {
-      if (!exists() || page < 0) return nullptr;
-      if (table == nullptr) return rows + key * token_stride;
-      return rows + page * batch_stride + key % static_cast<int>(p.k.page_size) * token_stride;
+    __device__ void advance() {
+      key += kTileKeys;
+      slot += static_cast<int>(step_slots);
+      page_index += static_cast<int>(step_pages);
+      if (slot >= page_size) {
+        slot -= page_size;
+        ++page_index;
+      }
+      find_page();
     }
     __device__ void load(Stage& stage) {
-      const auto from = reinterpret_cast<unsigned long long>(row());
-      key += kTileKeys;
-      find_page();
-      copy(ptx::shared_address(stage.k), from, 0);
-      copy(ptx::shared_address(stage.v), from, kWarpKeys);
+      const bool found = exists() && page >= 0;
+      const uint32_t row = found ? page * page_chunks + slot * token_chunks : 0;
+      if constexpr (Keys::kHasScales) {
+        const float* from = found ? scales + (page * page_scales + slot * token_scales) : scales;
+        ptx::cp_async_4_or_zeros(ptx::shared_address(&stage.scales[0][0] + lane()), from, found);
+      }
+      const unsigned all_found = __ballot_sync(~0u, found);
+      advance();
+      copy(ptx::shared_address(stage.k), k_rows, row, 0, all_found);
+      copy(ptx::shared_address(stage.v), v_rows, row, kWarpKeys, all_found);
       ptx::cp_async_commit();
     }
-    __device__ void copy(uint32_t to, unsigned long long row_of_lane, int first_lane) const {
+    // Rows of the lanes from first_lane on.
+    __device__ void copy(uint32_t to, const char* rows, uint32_t row_of_lane, int first_lane,
+                         unsigned found) const {
+      if constexpr (kOneChunk) {
+        const int lane_row = lane() / kRowChunks, chunk = lane() % kRowChunks;
+        const unsigned valid = chunk < num_chunks ? found >> lane_row : 0;
 #pragma unroll
-      for (int i = lane(); i < kWarpKeys * Tile::kChunks; i += kWarpSize) {
-        const int row = i / Tile::kChunks, chunk = i % Tile::kChunks;
-        const auto* from =
-            reinterpret_cast<const T*>(__shfl_sync(~0u, row_of_lane, first_lane + row));
-        const bool valid = from != nullptr && chunk < num_chunks;
-        ptx::cp_async_16_or_zeros(to + Tile::offset(row, chunk),
-                                  valid ? from + chunk * Tile::kChunkElements : rows, valid);
+        for (int row = 0; row < kWarpKeys; row += kWarpSize / kRowChunks) {
+          const uint32_t first = __shfl_sync(~0u, row_of_lane, first_lane + row + lane_row);
+          ptx::cp_async_16_or_zeros(to + Keys::offset(row + lane_row, chunk),
+                                    rows + uint64_t{first} * kChunkBytes,
+                                    (valid >> (first_lane + row) & 1) != 0);
+        }
+      } else {
+#pragma unroll
+        for (int i = lane(); i < kWarpKeys * kRowChunks; i += kWarpSize) {
+          const int row = first_lane + i / kRowChunks, chunk = i % kRowChunks;
+          const uint32_t first = __shfl_sync(~0u, row_of_lane, row);
+          const bool valid = chunk < num_chunks && (found >> row & 1) != 0;
+          ptx::cp_async_16_or_zeros(to + Keys::offset(i / kRowChunks, chunk),
+                                    rows + (uint64_t{first} + (valid ? chunk : 0)) * kChunkBytes,
+                                    valid);
+        }
       }
     }
   };
 
   // ---- Queries ----
 
-  // Fragments of the queries in registers, or the address of this lane's in shared memory.
-  struct Queries {
-    uint32_t held[kConfig.queries_in_registers ? kDimSteps : 1][4];
-    uint32_t address;
-
-    __device__ void fragment(int step, uint32_t (&a)[4]) const {
-      if constexpr (kConfig.queries_in_registers) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) a[i] = held[step][i];
-      } else {
-        ptx::ldmatrix_x4(a, Tile::advance(address, 2 * step));
-      }
-    }
-  };
-
-  static __device__ const T* query_row(const Params& p, const Sequence& s, int index,
-                                       const Segment& segment, int row) {
-    return static_cast<const T*>(p.q.data) + index * p.q.batch_stride +
-           (s.first_query + segment.query(row)) * p.q.token_stride +
-           segment.head(row) * p.q.head_stride;
-  }
-
-  static __device__ void load_queries(const Params& p, const Sequence& s, int index,
-                                      const Segment& segment, Shared& shared, Queries& q) {
-    if constexpr (kConfig.queries_in_registers) {
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const int row = lane() / 4 + 8 * half;
-        const bool exists = row < segment.num_rows;
-        const T* from = query_row(p, s, index, segment, exists ? row : 0);
-#pragma unroll
-        for (int i = 0; i < 2 * kDimSteps; ++i) {
-          const int column = 8 * i + lane() % 4 * 2;
-          q.held[i / 2][half + i % 2 * 2] =
-              exists && column < p.head_dim ? *reinterpret_cast<const uint32_t*>(from + column) : 0;
-        }
-      }
-    } else {
-      for (int i = threadIdx.x; i < kRowTile * Tile::kChunks; i += kNumThreads) {
-        const int row = i / Tile::kChunks, chunk = i % Tile::kChunks;
-        const int column = chunk * Tile::kChunkElements;
-        const bool exists = row < segment.num_rows && column < p.head_dim;
-        *reinterpret_cast<uint4*>(shared.queries + Tile::offset(row, chunk)) =
-            exists ? *reinterpret_cast<const uint4*>(query_row(p, s, index, segment, row) + column)
-                   : uint4{};
-      }
-      __syncthreads();
-      q.address = ptx::shared_address(shared.queries) + Tile::a_offset(lane());
-    }
-  }
-
   static __device__ RowRules rules_of(const Params& p, const Sequence& s, int index,
                                       const Segment& segment) {
     RowRules rules;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const int row = min(lane() / 4 + 8 * half, segment.num_rows - 1);
+      const int row = min(Merge::first_row_of_warp() + lane() / 4 + 8 * half, segment.num_rows - 1);
       const int query = segment.query(row);
       const KeyRange keys = s.keys_of(p, query);
       rules.begin[half] = static_cast<int>(keys.begin);
@@ -262,59 +290,70 @@ struct Decode {
     for (int i = 0; i < kStages - 1; ++i) {
       i < num_tiles ? loader.load(stages[i]) : ptx::cp_async_commit();
     }
-    Queries q;
-    load_queries(p, s, index, segment, shared, q);
+    typename Keys::Queries q;
+    const auto query_row = [&](int row_of_warp) -> const T* {
+      const int row = Merge::first_row_of_warp() + row_of_warp;
+      if (row >= segment.num_rows) return nullptr;
+      return static_cast<const T*>(p.q.data) + index * p.q.batch_stride +
+             (s.first_query + segment.query(row)) * p.q.token_stride +
+             segment.head(row) * p.q.head_stride;
+    };
+    Keys::load_queries(query_row, static_cast<int>(p.head_dim), shared.queries, q);
     const RowRules rules = rules_of(p, s, index, segment);
     const bool has_rule = p.softcap > 0 || p.alibi_slopes != nullptr;
     float o[2 * kDimSteps][4] = {};
-    float max[2] = {-INFINITY, -INFINITY};
-    float sum[2] = {};
+    RowStats rows;
     int stage = 0;
+    const auto add_keys = [&](const Stage& keys, int key) {
+      float scores[2][4] = {};
+      const Scales scales = Keys::multiply_keys(q, keys, scores);
+      if (has_rule) {
+        exponentiate<true>(p, scores, key, rules, scales, rows, o);
+      } else {
+        exponentiate<false>(p, scores, key, rules, scales, rows, o);
+      }
+      Keys::multiply_values(scores, keys, o);
+    };
     for (int i = 0; i < num_tiles; ++i) {
       ptx::cp_async_wait<kStages - 2>();
-      __syncwarp();  // all lanes' copies are there, and nobody reads the stage before any more
+      // The copies are there, and nobody reads the stage before any more: of the warp, or of all.
+      if constexpr (kConfig.is_wide()) {
+        __syncthreads();
+      } else {
+        __syncwarp();
+      }
       Stage& free = stages[stage == 0 ? kStages - 1 : stage - 1];
       i + kStages - 1 < num_tiles ? loader.load(free) : ptx::cp_async_commit();
-
-      float scores[2][4] = {};
-      multiply_keys(q, stages[stage].k, scores);
-      const int key = first_key + i * kTileKeys + warp() * kWarpKeys;
-      uint32_t weights[4];
-      if (has_rule) {
-        exponentiate<true>(p, scores, key, rules, max, sum, o, weights);
+      const int key = first_key + i * kTileKeys;
+      if constexpr (kConfig.is_wide()) {
+        if (Merge::first_row_of_warp() < segment.num_rows) {
+#pragma unroll 1
+          for (int w = 0; w < kNumWarps; ++w) {
+            add_keys(shared.stages[w][stage], key + w * kWarpKeys);
+          }
+        }
       } else {
-        exponentiate<false>(p, scores, key, rules, max, sum, o, weights);
+        add_keys(stages[stage], key + warp() * kWarpKeys);
       }
-      multiply_values(weights, stages[stage].v, o);
       stage = stage + 1 == kStages ? 0 : stage + 1;
     }
     ptx::cp_async_wait<0>();
     __syncthreads();
-    merge.leave_warp(o, max, sum);
+    if constexpr (Keys::kHasScales) {  // from o's reference to that of the sums
+      const float factor[2] = {
+          ptx::exp2_approx(finite_or_zero(rows.reference[0]) - finite_or_zero(rows.max[0])),
+          ptx::exp2_approx(finite_or_zero(rows.reference[1]) - finite_or_zero(rows.max[1]))};
+      scale_rows(factor, o);
+    }
+    merge.template leave_warp<Keys>(o, rows.max, rows.sum);
     __syncthreads();
   }
 
-  static __device__ void multiply_keys(const Queries& q, const char* s_keys,
-                                       float (&scores)[2][4]) {
-    const uint32_t keys = ptx::shared_address(s_keys) + Tile::b_offset(lane());
+  static __device__ void scale_rows(const float (&factor)[2], float (&o)[2 * kDimSteps][4]) {
 #pragma unroll
-    for (int step = 0; step < kDimSteps; ++step) {
-      uint32_t a[4], b[4];
-      q.fragment(step, a);
-      ptx::ldmatrix_x4(b, Tile::advance(keys, 2 * step));
-      MmaSm80::add<T>(scores[0], a, b[0], b[1]);
-      MmaSm80::add<T>(scores[1], a, b[2], b[3]);
-    }
-  }
-  static __device__ void multiply_values(const uint32_t (&weights)[4], const char* s_values,
-                                         float (&o)[2 * kDimSteps][4]) {
-    const uint32_t values = ptx::shared_address(s_values) + Tile::b_trans_offset(lane());
+    for (int t = 0; t < 2 * kDimSteps; ++t) {
 #pragma unroll
-    for (int step = 0; step < kDimSteps; ++step) {
-      uint32_t b[4];
-      ptx::ldmatrix_x4_trans(b, Tile::advance(values, 2 * step));
-      MmaSm80::add<T>(o[2 * step], weights, b[0], b[1]);
-      MmaSm80::add<T>(o[2 * step + 1], weights, b[2], b[3]);
+      for (int e = 0; e < 4; ++e) o[t][e] *= factor[e / 2];
     }
   }
 
@@ -328,16 +367,18 @@ struct Decode {
     return dot - slope * fabsf(static_cast<float>(position - key));
   }
 
-  // Online softmax over 16 keys; o is rescaled where a row's maximum grew.
+  // Online softmax over 16 keys: scores to weights, which take the values' scales along; o is
+  // rescaled where what it is exponentiated against grew.
   template <bool kScoreRule>
   static __device__ void exponentiate(const Params& p, float (&x)[2][4], int key,
-                                      const RowRules& rules, float (&max)[2], float (&sum)[2],
-                                      float (&o)[2 * kDimSteps][4], uint32_t (&weights)[4]) {
+                                      const RowRules& rules, const Scales& scales, RowStats& rows,
+                                      float (&o)[2 * kDimSteps][4]) {
     const float scale = p.softmax_scale * kLog2E;
     float rescale[2];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      float row_max = max[half];
+      float row_max = rows.max[half];
+      float largest = rows.reference[half];
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
         float& score = x[e / 2][2 * half + e % 2];
@@ -350,31 +391,31 @@ struct Decode {
         }
         if (!seen) score = -INFINITY;
         row_max = fmaxf(row_max, score);
+        if constexpr (Keys::kHasScales) {
+          largest = fmaxf(largest, score + scales.exponent[e / 2][e % 2]);
+        }
       }
       row_max = warp_reduce<Max, 4>(row_max);
       const float reference = finite_or_zero(row_max);
-      rescale[half] = ptx::exp2_approx(max[half] - reference);
-      max[half] = row_max;
-      sum[half] *= rescale[half];
+      rescale[half] = ptx::exp2_approx(rows.max[half] - reference);
+      rows.max[half] = row_max;
+      rows.sum[half] *= rescale[half];
+      float weight_factor = 1.0f;
+      if constexpr (Keys::kHasScales) {
+        largest = warp_reduce<Max, 4>(largest);
+        rescale[half] = ptx::exp2_approx(rows.reference[half] - finite_or_zero(largest));
+        rows.reference[half] = largest;
+        weight_factor = ptx::exp2_approx(reference - finite_or_zero(largest));
+      }
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
         float& score = x[e / 2][2 * half + e % 2];
         score = ptx::exp2_approx(score - reference);
-        sum[half] += score;
+        rows.sum[half] += score;
+        if constexpr (Keys::kHasScales) score *= scales.value[e / 2][e % 2] * weight_factor;
       }
     }
-    if (__any_sync(~0u, rescale[0] != 1.0f || rescale[1] != 1.0f)) {
-#pragma unroll
-      for (int t = 0; t < 2 * kDimSteps; ++t) {
-#pragma unroll
-        for (int e = 0; e < 4; ++e) o[t][e] *= rescale[e / 2];
-      }
-    }
-#pragma unroll
-    for (int t = 0; t < 2; ++t) {
-      weights[2 * t] = pack_two(x[t][0], x[t][1], T{});
-      weights[2 * t + 1] = pack_two(x[t][2], x[t][3], T{});
-    }
+    if (__any_sync(~0u, rescale[0] != 1.0f || rescale[1] != 1.0f)) scale_rows(rescale, o);
   }
 };
 

@@ -14,12 +14,12 @@ struct Segment {
   int kv_head, group_size;
   int first_row, num_rows;
 
-  template <bool kFixed>
-  __device__ Segment(const AttentionParams& p, const Sequence<kFixed>& s, int which)
+  template <bool kFixed, int kRows>
+  __device__ Segment(const AttentionParams& p, const Sequence<kFixed, kRows>& s, int which)
       : kv_head(which / s.row_tiles),
         group_size(static_cast<int>(p.group_size)),
-        first_row(which % s.row_tiles * kRowTile),
-        num_rows(min(kRowTile, s.num_queries * group_size - first_row)) {}
+        first_row(which % s.row_tiles * kRows),
+        num_rows(min(kRows, s.num_queries * group_size - first_row)) {}
   __device__ int query(int row) const { return (first_row + row) / group_size; }
   __device__ int head(int row) const {
     return kv_head * group_size + (first_row + row) % group_size;
@@ -41,17 +41,18 @@ struct Merging {
   static constexpr int kDimSteps = kHeadDim / 16;
   static constexpr int kVector = 4;  // columns of a row that a thread merges at a time
   static constexpr int kRowVectors = kHeadDim / kVector;
-  static constexpr int kItems = (kRowTile * kRowVectors + kNumThreads - 1) / kNumThreads;
-  static constexpr int kLoadsAtOnce = 8;
+  static constexpr int kRows = kConfig.row_tile;
+  static constexpr int kItems = (kRows * kRowVectors + kNumThreads - 1) / kNumThreads;
+  static constexpr int kLoadsAtOnce = 16;
 
   struct Shared {  // row statistics: max in log2 units, and sum
     float o[kNumWarps][kRowTile][kHeadDim + 4];
     float2 stats[kNumWarps][kRowTile];
-    float2 part_stats[kRowTile][kMaxPartsAtOnce];
+    float2 part_stats[kRows][kMaxPartsAtOnce];
   };
 
   const AttentionParams& p;
-  const Sequence<kFixed>& s;
+  const Sequence<kFixed, kRows>& s;
   const int index;  // of the sequence
   const Segment& segment;
   Shared& shared;
@@ -76,33 +77,39 @@ struct Merging {
     }
   };
 
-  // A warp's share of the tiles attended.
+  // In a wide tile each warp has rows of its own.
+  static __device__ int first_row_of_warp() { return kConfig.is_wide() ? warp() * kRowTile : 0; }
+
+  // A warp's share of the tiles attended. Keys: keys_16_bit.cuh's or keys_8_bit.cuh's.
+  template <typename Keys>
   __device__ void leave_warp(const float (&o)[2 * kDimSteps][4], const float (&max)[2],
                              const float (&sum)[2]) const {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int row = lane() / 4 + 8 * half;
       const float row_sum = warp_reduce<Sum, 4>(sum[half]);
-      if (row >= segment.num_rows) continue;
-      float* to = shared.o[warp()][row] + lane() % 4 * 2;
-#pragma unroll
-      for (int t = 0; t < 2 * kDimSteps; ++t) {
-        *reinterpret_cast<float2*>(to + 8 * t) = {o[t][2 * half], o[t][2 * half + 1]};
-      }
+      if (first_row_of_warp() + row >= segment.num_rows) continue;
+      Keys::store_row(o, half, shared.o[warp()][row]);
       shared.stats[warp()][row] = {max[half], row_sum};
     }
   }
 
   __device__ Partial merged(int row, int column) const {
-    Partial all;
+    if constexpr (kConfig.is_wide()) {
+      const int w = row / kRowTile, at = row % kRowTile;
+      const float2 stats = shared.stats[w][at];
+      return {*reinterpret_cast<const float4*>(&shared.o[w][at][column]), stats.x, stats.y};
+    } else {
+      Partial all;
 #pragma unroll
-    for (int w = 0; w < kNumWarps; ++w) all.max = fmaxf(all.max, shared.stats[w][row].x);
+      for (int w = 0; w < kNumWarps; ++w) all.max = fmaxf(all.max, shared.stats[w][row].x);
 #pragma unroll
-    for (int w = 0; w < kNumWarps; ++w) {
-      all.add(*reinterpret_cast<const float4*>(&shared.o[w][row][column]), shared.stats[w][row].x,
-              shared.stats[w][row].y);
+      for (int w = 0; w < kNumWarps; ++w) {
+        all.add(*reinterpret_cast<const float4*>(&shared.o[w][row][column]), shared.stats[w][row].x,
+                shared.stats[w][row].y);
+      }
+      return all;
     }
-    return all;
   }
 
   // Calls body(row, column) for this thread's vectors of the segment's rows.
@@ -154,7 +161,7 @@ struct Merging {
   // Where a row of a part stands: parts are a block's, or one of the fixed splits of its token and
   // head.
   __device__ int64_t place(int part, int row) const {
-    if constexpr (!kFixed) return int64_t{part} * kRowTile + row;
+    if constexpr (!kFixed) return int64_t{part} * kRows + row;
     return (part * p.total_q + token_of(row)) * p.num_heads_q + segment.head(row);
   }
   __device__ float* part_of(int64_t place, int column) const {

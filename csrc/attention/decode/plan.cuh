@@ -22,8 +22,8 @@ struct TileRange {
   int begin, end;
 };
 
-// One sequence as the plan sees it.
-template <bool kFixed>
+// One sequence as the plan sees it. kRows: of a row tile.
+template <bool kFixed, int kRows>
 struct Sequence {
   int first_query;
   int num_queries;
@@ -45,7 +45,7 @@ struct Sequence {
     begin = static_cast<int>(keys_of(p, 0).begin);
     end = static_cast<int>(keys_of(p, num_queries - 1).end);
     tiles = max(1, (end + kTileKeys - 1) / kTileKeys - begin / kTileKeys);
-    row_tiles = (num_queries * static_cast<int>(p.group_size) + kRowTile - 1) / kRowTile;
+    row_tiles = (num_queries * static_cast<int>(p.group_size) + kRows - 1) / kRows;
     units = tiles;
     if constexpr (kFixed) {
       const AttentionPlan& plan = p.plan;
@@ -86,7 +86,7 @@ struct Runs {
 };
 
 // Looks through the sequences, a lane each; every warp does so for itself.
-template <bool kFixed>
+template <bool kFixed, int kRows>
 class Plan {
  public:
   __device__ explicit Plan(const AttentionParams& p) : p_(p) {}
@@ -116,7 +116,7 @@ class Plan {
  private:
   __device__ int work_of_lane(int first) const {
     const int index = first + static_cast<int>(threadIdx.x % kWarpSize);
-    return index < p_.batch ? Sequence<kFixed>(p_, index).work(p_) : 0;
+    return index < p_.batch ? Sequence<kFixed, kRows>(p_, index).work(p_) : 0;
   }
   static __device__ int inclusive_scan(int value) {
 #pragma unroll

@@ -32,8 +32,9 @@ __device__ inline float score_of(const RowScoreRule& rule, float dot, int64_t ke
   return score;
 }
 
-// key_row(j) and value_row(j) point at row j of the sequence. Without a key out is 0 and lse that
-// of the sink, -inf where there is none. Every thread of the block must call it.
+// key_row(j) and value_row(j) are row j of the sequence, whose elements [c] to_float takes. Without
+// a key out is 0 and lse that of the sink, -inf where there is none. Every thread of the block must
+// call it.
 template <typename T, int kNumWarps, typename KeyRow, typename ValueRow>
 __device__ void attend_row(const T* query, KeyRange keys, KeyRow key_row, ValueRow value_row,
                            const RowScoreRule& rule, int head_dim, T* out, float* lse) {
@@ -63,7 +64,7 @@ __device__ void attend_row(const T* query, KeyRange keys, KeyRow key_row, ValueR
     for (int u = 0; u < kStepKeys; ++u) {
       score[u] = -INFINITY;
       if (step + u >= keys.end) continue;
-      const T* key = key_row(step + u);
+      const auto key = key_row(step + u);
       float dot = 0.0f;
 #pragma unroll
       for (int e = 0; e < kElements; ++e) {
@@ -81,7 +82,7 @@ __device__ void attend_row(const T* query, KeyRange keys, KeyRow key_row, ValueR
 #pragma unroll
     for (int u = 0; u < kStepKeys; ++u) {
       if (step + u >= keys.end) continue;
-      const T* value = value_row(step + u);
+      const auto value = value_row(step + u);
       const float weight = expf(score[u] - row_max);
       sum += weight;
 #pragma unroll

@@ -2,6 +2,10 @@
 // block per (query token, query head); the keys of a head are read once per query, from L2 where
 // they fit. Lengths and tables are read on the device, so a captured graph replays with others.
 // Grid [total_q, num_heads_q], block kNumWarps * 32.
+#include <cuda_fp8.h>
+
+#include <type_traits>
+
 #include "attention/launchers.h"
 #include "attention/simt/row.cuh"
 
@@ -48,7 +52,20 @@ __global__ void __launch_bounds__(kNumWarps* kWarpSize)
       static_cast<T*>(p.out) + (token * p.num_heads_q + head) * p.head_dim, lse);
 }
 
-template <typename T, int kNumWarps>
+// A row of 8 bits, multiplied out.
+struct ScaledRow {
+  const uint8_t* data;
+  float scale;
+  bool is_int8;
+
+  __device__ float operator[](int column) const {
+    const uint8_t x = data[column];
+    if (is_int8) return scale * static_cast<float>(static_cast<int8_t>(x));
+    return scale * __half2float(__half(__nv_cvt_fp8_to_halfraw(x, __NV_E4M3)));
+  }
+};
+
+template <typename T, int kNumWarps, bool kIs8Bit>
 __global__ void __launch_bounds__(kNumWarps* kWarpSize)
     paged_attention_simt_kernel(const AttentionParams p) {
   const int64_t token = blockIdx.x;
@@ -59,16 +76,29 @@ __global__ void __launch_bounds__(kNumWarps* kWarpSize)
   if (query >= num_queries) return;  // past the last sequence
   const int64_t num_keys = p.cache_seqlens[index];
   const int32_t* table = p.block_table + index * p.block_table_stride;
-  const auto rows_of = [&](const Heads& x) {
-    const T* head_rows = static_cast<const T*>(x.data) + head / p.group_size * x.head_stride;
-    return [=, page_size = p.k.page_size](int64_t key) {
-      return head_rows + table[key / page_size] * x.batch_stride + key % page_size * x.token_stride;
+  using Stored = std::conditional_t<kIs8Bit, uint8_t, T>;
+  const auto rows_of = [&](const KeyValueView& view) {
+    const int64_t kv_head = head / p.group_size;
+    const Stored* rows =
+        static_cast<const Stored*>(view.rows.data) + kv_head * view.rows.head_stride;
+    return [=, &view](int64_t key) {
+      const int64_t page = table[key / view.page_size], slot = key % view.page_size;
+      const Stored* row = rows + page * view.rows.batch_stride + slot * view.rows.token_stride;
+      if constexpr (kIs8Bit) {
+        const Heads& scales = view.scales;
+        const float scale = static_cast<const float*>(
+            scales.data)[page * scales.batch_stride + slot * scales.token_stride +
+                         kv_head * scales.head_stride];
+        return ScaledRow{row, scale, view.dtype == DType::kInt8};
+      } else {
+        return row;
+      }
     };
   };
   const RowScoreRule rule = rule_of(p, index, head, num_keys - num_queries + query);
   attend_row<T, kNumWarps>(
       static_cast<const T*>(p.q.data) + token * p.q.token_stride + head * p.q.head_stride,
-      paged_keys(p, num_keys, num_queries, query), rows_of(p.k.rows), rows_of(p.v.rows), rule,
+      paged_keys(p, num_keys, num_queries, query), rows_of(p.k), rows_of(p.v), rule,
       static_cast<int>(p.head_dim),
       static_cast<T*>(p.out) + (token * gridDim.y + head) * p.head_dim,
       p.lse + head * p.total_q + token);
@@ -91,7 +121,10 @@ Error launch_simt_paged(const AttentionParams& p, Stream stream) {
   const dim3 grid(p.total_q, p.num_heads_q);
   dispatch_dtype(p.dtype, [&](auto type) {
     using T = typename decltype(type)::type;
-    paged_attention_simt_kernel<T, kNumWarps><<<grid, kNumWarps * kWarpSize, 0, stream>>>(p);
+    const auto kernel = is_8_bit_cache(p.k.dtype)
+                            ? paged_attention_simt_kernel<T, kNumWarps, true>
+                            : paged_attention_simt_kernel<T, kNumWarps, false>;
+    kernel<<<grid, kNumWarps * kWarpSize, 0, stream>>>(p);
   });
   return last_launch_error();
 }

@@ -195,27 +195,29 @@ class Attention(Piece):
         x: Tensor,
         step: StepInput,
         rope: tuple[Tensor, Tensor] | None,
-        k_cache: Tensor,
-        v_cache: Tensor,
+        cache: Sequence[Tensor],
     ) -> Tensor:
+        k_cache, v_cache, *scales = cache
         if self.packed is not None and rope is not None:
             one = self.projections[0]
             qkv = one.linear(x).view(x.shape[0], -1, self.head_dim)
-            where = (k_cache, v_cache, step.slot_mapping)
+            slots = (k_cache, v_cache, step.slot_mapping)
             angles = (*rope, step.positions, self.interleaved)
-            self.ops.rope_append_kv_(qkv, *angles, *where, *self.packed)
+            self.ops.rope_append_kv_(qkv, *angles, *slots, *self.packed, *scales)
             q, k, v = qkv.split(one.heads, 1)
         else:
             q, k, v = self.project(x)
             q, k = self.turn(q, k, rope, step.positions)
-            self.ops.append_kv_(k, v, k_cache, v_cache, step.slot_mapping)
+            self.ops.append_kv_(k, v, k_cache, v_cache, step.slot_mapping, *scales)
         starts, longest = step.cu_seqlens_q, step.max_seqlen_q
-        sinks = {"sinks": getattr(self.module, self.spec.sinks)} if self.spec.sinks else {}
+        more = {"sinks": getattr(self.module, self.spec.sinks)} if self.spec.sinks else {}
         if step.is_whole:
-            out = self.ops.flash_attn_varlen(q, k, v, starts, longest, *self.scores, **sinks)
+            out = self.ops.flash_attn_varlen(q, k, v, starts, longest, *self.scores, **more)
         else:
-            cache = (k_cache, v_cache, step.block_table, step.cache_seqlens)
-            out = self.ops.paged_attention(q, *cache, starts, longest, *self.scores, **sinks)
+            where = (k_cache, v_cache, step.block_table, step.cache_seqlens)
+            if scales:
+                more["scales"] = scales
+            out = self.ops.paged_attention(q, *where, starts, longest, *self.scores, **more)
         return self.ops.all_reduce(self.o(out.view(x.shape[0], -1)))
 
     def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:

@@ -91,8 +91,15 @@ def paged_attention(
     *,
     causal: bool = True,
     alibi_slopes: Tensor | None = None,
+    k_scales: Tensor | None = None,
+    v_scales: Tensor | None = None,
     **options: object,
 ) -> tuple[Tensor, Tensor]:
+    if k_scales is not None and v_scales is not None:
+        k_cache, v_cache = (
+            cache.to(q.dtype) * scales.to(q.dtype).unsqueeze(-1)
+            for cache, scales in ((k_cache, k_scales), (v_cache, v_scales))
+        )
     out, lse = torch.zeros_like(q), q.new_full((q.shape[1], q.shape[0]), -torch.inf)
     starts = cu_seqlens_q.tolist()
     for b, num_keys in enumerate(cache_seqlens.tolist()):

@@ -9,13 +9,52 @@ from llamatelemetry.ops.reference.norm import rms_norm, rotary_embedding_
 
 
 def append_kv_(
-    k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor
+    k: Tensor,
+    v: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    slot_mapping: Tensor,
+    k_scales: Tensor | None = None,
+    v_scales: Tensor | None = None,
 ) -> None:
     page_size = k_cache.shape[1]
+    planes = ((k, k_cache, k_scales), (v, v_cache, v_scales))
     for token, slot in enumerate(slot_mapping.tolist()):
         if 0 <= slot < k_cache.shape[0] * page_size:
-            k_cache[slot // page_size, slot % page_size] = k[token]
-            v_cache[slot // page_size, slot % page_size] = v[token]
+            at = slot // page_size, slot % page_size
+            for x, cache, scales in planes:
+                row = x[token]
+                if scales is not None and scales.dim() == 1:
+                    row = in_8_bits(row, scales, cache.dtype)
+                elif scales is not None:
+                    row, scales[at] = quantised(row, cache.dtype)
+                cache[at] = row
+
+
+def quantised(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """x [..., head_dim] as float8_e4m3fn or int8, and the float32 scales that give it back."""
+    largest = x.float().abs().amax(-1).clamp(min=2.0**-100)
+    # A number over a tensor would be the number times its reciprocal.
+    limit = torch.full_like(largest, _largest(dtype))
+    scales = (largest / limit).masked_fill(~x.isfinite().all(-1), torch.nan)
+    factor = (limit / largest).unsqueeze(-1)
+    return _rounded(x.float() * factor, dtype), scales
+
+
+def in_8_bits(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """``x / scale`` as float8_e4m3fn or int8, one scale for all."""
+    return _rounded(x.float() * (torch.ones_like(scale) / scale), dtype)
+
+
+def _rounded(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """To nearest, at most the type's largest; NaN is 0 in int8."""
+    limit = _largest(dtype)
+    x = (x.round() if dtype == torch.int8 else x).clamp(-limit, limit)
+    return (x.nan_to_num(0.0) if dtype == torch.int8 else x).to(dtype)
+
+
+def _largest(dtype: torch.dtype) -> float:
+    return 127.0 if dtype == torch.int8 else 448.0
 
 
 def rope_append_kv_(
@@ -31,6 +70,8 @@ def rope_append_kv_(
     k_weight: Tensor | None = None,
     eps: float = 1e-6,
     weight_offset: float = 0.0,
+    k_scales: Tensor | None = None,
+    v_scales: Tensor | None = None,
 ) -> None:
     num_heads_kv = k_cache.shape[2]
     q, k, v = qkv.split([qkv.shape[1] - 2 * num_heads_kv, num_heads_kv, num_heads_kv], 1)
@@ -38,7 +79,7 @@ def rope_append_kv_(
         if weight is not None:
             x.copy_(rms_norm(x, weight, eps, weight_offset))
     rotary_embedding_(q, k, cos, sin, positions, interleaved)
-    append_kv_(k, v, k_cache, v_cache, slot_mapping)
+    append_kv_(k, v, k_cache, v_cache, slot_mapping, k_scales, v_scales)
 
 
 def copy_blocks_(k_cache: Tensor, v_cache: Tensor, block_pairs: Tensor) -> None:
