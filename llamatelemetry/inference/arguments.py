@@ -24,6 +24,17 @@ def integer(name: str, value: Any) -> int:
     return number
 
 
+def at_least(name: str, value: Any, least: int) -> int:
+    """value as an int that is no smaller.
+
+    Raises:
+        ValueError: as integer does, or "<name> must be at least <least>, got <value>".
+    """
+    if (number := integer(name, value)) < least:
+        raise ValueError(f"{name} must be at least {least}, got {number}")
+    return number
+
+
 def instance(name: str, value: Any, kind: type, wanted: str) -> None:
     """Refuses what is not of a kind.
 

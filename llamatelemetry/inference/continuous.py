@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Collection, Sequence
 from typing import Any
 
-from llamatelemetry.inference.arguments import integer
+from llamatelemetry.inference.arguments import at_least
 from llamatelemetry.inference.drawing import Asked
 from llamatelemetry.inference.engine import InferenceEngine
 from llamatelemetry.inference.kv_pages import check_cache_dtype
@@ -15,13 +15,14 @@ from llamatelemetry.inference.packed import why_not_packed
 from llamatelemetry.inference.request_handle import RequestHandle
 from llamatelemetry.inference.running_batch import RunningBatch
 from llamatelemetry.inference.sampling import GREEDY, SamplingParams
-from llamatelemetry.inference.submission import Submission, checked_params
+from llamatelemetry.inference.submission import Submission, checked_params, eos_of
 from llamatelemetry.inference.telemetry import Telemetry
 from llamatelemetry.inference.turns import Turns
-from llamatelemetry.models.patching import patch
+from llamatelemetry.models.patching import ops_of, patch
 
 # Tokens of a step, by device: how long a prompt may keep those that decode from their next token.
 STEP_TOKENS = {"cpu": 256, "cuda": 4096}
+SPLIT_MULTIPLE = 64  # keys
 
 
 class ContinuousBatching:
@@ -51,6 +52,9 @@ class ContinuousBatching:
             GPU does not wait for the host; None does so on a GPU. The text is the same, and step
             gives it one step later.
         cache_dtype: of keys and values: torch.float8_e4m3fn or torch.int8; None is the model's.
+        split_size: a multiple of 64, at which attention's keys are cut: then no bit of a request's
+            tokens depends on the others, but where it gave its blocks up. Steps have max_batch_size
+            rows, a prompt a forward of its own, and no prefix is shared; 0 is faster.
 
     Raises:
         ValueError: for a number below 1, another cache_dtype, a model packed steps do not serve.
@@ -85,18 +89,17 @@ class ContinuousBatching:
         num_host_blocks: int = 0,
         overlap: bool | None = None,
         cache_dtype: Any = None,
+        split_size: int = 0,
     ) -> None:
-        for name, value in (
-            ("max_batch_size", max_batch_size),
-            ("max_step_tokens", max_step_tokens),
-            ("num_blocks", num_blocks),
-        ):
-            is_left_out = value is None and name != "max_batch_size"
-            if not is_left_out and integer(f"ContinuousBatching: {name}", value) < 1:
-                raise ValueError(f"ContinuousBatching: {name} must be at least 1, got {value}")
-        if integer("ContinuousBatching: num_host_blocks", num_host_blocks) < 0:
+        at_least("ContinuousBatching: max_batch_size", max_batch_size, 1)
+        for name, value in (("max_step_tokens", max_step_tokens), ("num_blocks", num_blocks)):
+            if value is not None:
+                at_least(f"ContinuousBatching: {name}", value, 1)
+        at_least("ContinuousBatching: num_host_blocks", num_host_blocks, 0)
+        if at_least("ContinuousBatching: split_size", split_size, 0) % SPLIT_MULTIPLE:
             raise ValueError(
-                f"ContinuousBatching: num_host_blocks must be at least 0, got {num_host_blocks}"
+                f"ContinuousBatching: split_size must be a multiple of {SPLIT_MULTIPLE}, got "
+                f"{split_size}"
             )
         check_cache_dtype("ContinuousBatching", cache_dtype)
         self.max_batch_size = max_batch_size
@@ -113,7 +116,7 @@ class ContinuousBatching:
             self.model, self._tokenizer = engine.loaded.model, engine.tokenizer
             self._eos, self._unasked = engine.loaded.eos_ids, engine.defaults.unasked()
         else:
-            self.model, self._eos = engine, _eos_of(engine)
+            self.model, self._eos = engine, eos_of(engine)
             patch(engine)
         if "_llamatelemetry" not in self.model.__dict__ or why_not_packed(self.model):
             reason = why_not_packed(self.model) or "patch does not know it"
@@ -121,14 +124,18 @@ class ContinuousBatching:
                 f"ContinuousBatching: the model must be one that packed steps serve, got "
                 f"{type(self.model).__name__}: {reason}"
             )
+        if split_size and ops_of(self.model).name == "triton":
+            raise ValueError("ContinuousBatching: split_size must be 0 with the Triton backend")
         tokens = STEP_TOKENS.get(self.model.device.type, STEP_TOKENS["cuda"])
         self.max_step_tokens = max_step_tokens or max(tokens, max_batch_size)
         self._turns = Turns(
             RunningBatch(
-                *(self.model, max_batch_size, self.max_step_tokens, num_blocks, share_prefixes),
+                *(self.model, max_batch_size, self.max_step_tokens, num_blocks),
+                share_prefixes and not split_size,
                 num_host_blocks,
                 self.model.device.type == "cuda" if overlap is None else overlap,
                 cache_dtype,
+                split_size,
             )
         )
 
@@ -291,10 +298,3 @@ class ContinuousBatching:
         if isinstance(prompt, str):
             raise ValueError("prompt must be token ids where engine is a model, got text")
         return prompt
-
-
-def _eos_of(model: Any) -> Collection[int]:
-    end = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-    if end is None:
-        return ()
-    return (end,) if isinstance(end, int) else tuple(end)

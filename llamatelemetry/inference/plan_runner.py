@@ -38,6 +38,9 @@ class PlanRunner:
         max_rows: requests that decode in one step at most.
         page_size: tokens in a block.
         cache_dtype: as in StepRunner.
+        split_size: of attention; other than 0 decode steps have max_rows rows, however few decode,
+            and each prompt a forward of its own, so that no bit of a request's tokens depends on
+            the others.
 
     Attributes:
         runner: StepRunner, with the cache.
@@ -51,10 +54,14 @@ class PlanRunner:
         max_rows: int,
         page_size: int,
         cache_dtype: torch.dtype | None = None,
+        split_size: int = 0,
     ) -> None:
-        self.buckets = buckets_of(model.device.type, max_rows)
+        buckets = buckets_of(model.device.type, max_rows)
+        self.buckets = buckets[-1:] if split_size else buckets
+        self._are_apart = split_size > 0
         # Of each size one that draws, and one whose logits the host looks at.
-        self.runner = StepRunner(model, page_size, 2 * len(self.buckets), cache_dtype)
+        sizes = page_size, 2 * len(self.buckets)
+        self.runner = StepRunner(model, *sizes, cache_dtype, split_size)
         self.decode_mode = "eager"
         self.width = MIN_WIDTH
         self._asked_of = asked_of
@@ -87,9 +94,8 @@ class PlanRunner:
                 if pieces := kinds.get("decoding"):
                     step = self._run_step(pieces, places)
                     launched.add(pieces, step.drawn())
-                for kind in ("continued", "whole"):
-                    if pieces := kinds.get(kind):
-                        launched.add(pieces, self._drawn_eagerly(pieces))
+                for pieces in self._prompts(kinds):
+                    launched.add(pieces, self._drawn_eagerly(pieces))
             except BaseException:
                 self._loaded = []
                 raise
@@ -108,8 +114,8 @@ class PlanRunner:
         # there are in a step.
         yield from self._isolated(kinds.get("decoding", []), self._decode)
         yield from self._isolated(kinds.get("watched", []), self._decode_watched)
-        for kind in ("continued", "whole"):
-            yield from self._isolated(kinds.get(kind, []), self._eager)
+        for pieces in self._prompts(kinds):
+            yield from self._isolated(pieces, self._eager)
 
     def width_for(self, num_blocks: int) -> int:
         """Columns of the block tables once a sequence may have so many blocks."""
@@ -120,6 +126,15 @@ class PlanRunner:
         for piece in plan.pieces:
             kinds.setdefault(self._kind(piece), []).append(piece)
         return kinds
+
+    def _prompts(self, kinds: dict[str, list[Piece]]) -> Iterator[list[Piece]]:
+        """Pieces of prompts, those of one forward at a time."""
+        for kind in ("continued", "whole"):
+            pieces = kinds.get(kind, [])
+            if self._are_apart:
+                yield from ([piece] for piece in pieces)
+            elif pieces:
+                yield pieces
 
     def _kind(self, piece: Piece) -> str:
         """What forward a piece has part in: the logits of those that are watched are looked at."""

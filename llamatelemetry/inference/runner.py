@@ -33,6 +33,7 @@ class StepRunner:
     Args:
         max_steps: decode steps that are kept at most, one a number of rows.
         cache_dtype: of keys and values; None is the model's.
+        split_size: of every forward's attention, as in StepInput.
 
     Attributes:
         pages: KvPages, the cache.
@@ -45,8 +46,9 @@ class StepRunner:
         page_size: int = PAGE_SIZE,
         max_steps: int = MAX_DECODE_STEPS,
         cache_dtype: torch.dtype | None = None,
+        split_size: int = 0,
     ) -> None:
-        self.model, self.max_steps = model, max_steps
+        self.model, self.max_steps, self._split_size = model, max_steps, split_size
         self.pages = KvPages.for_model(model, 0, page_size, cache_dtype)
         self._rope: list[tuple[Tensor, Tensor]] = []
         self.state = DecoderState(caches=self.pages.layers, rope=self._rope)
@@ -131,6 +133,7 @@ class StepRunner:
         device = self.pages.device
         slots_of = ops_of(self.model).slot_mapping
         ids, step = prepare(chunks, self.pages.page_size, width, device, slots_of)
+        step.split_size = self._split_size
         if kept is not None:
             step.kept = put(kept, torch.int64, device)
         return forward_tokens(self.model, ids, step, self.state)
@@ -180,6 +183,7 @@ class StepRunner:
                 self._steps.popitem(last=False)
             sizes = batch, width, self.pages.page_size
             step = kind(self.model, self.state, *sizes, self._graphs)
+            step.input.split_size = self._split_size
             self._steps[kind, batch] = step
         self._steps.move_to_end((kind, batch))
         return step

@@ -32,6 +32,7 @@ class RunningBatch:
         num_blocks: of the cache; None grows it to what max_rows requests may need.
         share_prefixes: as in BlockManager.
         num_host_blocks: as in Scheduler.
+        split_size: as in PlanRunner.
         overlap: whether a step's tokens are looked at once the next step was launched.
         cache_dtype: as in StepRunner.
 
@@ -54,8 +55,10 @@ class RunningBatch:
         num_host_blocks: int = 0,
         overlap: bool = False,
         cache_dtype: torch.dtype | None = None,
+        split_size: int = 0,
     ) -> None:
         self.model, self.max_rows, self.overlap = model, max_rows, overlap
+        self._split_size = split_size
         self.open: dict[object, RequestHandle] = {}
         self.incoming: deque[RequestHandle] = deque()
         self._step_tokens, self._fixed, self._share = step_tokens, num_blocks, share_prefixes
@@ -71,7 +74,11 @@ class RunningBatch:
         self._like = floating_parameter(self.model)
         blocks = BlockManager(self._fixed or 0, PAGE_SIZE, share_prefixes=self._share)
         self.scheduler = Scheduler(
-            blocks, self._step_tokens, self.max_rows, num_host_blocks=self._num_host_blocks
+            blocks,
+            self._step_tokens,
+            self.max_rows,
+            num_host_blocks=self._num_host_blocks,
+            is_fixed=self._split_size > 0,
         )
         self._host = HostPages(self._num_host_blocks)
         self._runner = PlanRunner(
@@ -80,6 +87,7 @@ class RunningBatch:
             self.max_rows,
             PAGE_SIZE,
             self._cache_dtype,
+            self._split_size,
         )
 
     @property

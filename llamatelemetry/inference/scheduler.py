@@ -37,6 +37,8 @@ class Scheduler:
         max_running: requests at work at most.
         expected_share: the share to begin with.
         num_host_blocks: of the host's memory, to which blocks that are given up are copied.
+        is_fixed: whether a prompt is cut into the same chunks whatever others there are: of
+            max_step_tokens less max_running, one a step.
 
     Attributes:
         running: requests that have blocks, in order of rank.
@@ -50,6 +52,7 @@ class Scheduler:
         max_running: int,
         expected_share: float = 1.0,
         num_host_blocks: int = 0,
+        is_fixed: bool = False,
     ) -> None:
         if max_running < 1:
             raise ValueError(f"Scheduler: max_running must be at least 1, got {max_running}")
@@ -58,6 +61,12 @@ class Scheduler:
                 f"Scheduler: max_step_tokens must be at least max_running ({max_running}), so that "
                 f"every request at work can decode in a step, got {max_step_tokens}"
             )
+        if is_fixed and max_step_tokens == max_running:
+            raise ValueError(
+                "Scheduler: max_step_tokens must be above max_running where chunks are fixed, got "
+                f"{max_step_tokens} for both"
+            )
+        self._chunk = max_step_tokens - max_running if is_fixed else 0
         if not 0 <= expected_share <= 1:
             raise ValueError(f"Scheduler: expected_share must lie in [0, 1], got {expected_share}")
         self.blocks, self.host = blocks, HostBlocks(blocks, num_host_blocks)
@@ -188,11 +197,12 @@ class Scheduler:
     def _plan(self, request: ScheduledRequest, budget: int, plan: Plan) -> int:
         """Puts as many of a request's tokens as the budget allows in the plan; returns how many."""
         left = 0 if request.is_drawn_out else request.num_left
-        count = min(left, budget)
-        if count:
-            begin = request.num_computed
-            table = self.blocks.table(request.name)
-            plan.pieces.append(Piece(request, begin, begin + count, table, draws=count == left))
+        count = min(left, self._chunk or budget)
+        if not 0 < count <= budget:
+            return 0
+        begin = request.num_computed
+        table = self.blocks.table(request.name)
+        plan.pieces.append(Piece(request, begin, begin + count, table, draws=count == left))
         return count
 
     def _admit(self, request: ScheduledRequest, plan: Plan) -> bool:

@@ -148,3 +148,11 @@ def token_ids(name: str, ids: Any, vocab_size: int) -> list[int]:
         if not 0 <= token < vocab_size:
             raise ValueError(f"{name}: token ids must lie in [0, {vocab_size}), got {token}")
     return checked
+
+
+def eos_of(model: Any) -> Collection[int]:
+    """The tokens that end a text of a model, by its generation_config."""
+    end = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    if end is None:
+        return ()
+    return (end,) if isinstance(end, int) else tuple(end)

@@ -27,7 +27,8 @@ class OpSet:
         gated: name of an activation in transformers' configs -> ``act(gate) * up`` of both side by
             side.
         activations: likewise ``act(x)``.
-        flash_attn_varlen, paged_attention: return the output alone.
+        flash_attn_varlen, paged_attention: return the output alone. The latter takes split_size by
+            keyword, in sets other than Triton's.
         takes_8_bit_caches: whether append_kv_ and rope_append_kv_ take scales last, and
             paged_attention as ``scales=``.
         all_reduce: of what the output and down projections give, where their inputs are split over
@@ -158,9 +159,13 @@ def _native_varlen(
     return out
 
 
-def _native_paged(*args: Any, sinks: Tensor | None = None, scales: Sequence[Tensor] = ()) -> Tensor:
-    more = () if sinks is None else (None, sinks.float())
-    names = dict(zip(("k_scales", "v_scales"), scales, strict=False))
+def _native_paged(
+    *args: Any, sinks: Tensor | None = None, scales: Sequence[Tensor] = (), split_size: int = 0
+) -> Tensor:
+    more: tuple[Any, ...] = () if sinks is None else (None, sinks.float())
+    names: dict[str, Any] = dict(zip(("k_scales", "v_scales"), scales, strict=False))
+    if split_size:
+        names["split_size"] = split_size
     out, _ = _paged_attention(*args, *more, **names)
     return out
 
@@ -239,7 +244,9 @@ def _exact_paged(
     *scores: Any,
     sinks: Tensor | None = None,
     scales: Sequence[Tensor] = (),
+    split_size: int = 0,
 ) -> Tensor:
+    del split_size  # nothing is cut here
     tensors = (q.double(), k_cache.double(), v_cache.double())
     where = (block_table, cache_seqlens, cu_seqlens_q)
     options = _options(*scores) | dict(zip(("k_scales", "v_scales"), scales, strict=False))

@@ -23,6 +23,8 @@ class StepInput:
         kept: [num_kept] int64, the tokens whose logits are asked for; None for each sequence's last
         embedded: [num_tokens, hidden_size], the tokens as the first layer takes them, which a
             forward writes over; None has it look them up
+        split_size: where attention's kernels of few queries cut the keys, as in paged_attention; 0
+            leaves it to them
     """
 
     positions: Tensor
@@ -34,6 +36,7 @@ class StepInput:
     is_whole: bool
     kept: Tensor | None = None
     embedded: Tensor | None = None
+    split_size: int = 0
 
 
 @dataclass(frozen=True)

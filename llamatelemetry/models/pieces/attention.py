@@ -217,6 +217,8 @@ class Attention(Piece):
             where = (k_cache, v_cache, step.block_table, step.cache_seqlens)
             if scales:
                 more["scales"] = scales
+            if step.split_size:
+                more["split_size"] = step.split_size
             out = self.ops.paged_attention(q, *where, starts, longest, *self.scores, **more)
         return self.ops.all_reduce(self.o(out.view(x.shape[0], -1)))
 
