@@ -13,7 +13,6 @@ from harness import Case, main
 from torch.nn.functional import linear
 
 from llamatelemetry.ops import QuantFormat, dequantize, quant_linear, repack
-from llamatelemetry.quantization.groups import pack_groups
 
 SHAPES = [
     (QuantFormat.Q4_1, 960, 576),  # merged q, k, v
@@ -64,33 +63,9 @@ def gpu_cases(quick: bool) -> Iterator[Case]:
                 )
 
 
-def grouped_cases(quick: bool) -> Iterator[Case]:
-    """4 bits in groups of 128 and 8 bits with a scale a row, as GPTQ's checkpoints have them."""
-    for format, group in [("S4", 128), ("S8", None)][: 1 if quick else None]:
-        bound = 8 if format == "S4" else 128
-        for n, k in GPU_SHAPES[:1] if quick else GPU_SHAPES:
-            codes = torch.randint(-bound, bound, (n, k), device="cuda", dtype=torch.int8)
-            groups = k // (group or k)
-            scales = torch.full((n, groups), 0.01, device="cuda", dtype=torch.float16)
-            w = pack_groups(codes, format, scales)
-            weight = (codes * 0.01).bfloat16()
-            for m in (1, 16) if quick else (1, 4, 8, 16, 32, 64, 128):
-                x = torch.randn(m, k, device="cuda", dtype=torch.bfloat16)
-                yield Case(
-                    f"{format} {f'g{group}' if group else 'column'} {k}->{n} m={m}",
-                    inputs=(x, w.packed, w.scales, weight),
-                    ours=lambda x, packed, scales, w, format=format, n=n: quant_linear(
-                        x, packed, format, n, scales=scales
-                    ),
-                    baselines={"bfloat16 linear": lambda x, packed, scales, w: linear(x, w)},
-                    bytes_moved=w.packed.nbytes + w.scales.nbytes,
-                )
-
-
 def cases(device: torch.device, quick: bool) -> Iterator[Case]:
     if device.type == "cuda":
         yield from gpu_cases(quick)
-        yield from grouped_cases(quick)
         return
     for format, n, k in SHAPES[:2] if quick else SHAPES:
         data = random_rows(format, n, k, device)

@@ -41,11 +41,9 @@ inline int check_block_format(const char* op, const std::string& name) {
 inline GroupScales check_groups(const char* op, const Tensor& packed, int64_t k,
                                 const std::optional<Tensor>& scales,
                                 const std::optional<Tensor>& zeros) {
-  GroupScales groups{nullptr, nullptr, 1, 31, false};
+  GroupScales groups{nullptr, nullptr, 1, 31};
   if (!scales) return groups;
-  const ScalarType dtype = scales->scalar_type();
-  check(dtype == ScalarType::Half || dtype == ScalarType::BFloat16, op, "scales",
-        "be float16 or bfloat16", dtype_text(dtype));
+  check_dtype(op, "scales", *scales, ScalarType::Float);
   check_dim(op, "scales", *scales, 3, "[ceil(n / 16), groups, 16]");
   groups.groups = scales->size(1);
   const int64_t tiles = packed.size(0);
@@ -65,8 +63,7 @@ inline GroupScales check_groups(const char* op, const Tensor& packed, int64_t k,
           std::to_string(misaligned) + " bytes past one; call .clone()");
   };
   check_side("scales", *scales);
-  groups.scales = static_cast<const uint8_t*>(scales->const_data_ptr());
-  groups.bfloat16 = dtype == ScalarType::BFloat16;
+  groups.scales = static_cast<const float*>(scales->const_data_ptr());
   if (zeros) {
     check_dtype(op, "zeros", *zeros, ScalarType::Byte);
     check_shape(op, "zeros", *zeros, "the shape of scales", {tiles, groups.groups, kTileRows});

@@ -53,6 +53,14 @@ __device__ inline uint32_t ternary_digits(uint32_t word, int d) {
   return (even >> 8 & kEvenBytes) | (odd & ~kEvenBytes);
 }
 
+// Codes 2 * pair and 2 * pair + 1 of a word of E4M3 as float16, exactly: shifted to its place a
+// code is 2^8 times too small.
+__device__ inline __half2 e4m3_to_half(uint32_t codes, int pair) {
+  const uint32_t two = __byte_perm(codes, 0, pair == 0 ? 0x1404 : 0x3424);
+  const uint32_t bits = (two & 0x80008000) | (two & 0x7f007f00) >> 1;
+  return __hmul2(reinterpret_cast<const __half2&>(bits), __float2half2_rn(256.0f));
+}
+
 // 2^(e - 128), subnormal for the two smallest.
 __device__ inline float exponent_bits_to_float(uint32_t e) {
   return __uint_as_float(e < 2 ? 0x00200000u << e : (e - 1) << 23);
@@ -69,7 +77,8 @@ class PackedWord {
   static constexpr BlockLayout kLayout = block_layout(kFormat);
   static constexpr CodeFamily kCodes = kDescriptor.codes;
   static constexpr ScaleRule kScaleRule = kDescriptor.scale_rule;
-  static constexpr bool kByteCodes = kCodes == CodeFamily::kS8;
+  static constexpr bool kByteCodes = is_byte(kCodes);
+  static constexpr bool kFloating = is_floating(kCodes);
   static constexpr bool kSixBits = kCodes == CodeFamily::kU6;
   static constexpr bool kFiveBits = kCodes == CodeFamily::kU5;
   static constexpr bool kThreeBits = kCodes == CodeFamily::kU3;
@@ -79,10 +88,10 @@ class PackedWord {
   // Unsigned, codes of other families have at most seven bits.
   static constexpr bool kEightBits = kByteCodes || kCodes == CodeFamily::kIq4;
   static constexpr bool kFifthInOneWord = kFiveBits && has_fifth_bits_word(kLayout);
-  // Scales in a tensor beside the blocks; a zero point makes a minimum, scale * zero.
+  // Scales in a tensor beside the blocks; zero points there are subtracted as kOffset is.
   static constexpr bool kHasGroups = kDescriptor.takes_scales();
   static constexpr bool kHasZeros = kDescriptor.takes_zeros;
-  static constexpr bool kHasMin = kLayout.min.bytes > 0 || kHasZeros;
+  static constexpr bool kHasMin = kLayout.min.bytes > 0;
   static constexpr int kQuants = kLayout.quants.packed;
   static constexpr int kHighBits = kLayout.high_bits.packed;
   static constexpr int kSubScales = kLayout.sub_scales.packed;
@@ -191,40 +200,42 @@ class PackedWord {
   // weights[i] = scale * code[i] - min for the four weights of a group. The product is exact.
   __device__ void decode(int part, int r, float (&weights)[4]) const {
     const uint32_t codes = this->codes(part, r);
+    if constexpr (kFloating) {
+      decode_floating(codes, scale(part, r), weights);
+    } else {
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const float product = scale(part, r) * byte_to_float(codes, i, kOffset);
-      weights[i] = kHasMin ? product - min(part, r) : product;
+      for (int i = 0; i < 4; ++i) {
+        const float product = scale(part, r) * byte_to_float(codes, i, offset(r));
+        weights[i] = kHasMin ? product - min(part, r) : product;
+      }
     }
   }
 
   // Likewise by a permutation of bytes and a fused multiply-add for each weight; only the sign of a
   // zero can differ. A code becomes the mantissa of a float: of 128 if it has at most 7 bits, else
-  // of 2^15. Either has so few bits that its product with the scale and the zero point is exact.
+  // of 2^15. Either has so few bits that its product with a scale of 16 bits and the zero point is
+  // exact; bytes with a scale of float32 go decode's way, for what 2^15 of it loses.
   __device__ void decode_fused(int part, int r, float (&weights)[4]) const {
     static_assert(!is_low_bit(kCodes));
-    const uint32_t codes = this->codes(part, r);
-    const float scale = this->scale(part, r);
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      if constexpr (kHasMin) {
-        weights[i] = __fmaf_rn(scale, byte_to_float(codes, i, kOffset), -min(part, r));
-      } else if constexpr (kByteCodes) {
-        const float shifted = __uint_as_float(__byte_perm(codes, 0x47000000, 0x7404 + 0x10 * i));
-        weights[i] = __fmaf_rn(shifted, scale, -(32768.0f + kOffset) * scale);
-      } else {
-        const float shifted = __uint_as_float(__byte_perm(codes, 0x43000000, 0x7044 + 0x100 * i));
-        weights[i] = __fmaf_rn(shifted, scale, -(128.0f + kOffset) * scale);
-      }
+    if constexpr (kHasGroups && kByteCodes) {
+      decode(part, r, weights);
+    } else {
+      decode_shifted(part, r, weights);
     }
   }
 
   __device__ float scale(int part, int r) const { return scale_[kScales == 1 ? 0 : part][r]; }
+  // What is subtracted from a code of a row.
+  __device__ int offset(int r) const {
+    if constexpr (kHasZeros) return kOffset + zeros_.row[r];
+    return kOffset;
+  }
   __device__ float min(int part, int r) const { return min_[kScales == 1 ? 0 : part][r]; }
 
-  // The codes of a group, one in each byte; kOffset is to be subtracted.
+  // The codes of a group, one in each byte; offset is to be subtracted, from integers.
   __device__ uint32_t codes(int part, int r) const {
     const uint32_t quants = quants_.row[r];
+    if constexpr (kFloating) return quants;
     if constexpr (kByteCodes) return quants ^ 0x80808080;
     if constexpr (kHasTable) return look_up(code_table(kCodes), quants, part);
     if constexpr (kTernary) return ternary_digits(quants, part);
@@ -246,18 +257,39 @@ class PackedWord {
   }
 
  private:
-  __device__ void read_group(const TileScales& side, int row) {
-    const auto scales = load_row_units<uint16_t, kRows>(side.scales, 0, row);
-    RowUnits<uint8_t, kRows> zeros;
-    if constexpr (kHasZeros) zeros = load_row_units<uint8_t, kRows>(side.zeros, 0, row);
+  __device__ void decode_shifted(int part, int r, float (&weights)[4]) const {
+    const uint32_t codes = this->codes(part, r);
+    const float scale = this->scale(part, r);
+    [[maybe_unused]] const auto zero = static_cast<float>(offset(r));
 #pragma unroll
-    for (int r = 0; r < kRows; ++r) {
-      const float scale = side.bfloat16
-                              ? __uint_as_float(static_cast<uint32_t>(scales.row[r]) << 16)
-                              : half_bits_to_float(scales.row[r]);
-      scale_[0][r] = scale;
-      if constexpr (kHasZeros) min_[0][r] = scale * static_cast<float>(zeros.row[r]);
+    for (int i = 0; i < 4; ++i) {
+      if constexpr (kHasMin) {
+        weights[i] = __fmaf_rn(scale, byte_to_float(codes, i, kOffset), -min(part, r));
+      } else if constexpr (kByteCodes) {
+        const float shifted = __uint_as_float(__byte_perm(codes, 0x47000000, 0x7404 + 0x10 * i));
+        weights[i] = __fmaf_rn(shifted, scale, -(32768.0f + zero) * scale);
+      } else {
+        const float shifted = __uint_as_float(__byte_perm(codes, 0x43000000, 0x7044 + 0x100 * i));
+        weights[i] = __fmaf_rn(shifted, scale, -(128.0f + zero) * scale);
+      }
     }
+  }
+
+  static __device__ void decode_floating(uint32_t codes, float scale, float (&weights)[4]) {
+#pragma unroll
+    for (int pair = 0; pair < 2; ++pair) {
+      const float2 two = __half22float2(e4m3_to_half(codes, pair));
+      weights[2 * pair] = scale * two.x;
+      weights[2 * pair + 1] = scale * two.y;
+    }
+  }
+
+  __device__ void read_group(const TileScales& side, int row) {
+    const auto scales =
+        load_row_units<float, kRows>(reinterpret_cast<const uint8_t*>(side.scales), 0, row);
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) scale_[0][r] = scales.row[r];
+    if constexpr (kHasZeros) zeros_ = load_row_units<uint8_t, kRows>(side.zeros, 0, row);
   }
 
   // The sub-block of 32 weights that a part of a word belongs to, and which group of it it is.
@@ -345,6 +377,7 @@ class PackedWord {
   int word_;
   RowUnits<uint32_t, kRows> quants_;
   RowUnits<uint32_t, kRows> high_bits_;
+  RowUnits<uint8_t, kRows> zeros_;  // of formats that have zero points beside their blocks
   float scale_[kScales][kRows];
   float min_[kScales][kRows];
 };

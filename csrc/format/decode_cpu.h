@@ -73,7 +73,10 @@ struct PackedBlock {
 
   // The codes of one sub-block, unsigned: byte i of code[g] belongs to weight 4g + i.
   LT_MEMBER void codes(int sub_block, Words (&code)[kGroups]) const {
-    if constexpr (kCodes == CodeFamily::kS8) {
+    if constexpr (is_floating(kCodes)) {
+#pragma GCC unroll 8
+      for (int g = 0; g < kGroups; ++g) code[g] = word(kLayout.quants, g);
+    } else if constexpr (kCodes == CodeFamily::kS8) {
       const Words sign = words_set(static_cast<int32_t>(0x80808080));
 #pragma GCC unroll 8
       for (int g = 0; g < kGroups; ++g) code[g] = word(kLayout.quants, g) ^ sign;
@@ -106,7 +109,7 @@ struct PackedBlock {
       const Floats factor = scale(sub_block, half);
 #pragma GCC unroll 4
       for (int i = 0; i < 4; ++i) {
-        Floats value = byte_to_float(code[g], i);
+        Floats value = code_to_float(code[g], i);
         if constexpr (kZeroPoint != 0) value = value - zero_point;
         // Without a minimum a plain product: adding 0 would turn -0 into 0.
         weight[4 * g + i] =
@@ -133,9 +136,19 @@ struct PackedBlock {
     return floats_load(values);
   }
 
+  static LT_MEMBER Floats code_to_float(Words code, int i) {
+    if constexpr (!is_floating(kCodes)) return byte_to_float(code, i);
+    // Exponent and mantissa in their places of a float: 2^120 times too small.
+    const Words byte = code >> (8 * i) & words_set(0xff);
+    const Words bits = (byte & words_set(0x7f)) << 20 | (byte & words_set(0x80)) << 24;
+    Floats value;
+    static_assert(sizeof value == sizeof bits);
+    std::memcpy(&value, &bits, sizeof value);
+    return value * floats_set(0x1p120f);
+  }
+
   LT_MEMBER void read_group(const TileScales& side) {
-    scales[0] = side.bfloat16 ? floats_load(reinterpret_cast<const BFloat16*>(side.scales))
-                              : floats_load(reinterpret_cast<const Half*>(side.scales));
+    scales[0] = floats_load(side.scales);
     if constexpr (kDescriptor.takes_zeros) {
       float zeros[kTileRows];
       for (int row = 0; row < kTileRows; ++row) zeros[row] = -static_cast<float>(side.zeros[row]);

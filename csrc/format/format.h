@@ -31,6 +31,7 @@ enum class CodeFamily : int8_t {
   kIq4,      // a nibble, the index of one of 16 int8 values: code_table
   kE2m1,     // a nibble: sign, two bits of exponent, one of mantissa; the code is twice the value
   kTernary,  // five digits of base 3 in a byte, as a fraction of 256
+  kE4m3,     // a byte: sign, four bits of exponent (bias 7), three of mantissa; no infinity
 };
 
 // How many weights share a scale, and how it is stored.
@@ -56,6 +57,7 @@ static constexpr const char* code_family_name(CodeFamily codes) {
     case CodeFamily::kIq4: return "iq4";
     case CodeFamily::kE2m1: return "e2m1";
     case CodeFamily::kTernary: return "ternary";
+    case CodeFamily::kE4m3: return "e4m3";
   }
   return "unknown";
 }
@@ -113,6 +115,7 @@ constexpr FormatDescriptor kFormats[] = {
   {"U4",     -1, kU4, kGroup,          0, { 32,  16, {0, 16}, {}, {}, {}, {}}, true},
   {"S4",     -1, kU4, kGroup,          8, { 32,  16, {0, 16}, {}, {}, {}, {}}},
   {"S8",     -1, kS8, kGroup,          0, { 32,  32, {0, 32}, {}, {}, {}, {}}},
+  {"E4M3",   -1, kE4m3, kGroup,        0, { 32,  32, {0, 32}, {}, {}, {}, {}}},
 };
 // clang-format on
 }  // namespace format_table
@@ -122,6 +125,13 @@ constexpr int kNumFormats = sizeof(kFormats) / sizeof(kFormats[0]);
 static constexpr BlockLayout block_layout(int format) {
   return with_packed_offsets(kFormats[format].fields);
 }
+
+// A code a byte.
+static constexpr bool is_byte(CodeFamily codes) {
+  return codes == CodeFamily::kS8 || codes == CodeFamily::kE4m3;
+}
+// Codes that products in int8 cannot take.
+static constexpr bool is_floating(CodeFamily codes) { return codes == CodeFamily::kE4m3; }
 
 // What makes the signed codes of a family unsigned: int8 goes with its sign bit flipped.
 static constexpr int code_offset(CodeFamily codes) {
@@ -175,7 +185,7 @@ static constexpr bool is_decodable(const FormatDescriptor& format) {
   const bool subtracts_min = rule == kSubBlock32 || rule == kSubBlock16Four;
   if (rule != kBlock && subtracts_min != (format.fields.min.bytes > 0)) return false;
   if (rule == kGroup) {
-    return block_size == 32 && (format.codes == CodeFamily::kU4 || format.codes == CodeFamily::kS8);
+    return block_size == 32 && (format.codes == CodeFamily::kU4 || is_byte(format.codes));
   }
   switch (format.codes) {
     case CodeFamily::kU4:
@@ -189,6 +199,7 @@ static constexpr bool is_decodable(const FormatDescriptor& format) {
       return (rule == kBlock && block_size == 32) || (rule == kSubBlock32Six && block_size == 256);
     case CodeFamily::kE2m1: return rule == kExponent && block_size == 32;
     case CodeFamily::kTernary: return rule == kBlock && block_size == 256;
+    case CodeFamily::kE4m3: return false;  // only with scales beside the blocks
   }
   return false;
 }
@@ -202,7 +213,7 @@ enum class FormatSet : int8_t {
 };
 static constexpr bool is_low_bit(CodeFamily codes) {
   return codes != CodeFamily::kU4 && codes != CodeFamily::kU5 && codes != CodeFamily::kU6 &&
-         codes != CodeFamily::kS8;
+         !is_byte(codes);
 }
 static constexpr FormatSet format_set(const FormatDescriptor& format) {
   if (format.takes_scales()) return FormatSet::kGroups;

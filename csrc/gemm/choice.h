@@ -73,9 +73,7 @@ constexpr int kMaxFusedRows = 8;
 // and torch's matmul (benchmarks/notes/gemm.md).
 static inline constexpr int min_wgmma_rows(CodeFamily codes, ScaleRule rule, int64_t n,
                                            int num_sms) {
-  // Scales beside the blocks are read again for each run of 32 weights, which costs wgmma's
-  // decoding more than the skinny kernel's.
-  if (rule == ScaleRule::kGroup) return codes == CodeFamily::kS8 ? 17 : 33;
+  if (rule == ScaleRule::kGroup) return 17;  // no wgmma kernel of theirs has 16 rows of x
   const bool many_tiles = n > int64_t{2} * kTileRows * num_sms;
   return codes == CodeFamily::kS8 || (many_tiles && rule != ScaleRule::kSubBlock32) ? 9 : 17;
 }

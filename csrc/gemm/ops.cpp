@@ -85,6 +85,8 @@ Tensor quant_linear(const Tensor& given_x, const Tensor& packed, StringHandle fo
   constexpr const char* op = "quant_linear";
   const int format = check_format(op, take_string(format_name));
   check_side_tensors(op, format, scales, zeros, perm);
+  // On the CPU floating-point codes have no products in int8: x stays as it is.
+  if (!kOnCuda && is_floating(kFormats[format].codes)) exact = true;
   const DType dtype = check_floating(op, "x", given_x);
   Rows rows = rows_of(op, "x", given_x);
   check_packed(op, packed, format, n, rows.row_size);

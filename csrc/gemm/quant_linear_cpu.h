@@ -232,7 +232,7 @@ __attribute__((noinline)) void linear_panel(const QuantLinearParams& p, int64_t 
   if (p.exact) {
     sum_exact<kFormat>(p, tile, packed, num_blocks,
                        static_cast<const float*>(p.workspace) + token * p.k, sum);
-  } else {
+  } else if constexpr (!is_floating(PackedBlock<kFormat>::kCodes)) {
     sum_quantized<kFormat>(
         p, tile, packed, num_blocks,
         static_cast<const ActivationBlock*>(p.workspace) + token * (p.k / kSubBlock), sum);

@@ -38,25 +38,43 @@ __device__ inline uint32_t bytes_to_pair(uint32_t codes, uint32_t mantissas, uin
   return reinterpret_cast<const uint32_t&>(pair);
 }
 
-// Four codes, a byte each, minus kOffset, as two pairs of T. A byte fits the mantissa of 1024 in
+// Four codes, a byte each, minus zero, as two pairs of T. A byte fits the mantissa of 1024 in
 // float16; that of 128 in bfloat16 has room for seven bits, so bytes of eight go through float32.
-template <typename T, int kOffset, bool kEightBits>
-__device__ inline void codes_to_pairs(uint32_t codes, uint32_t& first, uint32_t& second) {
+template <typename T, bool kEightBits>
+__device__ inline void codes_to_pairs(uint32_t codes, int zero, uint32_t& first, uint32_t& second) {
   constexpr uint32_t kLowBytes = 0x4140, kHighBytes = 0x4342;
+  // The bits of 1024 + zero, or 128 + zero, twice: zero lies in the low end of the mantissa.
+  const uint32_t offsets = static_cast<uint32_t>(zero) * 0x10001;
   if constexpr (std::is_same_v<T, Half>) {
-    const __half2 offset = __float2half2_rn(1024.0f + kOffset);
+    const uint32_t bits = offsets | 0x64006400;
+    const auto& offset = reinterpret_cast<const __half2&>(bits);
     first = bytes_to_pair(codes, 0x64646464, kLowBytes, offset);
     second = bytes_to_pair(codes, 0x64646464, kHighBytes, offset);
   } else if constexpr (kEightBits) {
     float weights[4];
 #pragma unroll
-    for (int i = 0; i < 4; ++i) weights[i] = byte_to_float(codes, i, kOffset);
+    for (int i = 0; i < 4; ++i) weights[i] = byte_to_float(codes, i, zero);
     first = pack_two(weights[0], weights[1], T{});
     second = pack_two(weights[2], weights[3], T{});
   } else {
-    const __nv_bfloat162 offset = __float2bfloat162_rn(128.0f + kOffset);
+    const uint32_t bits = offsets | 0x43004300;
+    const auto& offset = reinterpret_cast<const __nv_bfloat162&>(bits);
     first = bytes_to_pair(codes, 0x43434343, kLowBytes, offset);
     second = bytes_to_pair(codes, 0x43434343, kHighBytes, offset);
+  }
+}
+
+// Four codes of E4M3 as two pairs of T, exactly.
+template <typename T>
+__device__ inline void e4m3_to_pairs(uint32_t codes, uint32_t& first, uint32_t& second) {
+  const __half2 low = e4m3_to_half(codes, 0), high = e4m3_to_half(codes, 1);
+  if constexpr (std::is_same_v<T, Half>) {
+    first = reinterpret_cast<const uint32_t&>(low);
+    second = reinterpret_cast<const uint32_t&>(high);
+  } else {
+    const float2 low_two = __half22float2(low), high_two = __half22float2(high);
+    first = pack_two(low_two.x, low_two.y, T{});
+    second = pack_two(high_two.x, high_two.y, T{});
   }
 }
 
@@ -152,6 +170,9 @@ struct QuantSkinny {
       for (int byte = lane() * kLineBytes; byte < bytes_of(chunk); byte += kWarpSize * kLineBytes) {
         ptx::prefetch_l2(chunk_of(r, chunk) + byte);
       }
+      if (Word::kHasGroups && lane() == 0) {
+        ptx::prefetch_l2(scales_of(p.groups, first_tile + r, int64_t{chunk} * kBlocks).scales);
+      }
     }
   }
   __device__ void load_weights(int chunk, int into) const {
@@ -184,20 +205,19 @@ struct QuantSkinny {
       const TileScales from = scales_of(p.groups, first_tile + r, int64_t{chunk} * kBlocks);
       const int byte = lane() * kVectorBytes;
       if (byte < count * kScaleBytes) {
-        ptx::cp_async_16(to + r * kSideBytes + byte, from.scales + byte);
+        ptx::cp_async_16(to + r * kSideBytes + byte, from.scales + byte / sizeof(float));
       }
       if (Word::kHasZeros && byte < count * kZeroBytes) {
         ptx::cp_async_16(to + r * kSideBytes + kScalesBytes + byte, from.zeros + byte);
       }
     }
   }
-  __device__ TileScales staged_scales(const char* s_stage, int r, int chunk, int block) const {
+  __device__ TileScales staged_scales(const char* s_stage, int r, int block) const {
     if constexpr (!Word::kHasGroups) return {};
-    const int first = chunk * kBlocks;
-    const int group = ((first + block) >> p.groups.shift) - (first >> p.groups.shift);
+    const int group = block >> p.groups.shift;  // a chunk begins with a group
     const auto* side = reinterpret_cast<const uint8_t*>(s_stage) + kSidesAt + r * kSideBytes;
-    return {side + group * kScaleBytes, side + kScalesBytes + group * kZeroBytes,
-            p.groups.bfloat16};
+    return {reinterpret_cast<const float*>(side) + group * kTileRows,
+            side + kScalesBytes + group * kZeroBytes};
   }
   // Ends the group of copies of a stage.
   __device__ void load_tokens(int chunk, int into) const {
@@ -228,7 +248,7 @@ struct QuantSkinny {
       const int blocks = min(kBlocks, blocks_per_row - chunk * kBlocks);
 #pragma unroll
       for (int quarter = 0; quarter < 4; ++quarter)
-        multiply_quarter(stage(current), chunk, quarter, blocks);
+        multiply_quarter(stage(current), quarter, blocks);
       current = current + 1 == kStages ? 0 : current + 1;
       __syncwarp();  // before the stage is filled again
     }
@@ -242,7 +262,7 @@ struct QuantSkinny {
     return 64 * quarter + 32 * run;
   }
 
-  __device__ void multiply_quarter(const char* s_stage, int chunk, int quarter, int blocks) {
+  __device__ void multiply_quarter(const char* s_stage, int quarter, int blocks) {
     // Of a last chunk that is not whole, a run may be missing.
     const bool exists[2] = {kSuperBlocks || 2 * quarter < blocks,
                             kSuperBlocks || 2 * quarter + 1 < blocks};
@@ -275,7 +295,7 @@ struct QuantSkinny {
               kSuperBlocks ? tile : tile + (2 * quarter + run) * Word::kPackedBytes;
           const int low_part = Word::part_of(sub_block, 0);
           const int high_part = Word::part_of(sub_block, Word::kTernary ? lane_in_group + 4 : 4);
-          const TileScales side = staged_scales(s_stage, r, chunk, 2 * quarter + run);
+          const TileScales side = staged_scales(s_stage, r, 2 * quarter + run);
           const Word low(block, Word::word_of(sub_block, lane_in_group), 2 * group, side);
           if constexpr (Word::kByteCodes || Word::kTernary) {
             const Word high(block, Word::word_of(sub_block, lane_in_group + 4), 2 * group, side);
@@ -288,16 +308,23 @@ struct QuantSkinny {
     }
   }
 
+  static __device__ void to_pairs(const Word& word, int part, int row, uint32_t (&a)[4]) {
+    if constexpr (Word::kFloating) {
+      e4m3_to_pairs<T>(word.codes(part, row), a[row], a[2 + row]);
+    } else {
+      codes_to_pairs<T, Word::kEightBits>(word.codes(part, row), word.offset(row), a[row],
+                                          a[2 + row]);
+    }
+  }
+
   // sums += 32 weights, the first 16 in a part of `low`, the others in one of `high`.
   __device__ void multiply_run(int r, int run, const Tokens& x, const TokenSums& x_sums,
                                const Word& low, int low_part, const Word& high, int high_part) {
     uint32_t a[2][4];
 #pragma unroll
     for (int row = 0; row < 2; ++row) {
-      codes_to_pairs<T, Word::kOffset, Word::kEightBits>(low.codes(low_part, row), a[0][row],
-                                                         a[0][2 + row]);
-      codes_to_pairs<T, Word::kOffset, Word::kEightBits>(high.codes(high_part, row), a[1][row],
-                                                         a[1][2 + row]);
+      to_pairs(low, low_part, row, a[0]);
+      to_pairs(high, high_part, row, a[1]);
     }
 #pragma unroll
     for (int n = 0; n < kTokenTiles; ++n) {

@@ -209,7 +209,7 @@ struct QuantWgmma {
     int target = kAhead, target_parity = 1;  // of the stage that is filled meanwhile
     for (int chunk = rank; chunk < num_chunks; chunk += splits) {
       ptx::mbarrier_wait(full(stage), parity);
-      multiply_chunk(s_bytes + stage * kStageBytes, chunk, [&] {
+      multiply_chunk(s_bytes + stage * kStageBytes, [&] {
         if (warp != 0) return;
         if (count >= kLag) ptx::mbarrier_wait(empty(target), target_parity);
         load(chunk + kAhead * splits, target);
@@ -231,7 +231,7 @@ struct QuantWgmma {
 
   // refill: called once the tensor cores have work.
   template <typename Refill>
-  __device__ void multiply_chunk(const char* stage, int chunk, Refill&& refill) {
+  __device__ void multiply_chunk(const char* stage, Refill&& refill) {
     const auto* weights = reinterpret_cast<const uint8_t*>(stage) + kWeightsAt + warp * kTileBytes;
     const uint64_t x = ptx::k_major_descriptor(ptx::shared_address(stage));
     uint32_t a[2][2][4];  // of two runs: two steps of 16 weights each
@@ -239,7 +239,7 @@ struct QuantWgmma {
     for (int run = 0; run < kRuns; ++run) {
       if (run == 1) refill();
       if (run >= 2) ptx::wgmma_wait<1>();  // the registers that come now are free
-      decode(weights, staged_scales(stage, chunk, run), run, a[run % 2]);
+      decode(weights, staged_scales(stage, run), run, a[run % 2]);
       ptx::wgmma_fence();
 #pragma unroll
       for (int step = 0; step < 2; ++step) {
@@ -253,13 +253,12 @@ struct QuantWgmma {
     ptx::wgmma_hold(sums);
   }
 
-  __device__ TileScales staged_scales(const char* stage, int chunk, int block) const {
+  __device__ TileScales staged_scales(const char* stage, int block) const {
     if constexpr (!Word::kHasGroups) return {};
-    const int first = chunk * kBlocks;
-    const int group = ((first + block) >> p.groups.shift) - (first >> p.groups.shift);
+    const int group = block >> p.groups.shift;  // a chunk begins with a group
     const auto* side = reinterpret_cast<const uint8_t*>(stage) + kSidesAt + warp * kSideBytes;
-    return {side + group * kScaleBytes, side + kScalesBytes + group * kZeroBytes,
-            p.groups.bfloat16};
+    return {reinterpret_cast<const float*>(side) + group * kTileRows,
+            side + kScalesBytes + group * kZeroBytes};
   }
 
   // Of 16 weights of each row, a lane has the 2 * t-th and the next of each half, t = lane % 4:

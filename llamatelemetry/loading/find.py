@@ -130,7 +130,7 @@ def load_model(
 
     Args:
         device, dtype, exact, progress: as in load_gguf; a directory keeps its own dtype by default.
-            Weights of GPTQ, AWQ and compressed-tensors (pack-quantized) stay packed
+            Weights of GPTQ, AWQ, compressed-tensors, FP8 and MXFP4 directories stay packed
 
     Raises:
         ModelFileError: in one sentence

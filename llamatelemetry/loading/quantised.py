@@ -1,4 +1,4 @@
-"""A transformers model around the packed weights of a GPTQ, AWQ or compressed-tensors directory."""
+"""A transformers model around the packed weights of a GPTQ, AWQ, FP8 or like directory."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from llamatelemetry.loading.errors import ModelFileError, in_one_sentence
 from llamatelemetry.loading.files import tensor_names, weight_files
-from llamatelemetry.quantization.checkpoints import Layout, layout_of, pack_linear, read_linear
+from llamatelemetry.quantization.checkpoints import load_linear
 from llamatelemetry.quantization.group_linear import GroupLinear
-
-METHODS = ("gptq", "awq", "compressed-tensors")
+from llamatelemetry.quantization.layouts import METHODS, Layout, layout_of
+from llamatelemetry.quantization.mxfp4 import mxfp4_experts
 
 
 def quantization_of(config: dict[str, Any]) -> dict[str, Any] | None:
@@ -113,8 +113,10 @@ class _Filling:
         files = list(weight_files(self.path))
         if not files:
             raise ModelFileError(f"{self.path}: quantised weights must be in safetensors files")
-        for module, attribute in (_split(name) for file in files for name in tensor_names(file)):
-            if attribute in self.layout.tensors:
+        names = [_split(name) for file in files for name in tensor_names(file)]
+        signs = {module for module, attribute in names if attribute == self.layout.sign}
+        for module, attribute in names:
+            if module in signs and attribute in self.layout.tensors:
                 self._whole.setdefault(module, set()).add(attribute)
         for file in files:
             with safe_open(file, "pt") as tensors:
@@ -124,7 +126,7 @@ class _Filling:
 
     def _take(self, name: str, read: Any) -> None:
         module, attribute = _split(name)
-        if attribute in self.layout.tensors:
+        if attribute in self._whole.get(module, ()):
             parts = self._parts.setdefault(module, {})
             parts[attribute] = read(name)
             if parts.keys() == self._whole[module]:
@@ -145,6 +147,10 @@ class _Filling:
                 f"{tuple(values.shape)}"
             )
         floating = values.is_floating_point()
+        if known.is_floating_point() and values.element_size() == 1:
+            raise ModelFileError(
+                f"{self.path}: {name} is {values.dtype} and has no {self.layout.sign} beside it"
+            )
         values = values.to(self.device, self.dtype if floating else values.dtype, copy=True)
         if attribute in owner._buffers:  # type: ignore[union-attr]
             owner._buffers[attribute] = values  # type: ignore[union-attr]
@@ -160,6 +166,9 @@ class _Filling:
     def _linear(self, name: str, parts: dict[str, Tensor]) -> None:
         """Puts a GroupLinear in the place of the linear of that name."""
         owner = self._owner(name)
+        if owner is not None and self.layout.method == "mxfp4":
+            self._experts(name, owner, parts)
+            return
         if type(owner) is not nn.Linear:
             kind = "nothing" if owner is None else f"a {type(owner).__name__}"
             raise ModelFileError(
@@ -168,18 +177,24 @@ class _Filling:
             )
         try:
             on_device = {part: tensor.to(self.device) for part, tensor in parts.items()}
-            codes = read_linear(self.layout, on_device)
-            n, k = codes.codes.shape
+            weight, (n, k), perm = load_linear(self.layout, on_device)
             if (n, k) != (owner.out_features, owner.in_features):
                 raise ValueError(
                     f"it must be {(owner.out_features, owner.in_features)} as config.json says, "
                     f"got {(n, k)}"
                 )
-            weight, perm = pack_linear(self.layout, codes)
         except ValueError as error:
             raise ModelFileError(f"{self.path}: {name}: {error}") from None
         bias = owner.bias
         self.model.set_submodule(name, GroupLinear(weight, k, n, bias, perm, self.exact))
+
+    def _experts(self, name: str, owner: nn.Module, parts: dict[str, Tensor]) -> None:
+        on_device = {part: tensor.to(self.device) for part, tensor in parts.items()}
+        try:
+            experts = mxfp4_experts(owner, on_device, self.dtype, self.exact)
+        except ValueError as error:
+            raise ModelFileError(f"{self.path}: {name}: {error}") from None
+        self.model.set_submodule(name, experts)
 
     def _finish(self) -> None:
         """Ties what is tied, refuses what is missing."""

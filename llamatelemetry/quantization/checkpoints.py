@@ -1,4 +1,4 @@
-"""Layouts of quantised linears in checkpoints: GPTQ, AWQ and compressed-tensors' packed weights.
+"""Layouts of quantised linears in checkpoints: GPTQ, AWQ, compressed-tensors, and bytes of float8.
 
 Each is read to codes [n, k], scales [n, groups], zero points [n, groups] and the order of columns.
 Sources: AutoGPTQ's and GPTQModel's packing (bits of a code from the lowest on, zero points less one
@@ -10,44 +10,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from llamatelemetry.quantization.groups import GroupedWeight, pack_groups
+from llamatelemetry.quantization.layouts import Layout
 
 _AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 _LARGEST_GROUP = 128  # of the kernels; larger ones are repeated
 _GROUPS = (32, 64, 128)
-
-
-@dataclass(frozen=True)
-class Layout:
-    """How a checkpoint keeps a linear.
-
-    Attributes:
-        method: "gptq", "awq" or "compressed-tensors"
-        bits: of a code, 4 or 8
-        zero_added: what is added to a stored zero point: 1 in the first version of GPTQ's files
-    """
-
-    method: str
-    bits: int
-    zero_added: int = 0
-
-    @property
-    def weight(self) -> str:
-        """The tensor that tells a quantised linear."""
-        return "weight_packed" if self.method == "compressed-tensors" else "qweight"
-
-    @property
-    def tensors(self) -> frozenset[str]:
-        """All that a linear may have but its bias."""
-        if self.method == "compressed-tensors":
-            names = ("packed", "scale", "zero_point", "shape", "g_idx")
-            return frozenset(f"weight_{name}" for name in names)
-        return frozenset(("qweight", "qzeros", "scales", "g_idx"))
 
 
 @dataclass(frozen=True)
@@ -67,25 +39,45 @@ class Codes:
     group_of: Tensor | None
 
 
-def layout_of(quantization: Mapping[str, Any]) -> Layout:
-    """What config.json's quantization_config describes.
+def load_linear(
+    layout: Layout, found: Mapping[str, Tensor]
+) -> tuple[GroupedWeight, tuple[int, int], Tensor | None]:
+    """A linear's tensors in our kernels' layout, its [n, k], and the order of its columns.
+
+    Args:
+        layout: from layout_of.
+        found: the tensors, by their names without the module's, on the device to unpack them on.
 
     Raises:
-        ValueError: what of it our kernels do not read.
+        ValueError: a tensor that is missing, of another shape than the others say, or what of it
+            our kernels do not read.
     """
-    method = quantization.get("quant_method")
-    if method == "gptq":
-        bits = _bits(quantization.get("bits"), (4, 8))
-        second = quantization.get("checkpoint_format") == "gptq_v2"
-        return Layout("gptq", bits, 0 if second else 1)
-    if method == "awq":
-        version = str(quantization.get("version", "gemm")).lower()
-        if version != "gemm":
-            raise ValueError(f"AWQ's version must be gemm, got {version}")
-        return Layout("awq", _bits(quantization.get("bits", quantization.get("w_bit")), (4,)))
-    if method == "compressed-tensors":
-        return Layout("compressed-tensors", _compressed_bits(quantization))
-    raise ValueError(f"quant_method must be gptq, awq or compressed-tensors, got {method!r}")
+    if layout.bytes_apart:
+        weight = _bytes(layout, found)
+        return weight, tuple(found["weight"].shape), None  # type: ignore[return-value]
+    codes = read_linear(layout, found)
+    packed, perm = pack_linear(layout, codes)
+    return packed, tuple(codes.codes.shape), perm  # type: ignore[return-value]
+
+
+def _bytes(layout: Layout, found: Mapping[str, Tensor]) -> GroupedWeight:
+    codes, scales = _tensor(found, "weight"), _tensor(found, layout.sign).float()
+    formats = {torch.int8: "S8", torch.float8_e4m3fn: "E4M3"}
+    if codes.dtype not in formats or codes.dim() != 2:
+        raise ValueError(f"weight must be two-dimensional int8 or float8_e4m3fn, got {codes.dtype}")
+    n, k = codes.shape
+    if scales.numel() == 1:
+        scales = scales.reshape(1, 1).expand(n, 1)
+    elif layout.block is not None:
+        rows, columns = layout.block
+        if k > columns and k % columns:
+            raise ValueError(f"in_features must be a multiple of {columns}, got {k}")
+        scales = scales.repeat_interleave(rows, 0)[:n]
+    else:
+        scales = scales.reshape(len(scales), -1)
+    if len(scales) != n:
+        raise ValueError(f"{layout.sign} must be of {n} rows, got {len(scales)}")
+    return pack_groups(codes, formats[codes.dtype], _of_known_groups(scales, k))
 
 
 def read_linear(layout: Layout, found: Mapping[str, Tensor]) -> Codes:
@@ -115,13 +107,8 @@ def pack_linear(layout: Layout, found: Codes) -> tuple[GroupedWeight, Tensor | N
         perm = _order(found.group_of, groups, size)
     if perm is not None:
         codes = codes[:, perm]
-    if groups > 1 and size > _LARGEST_GROUP and size % _LARGEST_GROUP == 0:
-        times = size // _LARGEST_GROUP
-        scales, zeros = (t.repeat_interleave(times, 1) for t in (scales, zeros))
-    elif groups > 1 and size not in _GROUPS:
-        raise ValueError(f"groups must be of 32, 64 or a multiple of 128 weights, got {size}")
+    scales, zeros = _of_known_groups(scales, k), _of_known_groups(zeros, k)
     middle = 1 << (layout.bits - 1)
-    scales = _half(scales)
     if bool((zeros == middle).all()):
         signed = (codes.to(torch.int16) - middle).to(torch.int8)
         weight = pack_groups(signed, "S4" if layout.bits == 4 else "S8", scales)
@@ -130,6 +117,17 @@ def pack_linear(layout: Layout, found: Codes) -> tuple[GroupedWeight, Tensor | N
     else:
         raise ValueError("zero points of 8-bit weights must be 128 (a symmetric quantiser)")
     return weight, None if perm is None else perm.int()
+
+
+def _of_known_groups(values: Tensor, k: int) -> Tensor:
+    """[n, groups] values, those of large groups repeated for groups that the kernels know."""
+    groups = values.shape[1]
+    size = k // groups
+    if groups == 1 or size in _GROUPS:
+        return values
+    if size % _LARGEST_GROUP:
+        raise ValueError(f"groups must be of 32, 64 or a multiple of 128 weights, got {size}")
+    return values.repeat_interleave(size // _LARGEST_GROUP, 1)
 
 
 def _gptq(layout: Layout, found: Mapping[str, Tensor]) -> Codes:
@@ -193,16 +191,6 @@ def _groups_of(g_idx: Tensor | None) -> Tensor | None:
     return g_idx.long()
 
 
-def _half(scales: Tensor) -> Tensor:
-    """Scales in a dtype that the kernels read, exactly."""
-    if scales.dtype in (torch.float16, torch.bfloat16):
-        return scales
-    half = scales.to(torch.float16)
-    if not torch.equal(half.to(scales.dtype), scales):
-        raise ValueError(f"scales must be float16 or bfloat16, got {scales.dtype} of more digits")
-    return half
-
-
 def _checked(found: Codes) -> Codes:
     n, k = found.codes.shape
     groups = found.scales.shape[1]
@@ -220,24 +208,3 @@ def _tensor(found: Mapping[str, Tensor], name: str) -> Tensor:
     if name not in found:
         raise ValueError(f"{name} is missing")
     return found[name]
-
-
-def _bits(bits: Any, known: tuple[int, ...]) -> int:
-    if bits not in known:
-        raise ValueError(f"bits must be {' or '.join(map(str, known))}, got {bits}")
-    return int(bits)
-
-
-def _compressed_bits(quantization: Mapping[str, Any]) -> int:
-    format = quantization.get("format")
-    if format != "pack-quantized":
-        raise ValueError(f"the format of compressed-tensors must be pack-quantized, got {format}")
-    groups = quantization.get("config_groups") or {}
-    weights = [(group or {}).get("weights") or {} for group in groups.values()]
-    bits = {one.get("num_bits") for one in weights}
-    if len(bits) != 1 or any((group or {}).get("input_activations") for group in groups.values()):
-        raise ValueError(
-            "config_groups must quantise weights alone, all in as many bits, got "
-            f"{sorted(map(str, bits))} bits"
-        )
-    return _bits(bits.pop(), (4, 8))

@@ -59,13 +59,12 @@ class GroupLinear(nn.Module):
         )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> GroupLinear:
-        """Of .to(dtype) and the like: scales are data of the format and keep their dtype."""
-        dtype = self.scales.dtype
-        self.scales = self.scales.view(torch.int16)  # not floating, so moved and never converted
+        """Of .to(dtype) and the like: scales are data of the format and stay float32."""
+        self.scales = self.scales.view(torch.int32)  # not floating, so moved and never converted
         try:
             super()._apply(fn, recurse)
         finally:
-            self.scales = self.scales.view(dtype)
+            self.scales = self.scales.view(torch.float32)
         return self
 
     def grouped(self) -> GroupedWeight:
@@ -96,7 +95,7 @@ class GroupLinear(nn.Module):
 def merge_group_linears(linears: Sequence[GroupLinear]) -> GroupLinear | None:
     """One linear whose output is the linears' outputs side by side; None if they are not alike.
 
-    Alike: format, widths, groups, dtype of scales, order of columns and choice of exact, biases in
+    Alike: format, widths, groups, order of columns and choice of exact, biases in
     all or in none, and whole tiles of rows in all but the last. Weights, scales, zero points and
     biases become views of the merged ones, as in merge_quant_linears.
     """
@@ -135,15 +134,8 @@ def _joined(linears: Sequence[GroupLinear], name: str) -> Tensor:
 
 
 def _kind(linear: GroupLinear) -> tuple[object, ...]:
-    scales = linear.scales
-    return (
-        linear.format,
-        linear.in_features,
-        linear.exact,
-        scales.shape[1],
-        scales.dtype,
-        linear.bias is None,
-    )
+    groups = linear.scales.shape[1]
+    return linear.format, linear.in_features, linear.exact, groups, linear.bias is None
 
 
 def _equal(one: Tensor | None, other: Tensor | None) -> bool:

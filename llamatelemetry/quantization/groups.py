@@ -12,7 +12,12 @@ from llamatelemetry import ops
 from llamatelemetry.ops.formats import TILE_ROWS
 
 # Name of a format -> dtype of its codes, the least and the largest.
-_CODES = {"U4": (torch.uint8, 0, 15), "S4": (torch.int8, -8, 7), "S8": (torch.int8, -128, 127)}
+_CODES = {
+    "U4": (torch.uint8, 0, 15),
+    "S4": (torch.int8, -8, 7),
+    "S8": (torch.int8, -128, 127),
+    "E4M3": (torch.float8_e4m3fn, -448, 448),
+}
 
 
 class GroupedWeight(NamedTuple):
@@ -20,8 +25,8 @@ class GroupedWeight(NamedTuple):
 
     Attributes:
         packed: [ceil(n / 16), 16 * row_bytes] uint8.
-        format: "U4", "S4" or "S8".
-        scales: [ceil(n / 16), groups, 16].
+        format: "U4", "S4", "S8" or "E4M3".
+        scales: [ceil(n / 16), groups, 16] float32.
         zeros: Likewise uint8, or None.
     """
 
@@ -37,10 +42,10 @@ def pack_groups(
     """``weight = scale * (code - zero)``, a scale and a zero point for each group of a row.
 
     Args:
-        codes: [n, k]: for "U4" uint8 up to 15, for "S4" int8 from -8 to 7, for "S8" int8. k is a
-            multiple of 32.
-        format: "U4", "S4" or "S8".
-        scales: [n, groups], float16 or bfloat16. A group is 32, 64, 128 or all weights of a row.
+        codes: [n, k]: for "U4" uint8 up to 15, for "S4" int8 from -8 to 7, for "S8" int8, for
+            "E4M3" float8_e4m3fn. k is a multiple of 32.
+        format: "U4", "S4", "S8" or "E4M3".
+        scales: [n, groups], floating. A group is 32, 64, 128 or all weights of a row.
         zeros: [n, groups] uint8, for "U4" alone.
 
     Returns:
@@ -58,9 +63,11 @@ def pack_groups(
             f"codes must be [n, k] of {dtype} with k a multiple of 32, got {tuple(codes.shape)} of "
             f"{codes.dtype}"
         )
-    if codes.numel() and not least <= int(codes.min()) <= int(codes.max()) <= largest:
+    values = codes.float() if format == "E4M3" else codes
+    if codes.numel() and not bool(((values >= least) & (values <= largest)).all()):
         raise ValueError(
-            f"codes must be {least} to {largest}, got {int(codes.min())} to {int(codes.max())}"
+            f"codes must be {least} to {largest}, got {values.min().item()} to "
+            f"{values.max().item()}"
         )
     for name, tensor in {"scales": scales, "zeros": zeros}.items():
         if tensor is not None and (tensor.dim() != 2 or tensor.shape[0] != n):
@@ -73,7 +80,7 @@ def pack_groups(
     return GroupedWeight(
         ops.repack(rows_of_codes(codes, format), format),
         format,
-        _in_tiles(scales),
+        _in_tiles(scales.float()),
         None if zeros is None else _in_tiles(zeros),
     )
 
@@ -81,13 +88,13 @@ def pack_groups(
 def unpack_groups(weight: GroupedWeight, n: int, k: int) -> Tensor:
     """The weights [n, k] that a GroupedWeight stands for, in float32."""
     rows = ops.unpack(weight.packed, weight.format, n, k)
-    if weight.format == "S8":
-        codes = rows.view(torch.int8).float()
+    if weight.format in ("S8", "E4M3"):
+        codes = rows.view(_CODES[weight.format][0]).float()
     else:
         halves = torch.stack([rows & 15, rows >> 4]).unflatten(2, (-1, 16))
         codes = halves.permute(1, 2, 0, 3).reshape(n, k).float()
         codes -= 8.0 if weight.format == "S4" else 0.0
-    scales = _of_rows(weight.scales, n).float()
+    scales = _of_rows(weight.scales, n)
     grouped = codes.view(n, scales.shape[1], -1)
     if weight.zeros is not None:
         grouped = grouped - _of_rows(weight.zeros, n).float().unsqueeze(-1)
@@ -96,7 +103,7 @@ def unpack_groups(weight: GroupedWeight, n: int, k: int) -> Tensor:
 
 def rows_of_codes(codes: Tensor, format: str) -> Tensor:
     """[n, row_bytes] uint8: of 32 weights in 4 bits the first half in the low nibbles."""
-    if format == "S8":
+    if format in ("S8", "E4M3"):
         return codes.contiguous().view(torch.uint8)
     if format == "S4":
         codes = (codes + 8).view(torch.uint8)

@@ -8,13 +8,14 @@ import pytest
 import torch
 from directories import change
 from families import tiny_model
-from quantised_directories import KINDS, linears_of, write_quantised
+from quantised_directories import KINDS, linears_of, write_mxfp4, write_quantised
 from safetensors.torch import load_file, save_file
 
 from llamatelemetry.cli.main import main
 from llamatelemetry.inference.engine import InferenceEngine
 from llamatelemetry.loading.find import ModelFileError, load_model
 from llamatelemetry.models.patching import patch
+from llamatelemetry.quantization.experts import QuantExperts
 from llamatelemetry.quantization.group_linear import GroupLinear
 from llamatelemetry.quantization.modules import expand
 
@@ -55,6 +56,19 @@ def test_weights_and_logits(tmp_path, kind, device):
     torch.testing.assert_close(model(ids).logits, expected, rtol=1e-4, atol=1e-4)
 
 
+def test_mxfp4(tmp_path, device):
+    theirs = write_mxfp4(tmp_path, tiny_model("gpt_oss")).to(device)
+    model = load_model(tmp_path, device=device, dtype=torch.float32, exact=True).model
+    experts = model.model.layers[0].mlp.experts
+    assert type(experts) is QuantExperts
+    dense = experts.dense(torch.float32)
+    for part in ("gate_up_proj", "down_proj"):
+        assert torch.equal(getattr(dense, part), getattr(theirs.model.layers[0].mlp.experts, part))
+    ids = IDS.to(device)
+    model = load_model(tmp_path, device=device, dtype=torch.float32, exact=True).model
+    torch.testing.assert_close(model(ids).logits, theirs(ids).logits, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("family", ["llama_bias", "phi3", "llama"])
 def test_families(tmp_path, family):
     """Biases, fused projections, and an embedding that is the head too."""
@@ -84,7 +98,7 @@ def test_scales_keep_their_dtype(path):
     layer = model.model.layers[0].mlp.down_proj
     scales = layer.scales.clone()
     model.to(torch.bfloat16).to(torch.float32)
-    assert layer.scales.dtype == torch.float16
+    assert layer.scales.dtype == torch.float32
     assert torch.equal(layer.scales, scales)
 
 

@@ -25,6 +25,7 @@ class Kind:
     symmetric: bool = True
     sorted_columns: bool = False
     second: bool = False  # checkpoint_format gptq_v2
+    whole: torch.dtype | None = None  # of weights that are not packed
 
 
 KINDS = {
@@ -38,6 +39,15 @@ KINDS = {
     "packed-asymmetric": Kind("compressed-tensors", symmetric=False),
     "packed-act-order": Kind("compressed-tensors", sorted_columns=True),
     "packed-8-bits-column": Kind("compressed-tensors", bits=8, group=0),
+    "int8-column": Kind("compressed-tensors", group=0, whole=torch.int8),
+    "float8-column": Kind("compressed-tensors", group=0, whole=torch.float8_e4m3fn),
+    "float8-blocks": Kind("fp8", whole=torch.float8_e4m3fn),
+    "float8-tensor": Kind("fp8", group=0, whole=torch.float8_e4m3fn),
+}
+_FORMATS = {
+    None: "pack-quantized",
+    torch.int8: "int-quantized",
+    torch.float8_e4m3fn: "float-quantized",
 }
 
 
@@ -64,6 +74,33 @@ def write_quantised(path: Path, model: Any, kind: Kind) -> Any:
     return model
 
 
+def write_mxfp4(path: Path, model: Any) -> Any:
+    """Likewise for a gpt-oss model, whose experts alone are quantised."""
+    model.config.save_pretrained(path)
+    tiny_tokenizer().save_pretrained(path)
+    tensors = dict(model.state_dict())
+    values = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
+    values = torch.cat((values, -values))
+    for name, module in model.named_modules():
+        for part in ("gate_up_proj", "down_proj"):
+            if not isinstance(getattr(module, part, None), nn.Parameter):
+                continue
+            del tensors[f"{name}.{part}"]
+            parameter = getattr(module, part)
+            experts, k, n = parameter.shape
+            codes = torch.randint(16, (experts, n, k), dtype=torch.uint8)
+            exponents = torch.randint(118, 124, (experts, n, k // 32), dtype=torch.uint8)
+            scales = torch.exp2(exponents.float() - 127).repeat_interleave(32, -1)
+            parameter.data = (values[codes.long()] * scales).mT.contiguous()
+            pairs = codes.unflatten(-1, (-1, 16, 2))
+            tensors[f"{name}.{part}_blocks"] = pairs[..., 0] | pairs[..., 1] << 4
+            tensors[f"{name}.{part}_scales"] = exponents
+    tensors = {name: value.contiguous().clone() for name, value in tensors.items()}
+    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+    change(path / "config.json", quantization_config={"quant_method": "mxfp4"})
+    return model
+
+
 def linears_of(model: Any) -> Iterator[tuple[str, nn.Linear]]:
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear) and "layers." in name:
@@ -73,6 +110,8 @@ def linears_of(model: Any) -> Iterator[tuple[str, nn.Linear]]:
 def _quantise(linear: nn.Linear, kind: Kind) -> dict[str, Tensor]:
     """The tensors of one linear, whose weight becomes what they stand for."""
     n, k = linear.weight.shape
+    if kind.whole is not None:
+        return _whole(linear, kind, kind.whole)
     size = kind.group or k
     middle = 2 ** (kind.bits - 1)
     codes = torch.randint(2**kind.bits, (n, k))
@@ -87,6 +126,19 @@ def _quantise(linear: nn.Linear, kind: Kind) -> dict[str, Tensor]:
     linear.weight.data = weight.to(linear.weight.dtype)
     pack = {"gptq": _gptq, "awq": _awq, "compressed-tensors": _compressed}[kind.method]
     return pack(kind, codes, scales, zeros, group_of)
+
+
+def _whole(linear: nn.Linear, kind: Kind, dtype: torch.dtype) -> dict[str, Tensor]:
+    """A code a byte; fp8 has a scale for each square of its group's size, or for all."""
+    n, k = linear.weight.shape
+    codes = (20 * torch.randn(n, k)).to(dtype)
+    rows = 1 if kind.method == "compressed-tensors" else kind.group or n
+    columns = kind.group or k
+    scales = (0.5 + torch.rand(n // rows, k // columns)) / 300
+    each = scales.repeat_interleave(rows, 0).repeat_interleave(columns, 1)
+    linear.weight.data = codes.float() * each
+    name = "weight_scale_inv" if kind.method == "fp8" else "weight_scale"
+    return {"weight": codes, name: scales}
 
 
 def _gptq(kind: Kind, codes: Tensor, scales: Tensor, zeros: Tensor, group_of: Tensor) -> Any:
@@ -144,10 +196,13 @@ def _config(kind: Kind) -> dict[str, Any]:
             "sym": kind.symmetric,
             "checkpoint_format": "gptq_v2" if kind.second else "gptq",
         }
+    if kind.method == "fp8":
+        blocks = {"weight_block_size": [kind.group] * 2} if kind.group else {}
+        return {"quant_method": "fp8", "activation_scheme": "dynamic", **blocks}
     weights = {"num_bits": kind.bits, "group_size": kind.group or None, "type": "int"}
     return {
         "quant_method": "compressed-tensors",
-        "format": "pack-quantized",
+        "format": _FORMATS[kind.whole],
         "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights}},
         "ignore": ["lm_head"],
     }

@@ -52,6 +52,8 @@ def _codes(blocks: Tensor, facts: FormatFacts) -> Tensor:
     quants = _field(blocks, facts, "quants")
     if facts.codes == "s8":
         return quants.view(torch.int8).int()
+    if facts.codes == "e4m3":
+        return quants.view(torch.float8_e4m3fn).float()
     if facts.codes == "ternary":
         return _ternary_codes(quants)
     if facts.codes in ("u2", "u3"):
