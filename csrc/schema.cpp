@@ -14,6 +14,11 @@ STABLE_TORCH_LIBRARY(llamatelemetry, m) {
   m.def("activation(Tensor x, str kind) -> Tensor");
   m.def("softmax(Tensor x, float temperature) -> Tensor");
 
+  // norm: rows of a byte a value, int8 or float8_e4m3fn, and a scale a row
+  m.def("quantize_rows(Tensor x, ScalarType dtype) -> (Tensor, Tensor)");
+  m.def("rms_norm_quantize(Tensor x, Tensor weight, ScalarType dtype, float eps, float weight_offset=0.0) -> (Tensor, Tensor)");
+  m.def("silu_and_mul_quantize(Tensor x, ScalarType dtype) -> (Tensor, Tensor)");
+
   // cache: k_cache, v_cache [num_blocks, page_size, num_heads_kv, head_dim]
   m.def("append_kv_(Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor slot_mapping, Tensor(c!)? k_scales=None, Tensor(d!)? v_scales=None) -> ()");
   m.def("rope_append_kv_(Tensor(a!) qkv, Tensor cos, Tensor sin, Tensor? positions, bool interleaved, Tensor(b!) k_cache, Tensor(c!) v_cache, Tensor slot_mapping, Tensor? q_weight=None, Tensor? k_weight=None, float eps=1e-6, float weight_offset=0.0, Tensor(d!)? k_scales=None, Tensor(e!)? v_scales=None) -> ()");
@@ -42,6 +47,7 @@ STABLE_TORCH_LIBRARY(llamatelemetry, m) {
   m.def("gemm(Tensor a, Tensor b, float alpha=1.0, float beta=0.0, bool trans_a=False, bool trans_b=False, Tensor? c=None, str? backend=None) -> Tensor");
   m.def("tensor_core_gemm(Tensor a, Tensor b, float alpha=1.0, float beta=0.0, bool trans_a=False, bool trans_b=False, Tensor? c=None, str? backend=None) -> Tensor");
   m.def("tensor_core_gemm_int8(Tensor a, Tensor b, bool trans_a=False, bool trans_b=False, str? backend=None) -> Tensor");
+  m.def("scaled_linear(Tensor x, Tensor x_scales, Tensor weight, Tensor weight_scales, ScalarType dtype, Tensor? bias=None) -> Tensor");
 
   // sampling: a parameter per row
   m.def("sample(Tensor logits, Tensor temperature, Tensor top_k, Tensor top_p, Tensor min_p, Tensor seed, Tensor offset) -> Tensor");

@@ -32,7 +32,12 @@ MAY_INCLUDE = {
     **{room: {"common", "binding", "cpu", "ptx", "tile", "vec", "format"} for room in ROOMS},
 }
 # Files over their budget: the most lines they may have, and why.
-LONGER: dict[str, tuple[int, str]] = {}
+LONGER: dict[str, tuple[int, str]] = {
+    "tests/test_sanitizer_cases.py": (
+        330,
+        "a small case for each of more than 30 ops, in one list",
+    ),
+}
 
 CPP = sorted(p for suffix in ("cpp", "h", "cu", "cuh") for p in CSRC.rglob(f"*.{suffix}"))
 PACKAGE = sorted(ROOT.glob("llamatelemetry/**/*.py"))
@@ -114,10 +119,10 @@ def test_every_op_is_whole(room, op, returns):
     checks = "".join(path.read_text() for path in (CSRC / room).glob("**/ops*.cpp"))
     assert f'm.impl("{op}"' in checks
     wrapper = getattr(ops, op)
-    assert wrapper.__module__ == f"llamatelemetry.ops.{room}"
+    assert re.fullmatch(rf"llamatelemetry\.ops\.{room}(_\w+)?", wrapper.__module__)
     assert "Raises:" in wrapper.__doc__
     assert "Returns:" in wrapper.__doc__ or not returns
-    fakes = (ROOT / "llamatelemetry" / "ops" / f"{room}.py").read_text()
+    fakes = "".join(p.read_text() for p in (ROOT / "llamatelemetry" / "ops").glob(f"{room}*.py"))
     assert f'register_fake("{op}")' in fakes or not returns
     tests = [p.read_text() for p in (ROOT / "tests" / room).glob("test_*.py")]
     helpers = ("assert_refuses(", "run_opcheck(", "assert_replays(", "assert_compiles(")
@@ -155,7 +160,7 @@ def test_rooms_of_ops_import_only_what_is_below():
     assert [
         (name_of(path), module)
         for path in PACKAGE
-        if path.parent.name == "ops" and path.stem in ROOMS
+        if path.parent.name == "ops" and path.stem.partition("_")[0] in ROOMS
         for module in imports.findall(path.read_text())
         if not re.fullmatch(r"llamatelemetry\.ops\.(_\w+|backends|formats)", module)
     ] == []

@@ -138,6 +138,22 @@ def products(a, b):
     )
 
 
+def bytes_a_value(x, weight, norm):
+    """Rows of every source, and their product with rows that need no copy and rows that do."""
+    done = []
+    for dtype in (torch.int8, torch.float8_e4m3fn):
+        made = (
+            ops.quantize_rows(x, dtype),
+            ops.rms_norm_quantize(x, norm, dtype),
+            ops.silu_and_mul_quantize(x, dtype),
+        )
+        q, scales = made[0]
+        w, w_scales = ops.quantize_rows(weight, dtype)
+        done += [s for _, s in made]
+        done.append(ops.scaled_linear(q, scales, w, w_scales, torch.float32))
+    return tuple(done)
+
+
 def quantised(x, data):
     packed = ops.repack(data, "Q8_0")
     ids = torch.tensor([0, 19, 20, -1], device=x.device)
@@ -263,6 +279,7 @@ CASES = {
         )
         for options in ({}, {"split_size": 64}, {"num_splits": 2}, {"window_size": (70, 0)})
     },
+    "scaled_linear": lambda: (bytes_a_value, randn(5, 78), randn(21, 78), randn(78)),
     "gemm": lambda: (products, randn(13, 77), randn(21, 77)),
     **{
         f"paged decode, cache of {stored}, {head_dim}": partial(eight_bit_decode, stored, head_dim)
@@ -289,7 +306,15 @@ def test_gpu_gives_what_the_cpu_gives(case):
         *((x,) if isinstance(x, torch.Tensor) else x for x in (on_gpu, on_cpu)), strict=True
     )
     for gpu, cpu in pairs:
-        rounded = ("flash", "paged prefill", "paged decode", "linear", "gemm", "grouped")
+        rounded = (
+            "flash",
+            "paged prefill",
+            "paged decode",
+            "linear",
+            "gemm",
+            "grouped",
+            "scaled_linear",
+        )
         rounding = 1e-4 if not case.startswith(rounded) else 2e-2
         assert gpu.dtype == cpu.dtype
         # Converted on the CPU: what a kernel reads of a result, initcheck would report.

@@ -28,6 +28,10 @@ struct WgmmaMajors;
 template <int kN>
 __device__ inline void wgmma_s8(int (&d)[kN / 2], uint64_t a, uint64_t b, bool accumulate);
 
+// d[64, kN] = a[64, 32] * b[32, kN] (+ d where accumulate) of e4m3. Its sums keep some 14 bits.
+template <int kN>
+__device__ inline void wgmma_e4m3(float (&d)[kN / 2], uint64_t a, uint64_t b, bool accumulate);
+
 // i0..i4: the operands after the N / 2 of d, as text.
 #define LT_WGMMA(T, TYPE, N, i0, i1, i2, i3, i4)                                             \
   template <bool kATrans, bool kBTrans>                                                      \
@@ -52,6 +56,21 @@ LT_WGMMA_TYPES(256, "128", "129", "130", "131", "132")
 
 #undef LT_WGMMA_TYPES
 #undef LT_WGMMA
+
+#define LT_WGMMA_E4M3(N, i0, i1, i2)                                                       \
+  template <>                                                                              \
+  __device__ inline void wgmma_e4m3<N>(float (&d)[N / 2], uint64_t a, uint64_t b,          \
+                                       bool accumulate) {                                  \
+    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" i2                                   \
+                 ", 0;\n"                                                                  \
+                 "wgmma.mma_async.sync.aligned.m64n" #N "k32.f32.e4m3.e4m3 {" LT_LISTS_##N \
+                 "}, %" i0 ", %" i1 ", p, 1, 1;\n}"                                        \
+                 : LT_OUTS_##N                                                             \
+                 : "l"(a), "l"(b), "r"(static_cast<int>(accumulate)));                     \
+  }
+LT_WGMMA_E4M3(64, "32", "33", "34")
+LT_WGMMA_E4M3(128, "64", "65", "66")
+#undef LT_WGMMA_E4M3
 
 // From here on accumulators are int32: the lists of operands take this macro where they are used.
 #undef LT_OUT

@@ -16,10 +16,10 @@ from llamatelemetry.ops.cache import (
 )
 from llamatelemetry.ops.cascade import cascade_attention
 from llamatelemetry.ops.formats import QuantFormat
-from llamatelemetry.ops.gemm import (
+from llamatelemetry.ops.gemm import linear, quant_linear
+from llamatelemetry.ops.gemm_products import (
     gemm,
-    linear,
-    quant_linear,
+    scaled_linear,
     tensor_core_gemm,
     tensor_core_gemm_int8,
 )
@@ -33,6 +33,11 @@ from llamatelemetry.ops.norm import (
     rotary_embedding_,
     silu_and_mul,
     softmax,
+)
+from llamatelemetry.ops.norm_quantize import (
+    quantize_rows,
+    rms_norm_quantize,
+    silu_and_mul_quantize,
 )
 from llamatelemetry.ops.quant import dequantize, quant_embedding, repack, unpack
 from llamatelemetry.ops.sampling import apply_token_bitmask_, sample
@@ -58,12 +63,16 @@ __all__ = [
     "paged_attention",
     "quant_embedding",
     "quant_linear",
+    "quantize_rows",
     "repack",
     "rms_norm",
+    "rms_norm_quantize",
     "rope_append_kv_",
     "rotary_embedding_",
     "sample",
+    "scaled_linear",
     "silu_and_mul",
+    "silu_and_mul_quantize",
     "slot_mapping",
     "softmax",
     "swap_blocks_",

@@ -18,7 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from llamatelemetry import LoadedModel
 from llamatelemetry.cuda import triton_registry
 
-PACKAGES = ("cuda", "inference", "loading", "models", "profiling")
+PACKAGES = ("cuda", "inference", "loading", "models", "profiling", "quantization")
 FLAGS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
 PUBLIC = [
     (package, name)

@@ -23,7 +23,7 @@ ONE_BACKEND = {
         "cuda",
         "many rows go through torch's matmul, which the CPU never wants",
     ),
-    "launch_pack_rows": ("cuda", "the CPU's product takes any strides"),
+    "launch_quantize_made_rows": ("cuda", "the CPU makes the rows by the ops they are named after"),
 }
 # Ops without a function of their own in ops/reference*, and why.
 NO_REFERENCE = {"unpack": "it undoes repack, so its test is the way there and back"}

@@ -61,7 +61,8 @@ static inline constexpr bool serves(ProductImpl impl, const ProductDescriptor& d
     case ProductImpl::kSm90:
       return d.capability == 90 && d.has_sm90_code && d.k > 0 && d.dtype != DType::kFloat32;
     case ProductImpl::kSm80:
-      return d.on_cuda && d.code_capability >= 80 && d.dtype != DType::kFloat32;
+      return d.on_cuda && d.code_capability >= 80 && d.dtype != DType::kFloat32 &&
+             d.dtype != DType::kFloat8E4M3;
     case ProductImpl::kSm75:
       return d.on_cuda && (d.dtype == DType::kFloat16 || d.dtype == DType::kInt8);
     case ProductImpl::kSimt: return d.on_cuda && is_floating(d.dtype);

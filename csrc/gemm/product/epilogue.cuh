@@ -122,13 +122,12 @@ struct ColumnTerms {
   }
 };
 
-// Eight columns to a multiple of 16 bytes.
-__device__ inline void store_eight(float* out, const float (&v)[8]) {
-  reinterpret_cast<float4*>(out)[0] = float4{v[0], v[1], v[2], v[3]};
-  reinterpret_cast<float4*>(out)[1] = float4{v[4], v[5], v[6], v[7]};
+// 16 bytes of out.
+__device__ inline void store_unit(float* out, const float (&v)[4]) {
+  *reinterpret_cast<float4*>(out) = float4{v[0], v[1], v[2], v[3]};
 }
 template <typename T>
-__device__ inline void store_eight(T* out, const float (&v)[8]) {
+__device__ inline void store_unit(T* out, const float (&v)[8]) {
   *reinterpret_cast<uint4*>(out) = uint4{pack_two(v[0], v[1], T{}), pack_two(v[2], v[3], T{}),
                                          pack_two(v[4], v[5], T{}), pack_two(v[6], v[7], T{})};
 }
@@ -176,51 +175,53 @@ struct StagedRows {
   }
 
  private:
-  static constexpr int kUnitsOfRow = kColumns / kUnit;
-  static constexpr int kRowsAtOnce = 32 / kUnitsOfRow;
   struct alignas(16) Four {
     Sum value[4];
   };
 
-  // Whole units, whose columns a lane keeps for all its rows.
+  // Whole units of 16 bytes of out, whose columns a lane keeps for all its rows.
   template <typename Out>
   __device__ void store_units(const ProductParams& p, int lane, int64_t batch, int64_t first_row,
                               int64_t first_column, Out* out) {
-    static_assert(kRowsAtOnce % 4 == 0);  // so that a lane's rows trade blocks alike
-    const int row = lane / kUnitsOfRow, unit = lane % kUnitsOfRow * kUnit;
+    constexpr int kCount = 16 / sizeof(Out), kLanesOfRow = kColumns / kCount;
+    constexpr int kRowsAtOnce = 32 / kLanesOfRow;
+    const int first = lane / kLanesOfRow, unit = lane % kLanesOfRow * kCount;
     const int64_t column = first_column + unit;
     if (column >= p.n) return;
     const auto rows = static_cast<int>(min(p.m - first_row, static_cast<int64_t>(kRows)));
-    out += (batch * p.m + first_row + row) * p.n + column;
-    const Four* from = reinterpret_cast<const Four*>(s + place(row, unit));
+    out += (batch * p.m + first_row + first) * p.n + column;
     if constexpr (std::is_same_v<Out, int>) {
 #pragma unroll
-      for (int i = 0; i < kRows; i += kRowsAtOnce, out += kRowsAtOnce * p.n) {
-        if (row + i >= rows) return;
-        const Four low = from[i * kColumns / 4], high = from[i * kColumns / 4 + 1];
-        reinterpret_cast<Four*>(out)[0] = low;
-        reinterpret_cast<Four*>(out)[1] = high;
+      for (int row = first; row < first + kRows; row += kRowsAtOnce, out += kRowsAtOnce * p.n) {
+        if (row >= rows) return;
+        *reinterpret_cast<Four*>(out) = *reinterpret_cast<const Four*>(s + place(row, unit));
       }
     } else {
-      const ColumnTerms<kUnit> terms(p, column);
+      const ColumnTerms<kCount> terms(p, column);
 #pragma unroll
-      for (int i = 0; i < kRows; i += kRowsAtOnce, out += kRowsAtOnce * p.n) {
-        if (row + i >= rows) return;
-        const Four four[2] = {from[i * kColumns / 4], from[i * kColumns / 4 + 1]};
-        const float scale = p.row_scales ? p.alpha * p.row_scales[first_row + row + i] : p.alpha;
-        float values[kUnit];
+      for (int row = first; row < first + kRows; row += kRowsAtOnce, out += kRowsAtOnce * p.n) {
+        if (row >= rows) return;
+        const Four* from = reinterpret_cast<const Four*>(s + place(row, unit));
+        const float scale = p.row_scales ? p.alpha * p.row_scales[first_row + row] : p.alpha;
+        float values[kCount];
 #pragma unroll
-        for (int e = 0; e < kUnit; ++e) {
-          const auto sum = static_cast<float>(four[e / 4].value[e % 4]);
-          values[e] = scale * sum * terms.scales[e] + terms.bias[e];
+        for (int i = 0; i < kCount / 4; ++i) {
+          const Four four = from[i];
+#pragma unroll
+          for (int e = 0; e < 4; ++e) {
+            const int at = 4 * i + e;
+            const auto sum = static_cast<float>(four.value[e]);
+            values[at] = scale * sum * terms.scales[at] + terms.bias[at];
+          }
         }
-        store_eight(out, values);
+        store_unit(out, values);
       }
     }
   }
 
   __device__ void store_any(const ProductParams& p, int lane, int64_t batch, int64_t first_row,
                             int64_t first_column) {
+    constexpr int kUnitsOfRow = kColumns / kUnit;
 #pragma unroll 1
     for (int unit = lane; unit < kRows * kUnitsOfRow; unit += 32) {
       const int row = unit / kUnitsOfRow, column = unit % kUnitsOfRow * kUnit;

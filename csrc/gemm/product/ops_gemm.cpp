@@ -3,10 +3,7 @@
 #include <string>
 #include <vector>
 
-#include "binding/launch.h"
-#include "common/device.h"
-#include "gemm/product/choice.h"
-#include "gemm/product/params.h"
+#include "gemm/product/ops_common.h"
 
 namespace llamatelemetry {
 namespace {
@@ -38,23 +35,6 @@ Matrix matrix_of(const char* op, const char* arg, const Tensor& x, bool transpos
   return matrix;
 }
 
-ProductDescriptor descriptor_of(const ProductParams& p) {
-  ProductDescriptor d{.k = p.k,
-                      .dtype = p.dtype,
-                      .on_cuda = kOnCuda,
-                      .capability = 0,
-                      .code_capability = 0,
-                      .has_sm90_code = false};
-#ifdef LT_CUDA
-  d.capability = current_device().capability;
-  d.code_capability = current_device().code_capability;
-#ifdef LT_SM90
-  d.has_sm90_code = true;
-#endif
-#endif
-  return d;
-}
-
 // The implementation that backend names, or the fastest that serves the call.
 ProductImpl check_backend(const char* op, const std::optional<std::string>& backend,
                           const ProductDescriptor& d) {
@@ -70,35 +50,6 @@ ProductImpl check_backend(const char* op, const std::optional<std::string>& back
   }
   check(false, op, "backend", "be None or one of {" + names + "}", *backend);
   return ProductImpl::kCpu;
-}
-
-// Makes x rows that the kernels of CUDA can load; what the result holds must outlive the launch.
-std::optional<Tensor> pack_if_needed(const char* op, const ProductParams& p, const Tensor& like,
-                                     Operand& x) {
-  if constexpr (kPacksRows) {
-    const int64_t bytes = dtype_bytes(p.dtype);
-    const OperandLayout layout = layout_of(x, p.batch, p.k, bytes);
-    const bool served = layout == OperandLayout::kAlongK ||
-                        (layout == OperandLayout::kAlongRows && takes_rows(p.dtype));
-    if (served || p.k == 0) return std::nullopt;
-    const int64_t unit = kLoadBytes / bytes, padded_k = (p.k + unit - 1) / unit * unit;
-    const int64_t batch = x.batch_stride == 0 ? 1 : p.batch;
-    Tensor rows = allocate(like, {batch, x.rows, padded_k});
-    const PackRowsParams params{.from = x,
-                                .to = rows.mutable_data_ptr(),
-                                .batch = batch,
-                                .k = p.k,
-                                .padded_k = padded_k,
-                                .element_bytes = static_cast<int>(bytes)};
-    launch(op, launch_pack_rows, params, like);
-    x = {.data = rows.const_data_ptr(),
-         .rows = x.rows,
-         .batch_stride = batch > 1 ? x.rows * padded_k : 0,
-         .row_stride = padded_k,
-         .k_stride = 1};
-    return rows;
-  }
-  return std::nullopt;
 }
 
 void check_c(const char* op, const std::optional<Tensor>& c, double beta, const Tensor& out,
@@ -164,15 +115,10 @@ Tensor product(const char* op, const Tensor& a, const Tensor& b, bool trans_a, b
   check_c(op, options.c, options.beta, out, params);
   if (out.numel() == 0) return out;
   params.out = out.mutable_data_ptr();
-  const std::optional<Tensor> packed_a = pack_if_needed(op, params, a, params.a);
-  const std::optional<Tensor> packed_b = pack_if_needed(op, params, b, params.b);
+  const std::optional<Tensor> packed_a = pack_if_needed(op, params, dtype, a, params.a);
+  const std::optional<Tensor> packed_b = pack_if_needed(op, params, dtype, b, params.b);
   launch(op, launch_product, params, a);
   return out;
-}
-
-ProductOut out_type_of(DType dtype) {
-  if (dtype == DType::kFloat32) return ProductOut::kFloat32;
-  return dtype == DType::kFloat16 ? ProductOut::kFloat16 : ProductOut::kBFloat16;
 }
 
 Tensor gemm(const Tensor& a, const Tensor& b, double alpha, double beta, bool trans_a, bool trans_b,
@@ -199,11 +145,10 @@ Tensor tensor_core_gemm_int8(const Tensor& a, const Tensor& b, bool trans_a, boo
                              std::optional<StringHandle> backend) {
   constexpr const char* op = "tensor_core_gemm_int8";
   const auto name = take_string(backend);
-  constexpr int64_t kMaxDepth = 131071;  // of -128 by -128, whose sum is int32's
   check_dtype(op, "a", a, ScalarType::Char);
   const int64_t k = a.dim() < 2 ? 0 : a.size(a.dim() - (trans_a ? 2 : 1));
-  check(k <= kMaxDepth, op, "a",
-        "have a depth of at most " + std::to_string(kMaxDepth) + ", whose sums fit int32",
+  check(k <= kMaxInt8Depth, op, "a",
+        "have a depth of at most " + std::to_string(kMaxInt8Depth) + ", whose sums fit int32",
         std::to_string(k));
   return product(op, a, b, trans_a, trans_b, {1.0, 0.0, std::nullopt, name}, DType::kInt8,
                  ScalarType::Int, ProductOut::kInt32);

@@ -9,6 +9,11 @@
 
 namespace llamatelemetry {
 
+// A byte of float8_e4m3fn.
+struct E4M3 {
+  uint8_t bits;
+};
+
 // Rows of one operand: element (batch, row, depth) is data[batch * batch_stride + row * row_stride
 // + depth * k_stride]. Strides in elements.
 struct Operand {
@@ -54,6 +59,7 @@ Error launch_product_sm80(const ProductParams& params, Stream stream);
 Error launch_product_wgmma_f16(const ProductParams& params, Stream stream);
 Error launch_product_wgmma_bf16(const ProductParams& params, Stream stream);
 Error launch_product_wgmma_s8(const ProductParams& params, Stream stream);
+Error launch_product_wgmma_e4m3(const ProductParams& params, Stream stream);
 
 // CUDA: rows that no kernel can load 16 bytes at a time, copied to ones it can.
 struct PackRowsParams {
@@ -62,7 +68,8 @@ struct PackRowsParams {
   int64_t batch;
   int64_t k;
   int64_t padded_k;
-  int element_bytes;
+  int element_bytes;  // of from
+  bool widens;        // from e4m3 to float16
 };
 Error launch_pack_rows(const PackRowsParams& params, Stream stream);
 

@@ -46,6 +46,7 @@ Error launch_product(const ProductParams& p, Stream stream) {
   switch (p.dtype) {
     case DType::kFloat16: return launch_product_wgmma_f16(p, stream);
     case DType::kBFloat16: return launch_product_wgmma_bf16(p, stream);
+    case DType::kFloat8E4M3: return launch_product_wgmma_e4m3(p, stream);
     default: return launch_product_wgmma_s8(p, stream);
   }
 #else
@@ -59,10 +60,14 @@ Error launch_pack_rows(const PackRowsParams& p, Stream stream) {
   const int64_t row_tiles = (p.from.rows + kPackTile - 1) / kPackTile * p.batch;
   const dim3 grid(static_cast<unsigned>(row_tiles),
                   static_cast<unsigned>(k_tiles < kMaxGridY ? k_tiles : kMaxGridY));
+  if (p.widens) {
+    pack_rows_kernel<E4M3, Half><<<grid, kPackThreads, 0, stream>>>(p);
+    return last_launch_error();
+  }
   switch (p.element_bytes) {
-    case 1: pack_rows_kernel<uint8_t><<<grid, kPackThreads, 0, stream>>>(p); break;
-    case 2: pack_rows_kernel<uint16_t><<<grid, kPackThreads, 0, stream>>>(p); break;
-    default: pack_rows_kernel<uint32_t><<<grid, kPackThreads, 0, stream>>>(p);
+    case 1: pack_rows_kernel<uint8_t, uint8_t><<<grid, kPackThreads, 0, stream>>>(p); break;
+    case 2: pack_rows_kernel<uint16_t, uint16_t><<<grid, kPackThreads, 0, stream>>>(p); break;
+    default: pack_rows_kernel<uint32_t, uint32_t><<<grid, kPackThreads, 0, stream>>>(p);
   }
   return last_launch_error();
 }

@@ -25,6 +25,14 @@ float element(Half x) { return to_float(x); }
 float element(BFloat16 x) { return to_float(x); }
 float element(int8_t x) { return static_cast<float>(x); }
 
+// A byte of float8_e4m3fn: its exponent and mantissa where float32 has them, and 2^120 for the bias
+// between the two.
+float element(E4M3 x) {
+  const uint32_t size = x.bits & 0x7f, sign = static_cast<uint32_t>(x.bits & 0x80) << 24;
+  if (size == 0x7f) return bits_to_float(sign | 0x7fc00000);
+  return bits_to_float(sign | float_to_bits(bits_to_float(size << 20) * 0x1p120f));
+}
+
 // Rows first to first + kWidth of x over `depth` of k as panel[depth][kWidth], zeros for rows that
 // do not exist.
 template <int kWidth, typename T>
@@ -150,6 +158,8 @@ void product_items(const ProductParams& p, int64_t begin, int64_t end) {
     const int64_t column = in_batch / row_blocks(p) * kItemColumns;
     if (p.dtype == DType::kInt8) {
       block<int8_t>(p, batch, row, column);
+    } else if (p.dtype == DType::kFloat8E4M3) {
+      block<E4M3>(p, batch, row, column);
     } else {
       dispatch_dtype(
           p.dtype, [&](auto type) { block<typename decltype(type)::type>(p, batch, row, column); });

@@ -72,6 +72,8 @@ struct ProductWgmma {
   using Sum = std::conditional_t<std::is_same_v<T, int8_t>, int, float>;
   using A = WgmmaOperand<T, kAAlongK, kWgmmaTileRows>;
   using B = WgmmaOperand<T, kBAlongK, kColumns>;
+  // Sums over a stage of e4m3, 128 of k, are added in float32: those of wgmma keep fewer bits.
+  static constexpr bool kPromotes = std::is_same_v<T, E4M3>;
   static constexpr int kNumThreads = (kWgmmaGroups + 1) * 128;
   static constexpr int kMinBlocks = 1;
   static constexpr int kCapability = 90;
@@ -137,7 +139,9 @@ struct ProductWgmma {
       const uint64_t a = A::descriptor(stage, 64 * group, step);
       const uint64_t b = B::descriptor(stage + A::kBytes, 0, step);
       const bool accumulate = !first || step > 0;
-      if constexpr (std::is_same_v<T, int8_t>) {
+      if constexpr (std::is_same_v<T, E4M3>) {
+        ptx::wgmma_e4m3<kColumns>(sums, a, b, accumulate);
+      } else if constexpr (std::is_same_v<T, int8_t>) {
         ptx::wgmma_s8<kColumns>(sums, a, b, accumulate);
       } else {
         ptx::WgmmaMajors<T, kColumns, !kAAlongK, !kBAlongK>::add(sums, a, b, accumulate);
@@ -162,17 +166,31 @@ struct ProductWgmma {
 #pragma unroll 1
       for (int64_t step = 0; step < steps; ++step) {
         ptx::mbarrier_wait(ptx::shared_address(&s.full[ring.slot]), ring.parity);
+        const uint32_t stage = ptx::shared_address(s.stages[ring.slot]);
         ptx::wgmma_fence();
-        multiply(sums, ptx::shared_address(s.stages[ring.slot]), group, step == 0);
-        ptx::wgmma_commit();
-        ptx::wgmma_wait<1>();  // the products of the stage before this one
-        if (step > 0) release(last);
-        last = ring.slot;
+        if constexpr (kPromotes) {
+          float part[kColumns / 2];
+          multiply(part, stage, group, true);
+          ptx::wgmma_commit();
+          ptx::wgmma_wait<0>();
+          ptx::wgmma_hold(part);
+          release(ring.slot);
+#pragma unroll
+          for (int i = 0; i < kColumns / 2; ++i) sums[i] = step == 0 ? part[i] : sums[i] + part[i];
+        } else {
+          multiply(sums, stage, group, step == 0);
+          ptx::wgmma_commit();
+          ptx::wgmma_wait<1>();  // the products of the stage before this one
+          if (step > 0) release(last);
+          last = ring.slot;
+        }
         ring.advance();
       }
-      ptx::wgmma_wait<0>();
-      ptx::wgmma_hold(sums);
-      release(last);
+      if constexpr (!kPromotes) {
+        ptx::wgmma_wait<0>();
+        ptx::wgmma_hold(sums);
+        release(last);
+      }
       const TilePlace place = place_of(p, tile);
       const int64_t row = place.row * kWgmmaTileRows + 64 * group + warp % 4 * 16;
 #pragma unroll

@@ -18,11 +18,12 @@ struct WgmmaWidth {
 };
 constexpr WgmmaWidth kWgmmaWidths[] = {{256, 280}, {128, 150}, {64, 92}};
 
-inline int wgmma_columns(const ProductParams& p, int num_sms) {
+inline int wgmma_columns(const ProductParams& p, int num_sms, int max_columns) {
   const int64_t row_tiles = (p.m + kWgmmaTileRows - 1) / kWgmmaTileRows * p.batch;
   int best = 0;
   int64_t least = 0;
   for (const WgmmaWidth& width : kWgmmaWidths) {
+    if (width.columns > max_columns) continue;
     const int64_t tiles = row_tiles * ((p.n + width.columns - 1) / width.columns);
     const int64_t cost = (tiles + num_sms - 1) / num_sms * width.cost;
     if (best == 0 || cost < least) best = width.columns, least = cost;
@@ -93,8 +94,14 @@ Error launch_wgmma(const ProductParams& p, Stream stream) {
 
 template <typename T, bool kAAlongK, bool kBAlongK>
 Error launch_wgmma_width(const ProductParams& p, Stream stream) {
-  switch (wgmma_columns(p, current_device().num_sms)) {
-    case 256: return launch_wgmma<T, kAAlongK, kBAlongK, 256>(p, stream);
+  // Of e4m3 the sums of a stage take as many registers as the others.
+  constexpr int kMaxColumns = std::is_same_v<T, E4M3> ? 128 : 256;
+  switch (wgmma_columns(p, current_device().num_sms, kMaxColumns)) {
+    case 256:
+      if constexpr (kMaxColumns >= 256) {
+        return launch_wgmma<T, kAAlongK, kBAlongK, 256>(p, stream);
+      }
+      [[fallthrough]];
     case 128: return launch_wgmma<T, kAAlongK, kBAlongK, 128>(p, stream);
     default: return launch_wgmma<T, kAAlongK, kBAlongK, 64>(p, stream);
   }

@@ -93,3 +93,17 @@ def tensor_core_gemm_int8(
 ) -> Tensor:
     """In float64, whose whole numbers are exact to 2^53: torch has no int32 product on CUDA."""
     return gemm(a.double(), b.double(), 1.0, 0.0, trans_a, trans_b).to(torch.int32)
+
+
+def scaled_linear(
+    x: Tensor,
+    x_scales: Tensor,
+    weight: Tensor,
+    weight_scales: Tensor,
+    dtype: torch.dtype,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """Products and sums in float64, which int8 and e4m3 fit exactly; then as the kernels round."""
+    sums = (x.double() @ weight.double().T).float()
+    out = x_scales * sums * weight_scales.flatten()
+    return (out if bias is None else out + bias.float()).to(dtype)

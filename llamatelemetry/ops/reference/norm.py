@@ -78,3 +78,28 @@ def softmax(x: Tensor, temperature: float) -> Tensor:
     y = x / temperature
     power = torch.exp(y - y.amax(-1, keepdim=True))
     return power / power.sum(-1, keepdim=True)
+
+
+def quantize_rows(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    wide = x.float()
+    limit = torch.tensor(127.0 if dtype == torch.int8 else 448.0, device=x.device)
+    scales = (
+        wide.abs().amax(-1, keepdim=True) / limit
+        if x.shape[-1]
+        else wide.new_zeros((*x.shape[:-1], 1))
+    )
+    usable = scales >= torch.finfo(torch.float32).tiny  # which NaN is not
+    usable &= scales.isfinite()
+    q = torch.where(usable, wide * (1 / scales), 0.0)
+    scales = torch.where(scales.isfinite(), scales, torch.nan)
+    return (q.round() if dtype == torch.int8 else q.clamp(-448, 448)).to(dtype), scales
+
+
+def rms_norm_quantize(
+    x: Tensor, weight: Tensor, dtype: torch.dtype, eps: float = 1e-6, weight_offset: float = 0.0
+) -> tuple[Tensor, Tensor]:
+    return quantize_rows(rms_norm(x, weight, eps, weight_offset), dtype)
+
+
+def silu_and_mul_quantize(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    return quantize_rows(silu_and_mul(x), dtype)

@@ -1,0 +1,107 @@
+"""scaled_linear of int8 and e4m3 against torch's bfloat16 linear and its own products of bytes, and
+rows quantised where they are made: SmolLM2-135M's shapes on the CPU, Llama-3-8B's on a GPU.
+
+The limit of products is torch's product of squares in bfloat16; of rows a read and a write.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from harness import Case, main
+from torch import Tensor
+from torch.nn.functional import linear
+
+from llamatelemetry.ops import (
+    quantize_rows,
+    rms_norm,
+    rms_norm_quantize,
+    scaled_linear,
+    silu_and_mul,
+    silu_and_mul_quantize,
+)
+
+SHAPES = {  # name: n, k
+    "cpu": {"gate+up": (3072, 576)},
+    "cuda": {
+        "QKV": (6144, 4096),
+        "O": (4096, 4096),
+        "gate+up": (28672, 4096),
+        "down": (4096, 14336),
+    },
+}
+ROWS = {"cpu": (128,), "cuda": (2048,)}
+KINDS = {"int8": torch.int8, "e4m3": torch.float8_e4m3fn}
+
+
+def near(ours: Tensor, theirs: Tensor) -> None:
+    """Both matrices are rounded to a byte a value."""
+    error = (ours.float() - theirs.float()).norm() / theirs.float().norm()
+    assert error < 0.06, f"results differ by {error:.3g} of their norm"
+
+
+def torch_bytes(q: Tensor, scales: Tensor, w: Tensor, w_scales: Tensor) -> Tensor:
+    """torch's product of bytes, scaled to bfloat16."""
+    if q.dtype == torch.int8:
+        return (torch._int_mm(q, w.T) * (scales * w_scales.T)).bfloat16()
+    return torch._scaled_mm(q, w.T, scales, w_scales.T, out_dtype=torch.bfloat16)
+
+
+def products(device: torch.device, quick: bool) -> Iterator[Case]:
+    for name, (n, k) in list(SHAPES[device.type].items())[: 1 if quick else None]:
+        weight = (torch.randn(n, k, device=device) / k**0.5).bfloat16()
+        for m in ROWS[device.type][: 1 if quick else None]:
+            x = torch.randn(m, k, device=device).bfloat16()
+            for kind, dtype in KINDS.items():
+                inputs = (*quantize_rows(x, dtype), *quantize_rows(weight, dtype), x, weight)
+                baselines = {"torch bfloat16": lambda q, s, w, ws, x, dense: linear(x, dense)}
+                if device.type == "cuda" or kind == "int8":
+                    baselines["torch bytes"] = lambda q, s, w, ws, x, dense: torch_bytes(
+                        q, s, w, ws
+                    )
+                yield Case(
+                    f"{name} {k}->{n} m={m} {kind}",
+                    inputs=inputs,
+                    ours=lambda q, s, w, ws, x, dense: scaled_linear(q, s, w, ws, torch.bfloat16),
+                    baselines=baselines,
+                    flops=2 * m * n * k,
+                    check=near,
+                )
+
+
+def close_rows(ours: tuple[Tensor, Tensor], theirs: tuple[Tensor, Tensor]) -> None:
+    """Bytes times scales."""
+    near(ours[0].float() * ours[1], theirs[0].float() * theirs[1])
+
+
+def rows(device: torch.device, quick: bool) -> Iterator[Case]:
+    size = 4096 if device.type == "cuda" else 576
+    weight = torch.randn(size, device=device).bfloat16()
+    for m in ROWS[device.type][: 1 if quick else None]:
+        x, two = (torch.randn(m, c * size, device=device).bfloat16() for c in (1, 2))
+        yield Case(
+            f"rms_norm_quantize {m}x{size}",
+            inputs=(x, weight),
+            ours=lambda x, w: rms_norm_quantize(x, w, torch.int8),
+            baselines={"apart": lambda x, w: quantize_rows(rms_norm(x, w), torch.int8)},
+            bytes_moved=m * size * 3,
+            check=close_rows,
+        )
+        yield Case(
+            f"silu_and_mul_quantize {m}x{size}",
+            inputs=(two,),
+            ours=lambda x: silu_and_mul_quantize(x, torch.int8),
+            baselines={"apart": lambda x: quantize_rows(silu_and_mul(x), torch.int8)},
+            bytes_moved=m * size * 5,
+            check=close_rows,
+        )
+
+
+def cases(device: torch.device, quick: bool) -> Iterator[Case]:
+    yield from products(device, quick)
+    yield from rows(device, quick)
+
+
+if __name__ == "__main__":
+    main("w8a8", cases)

@@ -1,0 +1,9 @@
+#include "gemm/product/wgmma_launch.cuh"
+
+namespace llamatelemetry {
+
+Error launch_product_wgmma_e4m3(const ProductParams& params, Stream stream) {
+  return launch_wgmma_width<E4M3, true, true>(params, stream);
+}
+
+}  // namespace llamatelemetry

@@ -1,0 +1,142 @@
+// Rows quantised to a byte a value, as they are or as a norm or a gate makes them: checks,
+// allocation and Params, compiled once for each library.
+#include <optional>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "binding/checks.h"
+#include "binding/launch.h"
+#include "norm/params.h"
+#include "norm/quantize_params.h"
+
+namespace llamatelemetry {
+namespace {
+
+using Quantised = std::tuple<Tensor, Tensor>;
+
+DType check_to(const char* op, ScalarType to) {
+  check(to == ScalarType::Char || to == ScalarType::Float8_e4m3fn, op, "dtype",
+        "be int8 or float8_e4m3fn", dtype_text(to));
+  return *dtype_of(to);
+}
+
+// Allocates what the rows become and launches. make: the rows themselves, where the CPU, which has
+// no kernel that makes and quantises them at once, makes them first.
+template <typename Make>
+Quantised quantised(const char* op, const Tensor& x, const Rows& rows, ScalarType to,
+                    QuantizeRowsParams params, Make make) {
+  std::vector<int64_t> sizes(x.sizes().begin(), x.sizes().end());
+  sizes.back() = params.row_size;
+  Tensor q = allocate(x, sizes, to);
+  sizes.back() = 1;
+  Tensor scales = allocate(x, sizes, ScalarType::Float);
+  params.num_rows = rows.num_rows;
+  params.x_row_stride = rows.row_stride;
+  params.q = q.mutable_data_ptr();
+  params.scales = static_cast<float*>(scales.mutable_data_ptr());
+  if (rows.num_rows == 0) return {q, scales};
+  std::optional<Tensor> made;
+  if (params.source != RowSource::kRow && params.row_size > 0) {
+    if constexpr (kOnCuda) {
+      launch(op, launch_quantize_made_rows, params, x);
+      return {q, scales};
+    } else {
+      std::vector<int64_t> made_sizes{rows.num_rows, params.row_size};
+      made = allocate(x, made_sizes);
+      make(*made);
+      params.x = made->const_data_ptr();
+      params.x_row_stride = params.row_size;
+    }
+  }
+  launch(op, launch_quantize_rows, params, x);
+  return {q, scales};
+}
+
+QuantizeRowsParams params_of(const Tensor& x, DType dtype, DType to, RowSource source,
+                             int64_t row_size) {
+  return {.x = x.const_data_ptr(),
+          .weight = nullptr,
+          .q = nullptr,
+          .scales = nullptr,
+          .num_rows = 0,
+          .row_size = row_size,
+          .x_row_stride = 0,
+          .eps = 0.0f,
+          .weight_offset = 0.0f,
+          .source = source,
+          .dtype = dtype,
+          .to = to};
+}
+
+Quantised quantize_rows(const Tensor& x, ScalarType to) {
+  constexpr const char* op = "quantize_rows";
+  const DType dtype = check_floating(op, "x", x), target = check_to(op, to);
+  const Rows rows = rows_of(op, "x", x);
+  const DeviceGuard guard(x);
+  return quantised(op, x, rows, to, params_of(x, dtype, target, RowSource::kRow, rows.row_size),
+                   [](Tensor&) {});
+}
+
+Quantised rms_norm_quantize(const Tensor& x, const Tensor& weight, ScalarType to, double eps,
+                            double weight_offset) {
+  constexpr const char* op = "rms_norm_quantize";
+  const DType dtype = check_floating(op, "x", x), target = check_to(op, to);
+  const Rows rows = rows_of(op, "x", x);
+  check_shape(op, "weight", weight, "[hidden_size]", {rows.row_size});
+  check_like(op, "weight", weight, "x", x);
+  check_contiguous(op, "weight", weight);
+  const DeviceGuard guard(x);
+  QuantizeRowsParams params = params_of(x, dtype, target, RowSource::kRmsNorm, rows.row_size);
+  params.weight = weight.const_data_ptr();
+  params.eps = static_cast<float>(eps);
+  params.weight_offset = static_cast<float>(weight_offset);
+  return quantised(op, x, rows, to, params, [&](Tensor& made) {
+    launch(op, launch_rms_norm,
+           RmsNormParams{.x = params.x,
+                         .residual = nullptr,
+                         .weight = params.weight,
+                         .out = made.mutable_data_ptr(),
+                         .num_tokens = rows.num_rows,
+                         .hidden_size = rows.row_size,
+                         .x_row_stride = rows.row_stride,
+                         .residual_row_stride = 0,
+                         .out_row_stride = rows.row_size,
+                         .eps = params.eps,
+                         .weight_offset = params.weight_offset,
+                         .dtype = dtype},
+           x);
+  });
+}
+
+Quantised silu_and_mul_quantize(const Tensor& x, ScalarType to) {
+  constexpr const char* op = "silu_and_mul_quantize";
+  const DType dtype = check_floating(op, "x", x), target = check_to(op, to);
+  const Rows rows = rows_of(op, "x", x);
+  check(rows.row_size % 2 == 0, op, "x", "have an even last dimension (gate, then up)",
+        std::to_string(rows.row_size));
+  const DeviceGuard guard(x);
+  const QuantizeRowsParams params =
+      params_of(x, dtype, target, RowSource::kSiluAndMul, rows.row_size / 2);
+  return quantised(op, x, rows, to, params, [&](Tensor& made) {
+    launch(op, launch_gated_activation,
+           GatedActivationParams{.x = params.x,
+                                 .out = made.mutable_data_ptr(),
+                                 .num_rows = rows.num_rows,
+                                 .row_size = params.row_size,
+                                 .x_row_stride = rows.row_stride,
+                                 .activation = Activation::kSilu,
+                                 .dtype = dtype},
+           x);
+  });
+}
+
+}  // namespace
+
+LT_IMPL(m) {
+  m.impl("quantize_rows", TORCH_BOX(&quantize_rows));
+  m.impl("rms_norm_quantize", TORCH_BOX(&rms_norm_quantize));
+  m.impl("silu_and_mul_quantize", TORCH_BOX(&silu_and_mul_quantize));
+}
+
+}  // namespace llamatelemetry

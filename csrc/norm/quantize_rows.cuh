@@ -1,0 +1,158 @@
+// q[r, :] = round(y[r, :] / scales[r]), scales[r] = max |y[r, :]| / 127 (int8) or 448 (e4m3), where
+// y is x, its rms_norm or its silu_and_mul, rounded to T as those round. A row with NaN or infinity
+// has the scale NaN. Bandwidth bound, or for a few rows bound by latency: a block a row, of which a
+// thread keeps kHeld chunks of 8 values; longer rows are read and made again.
+// Grid [num_rows].
+#pragma once
+
+#include <cuda_fp8.h>
+
+#include <cfloat>
+#include <cstdint>
+
+#include "norm/quantize_params.h"
+#include "tile/activation.cuh"
+#include "tile/convert.cuh"
+#include "tile/dependent_launch.cuh"
+#include "tile/reduce.cuh"
+
+namespace llamatelemetry {
+
+constexpr int kQuantizeThreads = 256;
+constexpr int kQuantizeChunk = 8;
+
+// Chunk c of a row as floats, zeros behind its end.
+template <typename T>
+__device__ inline void load_row_chunk(const T* row, int64_t c, int64_t row_size, bool aligned,
+                                      float (&values)[kQuantizeChunk]) {
+  const T* from = row + c * kQuantizeChunk;
+  if (aligned) {
+    alignas(16) T elements[kQuantizeChunk];
+#pragma unroll
+    for (int i = 0; i < static_cast<int>(sizeof(elements) / 16); ++i) {
+      reinterpret_cast<uint4*>(elements)[i] = reinterpret_cast<const uint4*>(from)[i];
+    }
+#pragma unroll
+    for (int i = 0; i < kQuantizeChunk; ++i) values[i] = to_float(elements[i]);
+    return;
+  }
+#pragma unroll
+  for (int i = 0; i < kQuantizeChunk; ++i) {
+    values[i] = c * kQuantizeChunk + i < row_size ? to_float(from[i]) : 0.0f;
+  }
+}
+
+__device__ inline uint32_t quantized(float x, DType to) {
+  if (to == DType::kInt8) {
+    return static_cast<uint8_t>(static_cast<int8_t>(fminf(fmaxf(rintf(x), -127.0f), 127.0f)));
+  }
+  return __nv_cvt_float_to_fp8(x, __NV_SATFINITE, __NV_E4M3);
+}
+
+template <typename T>
+__device__ inline float row_rstd(const QuantizeRowsParams& p, const T* x, int64_t num_chunks,
+                                 bool aligned) {
+  float sum = 0.0f;
+  for (int64_t c = threadIdx.x; c < num_chunks; c += kQuantizeThreads) {
+    float values[kQuantizeChunk];
+    load_row_chunk(x, c, p.row_size, aligned, values);
+#pragma unroll
+    for (const float v : values) sum = fmaf(v, v, sum);
+  }
+  return rsqrtf(block_sum(sum) * (1.0f / static_cast<float>(p.row_size)) + p.eps);
+}
+
+// Chunk c of the row that is quantised, each step rounded to T.
+template <typename T, RowSource kSource>
+__device__ inline void make_chunk(const QuantizeRowsParams& p, const T* x, int64_t c, float rstd,
+                                  bool aligned, float (&y)[kQuantizeChunk]) {
+  const auto rounded = [](float v) { return to_float(from_float<T>(v)); };
+  load_row_chunk(x, c, p.row_size, aligned, y);
+  if constexpr (kSource != RowSource::kRow) {
+    constexpr bool kNorm = kSource == RowSource::kRmsNorm;
+    const T* second = kNorm ? static_cast<const T*>(p.weight) : x + p.row_size;
+    float other[kQuantizeChunk];
+    load_row_chunk(second, c, p.row_size, aligned, other);
+#pragma unroll
+    for (int i = 0; i < kQuantizeChunk; ++i) {
+      if constexpr (!kNorm) {
+        y[i] = rounded(rounded(Silu::of(y[i])) * other[i]);
+      } else if (p.weight_offset != 0.0f) {
+        y[i] = rounded(y[i] * rstd * (other[i] + p.weight_offset));
+      } else {
+        y[i] = rounded(rounded(y[i] * rstd) * other[i]);
+      }
+    }
+  }
+}
+
+// inverse: 1 / scale, or 0 where the row becomes zeros.
+__device__ inline void store_chunk(const QuantizeRowsParams& p, uint8_t* q, int64_t c,
+                                   float inverse, const float (&y)[kQuantizeChunk]) {
+  uint32_t words[2] = {};
+#pragma unroll
+  for (int i = 0; i < kQuantizeChunk; ++i) {
+    const float value = inverse == 0.0f ? 0.0f : y[i] * inverse;
+    words[i / 4] |= quantized(value, p.to) << 8 * (i % 4);
+  }
+  if (p.row_size % kQuantizeChunk == 0) {
+    *reinterpret_cast<uint2*>(q + c * kQuantizeChunk) = uint2{words[0], words[1]};
+    return;
+  }
+#pragma unroll
+  for (int i = 0; i < kQuantizeChunk; ++i) {
+    const int64_t at = c * kQuantizeChunk + i;
+    if (at < p.row_size) q[at] = static_cast<uint8_t>(words[i / 4] >> 8 * (i % 4));
+  }
+}
+
+template <typename T, RowSource kSource>
+__global__ void __launch_bounds__(kQuantizeThreads)
+    quantize_rows_kernel(const __grid_constant__ QuantizeRowsParams p, bool aligned) {
+  constexpr int kHeld = 2;
+  const int64_t row = blockIdx.x;
+  const int64_t num_chunks = (p.row_size + kQuantizeChunk - 1) / kQuantizeChunk;
+  const T* x = static_cast<const T*>(p.x) + row * p.x_row_stride;
+  let_successors_start();
+  wait_for_predecessors();
+  float rstd = 0.0f;
+  if constexpr (kSource == RowSource::kRmsNorm) rstd = row_rstd(p, x, num_chunks, aligned);
+
+  float held[kHeld][kQuantizeChunk];
+  float largest = 0.0f;
+  const auto look = [&](const float (&y)[kQuantizeChunk]) {
+#pragma unroll
+    for (const float v : y) largest = fabsf(v) <= FLT_MAX ? fmaxf(largest, fabsf(v)) : INFINITY;
+  };
+#pragma unroll
+  for (int h = 0; h < kHeld; ++h) {
+    const int64_t c = h * kQuantizeThreads + threadIdx.x;
+    if (c < num_chunks) {
+      make_chunk<T, kSource>(p, x, c, rstd, aligned, held[h]);
+      look(held[h]);
+    }
+  }
+  for (int64_t c = kHeld * kQuantizeThreads + threadIdx.x; c < num_chunks; c += kQuantizeThreads) {
+    float y[kQuantizeChunk];
+    make_chunk<T, kSource>(p, x, c, rstd, aligned, y);
+    look(y);
+  }
+  largest = block_max(largest);
+  const float scale = largest / largest_of(p.to);
+  const float inverse = scale >= FLT_MIN && largest <= FLT_MAX ? 1.0f / scale : 0.0f;
+  if (threadIdx.x == 0) p.scales[row] = largest <= FLT_MAX ? scale : NAN;
+
+  auto* q = static_cast<uint8_t*>(p.q) + row * p.row_size;
+#pragma unroll
+  for (int h = 0; h < kHeld; ++h) {
+    const int64_t c = h * kQuantizeThreads + threadIdx.x;
+    if (c < num_chunks) store_chunk(p, q, c, inverse, held[h]);
+  }
+  for (int64_t c = kHeld * kQuantizeThreads + threadIdx.x; c < num_chunks; c += kQuantizeThreads) {
+    float y[kQuantizeChunk];
+    make_chunk<T, kSource>(p, x, c, rstd, aligned, y);
+    store_chunk(p, q, c, inverse, y);
+  }
+}
+
+}  // namespace llamatelemetry

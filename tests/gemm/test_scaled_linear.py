@@ -1,0 +1,133 @@
+"""scaled_linear: values, refusals, opcheck, reference, replay; compile."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from op_checks import assert_compiles, assert_refuses, assert_replays, run_opcheck
+from tolerance import assert_within_2x
+
+from llamatelemetry.ops import quantize_rows, reference, scaled_linear
+
+KINDS = [torch.int8, torch.float8_e4m3fn]
+
+
+@pytest.fixture(params=KINDS, ids=str)
+def kind(request):
+    return request.param
+
+
+def case(device, kind, m, n, k):
+    """x, its scales, the weight, its scales."""
+    x, weight = torch.randn(m, k, device=device), torch.randn(n, k, device=device)
+    return *quantize_rows(x, kind), *quantize_rows(weight, kind)
+
+
+def assert_values(args, dtype, bias=None):
+    ours = scaled_linear(*args, dtype, bias)
+    expected = reference.scaled_linear(*args, dtype, bias)
+    if args[0].dtype == torch.int8 and bias is None:
+        assert torch.equal(ours, expected)
+        return
+    x, x_scales, weight, weight_scales = (t.double() for t in args)
+    truth = (x @ weight.T) * x_scales * weight_scales.flatten()
+    truth = truth if bias is None else truth + bias.double()
+    if args[0].dtype == torch.int8 or dtype != torch.float32:
+        assert_within_2x(ours, expected, truth)
+    else:  # sums in float32 against float64's, rounded
+        wide = x.float() @ weight.float().T * x_scales.float() * weight_scales.float().flatten()
+        assert_within_2x(ours, wide if bias is None else wide + bias, truth)
+
+
+@pytest.mark.parametrize(
+    ("m", "n", "k"), [(1, 8, 16), (3, 5, 7), (17, 33, 65), (129, 72, 136), (40, 200, 520)]
+)
+def test_values(device, dtype, kind, m, n, k):
+    args = case(device, kind, m, n, k)
+    assert_values(args, dtype)
+    assert_values(args, dtype, torch.randn(n, device=device).to(dtype))
+
+
+@pytest.mark.gpu
+def test_many_tiles(kind):
+    device = torch.device("cuda")
+    for m, n, k in [(2200, 4504, 200), (300, 700, 2064)]:
+        assert_values(case(device, kind, m, n, k), torch.bfloat16)
+
+
+def test_leading_dimensions_strides_and_empty(device, kind):
+    x, x_scales, weight, weight_scales = case(device, kind, 6, 20, 64)
+    whole = scaled_linear(x, x_scales, weight, weight_scales, torch.float32)
+    split = scaled_linear(
+        x.view(2, 3, 64), x_scales.view(2, 3, 1), weight, weight_scales, torch.float32
+    )
+    assert torch.equal(split, whole.view(2, 3, 20))
+    big = torch.zeros(20, 67, dtype=torch.uint8, device=device).view(kind)
+    apart = big[:, 3:].copy_(weight)
+    assert torch.equal(scaled_linear(x, x_scales, apart, weight_scales, torch.float32), whole)
+    assert scaled_linear(x[:0], x_scales[:0], weight, weight_scales, torch.half).shape == (0, 20)
+    none = scaled_linear(x[:, :0], x_scales, weight[:, :0], weight_scales, torch.float32)
+    assert not none.any()
+
+
+def test_poison_stays_in_its_row(device, kind):
+    x = torch.randn(4, 64, device=device)
+    x[2, 5] = torch.inf
+    q, scales = quantize_rows(x, kind)
+    weight = quantize_rows(torch.randn(20, 64, device=device), kind)
+    out = scaled_linear(q, scales, *weight, torch.float32)
+    assert out[2].isnan().all()
+    assert out[[0, 1, 3]].isfinite().all()
+
+
+def test_refusals(device):
+    x, xs, w, ws = case(device, torch.int8, 2, 5, 8)
+    half = torch.float16
+    assert_refuses(lambda: scaled_linear(x.float(), xs, w, ws, half), "x must be int8 or float8")
+    assert_refuses(lambda: scaled_linear(x, xs, w.float(), ws, half), "weight must have the dtype")
+    assert_refuses(lambda: scaled_linear(x, xs, w[:, :7], ws, half), "weight must be [n, k]")
+    assert_refuses(lambda: scaled_linear(x, xs[:1], w, ws, half), "a scale for each of the 2 rows")
+    assert_refuses(
+        lambda: scaled_linear(x, xs, w, ws.half(), half), "weight_scales must be float32"
+    )
+    assert_refuses(
+        lambda: scaled_linear(x, xs, w, ws, torch.int8), "dtype must be float32, float16"
+    )
+    bias = torch.zeros(5, device=device)
+    assert_refuses(lambda: scaled_linear(x, xs, w, ws, half, bias), "bias must be float16")
+    assert_refuses(lambda: scaled_linear(x, xs, w, ws, torch.float32, bias[:4]), "bias must be [n]")
+    wide = torch.zeros(1, 131072, dtype=torch.int8, device=device)
+    one = torch.ones(1, device=device)
+    assert_refuses(lambda: scaled_linear(wide, one, wide, one, half), "depth of at most 131071")
+    with torch.inference_mode(False), torch.enable_grad():
+        grad = torch.zeros(5, device=device, requires_grad=True)
+        args = [t.clone() for t in (x, xs, w, ws)]
+        assert_refuses(lambda: scaled_linear(*args, torch.float32, grad), "bias must not require")
+
+
+def test_opcheck(device, dtype):
+    """Of int8: torch's checks multiply what they are given, which nobody can with e4m3."""
+    args = case(device, torch.int8, 3, 5, 16)
+    run_opcheck("scaled_linear", *args, dtype)
+    run_opcheck("scaled_linear", *args, dtype, torch.zeros(5, device=device, dtype=dtype))
+
+
+def test_reference(device, kind):
+    """The rounded matrices' product, near the matrices' own."""
+    x, weight = torch.randn(9, 256, device=device), torch.randn(7, 256, device=device)
+    args = (*quantize_rows(x, kind), *quantize_rows(weight, kind))
+    ours = reference.scaled_linear(*args, torch.float32)
+    assert (ours - x @ weight.T).norm() < 0.06 * (x @ weight.T).norm()
+
+
+def test_replay(device, kind):
+    first, second = (case(device, torch.int8, 5, 24, 40) for _ in range(2))
+    if device.type == "cuda":
+        first, second = (case(device, kind, 5, 24, 40) for _ in range(2))
+    assert_replays(lambda *args: scaled_linear(*args, torch.bfloat16), first, second)
+
+
+def test_compile(device):
+    _, _, weight, scales = case(device, torch.int8, 1, 24, 64)
+    rows = [quantize_rows(torch.randn(m, 64, device=device), torch.int8) for m in (2, 5, 20)]
+    assert_compiles(lambda x, s: scaled_linear(x, s, weight, scales, torch.bfloat16), rows)
