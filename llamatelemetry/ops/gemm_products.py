@@ -179,8 +179,9 @@ def scaled_linear(
         bias: [n], of dtype.
 
     Returns:
-        [..., n] in dtype. Sums of int8 are int32 and exact, sums of e4m3 float32; scales and bias
-        follow in float32, and one rounding. GPUs but Hopper's multiply e4m3 as float16.
+        [..., n] in dtype. Sums of int8 are int32 and exact, sums of e4m3 float32, but Hopper's
+        tensor cores keep some 14 bits within 128 of k; scales and bias follow in float32, and one
+        rounding. Other GPUs multiply e4m3 as float16.
 
     Raises:
         RuntimeError: Naming the argument, the rule and the value.
