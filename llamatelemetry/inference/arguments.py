@@ -7,6 +7,10 @@ from numbers import Real
 from typing import Any
 
 
+class ContextLengthError(ValueError):
+    """A prompt, with the tokens that are to follow it, is longer than the model's context."""
+
+
 def integer(name: str, value: Any) -> int:
     """value as an int: anything that Python takes for an index, but no truth value.
 

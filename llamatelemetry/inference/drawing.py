@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from llamatelemetry.inference.logit_options import NO_OPTIONS, LogitOptions, Matcher
-from llamatelemetry.inference.sampling import SamplingParams, refuse_nan, sampling_tensors
+from llamatelemetry.inference.sampling import SamplingParams, nan_error, sampling_tensors
 from llamatelemetry.inference.scheduled_request import ScheduledRequest
 from llamatelemetry.ops import apply_token_bitmask_
 
@@ -61,19 +61,21 @@ class Asked:
 
 def draw(
     logits: Tensor, requests: Sequence[ScheduledRequest], asked: Sequence[Asked]
-) -> list[Drawn]:
-    """Draws one token a row.
+) -> list[Drawn | Exception]:
+    """Draws one token a row, or says why the row has none: no row's error is another's.
 
     Args:
         logits: [rows, vocab_size], the caller's to lose.
         requests: of each row; a row's draw depends on its seed and on how many it has drawn.
         asked: likewise.
 
-    Raises:
-        FloatingPointError: a logit is NaN.
-        ValueError: nothing may be drawn in a row.
+    Returns:
+        For each row what was drawn; or FloatingPointError where a logit is NaN, ValueError where
+        nothing may be drawn, and what its grammar or its penalties raised.
     """
-    refuse_nan(logits)
+    failed: dict[int, Exception] = {
+        i: nan_error(logits.dtype) for i in logits.isnan().any(-1).nonzero().flatten().tolist()
+    }
     told = [i for i, one in enumerate(asked) if one.options.logprobs is not None]
     raw = torch.log_softmax(logits[told].float(), dim=-1) if told else None
     shaped = [
@@ -84,18 +86,36 @@ def draw(
     if shaped:
         logits = logits.float()
         for i in shaped:
-            _shape_(logits[i], requests[i], asked[i])
-        _mask_(logits, asked)
-        if (logits[shaped].amax(-1) == -torch.inf).any():
-            raise ValueError(
-                "a token must be left that may be drawn: the grammar, min_tokens and logit_bias "
-                "together forbid all"
+            try:
+                _shape_(logits[i], requests[i], asked[i])
+            except Exception as error:
+                failed[i] = error
+        failed |= _mask_(logits, asked)
+        dead = (logits[shaped].amax(-1) == -torch.inf).nonzero().flatten().tolist()
+        for i in (shaped[at] for at in dead):
+            failed.setdefault(
+                i,
+                ValueError(
+                    "a token must be left that may be drawn: the grammar, min_tokens and "
+                    "logit_bias together forbid all"
+                ),
             )
+    if failed:
+        logits = logits.index_fill(0, _ids(list(failed), logits), 0.0)  # something to draw from
     offsets = torch.tensor([one.num_drawn for one in requests], device=logits.device)
     sampling = sampling_tensors([one.params for one in asked], logits.device)
     tokens = sampling.sample(logits, offsets)
     found = [None] * len(requests) if raw is None else _logprobs(raw, tokens, told, asked)
-    return [Drawn(token, one) for token, one in zip(tokens.tolist(), found, strict=True)]
+    return [
+        failed.get(i) or Drawn(token, one)
+        for i, (token, one) in enumerate(zip(tokens.tolist(), found, strict=True))
+    ]
+
+
+def of_piece(drawn: Sequence[Drawn | Exception]) -> list[Drawn] | Exception:
+    """What the requests that share a prompt drew, or the first error among them."""
+    error = next((one for one in drawn if isinstance(one, Exception)), None)
+    return [one for one in drawn if isinstance(one, Drawn)] if error is None else error
 
 
 def _shape_(row: Tensor, request: ScheduledRequest, asked: Asked) -> None:
@@ -118,16 +138,25 @@ def _shape_(row: Tensor, request: ScheduledRequest, asked: Asked) -> None:
         row[_ids([token for token in request.forbidden if token < len(row)], row)] = -torch.inf
 
 
-def _mask_(logits: Tensor, asked: Sequence[Asked]) -> None:
+def _mask_(logits: Tensor, asked: Sequence[Asked]) -> dict[int, Exception]:
     """What grammars forbid. The masks are filled on the host, on a GPU while the forward that was
-    launched before still runs."""
+    launched before still runs.
+
+    Returns:
+        What the grammars of rows raised.
+    """
+    failed: dict[int, Exception] = {}
     if not any(one.matcher is not None for one in asked):
-        return
+        return failed
     words = torch.full((len(asked), -(-logits.shape[1] // 32)), -1, dtype=torch.int32)
     for i, one in enumerate(asked):
         if one.matcher is not None:
-            one.matcher.fill(words, i)
+            try:
+                one.matcher.fill(words, i)
+            except Exception as error:
+                failed[i] = error
     apply_token_bitmask_(logits, words.to(logits.device))
+    return failed
 
 
 def _logprobs(

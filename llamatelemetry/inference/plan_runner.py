@@ -17,7 +17,7 @@ from llamatelemetry.inference.decode_rows import (
     moved_on,
     wanted_rows,
 )
-from llamatelemetry.inference.drawing import Asked, Drawn, draw
+from llamatelemetry.inference.drawing import Asked, Drawn, draw, of_piece
 from llamatelemetry.inference.launched import Launched, Result
 from llamatelemetry.inference.logits_step import LogitsStep
 from llamatelemetry.inference.plan import Piece, Plan
@@ -148,7 +148,7 @@ class PlanRunner:
         return bool(piece.request.forbidden) or self._asked_of(piece.request).needs_logits
 
     def _isolated(
-        self, pieces: list[Piece], forward: Callable[[list[Piece]], list[list[Drawn]]]
+        self, pieces: list[Piece], forward: Callable[[list[Piece]], list[list[Drawn] | Exception]]
     ) -> list[Result]:
         if not pieces:
             return []
@@ -184,7 +184,7 @@ class PlanRunner:
         tokens = sampling.sample(logits, put(drawn_counts(requests), torch.int64, device))
         return tokens.masked_fill(logits.isnan().any(-1), -1)
 
-    def _eager(self, pieces: list[Piece]) -> list[list[Drawn]]:
+    def _eager(self, pieces: list[Piece]) -> list[list[Drawn] | Exception]:
         """A forward of any pieces."""
         logits = self._prefill(pieces)
         rows = [
@@ -197,12 +197,12 @@ class PlanRunner:
             return [[] for _ in pieces]
         requests = [one for _, one in rows]
         drawn = draw(logits[[i for i, _ in rows]], requests, list(map(self._asked_of, requests)))
-        found: list[list[Drawn]] = [[] for _ in pieces]
+        found: list[list[Drawn | Exception]] = [[] for _ in pieces]
         for (i, _), one in zip(rows, drawn, strict=True):
             found[i].append(one)
-        return found
+        return [of_piece(group) for group in found]
 
-    def _decode(self, pieces: list[Piece]) -> list[list[Drawn]]:
+    def _decode(self, pieces: list[Piece]) -> list[list[Drawn] | Exception]:
         step = self._run_step(pieces, {})
         tokens = step.drawn().tolist()[: len(pieces)]
         if min(tokens) < 0:
@@ -221,7 +221,7 @@ class PlanRunner:
         step.owner = self._loaded
         return step
 
-    def _decode_watched(self, pieces: list[Piece]) -> list[list[Drawn]]:
+    def _decode_watched(self, pieces: list[Piece]) -> list[list[Drawn] | Exception]:
         """A recorded step that ends in logits, for requests whose draws are the host's."""
         wanted = wanted_rows(pieces)
         step = self._watched_step(pieces, wanted)
@@ -236,7 +236,7 @@ class PlanRunner:
         self.decode_mode = step.mode
         self._watched = moved_on(wanted)
         step.owner = self._watched
-        return [[one] for one in drawn]
+        return [of_piece([one]) for one in drawn]
 
     def _watched_step(self, pieces: list[Piece], wanted: list[LoadedRow]) -> LogitsStep:
         step = self.runner.step_of(LogitsStep, self._rows_for(pieces), self.width)

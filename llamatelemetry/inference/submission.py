@@ -6,7 +6,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from llamatelemetry.inference.arguments import integer, real
+from llamatelemetry.inference.arguments import ContextLengthError, integer, real
 from llamatelemetry.inference.logit_options import NO_OPTIONS, LogitOptions
 from llamatelemetry.inference.prompts import sequence
 from llamatelemetry.inference.request_handle import TimeLimits
@@ -71,7 +71,7 @@ class Submission:
             )
         context = context_length_of(model.config)
         if len(ids) + count > context:
-            raise ValueError(
+            raise ContextLengthError(
                 f"prompt and max_tokens must fit the model's context of {context} tokens, got "
                 f"{len(ids)} + {count}"
             )

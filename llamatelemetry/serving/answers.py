@@ -11,11 +11,22 @@ from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+
+from llamatelemetry.inference.arguments import ContextLengthError
+from llamatelemetry.inference.block_manager import OutOfBlocks
 from llamatelemetry.inference.request_handle import RequestHandle
 from llamatelemetry.serving.logprobs import TokenNames
 from llamatelemetry.serving.tools import ToolForm, ToolParser
 
 _DONE = object()
+# What clients may look for in an error's code.
+_CODES: dict[type[BaseException], str] = {
+    ContextLengthError: "context_length_exceeded",
+    OutOfBlocks: "out_of_kv_cache",
+    torch.OutOfMemoryError: "out_of_memory",
+    MemoryError: "out_of_memory",
+}
 
 
 @dataclass(frozen=True)
@@ -228,5 +239,8 @@ def error_body(
     """What the API says of an error."""
     if kind is None:
         kind = "invalid_request_error" if isinstance(error, ValueError) else "server_error"
+    for failure, name in _CODES.items():
+        if code is None and isinstance(error, failure):
+            code = name
     message = str(error) or type(error).__name__
     return {"message": message, "type": kind, "param": None, "code": code}

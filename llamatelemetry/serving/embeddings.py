@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
+from llamatelemetry.inference.arguments import ContextLengthError
 from llamatelemetry.inference.embedding import groups
 from llamatelemetry.inference.submission import token_ids
 from llamatelemetry.serving.worker import Worker
@@ -88,7 +89,7 @@ def _checked(rows: list[Any], engine: Any) -> list[list[int]]:
     context = engine.loaded.context_length
     for i, row in enumerate(rows):
         if not 0 < len(row) <= context:
-            raise ValueError(
+            raise ContextLengthError(
                 f"input[{i}] must have 1 to {context} tokens, the model's context, got {len(row)}"
             )
     return [token_ids("input: a token id", row, vocab_size) for row in rows]

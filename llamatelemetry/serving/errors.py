@@ -5,16 +5,18 @@ from __future__ import annotations
 import logging
 from typing import Any
 
+import torch
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
 from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 
+from llamatelemetry.inference.block_manager import OutOfBlocks
 from llamatelemetry.serving.answers import error_body
 from llamatelemetry.serving.worker import ServerBusy
 
 _RETRY_AFTER_S = "1"
-_FAILURES = (RuntimeError, ArithmeticError, LookupError, MemoryError, OSError, TypeError)
+_FAILURES = (RuntimeError, ArithmeticError, LookupError, OSError, TypeError)
 _log = logging.getLogger("llamatelemetry")
 
 
@@ -53,10 +55,16 @@ def add_errors(app: FastAPI) -> None:
     async def wrong(_: Request, error: ValueError) -> JSONResponse:
         return refuse(400, error)
 
+    async def no_memory(_: Request, error: Exception) -> JSONResponse:
+        return refuse(503, error)
+
+    for kind in (OutOfBlocks, torch.OutOfMemoryError, MemoryError):
+        app.add_exception_handler(kind, no_memory)
+
     async def failed(request: Request, error: Exception) -> JSONResponse:
         _log.error("%s failed", request.url.path, exc_info=error)
         return refuse(500, error)
 
     # By their names too: after the handler of Exception itself the connection is closed.
-    for kind in (*_FAILURES, Exception):
-        app.add_exception_handler(kind, failed)
+    for failure in (*_FAILURES, Exception):
+        app.add_exception_handler(failure, failed)

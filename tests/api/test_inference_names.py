@@ -24,6 +24,9 @@ FUNCTIONS = {
             ("num_blocks", None),
             ("share_prefixes", True),
             ("num_host_blocks", 0),
+            ("overlap", None),
+            ("cache_dtype", None),
+            ("split_size", 0),
         ],
         "ContinuousBatching.submit": [
             "prompt",

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import pytest
+from batching import COUNTS, PROMPTS, is_free
+from families import tiny_model
 from scheduling import PAGE, World, a_request, alone, run
 
+from llamatelemetry.inference import running_batch
 from llamatelemetry.inference.block_manager import BlockManager
+from llamatelemetry.inference.continuous import ContinuousBatching
 from llamatelemetry.inference.scheduler import Scheduler
 
 
@@ -54,3 +58,26 @@ def test_what_the_host_kept_is_not_shared():
     world.scheduler.add(second)
     world.step()
     assert (first.num_computed, second.num_cached) == (9, 0)
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_swapped_requests_give_the_tokens_of_those_that_stay(device, monkeypatch, overlap):
+    monkeypatch.setattr(running_batch, "PAGE_SIZE", 4)
+    model = tiny_model("llama", device)
+
+    def run(**options):
+        batcher = ContinuousBatching(5, model, share_prefixes=False, overlap=overlap, **options)
+        batcher._batch.scheduler.expected_share = 0.0  # overcommits, so that some are preempted
+        handles = []
+        for prompt, count in zip(PROMPTS, COUNTS, strict=True):
+            handles.append(batcher.submit(prompt, max_tokens=count))
+            batcher.step()
+        batcher.run()
+        assert is_free(batcher)
+        assert batcher._batch.scheduler.host.num_available == options.get("num_host_blocks", 0)
+        return [h.token_ids for h in handles], sum(h.stats.preemptions for h in handles)
+
+    wanted, _ = run()
+    found, preemptions = run(num_blocks=12, num_host_blocks=40)
+    assert found == wanted
+    assert preemptions > 0
