@@ -10,25 +10,8 @@ import json
 from typing import Any
 
 from llamatelemetry import machine
-from llamatelemetry._native import library
+from llamatelemetry._native import coverage, library
 from llamatelemetry.cli.output import writing
-
-
-def cuda_code(capability: str, archs: list[str]) -> str | None:
-    """What of archs runs on a GPU of capability, e.g. sm_80 on 8.6; None when nothing does."""
-    major, minor = map(int, capability.split("."))
-    built = [(int(a.split(".")[0]), int(a.removesuffix("+PTX").split(".")[1])) for a in archs]
-    native = [arch for arch in built if arch[0] == major and arch[1] <= minor]
-    if native:
-        return "sm_{}{}".format(*max(native))
-    ptx = [arch for arch, text in zip(built, archs, strict=True) if text.endswith("+PTX")]
-    usable = [arch for arch in ptx if arch <= (major, minor)]
-    return "PTX {}.{}, compiled by the driver at first use".format(*max(usable)) if usable else None
-
-
-def cuda_archs() -> list[str]:
-    """The architectures that this build's CUDA kernels are compiled for."""
-    return list(library.build_info("CUDA_ARCHS", []))
 
 
 def why_no_cuda() -> str | None:
@@ -37,24 +20,30 @@ def why_no_cuda() -> str | None:
         return "no op runs here"
     import torch
 
-    if reason := library.why_no_cuda_library():
-        return reason
     if not torch.cuda.is_available():
-        return library.why_old_driver() or "torch finds no GPU"
-    capability = machine.gpus()[torch.cuda.current_device()]["capability"]
-    if cuda_code(capability, cuda_archs()) is None:
-        archs = ", ".join(cuda_archs())
-        return f"the GPU has compute capability {capability}, this build holds {archs}"
-    return None
+        return library.why_no_cuda_library() or library.why_old_driver() or "torch finds no GPU"
+    return coverage.why_no_build(torch.cuda.current_device())
+
+
+def backend() -> tuple[str, str | None]:
+    """What patch and the engine compute with on this machine's GPU, or its CPU, and why."""
+    if library.why_no_library():
+        return "none", "no op runs here"
+    import torch
+
+    kind = "cuda" if torch.cuda.is_available() else "cpu"
+    return coverage.backend_for(torch.device(kind))
 
 
 def cuda_kernel(op: str) -> str:
-    """What serves op on the current GPU, or "none: " and the reason."""
+    """What serves op on the current GPU: code of ours, "triton", or "none: " and the reason."""
     import torch
 
     from llamatelemetry._native import kernels
     from llamatelemetry.ops import backends
 
+    if op in coverage.TRITON_OPS and backend()[0] == "triton":
+        return "triton"
     if reason := why_no_cuda() or kernels.without_cuda.get(op):
         return f"none: {reason.partition(';')[0]}"
     if op in backends.ATTENTION_OPS:
@@ -62,7 +51,7 @@ def cuda_kernel(op: str) -> str:
         choices = (f"{str(dtype)[6:]}: {backends.attention_choice(op, dtype)}" for dtype in dtypes)
         return "; ".join(choices)
     capability = machine.gpus()[torch.cuda.current_device()]["capability"]
-    return str(cuda_code(capability, cuda_archs()))
+    return str(coverage.cuda_code(capability, coverage.cuda_archs()))
 
 
 def cpu_kernel(op: str) -> str:
@@ -90,10 +79,11 @@ def report() -> dict[str, Any]:
             "libraries": {
                 name: str(library.library_path(name)) if loaded[name] else None for name in loaded
             },
-            "cuda_archs": cuda_archs(),
+            "cuda_archs": coverage.cuda_archs(),
             "cuda_version": library.build_info("CUDA_VERSION", None),
             "cpu_levels": library.build_info("CPU_ISA_LEVELS", []),
             "cpu_level": None if why_not else library.cpu_isa(),
+            "backend": dict(zip(("name", "why"), backend(), strict=True)),
         },
         "ops": {} if why_not else op_kernels(),
     }
@@ -113,6 +103,7 @@ def facts(found: dict[str, Any]) -> list[tuple[str, str]]:
         ("driver", computer["driver"] or "none"),
         ("CUDA of torch", computer["cuda"] or "none"),
         ("CUDA archs built", ", ".join(build["cuda_archs"]) or "none"),
+        ("backend", ": ".join(filter(None, build["backend"].values()))),
         *computer["versions"].items(),
         *((f"{name} library", path or "not loaded") for name, path in build["libraries"].items()),
     ]

@@ -47,8 +47,8 @@ def add_command(commands: Any) -> None:
     parser.add_argument(
         "--backend",
         choices=["native", "triton"],
-        default="native",
-        help="whose kernels run: ours in C++ and CUDA, or Triton's (default: %(default)s)",
+        help="whose kernels run: ours in C++ and CUDA, or Triton's (default: native, and triton "
+        "on a GPU that this build has no kernels for)",
     )
     parser.add_argument(
         "--exact", action="store_true", help="float32 activations in quantised linears on the CPU"

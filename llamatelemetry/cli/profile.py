@@ -16,9 +16,7 @@ def add_command(commands: Any) -> None:
     parser = commands.add_parser("profile", help="the GPU kernels of a generation")
     parser.set_defaults(run=run)
     parser.add_argument("--model", default="smollm2", help="as generate's (default: %(default)s)")
-    parser.add_argument(
-        "--backend", choices=["native", "triton"], default="native", help="as generate's"
-    )
+    parser.add_argument("--backend", choices=["native", "triton"], help="as generate's")
     parser.add_argument("--batch", type=int, default=1, metavar="N", help="(default: 1)")
     parser.add_argument(
         "--prompt-tokens", type=int, default=128, metavar="N", help="random ones (default: 128)"

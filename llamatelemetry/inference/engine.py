@@ -94,7 +94,7 @@ class InferenceEngine:
         ValueError: for no LoadedModel, numbers of a config that are none, and a backend that fails
     """
 
-    def __init__(self, model: LoadedModel, *, backend: str = "native") -> None:
+    def __init__(self, model: LoadedModel, *, backend: str | None = None) -> None:
         instance("InferenceEngine: model", model, LoadedModel, "what load_model returned")
         self.loaded = model
         self.tokenizer = model.tokenizer

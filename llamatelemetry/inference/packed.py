@@ -6,7 +6,13 @@ import warnings
 from typing import Any
 
 from llamatelemetry.inference.kv_pages import floating_parameter
-from llamatelemetry.models.patching import PatchReport, patch, unpatch, why_not_forward_tokens
+from llamatelemetry.models.opset import backend_of
+from llamatelemetry.models.patching import (
+    PatchReport,
+    patch,
+    unpatch,
+    why_not_forward_tokens,
+)
 from llamatelemetry.models.pieces.watch import SERVED
 
 
@@ -14,25 +20,31 @@ class NotPackedError(ValueError):
     """The packed steps do not serve a model, or not for so long a text."""
 
 
-def patch_or_reason(model: Any, backend: str = "native") -> tuple[PatchReport, str | None]:
+def patch_or_reason(model: Any, backend: str | None = None) -> tuple[PatchReport, str | None]:
     """Patches a model; of one that patch does not know, its attention alone.
 
     Args:
-        backend: as patch's; another than the native one serves the model or is refused.
+        backend: as patch's; another than the native one serves the model or is refused, if it was
+            asked for.
 
     Returns:
         The report, and why the packed steps do not serve the model; None where they do.
     """
+    asked, backend = backend, backend or backend_of(model)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what matters of it is said when it matters
             report = patch(model, backend=backend)
     except ValueError as error:
-        if backend != "native":
+        if asked not in (None, "native"):
             raise
+        if backend != "native":  # our attention would have no kernels there
+            return PatchReport(not_packed=str(error)), str(error)
         return PatchReport(not_packed=str(error)), _with_our_attention(model, str(error))
     if backend != "native" and (reason := why_not_packed(model)) is not None:
         unpatch(model)
+        if asked is None:
+            return PatchReport(not_packed=reason), reason
         raise ValueError(f"backend {backend} does not serve this model: {reason}")
     return report, None
 

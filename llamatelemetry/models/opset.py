@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import pickle
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from llamatelemetry._native.coverage import backend_for
 from llamatelemetry.models.hf_attention import NAME
 from llamatelemetry.ops import advance_step_, reference, sample, slot_mapping
 
@@ -124,6 +126,17 @@ def opset_of(backend: str) -> OpSet:
             'use `pip install "llamatelemetry[triton]"`'
         ) from error
     return TRITON
+
+
+def backend_of(model: nn.Module) -> str:
+    """What serves a model where no backend was asked for."""
+    first = next(model.parameters(), None)
+    if first is None:
+        return "native"
+    backend, reason = backend_for(first.device)
+    if reason is not None:
+        warnings.warn(f"patch: Triton's kernels serve this model: {reason}", stacklevel=4)
+    return backend
 
 
 def _activations(activation: Callable[..., Tensor]) -> dict[str, Callable[[Tensor], Tensor]]:

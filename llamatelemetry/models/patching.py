@@ -15,7 +15,7 @@ from llamatelemetry.models.decoder import Decoder, rope_state, rope_tables
 from llamatelemetry.models.families import FAMILIES
 from llamatelemetry.models.guess import find_stack
 from llamatelemetry.models.hf_attention import choose_ours, leave, register
-from llamatelemetry.models.opset import NATIVE, OpSet, opset_of
+from llamatelemetry.models.opset import NATIVE, OpSet, backend_of, opset_of
 from llamatelemetry.models.pieces.base import Piece
 from llamatelemetry.models.pieces.mlp import MLPS
 from llamatelemetry.models.refusals import bind, reason_of, refusals, summary, wanted_pieces
@@ -61,7 +61,7 @@ class _Patched:
 
 @torch.no_grad()
 def patch(
-    model: Any, strict: bool = False, ops: OpSet | None = None, *, backend: str = "native"
+    model: Any, strict: bool = False, ops: OpSet | None = None, *, backend: str | None = None
 ) -> PatchReport:
     """Puts our ops in the place of a transformers model's modules, in place; weights are shared.
 
@@ -85,6 +85,7 @@ def patch(
             the probe refused it, before a tensor has moved.
         ops: what the pieces compute with; None is what backend names.
         backend: "native", our C++ and CUDA; or "triton", Triton's kernels for the packed forward.
+            None is native; on a GPU that this build has no kernels for triton, said in a warning.
 
     Returns:
         The report; a second call changes nothing and returns it again.
@@ -98,7 +99,7 @@ def patch(
         ['Attention', 'DecoderLayer', 'GatedMlp', 'RmsNorm']
     """
     _check_is_module(model)
-    ops = opset_of(backend) if ops is None else ops
+    ops = opset_of(backend or backend_of(model)) if ops is None else ops
     if (patched := model.__dict__.get("_llamatelemetry")) is not None:
         return _again(patched, strict, ops)
     register()

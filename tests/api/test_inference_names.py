@@ -118,7 +118,7 @@ FUNCTIONS = {
         "restore_kv_cache": ["model"],
     },
     "engine": {
-        "InferenceEngine": ["model", ("backend", "native")],
+        "InferenceEngine": ["model", ("backend", None)],
         "InferenceEngine.infer": [
             "prompt",
             ("max_tokens", 128),

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from llamatelemetry import machine
-from llamatelemetry._native import kernels, library
+from llamatelemetry._native import coverage, kernels, library
 from llamatelemetry.cli import doctor
 from llamatelemetry.cli.main import main
 from llamatelemetry.ops import backends
@@ -27,7 +27,8 @@ def gpu(monkeypatch):
     def put(capability: str) -> None:
         monkeypatch.setattr(machine, "gpus", lambda: [H200 | {"capability": capability}])
 
-    monkeypatch.setattr(doctor, "cuda_archs", lambda: ["7.5", "8.0", "9.0+PTX"])
+    monkeypatch.setattr(coverage, "cuda_archs", lambda: ["7.5", "8.0", "9.0+PTX"])
+    monkeypatch.setattr(coverage, "has_triton", lambda: False)
     monkeypatch.setattr(library, "why_no_cuda_library", lambda: None)
     monkeypatch.setattr(library, "_cuda_library", lambda: None)
     monkeypatch.setattr(kernels, "without_cuda", {"softmax": "it has a CPU kernel only"})
@@ -48,12 +49,12 @@ def gpu(monkeypatch):
     ],
 )
 def test_cuda_code(capability, code):
-    assert doctor.cuda_code(capability, ["7.5", "8.0", "9.0+PTX"]) == code
+    assert coverage.cuda_code(capability, ["7.5", "8.0", "9.0+PTX"]) == code
 
 
 def test_cuda_code_without_ptx():
-    assert doctor.cuda_code("9.0", ["8.6"]) is None
-    assert doctor.cuda_code("8.0", ["8.6"]) is None
+    assert coverage.cuda_code("9.0", ["8.6"]) is None
+    assert coverage.cuda_code("8.0", ["8.6"]) is None
 
 
 def test_attention_says_what_is_chosen(gpu, monkeypatch):
@@ -95,6 +96,30 @@ def test_with_a_gpu_too_old(gpu):
     gpu("7.0")
     reason = "the GPU has compute capability 7.0, this build holds 7.5, 8.0, 9.0+PTX"
     assert doctor.cuda_kernel("rms_norm") == f"none: {reason}"
+
+
+def test_triton_serves_a_gpu_that_the_build_does_not(gpu, monkeypatch, capsys):
+    gpu("7.0")
+    monkeypatch.setattr(coverage, "has_triton", lambda: True)
+    reason = "the GPU has compute capability 7.0, this build holds 7.5, 8.0, 9.0+PTX"
+    assert doctor.cuda_kernel("rms_norm") == "triton"
+    assert doctor.cuda_kernel("repack") == f"none: {reason}"
+    assert main(["doctor", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["build"]["backend"]
+    assert found == {"name": "triton", "why": reason}
+    assert coverage.backend_for(torch.device("cuda")) == ("triton", reason)
+    assert coverage.backend_for(torch.device("cpu")) == ("native", None)
+    gpu("9.0")
+    assert coverage.backend_for(torch.device("cuda", 0)) == ("native", None)
+
+
+def test_triton_serves_a_torch_without_cuda(gpu, monkeypatch):
+    """AMD's, say."""
+    gpu("9.4")
+    monkeypatch.setattr(coverage, "has_triton", lambda: True)
+    monkeypatch.setattr(library, "why_no_cuda_library", lambda: "this torch has no CUDA")
+    assert doctor.cuda_kernel("linear") == "triton"
+    assert coverage.backend_for(torch.device("cuda")) == ("triton", "this torch has no CUDA")
 
 
 @pytest.mark.parametrize("rich_installed", [True, False])
@@ -142,3 +167,13 @@ def test_help_imports_no_torch(arguments):
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[0].startswith("usage: ")
     assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_triton_serves_the_ops_of_an_opset():
+    pytest.importorskip("transformers")
+    from dataclasses import fields
+
+    from llamatelemetry.models.opset import GATED, OpSet
+
+    names = {field.name for field in fields(OpSet)} & set(kernels.op_names())
+    assert names | set(GATED.values()) == coverage.TRITON_OPS

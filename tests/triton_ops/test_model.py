@@ -15,9 +15,11 @@ pytest.importorskip("triton")
 
 from llamatelemetry.cli import tune
 from llamatelemetry.inference.generation import TokenGenerator
+from llamatelemetry.inference.packed import patch_or_reason
 from llamatelemetry.inference.runner import PAGE_SIZE, StepRunner
 from llamatelemetry.inference.sampling import GREEDY, SamplingParams
 from llamatelemetry.inference.step import Chunk
+from llamatelemetry.models import opset
 from llamatelemetry.models.opset import opset_of
 from llamatelemetry.models.patching import ops_of, patch, unpatch
 from llamatelemetry.models.pieces.linear import Joined
@@ -50,6 +52,10 @@ MODELS = {
 }
 # Lengths 3, 1 and 126, which pass 127 with new tokens; of the interpreter 18, as it is slow.
 LONG = {"cuda": 63, "cpu": 9}
+
+
+class Other(torch.nn.Linear):
+    """A layer that may compute something else."""
 
 
 def tiny(name, device, **sizes):
@@ -139,6 +145,25 @@ def test_no_kernel_but_triton_s_and_torch_s_own(device):
         assert "(llamatelemetry)" in why_not_only("triton", kernels_of(generate))
 
 
+def test_triton_serves_where_the_build_has_no_kernels(device, monkeypatch):
+    """Unasked; a model that it does not serve generates by transformers' own forward."""
+    monkeypatch.setattr(opset, "backend_for", lambda device: ("triton", "the build has none"))
+    with torch.inference_mode(False):
+        model = tiny("llama", device, num_hidden_layers=1)
+        with pytest.warns(UserWarning, match="Triton's kernels serve this model: the build has"):
+            assert patch_or_reason(model)[1] is None
+        assert ops_of(model) is opset_of("triton")
+        unpatch(model)
+        model.lm_head = Other(64, 97, device=device)
+        with pytest.warns(UserWarning, match="the build has none"):
+            report, reason = patch_or_reason(model)
+        assert ops_of(model) is opset_of("native")
+        assert report.not_packed == reason
+        assert "Other" in reason
+        with pytest.raises(ValueError, match="Other"):
+            patch_or_reason(model, "triton")
+
+
 def test_copies_and_pickles_keep_the_ops():
     assert copy.deepcopy(opset_of("triton")) is opset_of("triton")
     assert pickle.loads(pickle.dumps(opset_of("triton"))) is opset_of("triton")
@@ -148,9 +173,6 @@ def test_copies_and_pickles_keep_the_ops():
 def test_refuses_what_it_does_not_serve():
     with pytest.raises(ValueError, match="one of native, triton, got 'cuda'"):
         opset_of("cuda")
-
-    class Other(torch.nn.Linear):
-        pass
 
     with pytest.raises(ValueError, match="torch's Linear alone, got Other"):
         Joined(Other(2, 2), (), opset_of("triton"))
