@@ -85,6 +85,16 @@ class DecodeStep:
         """Whether a replay is of weights, numbers or pieces that are others now."""
         return self.replays and (self._frozen is None or not self._frozen.holds())
 
+    @property
+    def reads_elsewhere(self) -> bool:
+        """Whether a replay reads memory that weights have left, which may have been given back."""
+        return self.replays and (self._frozen is None or not self._frozen.is_in_place())
+
+    @property
+    def is_other(self) -> bool:
+        """Whether a replay that reads the weights where they are is not the model's as it is."""
+        return self.replays and (self._frozen is None or not self._frozen.is_alike())
+
     def load(
         self,
         owner: object,

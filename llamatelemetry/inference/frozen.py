@@ -50,6 +50,10 @@ class Frozen:
 
     def holds(self) -> bool:
         """Whether it is still so, which takes a fraction of what making it takes."""
+        return self.is_in_place() and self.is_alike()
+
+    def is_alike(self) -> bool:
+        """Whether all is still so but where the weights lie."""
         for entries, name, module in self._modules:
             if entries.get(name) is not module:
                 return False
@@ -59,11 +63,15 @@ class Frozen:
         for attributes, name, value in self._numbers:
             if attributes.get(name) != value:
                 return False
-        for group, name, pointer in self._tensors:
-            tensor = group.get(name)
-            if tensor is None or tensor.data_ptr() != pointer:
-                return False
         now = bindings(self._model)
         return len(now) == len(self._bindings) and all(
             a is b for a, b in zip(now, self._bindings, strict=True)
         )
+
+    def is_in_place(self) -> bool:
+        """Whether the weights lie where they lay: what a graph reads elsewhere may be no memory."""
+        for group, name, pointer in self._tensors:
+            tensor = group.get(name)
+            if tensor is None or tensor.data_ptr() != pointer:
+                return False
+        return True

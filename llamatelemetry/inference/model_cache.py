@@ -17,7 +17,7 @@ from llamatelemetry.inference.packed_forward import PackedForward
 from llamatelemetry.inference.packed_rows import PackedRows
 from llamatelemetry.models.forwards import standing
 from llamatelemetry.models.patching import why_not_forward_tokens
-from llamatelemetry.models.pieces.base import CACHE_NAMES
+from llamatelemetry.models.pieces.arguments import CACHE_NAMES
 
 # Users of PackedForward.
 KV_CACHE, CUDA_GRAPHS = "optimize_kv_cache", "enable_cuda_graphs"

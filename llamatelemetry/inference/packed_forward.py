@@ -20,7 +20,7 @@ from llamatelemetry.inference.packed_rows import PackedRows
 from llamatelemetry.inference.shared_pages import SharedPages
 from llamatelemetry.models.forwards import StandIn
 from llamatelemetry.models.patching import why_not_forward_tokens
-from llamatelemetry.models.pieces.base import CACHE_NAMES
+from llamatelemetry.models.pieces.arguments import CACHE_NAMES
 from llamatelemetry.models.pieces.watch import SERVED
 
 _log = logging.getLogger("llamatelemetry")

@@ -146,20 +146,21 @@ class StepRunner:
 
         Args:
             load: puts rows in place, again where it is called again.
-            looks_first: whether a graph too is looked at before it runs, and not while it does: for
-                rows that stand on the device alone, and while the GPU is still at work before it.
+            looks_first: whether all of a graph too is looked at before it runs, and not, but for
+                where its weights lie, while it does: for rows that stand on the device alone, and
+                while the GPU is still at work before it.
 
         Returns:
             The step, and the next token of each of its rows.
         """
         step = load()
         looks_first = looks_first or not step.input_ids.is_cuda
-        if looks_first and step.is_stale:
+        if step.is_stale if looks_first else step.reads_elsewhere:
             self.drop_steps()
             step = load()
         drawn = step.run()
         # What a graph wrote in vain is written over.
-        if not looks_first and step.is_stale:
+        if not looks_first and step.is_other:
             self.drop_steps()
             step = load()
             drawn = step.run()

@@ -17,8 +17,9 @@ from transformers import AttentionInterface
 from llamatelemetry.models.hf_attention import attention_forward
 from llamatelemetry.models.hf_layout import KeyLayout
 from llamatelemetry.models.hf_masks import mask_of
+from llamatelemetry.models.pieces.arguments import CACHE_NAMES
 from llamatelemetry.models.pieces.attention import Attention
-from llamatelemetry.models.pieces.base import CACHE_NAMES, Piece
+from llamatelemetry.models.pieces.base import Piece
 from llamatelemetry.models.pieces.layer import DecoderLayer
 from llamatelemetry.models.pieces.merge import in_more_bits
 from llamatelemetry.models.pieces.norm import LayerNorm, Norm

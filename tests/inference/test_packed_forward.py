@@ -17,7 +17,7 @@ from llamatelemetry.inference.kv_cache import optimize_kv_cache, restore_kv_cach
 from llamatelemetry.inference.packed_cache import PackedCache
 from llamatelemetry.inference.packed_forward import PackedForward
 from llamatelemetry.models.patching import patch, unpatch
-from llamatelemetry.models.pieces.base import CACHE_NAMES
+from llamatelemetry.models.pieces.arguments import CACHE_NAMES
 from llamatelemetry.quantization.modules import QuantLinear
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*no CUDA device holds")

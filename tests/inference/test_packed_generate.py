@@ -18,8 +18,8 @@ from llamatelemetry.inference.kv_cache import optimize_kv_cache, restore_kv_cach
 from llamatelemetry.inference.packed_cache import PackedCache
 from llamatelemetry.inference.runner import StepRunner
 from llamatelemetry.models.patching import patch
+from llamatelemetry.models.pieces.arguments import CACHE_NAMES
 from llamatelemetry.models.pieces.attention import Attention
-from llamatelemetry.models.pieces.base import CACHE_NAMES
 from llamatelemetry.quantization.modules import QuantLinear
 
 GREEDY = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0}

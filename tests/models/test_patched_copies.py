@@ -9,7 +9,7 @@ import tempfile
 
 import pytest
 import torch
-from families import PackedRun, tiny_model
+from families import PackedRun, quantise_, tiny_model
 from torch.testing import assert_close
 from twins import assert_alike, ids_of, twins
 
@@ -57,6 +57,27 @@ def test_a_saved_model(device):
     torch.save(ours, file)
     file.seek(0)
     assert_alike(torch.load(file, weights_only=False), theirs, device)
+
+
+@pytest.mark.parametrize("quantised", [False, True], ids=["dense", "quantised"])
+def test_a_state_dict_has_tensors_apart(quantised, device):
+    """accelerate and the hub save one of the tensors of a storage alone."""
+    model = tiny_model("llama_bias", device)
+    if quantised:
+        quantise_(model)
+    count = len({x.untyped_storage().data_ptr() for x in model.state_dict().values()})
+    want = model(ids_of(device)).logits
+    patch(model, strict=True)
+    state = model.state_dict()
+    assert len({x.untyped_storage().data_ptr() for x in state.values()}) == count
+    before = {key: value.clone() for key, value in state.items()}
+    for value in state.values():
+        value.zero_()
+    assert not model(ids_of(device)).logits.any()
+    model.load_state_dict(before)
+    assert_close(model(ids_of(device)).logits, want, atol=2e-4, rtol=1e-4)
+    unpatch(model)
+    assert not any(module._state_dict_hooks for module in model.modules())
 
 
 def test_a_trained_copy(device):

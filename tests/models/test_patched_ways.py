@@ -6,6 +6,9 @@ several calls, as a replacement takes up new weights on the second.
 
 from __future__ import annotations
 
+import pickle
+import sys
+
 import pytest
 import torch
 from families import OpCounter, tiny_model
@@ -162,6 +165,19 @@ def test_a_number_or_function_is_changed(owner, name, value, device):
     for model in (ours, theirs):
         setattr(model.model.get_submodule(owner), name, value)
     assert_alike(ours, theirs, device)
+
+
+def test_a_function_of_the_models_file_is_changed(device, monkeypatch):
+    ours, theirs, report = twins(device)
+    before = ours(ids_of(device)).logits
+    file = sys.modules[type(theirs).__module__]
+    with monkeypatch.context() as context:
+        context.setattr(file, "apply_rotary_pos_emb", lambda q, k, *_, **__: (q, k))
+        assert not torch.allclose(assert_alike(ours, theirs, device), before)
+        assert "kind" in report.refused["model.layers.0.self_attn"]
+        pickle.dumps(ours)
+    assert_alike(ours, theirs, device)
+    assert report.refused == {}
 
 
 def test_hooks_that_go_again(device):

@@ -10,7 +10,7 @@ from families import VOCAB, tiny_model
 from llamatelemetry.inference.kv_cache import optimize_kv_cache
 from llamatelemetry.inference.packed_cache import PackedCache
 from llamatelemetry.models.patching import patch
-from llamatelemetry.models.pieces.base import CACHE_NAMES
+from llamatelemetry.models.pieces.arguments import CACHE_NAMES
 
 GREEDY = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
 

@@ -10,7 +10,7 @@ from families import VOCAB, quantise_, tiny_model
 from transformers import DynamicCache
 
 from llamatelemetry.models.patching import patch
-from llamatelemetry.models.pieces.base import CACHE_NAMES
+from llamatelemetry.models.pieces.arguments import CACHE_NAMES
 
 PROMPT = [3, 14, 15, 9, 26, 5, 35, 8, 97 % VOCAB, 9, 3, 2]
 COUNT, SOON = 12, 5

@@ -5,6 +5,7 @@
 
 CHECKOUT is a clone of transformers at the installed version's tag; its tests need the package
 parameterized. What fails is run again as transformers has it, and only what passes there is ours.
+With --write the rows go into docs/models.md.
 As a pytest plugin this file makes the models: LLAMATELEMETRY_SUITE says how.
 """
 
@@ -19,6 +20,12 @@ import tempfile
 import warnings
 from pathlib import Path
 
+DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "models.md"
+BEGIN, END = "<!-- transformers_suite.py -->", "<!-- end of suite -->"
+HEAD = (
+    "| tests | mode | passed | skipped | failed | of these, not as transformers has it |",
+    "|---|---|---|---|---|---|",
+)
 _MODE = "LLAMATELEMETRY_SUITE"  # attention, patched, or theirs
 _FAILED = re.compile(r"^(?:FAILED|ERROR) (\S+)", re.MULTILINE)
 _COUNTS = re.compile(r"(\d+) (passed|failed|skipped|error)")
@@ -135,15 +142,30 @@ def run(checkout: Path, mode: str, tests: list[str]) -> tuple[set[str], dict[str
     return set(_FAILED.findall(ran.stdout)), counts
 
 
+def keep(rows: list[str]) -> None:
+    """Puts rows into docs/models.md, in the place of those of the same tests and mode."""
+    before, _, rest = DOCUMENT.read_text().partition(BEGIN)
+    table, _, after = rest.partition(END)
+    kept = {_key(row): row for row in table.strip().splitlines()[len(HEAD) :]}
+    kept |= {_key(row): row for row in rows}
+    table = "\n".join([*HEAD, *(kept[key] for key in sorted(kept, key=lambda k: (k[1], k[0])))])
+    DOCUMENT.write_text(f"{before}{BEGIN}\n{table}\n{END}{after}")
+
+
+def _key(row: str) -> tuple[str, str]:
+    _, tests, mode, *_ = row.split("|")
+    return tests.strip(), mode.strip()
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description="transformers' tests on our attention")
     parser.add_argument("checkout", type=Path)
     parser.add_argument("mode", choices=("attention", "patched"))
     parser.add_argument("families", nargs="+")
+    parser.add_argument("--write", action="store_true", help="into docs/models.md")
     args = parser.parse_args()
-    print("| tests | mode | passed | skipped | failed | of these, not as transformers has it |")
-    print("|---|---|---|---|---|---|")
-    ours = 0
+    print("\n".join(HEAD))
+    ours, rows = 0, []
     for family in args.families:
         file = f"tests/models/{family}/test_modeling_{family}.py"
         failed, counts = run(args.checkout, args.mode, [file])
@@ -151,7 +173,10 @@ def main() -> int:
         names = sorted(name.split("::")[-1] for name in failed - theirs)
         ours += len(names)
         numbers = f"{counts.get('passed', 0)} | {counts.get('skipped', 0)} | {len(failed)}"
-        print(f"| {family} | {args.mode} | {numbers} | {', '.join(names) or 'none'} |", flush=True)
+        rows.append(f"| {family} | {args.mode} | {numbers} | {', '.join(names) or 'none'} |")
+        print(rows[-1], flush=True)
+    if args.write:
+        keep(rows)
     return 1 if ours else 0
 
 

@@ -11,13 +11,8 @@ from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from llamatelemetry.models.opset import NATIVE, OpSet
-from llamatelemetry.models.pieces.base import (
-    KNOWN_TO_LAYERS,
-    Piece,
-    eager_attention_of,
-    take_cache,
-    without_encoder,
-)
+from llamatelemetry.models.pieces.arguments import KNOWN_TO_LAYERS, take_cache, without_encoder
+from llamatelemetry.models.pieces.base import Piece, eager_attention_of
 from llamatelemetry.models.pieces.linear import Joined
 from llamatelemetry.models.pieces.merge import columns_of, merge_runs, rows_of, unmerge_linears
 from llamatelemetry.models.pieces.norm import EPS_NAMES, eps_of, offset_of

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from types import MethodType
@@ -12,26 +11,10 @@ import torch
 from torch import nn
 
 from llamatelemetry.models.opset import NATIVE, OpSet
+from llamatelemetry.models.pieces.arguments import parameters_of
+from llamatelemetry.models.pieces.merge import apart
 from llamatelemetry.models.pieces.watch import FLOATS, Kinds, Watch, has_gradients, in_another_mode
 from llamatelemetry.models.spec import LayerSpec
-
-# What the forward of an attention or a layer may be called with. transformers 5.24 renamed
-# past_key_values to cache; a module's own signature says which of the two it has.
-CACHE_NAMES = ("cache", "past_key_values", "layer_past")
-# Of decoders that can have an encoder beside them: what hands a call over to the module's forward.
-ENCODER_NAMES = ("encoder_hidden_states", "encoder_attention_mask", "key_value_states")
-KNOWN_TO_LAYERS = frozenset(
-    {
-        "hidden_states",
-        "attention_mask",
-        "position_embeddings",
-        "position_ids",
-        "use_cache",
-        "output_attentions",
-        *ENCODER_NAMES,
-        *CACHE_NAMES,
-    }
-)
 
 _OF_COPIES = (
     "module", "spec", "_stack_config", "ops", "width", "parameters", "dtype", "name", "report",
@@ -235,6 +218,18 @@ class Piece:
         self.module.forward = self.forward
         self.module._apply = self._apply
         self.module.register_load_state_dict_post_hook(self.moved)
+        if self.merged_names():
+            self.module._register_state_dict_hook(self.give_apart)
+
+    def give_apart(self, module: Any, state_dict: dict[str, Any], prefix: str, _: Any) -> None:
+        """Has a state_dict hold merged weights as tensors apart, over the memory that they have.
+
+        Who saves one takes tensors of one storage for one weight under several names.
+        """
+        for name in self.merged_names():
+            for key in (f"{prefix}{name}.weight", f"{prefix}{name}.bias"):
+                if (tensor := state_dict.get(key)) is not None:
+                    state_dict[key] = apart(tensor)
 
     def remove(self) -> None:
         self._is_installed, self._watch = False, None
@@ -248,10 +243,10 @@ class Piece:
                 own[key] = self._own_forward
             else:
                 del own[key]
-        hooks = self.module._load_state_dict_post_hooks
-        for key, hook in list(hooks.items()):
-            if getattr(hook, "__self__", None) is self:
-                del hooks[key]
+        for hooks in (self.module._load_state_dict_post_hooks, self.module._state_dict_hooks):
+            for key, hook in list(hooks.items()):
+                if getattr(hook, "__self__", None) is self:
+                    del hooks[key]
         self.unbind()
 
 
@@ -262,32 +257,3 @@ def eager_attention_of(module: nn.Module) -> Callable[..., Any]:
         if eager is not None:
             return eager
     raise ValueError("the module of the attention's class must have eager_attention_forward")
-
-
-def parameters_of(forward: Callable[..., Any], known: frozenset[str]) -> tuple[str, ...]:
-    """Names of forward's parameters, each of which must be a known one."""
-    names = []
-    for parameter in inspect.signature(forward).parameters.values():
-        if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
-            continue
-        if parameter.name not in known:
-            raise ValueError(
-                f"forward's parameters must be among {sorted(known)}, got {parameter.name!r}"
-            )
-        names.append(parameter.name)
-    if known.issuperset(CACHE_NAMES) and not set(CACHE_NAMES) & set(names):
-        raise ValueError(
-            f"forward must take the cache as one of {', '.join(CACHE_NAMES)}, got {names}"
-        )
-    return tuple(names)
-
-
-def without_encoder(call: dict[str, Any]) -> bool:
-    """Takes an encoder's arguments out of a call, and says whether it had none."""
-    return all(call.pop(name, None) is None for name in ENCODER_NAMES)
-
-
-def take_cache(call: dict[str, Any]) -> Any:
-    """Takes the cache out of a call, under whichever of its names it comes."""
-    given = [call.pop(name, None) for name in CACHE_NAMES]
-    return next((cache for cache in given if cache is not None), None)

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
 from llamatelemetry.models.opset import NATIVE, OpSet
-from llamatelemetry.models.pieces.base import KNOWN_TO_LAYERS, Piece, without_encoder
+from llamatelemetry.models.pieces.arguments import KNOWN_TO_LAYERS, without_encoder
+from llamatelemetry.models.pieces.base import Piece
 from llamatelemetry.models.pieces.norm import EPS_NAMES, NormFunction
 from llamatelemetry.models.spec import LayerSpec
 

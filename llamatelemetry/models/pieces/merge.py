@@ -9,6 +9,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils.dlpack import from_dlpack
 from transformers.pytorch_utils import Conv1D
 
 from llamatelemetry.quantization.group_linear import GroupLinear, merge_group_linears
@@ -118,6 +119,16 @@ def unmerge_linears(linears: Sequence[nn.Module]) -> None:
 def _is_part(tensor: Tensor) -> bool:
     """Whether it has only a part of its storage."""
     return tensor.untyped_storage().nbytes() != tensor.nbytes
+
+
+def apart(tensor: Tensor) -> Tensor:
+    """A tensor with a storage of its own over the memory that a part of a merged one has."""
+    if type(tensor) is not Tensor or not is_plain(tensor) or not _is_part(tensor):
+        return tensor
+    try:
+        return from_dlpack(tensor)
+    except (BufferError, RuntimeError):  # a dtype that torch does not hand over
+        return tensor
 
 
 class TensorsOf:

@@ -7,9 +7,12 @@ weights are still the memory that the piece reads.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable, Mapping, Sequence
-from types import MethodType
+from functools import cache
+from types import CodeType, FunctionType, MethodType
 from typing import Any, NamedTuple
+from zlib import crc32
 
 import torch
 from torch import Tensor, nn
@@ -33,7 +36,7 @@ class Kinds(NamedTuple):
     """What is alike in parts that differ in the values of their weights alone.
 
     Attributes:
-        classes: of each part, with its forward
+        classes: of each part, with its forward and the functions that this one calls
         overridden: forwards of parts' own; where a piece has put one, the piece's class
         shapes: of parameters and buffers
     """
@@ -92,6 +95,9 @@ class Watch:
         self._classes = [(part, type(part), name) for name, part in parts]
         kinds: set[Any] = {type(part) for _, part in parts}
         self._forwards = [(kind, kind.forward) for kind in kinds]
+        own = {kind for kind in kinds if not kind.__module__.startswith("torch.")}
+        used = {id(kind): functions_of(kind.forward) for kind in own}
+        self._functions = [one for functions in used.values() for one in functions]
         self._hooks = [
             (hooks, name)
             for name, part in inner
@@ -106,7 +112,14 @@ class Watch:
             if tensor is not None and is_plain(tensor)
         ]
         self.kinds = Kinds(
-            {name: (type(part), type(part).forward) for name, part in parts},
+            {
+                name: (
+                    type(part),
+                    type(part).forward,
+                    *(_likeness(value) for _, _, value in used.get(id(type(part)), ())),
+                )
+                for name, part in parts
+            },
             {
                 name: _owner_of(vars(part)["forward"])
                 for name, part in inner
@@ -127,7 +140,8 @@ class Watch:
         """What no longer stands, as a sentence.
 
         Args:
-            hooks, memory: whether hooks and the place of merged weights count.
+            hooks, memory: whether hooks count, and the place of merged weights and the functions
+                of files, which are no guards of a graph.
         """
         for entries, key, value, name in self._entries:
             if entries.get(key) is not value:
@@ -140,6 +154,9 @@ class Watch:
                 return f"{kind.__name__} has another forward than at patch"
         if hooks and (reason := self._hooked()) is not None:
             return reason
+        for values, name, function in self._functions if memory else ():
+            if values.get(name) is not function:
+                return f"{name} has been replaced since patch"
         for tensor, pointer, count, name in self._memory if memory else ():
             if tensor.data_ptr() != pointer or tensor.numel() != count:
                 return f"{name} has other weights since patch"
@@ -184,6 +201,29 @@ def _why_not_to_move(linears: Sequence[nn.Module], held: Sequence[Tensor]) -> st
 def _owner_of(forward: Any) -> Any:
     """The class that a bound method is of, which a copy of it shares; a function itself."""
     return type(forward.__self__) if isinstance(forward, MethodType) else forward
+
+
+@cache
+def _names_of_functions(code: CodeType) -> frozenset[str]:
+    inner = [const for const in code.co_consts if isinstance(const, CodeType)]
+    return frozenset(code.co_names).union(*map(_names_of_functions, inner))
+
+
+def functions_of(forward: Any) -> list[tuple[dict[str, Any], str, Any]]:
+    """(globals, name, function) of the functions of its file that a forward calls by name: others
+    may be put there."""
+    code = getattr(inspect.unwrap(forward), "__code__", None)
+    if code is None:
+        return []
+    values = inspect.unwrap(forward).__globals__
+    names = sorted(_names_of_functions(code))
+    return [(values, n, values[n]) for n in names if isinstance(values.get(n), FunctionType)]
+
+
+def _likeness(function: FunctionType) -> tuple[Any, ...]:
+    """What tells functions of one name apart, in a pickle too."""
+    code = function.__code__
+    return function.__module__, function.__qualname__, crc32(code.co_code), code.co_names
 
 
 def has_hooks(*hooks: Mapping[int, Any]) -> bool:
