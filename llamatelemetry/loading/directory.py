@@ -173,6 +173,7 @@ def _load_adapter(path: Path, dtype: torch.dtype | None, find: Callable[[str], P
     with in_one_sentence(path, "peft cannot load it"), warnings.catch_warnings():
         # Weights that the adapter lacks stay random; peft only warns.
         warnings.filterwarnings("error", message=".*missing adapter keys.*")
+        _fit_vocabulary(base.model, path)
         adapted = PeftModel.from_pretrained(base.model, path)
         if not hasattr(adapted.base_model, "merge_and_unload"):
             raise ValueError(f"an adapter of type {config.get('peft_type')} cannot be merged")
@@ -180,3 +181,38 @@ def _load_adapter(path: Path, dtype: torch.dtype | None, find: Callable[[str], P
     has_own = any((path / file).is_file() for file in ("tokenizer.json", "tokenizer_config.json"))
     tokenizer = _load_tokenizer(path) if has_own else base.tokenizer
     return Directory(model, tokenizer, base.eos_ids, base.generation)
+
+
+def _fit_vocabulary(model: Any, path: Path) -> None:
+    """Gives a base model the rows of an adapter that was trained with more tokens than it has.
+
+    Raises:
+        ValueError: the adapter does not bring all of the new rows, which would be random.
+    """
+    from safetensors import safe_open
+
+    file = path / "adapter_model.safetensors"
+    if not file.is_file():
+        return
+    modules = {
+        "input embeddings": model.get_input_embeddings(),
+        "vocabulary projection": model.get_output_embeddings(),
+    }
+    names = {module: name for name, module in model.named_modules()}
+    with safe_open(file, "pt") as weights:
+        shapes = {name: weights.get_slice(name).get_shape() for name in weights.keys()}  # noqa: SIM118
+    rows: dict[str, int] = {}
+    for what, module in modules.items():
+        if not isinstance(weight := getattr(module, "weight", None), torch.Tensor):
+            return
+        for name, shape in shapes.items():
+            inside = f".{names[module]}." in name and name.endswith(".weight")
+            if inside and len(shape) == 2 and shape[1] == weight.shape[1] and "lora_" not in name:
+                rows[what] = shape[0]
+    count = model.get_input_embeddings().weight.shape[0]
+    if all(found == count for found in rows.values()):
+        return
+    is_tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    if len(set(rows.values())) > 1 or (len(rows) < len(modules) and not is_tied):
+        raise ValueError(f"its tokens must be the base model's {count}, or as many in both {rows}")
+    model.resize_token_embeddings(max(rows.values()), mean_resizing=False)

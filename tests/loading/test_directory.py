@@ -7,7 +7,7 @@ import pickle
 import pytest
 import torch
 from directories import END, change, write_directory
-from families import tiny_model
+from families import VOCAB, tiny_model
 from safetensors.torch import load_file, save_file
 
 from llamatelemetry.loading.directory import ADAPTER
@@ -218,6 +218,29 @@ def test_an_adapter_is_merged_into_its_base(tmp_path, path):
     assert (type(loaded.model).__name__, loaded.name) == ("LlamaForCausalLM", "adapter")
     torch.testing.assert_close(loaded.model(ids).logits, wanted(ids).logits, atol=1e-4, rtol=1e-4)
     assert not torch.allclose(load_model(path).model(ids).logits, wanted(ids).logits, atol=1e-2)
+
+
+def test_an_adapter_with_more_tokens(tmp_path, path):
+    peft = pytest.importorskip("peft")
+    save = ["embed_tokens", "lm_head"]
+    with torch.inference_mode(False):
+        model = load_model(write_directory(tmp_path / "base", "mistral")).model
+        model.resize_token_embeddings(VOCAB + 3, mean_resizing=False)
+        config = peft.LoraConfig(
+            r=4, init_lora_weights=False, target_modules=["q_proj"], modules_to_save=save
+        )
+        adapted = peft.get_peft_model(model, config).eval()
+    adapted.save_pretrained(tmp_path / "adapter")
+    change(tmp_path / "adapter" / ADAPTER, base_model_name_or_path=str(tmp_path / "base"))
+    ids = torch.tensor([[5, 7, VOCAB + 1, 2]])
+    ours = load_model(tmp_path / "adapter").model(ids).logits
+    torch.testing.assert_close(ours, adapted(ids).logits, atol=1e-4, rtol=1e-4)
+    weights = tmp_path / "adapter" / "adapter_model.safetensors"
+    found = {name: x for name, x in load_file(weights).items() if "lm_head" not in name}
+    save_file(found, weights)
+    assert f"its tokens must be the base model's {VOCAB}, or as many in both" in refusal(
+        tmp_path / "adapter"
+    )
 
 
 def test_an_adapter_without_its_weights_or_its_base(tmp_path, path):
