@@ -19,6 +19,7 @@ from llamatelemetry.triton_ops.launch import (
     num_multiprocessors,
     on_device,
     precision_of,
+    shared_bytes_per_program,
 )
 
 _MOST_SPLITS = 64
@@ -54,10 +55,17 @@ def attention_config(
         block_m, block_n, warps, stages = next_power_of_2(rows, 16), 64, 4, 3
     else:
         block_m, block_n, warps, stages = 128, 64, 8, 2 if wide else 3
+    block_d = next_power_of_2(x.shape[-1], least=16)
+    room = shared_bytes_per_program(x.device) // x.element_size() // block_d  # rows of a tile
+    while block_m + 2 * block_n * stages > room and (block_n > 16 or stages > 1):
+        if stages > 2 or block_n == 16:
+            stages -= 1
+        else:
+            block_m, block_n = max(block_m // 2, 16), block_n // 2
     splits, tiles = 1, programs * -(-rows // block_m)
     if may_split:
-        room = 4 * num_multiprocessors(x.device) // max(tiles, 1)
-        splits = min(room, _MOST_SPLITS, -(-most_keys // _KEYS_OF_A_SPLIT))
+        wanted = 4 * num_multiprocessors(x.device) // max(tiles, 1)
+        splits = min(wanted, _MOST_SPLITS, -(-most_keys // _KEYS_OF_A_SPLIT))
     return AttentionConfig(block_m, block_n, warps, stages, max(splits, 1))
 
 

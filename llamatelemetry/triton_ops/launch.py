@@ -87,6 +87,15 @@ def dependent(device: torch.device) -> dict[str, bool]:
 
 
 @cache
+def shared_bytes_per_program(device: torch.device) -> int:
+    """Shared memory that a program may have; of the interpreter, as much as an H200's."""
+    if device.type != "cuda":
+        return 227 * 1024
+    properties = torch.cuda.get_device_properties(device)
+    return int(getattr(properties, "shared_memory_per_block_optin", 64 * 1024))  # AMD's: 64 KiB
+
+
+@cache
 def num_multiprocessors(device: torch.device) -> int:
     """Of a GPU; of the interpreter, one."""
     if device.type != "cuda":

@@ -1,7 +1,8 @@
 """Tiles and launches of the matrix kernels: measured rows where a GPU has them, else start values.
 
-Rows stand in tuned/sm<capability>.json, written by ``llamatelemetry tune``; a user's own, which
-win, in the file that the environment names: LLAMATELEMETRY_TRITON_TUNED.
+Rows stand in tuned/sm<capability>.json, written by ``llamatelemetry tune``, or start values of a
+GPU that nobody had at hand, whose "measured_on" is null; a user's own, which win, in the file that
+the environment names: LLAMATELEMETRY_TRITON_TUNED.
 """
 
 from __future__ import annotations
@@ -9,17 +10,22 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from llamatelemetry.triton_ops.launch import next_power_of_2, num_multiprocessors
+from llamatelemetry.triton_ops.launch import (
+    next_power_of_2,
+    num_multiprocessors,
+    shared_bytes_per_program,
+)
 
 FOLDER = Path(__file__).parent / "tuned"
 VARIABLE = "LLAMATELEMETRY_TRITON_TUNED"
+HOPPER_BYTES = 227 * 1024  # of shared memory that a program may have
 _FEW_ROWS = 16  # rows of one tl.dot; fewer cost as much
 _MOST_ROWS = 4096  # more are served as these are
 
@@ -63,8 +69,38 @@ class LinearShape:
         return cls(min(next_power_of_2(m, _FEW_ROWS), _MOST_ROWS), n, k, gated)
 
 
-def start_value(shape: LinearShape, bytes_of_value: int, multiprocessors: int) -> LinearConfig:
-    """A launch for a shape that nobody measured."""
+def shared_bytes_of(config: LinearConfig, shape: LinearShape, bytes_of_value: int) -> int:
+    """Shared memory that a launch asks for at most: the stages of its tiles."""
+    columns = config.block_n * (2 if shape.gated else 1)
+    return (config.block_m + columns) * config.block_k * bytes_of_value * config.num_stages
+
+
+def start_value(
+    shape: LinearShape, bytes_of_value: int, multiprocessors: int, shared_bytes: int = HOPPER_BYTES
+) -> LinearConfig:
+    """A launch for a shape that nobody measured.
+
+    Args:
+        bytes_of_value: 2 or 4.
+        multiprocessors: of the GPU.
+        shared_bytes: that a program may have there: 227 KiB of an H200, 163 of an A100, 99 of
+            compute capability 8.6 and 8.9, 64 of a T4.
+    """
+    config = _wide_start_value(shape, bytes_of_value, multiprocessors)
+    while shared_bytes_of(config, shape, bytes_of_value) > shared_bytes:
+        if config.num_stages > 2:
+            config = replace(config, num_stages=config.num_stages - 1)
+        elif config.block_k > 32:
+            config = replace(config, block_k=config.block_k // 2)
+        else:
+            config = replace(config, block_n=config.block_n // 2)
+    return config
+
+
+def _wide_start_value(
+    shape: LinearShape, bytes_of_value: int, multiprocessors: int
+) -> LinearConfig:
+    """Where shared memory is no matter."""
     m, n, k = shape.m, shape.n, shape.k
     if bytes_of_value == 4:  # float32 has no tensor cores here: small tiles of registers
         side = 64 if m > 16 else 16
@@ -131,4 +167,5 @@ def linear_config(
         kind = "float32" if dtype == torch.float32 else "16-bit"
         if (found := rows.get((shape, kind))) is not None:
             return found
-    return start_value(shape, dtype.itemsize, num_multiprocessors(device))
+    shared = shared_bytes_per_program(device)
+    return start_value(shape, dtype.itemsize, num_multiprocessors(device), shared)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from itertools import product
+
 import pytest
 import torch
 from closeness import assert_close
@@ -11,8 +14,14 @@ from torch.nn import functional
 
 pytest.importorskip("triton")
 
-from llamatelemetry.triton_ops import gemm
-from llamatelemetry.triton_ops.tuning import LinearConfig, LinearShape, start_value
+from llamatelemetry.triton_ops import attention, gemm
+from llamatelemetry.triton_ops.tuning import (
+    FOLDER,
+    LinearConfig,
+    LinearShape,
+    start_value,
+    table_of,
+)
 
 SIZES = [(1, 1, 1), (2, 48, 32), (3, 17, 127), (16, 64, 256), (33, 80, 96), (70, 130, 200)]
 
@@ -96,17 +105,47 @@ def test_refuses(device):
     assert_refuses(lambda: gemm.linear(x, weight.half()), "weight", "float16")
 
 
+GPUS = {"sm90": (132, 227), "sm80": (108, 163), "sm86": (82, 99), "sm75": (40, 64)}
+
+
 @pytest.mark.without_triton
+@pytest.mark.parametrize("gpu", GPUS)
 @pytest.mark.parametrize("m", [1, 16, 17, 100, 5000])
-@pytest.mark.parametrize("n", [16, 4096, 128256])
-def test_start_values_are_launches(m, n):
+def test_start_values_are_launches(m, gpu):
     """Powers of two, tiles that fit in shared memory, and k split into parts that hold some."""
-    for gated in (False, True):
+    multiprocessors, kibibytes = GPUS[gpu]
+    for n, gated, size in product((16, 4096, 128256), (False, True), (2, 4)):
         shape = LinearShape.of(m, n, 4096, gated)
-        config = start_value(shape, 2, 132)
-        tile = (config.block_m + config.block_n * (2 if gated else 1)) * config.block_k * 2
-        assert tile * config.num_stages <= 227 * 1024
+        config = start_value(shape, size, multiprocessors, kibibytes * 1024)
+        tile = (config.block_m + config.block_n * (2 if gated else 1)) * config.block_k * size
+        assert tile * config.num_stages <= kibibytes * 1024
+        assert config.num_stages >= 2
         assert config.splits * 512 <= 4096
-        for size in (config.block_m, config.block_n, config.block_k):
-            assert size >= 16
-            assert size & (size - 1) == 0
+        for side in (config.block_m, config.block_n, config.block_k):
+            assert side >= 16
+            assert side & (side - 1) == 0
+
+
+@pytest.mark.without_triton
+@pytest.mark.parametrize("gpu", ["sm80", "sm75"])
+def test_shipped_start_values_are_marked_and_are_those(gpu):
+    text = (FOLDER / f"{gpu}.json").read_text()
+    assert json.loads(text)["measured_on"] is None
+    assert json.loads(text)["untuned"]
+    multiprocessors, kibibytes = GPUS[gpu]
+    for (shape, dtype), config in table_of(text, gpu).items():
+        assert dtype == "16-bit"
+        assert config == start_value(shape, 2, multiprocessors, kibibytes * 1024)
+
+
+@pytest.mark.without_triton
+@pytest.mark.parametrize("gpu", GPUS)
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+def test_attention_s_tiles_fit_in_shared_memory(monkeypatch, gpu, head_dim):
+    monkeypatch.setattr(attention, "shared_bytes_per_program", lambda _: GPUS[gpu][1] * 1024)
+    for rows, dtype in product((1, 40, 4096), (torch.float32, torch.bfloat16)):
+        x = torch.empty(1, 1, head_dim, dtype=dtype)
+        config = attention.attention_config(rows, 8, 4096, x, may_split=rows < 64)
+        held = config.block_m + 2 * config.block_n * config.num_stages
+        assert held * head_dim * dtype.itemsize <= GPUS[gpu][1] * 1024
+        assert min(config.block_m, config.block_n) >= 16
