@@ -36,6 +36,13 @@ struct RowStats {
   float reference[2] = {-INFINITY, -INFINITY};
 };
 
+// A warp's keys of a tile, and the first of them.
+template <typename Stage>
+struct KeysAt {
+  const Stage* stage;
+  int first;
+};
+
 template <typename T, Config kConfig, bool kFixed>
 struct Decode {
   using Params = AttentionParams;
@@ -44,6 +51,7 @@ struct Decode {
   using Keys = std::conditional_t<kConfig.is_8_bit(), Keys8Bit<T, kConfig>, Keys16Bit<T, kConfig>>;
   using Element = typename Keys::Element;
   using Stage = typename Keys::Stage;
+  using At = KeysAt<Stage>;
   using Scales = typename Keys::Scales;
   static constexpr int kHeadDim = kConfig.head_dim;
   static constexpr int kStages = kConfig.stages;
@@ -51,6 +59,9 @@ struct Decode {
   static constexpr int kNumThreads = kNumWarps * kWarpSize;
   static constexpr int kMinBlocks = kConfig.blocks_per_sm;
   static constexpr int kDimSteps = kHeadDim / 16;
+  // Of a warp's ring: two small ones overlap; two of 128 columns spill.
+  static constexpr int kTilesAtOnce = Keys::kHasScales && kHeadDim <= 64 ? 2 : 1;
+  static __device__ int wrapped(int stage) { return stage >= kStages ? stage - kStages : stage; }
 
   struct alignas(128) Shared {
     union {
@@ -159,13 +170,16 @@ struct Decode {
     int key;                          // that this lane finds next
     int page_index, slot;             // where it lies in the table and in its page
     int page;
+    int end;  // keys from it on are not read
 
-    __device__ Loader(const Params& p, const Sequence& s, int index, int kv_head, int first_key)
+    __device__ Loader(const Params& p, const Sequence& s, int index, int kv_head, int first_key,
+                      int end)
         : s(s),
           table(nullptr),
           num_chunks(static_cast<int>(p.head_dim * int64_t{sizeof(Element)}) / kChunkBytes),
           page_size(INT_MAX),
-          page(0) {
+          page(0),
+          end(end) {
       const KeyValueView& view = lane() < kWarpKeys ? p.k : p.v;
       const auto chunks = [](int64_t elements) {
         return static_cast<uint32_t>(elements * int64_t{sizeof(Element)} / kChunkBytes);
@@ -199,7 +213,7 @@ struct Decode {
       const char* first = static_cast<const char*>(rows.data) + elements * int64_t{sizeof(Element)};
       return kOneChunk ? first + lane() % kRowChunks * kChunkBytes : first;
     }
-    __device__ bool exists() const { return key >= s.begin && key < s.end; }
+    __device__ bool exists() const { return key >= s.begin && key < end; }
     __device__ void find_page() {
       if (table != nullptr && exists()) page = table[page_index];
     }
@@ -255,8 +269,19 @@ struct Decode {
 
   // ---- Queries ----
 
+  // A row of this warp's, or nullptr.
+  static __device__ const T* query_of_warp(const Merge& merge, int row_of_warp) {
+    const Params& p = merge.p;
+    const int row = Merge::first_row_of_warp() + row_of_warp;
+    if (row >= merge.segment.num_rows) return nullptr;
+    return static_cast<const T*>(p.q.data) + merge.index * p.q.batch_stride +
+           (merge.s.first_query + merge.segment.query(row)) * p.q.token_stride +
+           merge.segment.head(row) * p.q.head_stride;
+  }
+
+  // end: of the keys that this block attends.
   static __device__ RowRules rules_of(const Params& p, const Sequence& s, int index,
-                                      const Segment& segment) {
+                                      const Segment& segment, int end) {
     RowRules rules;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
@@ -265,6 +290,7 @@ struct Decode {
       const KeyRange keys = s.keys_of(p, query);
       rules.begin[half] = static_cast<int>(keys.begin);
       rules.end[half] = static_cast<int>(keys.end);
+      if constexpr (kTilesAtOnce > 1) rules.end[half] = min(rules.end[half], end);
       rules.position[half] = s.num_keys - s.num_queries + query;
       rules.slope[half] =
           p.alibi_slopes == nullptr
@@ -281,64 +307,86 @@ struct Decode {
   static __device__ void attend(const Merge& merge, int tile, int num_tiles, Shared& shared) {
     const Params& p = merge.p;
     const Sequence& s = merge.s;
-    const int index = merge.index;
-    const Segment& segment = merge.segment;
     Stage* stages = shared.stages[warp()];
     const int first_key = (s.begin / kTileKeys + tile) * kTileKeys;
-    Loader loader(p, s, index, segment.kv_head, first_key);
+    // Of two tiles at once the second may be past the run: its keys are another block's.
+    const int end = min(s.end, first_key + num_tiles * kTileKeys);
+    Loader loader(p, s, merge.index, merge.segment.kv_head, first_key, end);
 #pragma unroll
-    for (int i = 0; i < kStages - 1; ++i) {
-      i < num_tiles ? loader.load(stages[i]) : ptx::cp_async_commit();
+    for (int i = 0; i < kStages - kTilesAtOnce; ++i) {
+      i < num_tiles || kTilesAtOnce > 1 ? loader.load(stages[i]) : ptx::cp_async_commit();
     }
     typename Keys::Queries q;
-    const auto query_row = [&](int row_of_warp) -> const T* {
-      const int row = Merge::first_row_of_warp() + row_of_warp;
-      if (row >= segment.num_rows) return nullptr;
-      return static_cast<const T*>(p.q.data) + index * p.q.batch_stride +
-             (s.first_query + segment.query(row)) * p.q.token_stride +
-             segment.head(row) * p.q.head_stride;
-    };
-    Keys::load_queries(query_row, static_cast<int>(p.head_dim), shared.queries, q);
-    const RowRules rules = rules_of(p, s, index, segment);
+    Keys::load_queries([&](int row) { return query_of_warp(merge, row); },
+                       static_cast<int>(p.head_dim), shared.queries, q);
+    const RowRules rules = rules_of(p, s, merge.index, merge.segment, end);
     const bool has_rule = p.softcap > 0 || p.alibi_slopes != nullptr;
     float o[2 * kDimSteps][4] = {};
     RowStats rows;
     int stage = 0;
-    const auto add_keys = [&](const Stage& keys, int key) {
-      float scores[2][4] = {};
-      const Scales scales = Keys::multiply_keys(q, keys, scores);
+    // Keys of several stages at once, so that their products and exponentials overlap.
+    const auto add_keys = [&](const auto&... keys) {
+      constexpr int kCount = sizeof...(keys);
+      const At at[kCount] = {keys...};
+      float scores[kCount][2][4] = {};
+      Scales scales[kCount];
+#pragma unroll
+      for (int j = 0; j < kCount; ++j) {
+        scales[j] = Keys::multiply_keys(q, *at[j].stage, scores[j]);
+      }
       if (has_rule) {
-        exponentiate<true>(p, scores, key, rules, scales, rows, o);
+        exponentiate<true>(p, scores, at, rules, scales, rows, o);
       } else {
-        exponentiate<false>(p, scores, key, rules, scales, rows, o);
+        exponentiate<false>(p, scores, at, rules, scales, rows, o);
       }
-      Keys::multiply_values(scores, keys, o);
+#pragma unroll
+      for (int j = 0; j < kCount; ++j) Keys::multiply_values(scores[j], *at[j].stage, o);
     };
-    for (int i = 0; i < num_tiles; ++i) {
-      ptx::cp_async_wait<kStages - 2>();
-      // The copies are there, and nobody reads the stage before any more: of the warp, or of all.
-      if constexpr (kConfig.is_wide()) {
-        __syncthreads();
-      } else {
-        __syncwarp();
-      }
-      Stage& free = stages[stage == 0 ? kStages - 1 : stage - 1];
-      i + kStages - 1 < num_tiles ? loader.load(free) : ptx::cp_async_commit();
+    for (int i = 0; i < num_tiles; i += kTilesAtOnce) {
       const int key = first_key + i * kTileKeys;
-      if constexpr (kConfig.is_wide()) {
-        if (Merge::first_row_of_warp() < segment.num_rows) {
-#pragma unroll 1
-          for (int w = 0; w < kNumWarps; ++w) {
-            add_keys(shared.stages[w][stage], key + w * kWarpKeys);
-          }
+      if constexpr (kTilesAtOnce == 2) {
+        __syncwarp();  // nobody reads the two stages before any more
+#pragma unroll
+        for (int j = 0; j < 2; ++j) {
+          Stage& free = stages[wrapped(stage + kStages - 2 + j)];
+          i + kStages - 2 < num_tiles ? loader.load(free) : ptx::cp_async_commit();
         }
+        ptx::cp_async_wait<kStages - 2>();
+        __syncwarp();  // all lanes' copies are there
+        add_keys(At{&stages[stage], key + warp() * kWarpKeys},
+                 At{&stages[wrapped(stage + 1)], key + warp() * kWarpKeys + kTileKeys});
       } else {
-        add_keys(stages[stage], key + warp() * kWarpKeys);
+        ptx::cp_async_wait<kStages - 2>();
+        // The copies are there, and nobody reads the stage before any more: of the warp, or of all.
+        if constexpr (kConfig.is_wide()) {
+          __syncthreads();
+        } else {
+          __syncwarp();
+        }
+        Stage& free = stages[wrapped(stage + kStages - 1)];
+        i + kStages - 1 < num_tiles ? loader.load(free) : ptx::cp_async_commit();
+        if constexpr (kConfig.is_wide()) {
+          if (Merge::first_row_of_warp() < merge.segment.num_rows) {
+#pragma unroll 1
+            for (int w = 0; w < kNumWarps; w += 2) {
+              add_keys(At{&shared.stages[w][stage], key + w * kWarpKeys},
+                       At{&shared.stages[w + 1][stage], key + (w + 1) * kWarpKeys});
+            }
+          }
+        } else {
+          add_keys(At{&stages[stage], key + warp() * kWarpKeys});
+        }
       }
-      stage = stage + 1 == kStages ? 0 : stage + 1;
+      stage = wrapped(stage + kTilesAtOnce);
     }
     ptx::cp_async_wait<0>();
     __syncthreads();
+    leave(merge, rows, o);
+    __syncthreads();
+  }
+
+  static __device__ void leave(const Merge& merge, const RowStats& rows,
+                               float (&o)[2 * kDimSteps][4]) {
     if constexpr (Keys::kHasScales) {  // from o's reference to that of the sums
       const float factor[2] = {
           ptx::exp2_approx(finite_or_zero(rows.reference[0]) - finite_or_zero(rows.max[0])),
@@ -346,7 +394,6 @@ struct Decode {
       scale_rows(factor, o);
     }
     merge.template leave_warp<Keys>(o, rows.max, rows.sum);
-    __syncthreads();
   }
 
   static __device__ void scale_rows(const float (&factor)[2], float (&o)[2 * kDimSteps][4]) {
@@ -367,11 +414,12 @@ struct Decode {
     return dot - slope * fabsf(static_cast<float>(position - key));
   }
 
-  // Online softmax over 16 keys: scores to weights, which take the values' scales along; o is
-  // rescaled where what it is exponentiated against grew.
-  template <bool kScoreRule>
-  static __device__ void exponentiate(const Params& p, float (&x)[2][4], int key,
-                                      const RowRules& rules, const Scales& scales, RowStats& rows,
+  // Online softmax over 16 keys of each stage: scores to weights, which take the values' scales
+  // along; o is rescaled where what it is exponentiated against grew.
+  template <bool kScoreRule, int kCount>
+  static __device__ void exponentiate(const Params& p, float (&x)[kCount][2][4],
+                                      const At (&at)[kCount], const RowRules& rules,
+                                      const Scales (&scales)[kCount], RowStats& rows,
                                       float (&o)[2 * kDimSteps][4]) {
     const float scale = p.softmax_scale * kLog2E;
     float rescale[2];
@@ -380,19 +428,20 @@ struct Decode {
       float row_max = rows.max[half];
       float largest = rows.reference[half];
 #pragma unroll
-      for (int e = 0; e < 4; ++e) {
-        float& score = x[e / 2][2 * half + e % 2];
-        const int at = key + e / 2 * 8 + lane() % 4 * 2 + e % 2;
-        const bool seen = at >= rules.begin[half] && at < rules.end[half];
+      for (int i = 0; i < 4 * kCount; ++i) {
+        const int j = i / 4, t = i / 2 % 2, e = i % 2;
+        float& score = x[j][t][2 * half + e];
+        const int key = at[j].first + 8 * t + lane() % 4 * 2 + e;
+        const bool seen = key >= rules.begin[half] && key < rules.end[half];
         if constexpr (kScoreRule) {
-          score = score_of(p, score, at, rules.slope[half], rules.position[half]);
+          score = score_of(p, score, key, rules.slope[half], rules.position[half]);
         } else {
           score *= scale;
         }
         if (!seen) score = -INFINITY;
         row_max = fmaxf(row_max, score);
         if constexpr (Keys::kHasScales) {
-          largest = fmaxf(largest, score + scales.exponent[e / 2][e % 2]);
+          largest = fmaxf(largest, score + scales[j].exponent[t][e]);
         }
       }
       row_max = warp_reduce<Max, 4>(row_max);
@@ -408,11 +457,12 @@ struct Decode {
         weight_factor = ptx::exp2_approx(reference - finite_or_zero(largest));
       }
 #pragma unroll
-      for (int e = 0; e < 4; ++e) {
-        float& score = x[e / 2][2 * half + e % 2];
+      for (int i = 0; i < 4 * kCount; ++i) {
+        const int j = i / 4, t = i / 2 % 2, e = i % 2;
+        float& score = x[j][t][2 * half + e];
         score = ptx::exp2_approx(score - reference);
         rows.sum[half] += score;
-        if constexpr (Keys::kHasScales) score *= scales.value[e / 2][e % 2] * weight_factor;
+        if constexpr (Keys::kHasScales) score *= scales[j].value[t][e] * weight_factor;
       }
     }
     if (__any_sync(~0u, rescale[0] != 1.0f || rescale[1] != 1.0f)) scale_rows(rescale, o);

@@ -5,7 +5,10 @@
 namespace llamatelemetry {
 
 Error launch_decode_wide(const AttentionParams& p, Stream stream) {
-  return decode::launch_wide(p, stream);
+  using namespace decode;
+  if (p.head_dim <= 64) return launch<kWideConfigs[0], false>(p, stream);
+  if (p.head_dim <= 96) return launch<kWideConfigs[1], false>(p, stream);
+  return launch<kWideConfigs[2], false>(p, stream);
 }
 
 }  // namespace llamatelemetry

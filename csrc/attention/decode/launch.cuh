@@ -35,13 +35,6 @@ Error launch_any_width(const AttentionParams& p, Stream stream) {
   return launch<kConfigs[4], kFixed>(p, stream);
 }
 
-// Row tiles of kWideRowTile.
-inline Error launch_wide(const AttentionParams& p, Stream stream) {
-  if (p.head_dim <= 64) return launch<kWideConfigs[0], false>(p, stream);
-  if (p.head_dim <= 96) return launch<kWideConfigs[1], false>(p, stream);
-  return launch<kWideConfigs[2], false>(p, stream);
-}
-
 // kTable: the configurations of a storage of 8 bits.
 template <const Config (&kTable)[4]>
 Error launch_8_bit(const AttentionParams& p, Stream stream) {

@@ -43,7 +43,7 @@ struct Merging {
   static constexpr int kRowVectors = kHeadDim / kVector;
   static constexpr int kRows = kConfig.row_tile;
   static constexpr int kItems = (kRows * kRowVectors + kNumThreads - 1) / kNumThreads;
-  static constexpr int kLoadsAtOnce = 16;
+  static constexpr int kLoadsAtOnce = 8;
 
   struct Shared {  // row statistics: max in log2 units, and sum
     float o[kNumWarps][kRowTile][kHeadDim + 4];
