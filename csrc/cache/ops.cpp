@@ -39,6 +39,7 @@ void append_kv_(const Tensor& k, const Tensor& v, Tensor k_cache, Tensor v_cache
   const bool quantises = is_8_bit(k_cache);
   check_caches(op, k_cache, v_cache);
   check_cache_scales(op, k_cache, k_scales, v_scales);
+  check_scales_apart(op, k_scales, v_scales);
   check_dim(op, "k", k, 3, "[num_tokens, num_heads_kv, head_dim]");
   check_rows(op, "k", k, k, k_cache);
   check_rows(op, "v", v, k, k_cache);

@@ -108,6 +108,59 @@ inline void check_caches(const char* op, const Tensor& k_cache, const Tensor& v_
   check_written_apart(op, "k_cache", k_cache, "v_cache", v_cache);
 }
 
+// The dimensions of scales for each token and head, those of the shorter steps first, in elements.
+struct ScaleGrid {
+  int64_t strides[3];
+  int64_t counts[3];
+  int64_t extents[4];  // of the first i dimensions: from the first element to past the last
+
+  explicit ScaleGrid(const Tensor& scales) {
+    int order[3] = {0, 1, 2};
+    const auto step = [&](int d) { return scales.size(d) == 1 ? 0 : scales.stride(d); };
+    std::sort(order, order + 3, [&](int a, int b) { return step(a) < step(b); });
+    extents[0] = 1;
+    for (int i = 0; i < 3; ++i) {
+      strides[i] = step(order[i]);
+      counts[i] = scales.size(order[i]);
+      extents[i + 1] = extents[i] + strides[i] * (counts[i] - 1);
+    }
+  }
+  bool is_apart() const {
+    for (int i = 0; i < 3; ++i) {
+      if (counts[i] > 1 && strides[i] < extents[i]) return false;
+    }
+    return true;
+  }
+  // Whether one of the same steps and sizes, distance elements on, shares an element with it; both
+  // are apart in themselves.
+  bool meets(int64_t distance, int dims = 3) const {
+    if (dims == 0) return distance == 0;
+    const int64_t stride = strides[dims - 1], count = counts[dims - 1];
+    if (count == 1) return meets(distance, dims - 1);
+    const int64_t steps = distance / stride;
+    for (int64_t more = -1; more <= 1; ++more) {
+      const int64_t left = distance - (steps + more) * stride;
+      if (std::abs(steps + more) < count && meets(left, dims - 1)) return true;
+    }
+    return false;
+  }
+};
+
+// Scales that are written, which check_cache_scales has seen: none may be another's.
+inline void check_scales_apart(const char* op, const std::optional<Tensor>& k_scales,
+                               const std::optional<Tensor>& v_scales) {
+  if (!k_scales || k_scales->dim() != 3 || v_scales->dim() != 3 || k_scales->numel() == 0) return;
+  const ScaleGrid k(*k_scales), v(*v_scales);
+  check(k.is_apart(), op, "k_scales", "not overlap itself", "strides that do");
+  check(v.is_apart(), op, "v_scales", "not overlap itself", "strides that do");
+  const int64_t distance = v_scales->const_data_ptr<float>() - k_scales->const_data_ptr<float>();
+  const bool interleave = distance < k.extents[3] && -distance < v.extents[3];
+  const bool same_steps = std::equal(k.strides, k.strides + 3, v.strides) &&
+                          std::equal(k.counts, k.counts + 3, v.counts);
+  check(!interleave || (same_steps && !k.meets(distance)), op, "v_scales", "not overlap k_scales",
+        "memory " + std::to_string(distance) + " elements from it");
+}
+
 // Scales of one of the caches, which check_cache_scales has seen.
 inline CacheScales cache_scales_of(std::optional<Tensor>& scales) {
   if (!scales) return {};

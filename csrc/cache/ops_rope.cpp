@@ -79,6 +79,7 @@ void rope_append_kv_(Tensor qkv, const Tensor& cos, const Tensor& sin,
   constexpr const char* op = "rope_append_kv_";
   check_caches(op, k_cache, v_cache);
   check_cache_scales(op, k_cache, k_scales, v_scales);
+  check_scales_apart(op, k_scales, v_scales);
   check_qkv(op, qkv, k_cache);
   check_rope(op, {cos, sin, positions}, qkv);
   check_slots(op, slot_mapping, qkv.size(0), k_cache);

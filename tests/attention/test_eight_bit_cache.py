@@ -208,6 +208,11 @@ def test_refusals(device, stored):
 
     append_refuses(f"v_scales must be given beside a k_cache of {name}", v_scales=None)
     append_refuses("k_scales must be [1], or [num_blocks, page_size", k_scales=args[5][1:])
+    append_refuses("v_scales must not overlap k_scales, got memory 0", v_scales=args[5])
+    append_refuses("k_scales must not overlap itself", k_scales=args[5][:1].expand(args[5].shape))
+    side_by_side = torch.zeros(*args[5].shape, 2, device=device)
+    append_kv_(*args[:5], *side_by_side.unbind(-1))
+    assert (side_by_side > 0).any((0, 1, 2)).all()
     broad = random_tokens(device, torch.float16, stored, head_dim=264)
     assert_refuses(lambda: append_kv_(*broad), "head_dim must be at most 256 beside caches of 8")
 
