@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import gc
 import os
+import signal
 import socket
 import sys
 from collections.abc import Iterator
@@ -154,6 +155,8 @@ def _serve(args: argparse.Namespace) -> int:
         "(API under /v1, a chat at /)",
         file=sys.stderr,
     )
+    # uvicorn passes on what it was stopped by: SIGTERM too then leaves the view in order.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     with batcher.watch() if args.live else contextlib.nullcontext():
         uvicorn.run(
             app,

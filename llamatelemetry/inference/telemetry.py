@@ -6,7 +6,7 @@ import json
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +25,9 @@ class StepStats:
         begin, end: seconds of time.perf_counter.
         prompt_tokens: of prompts, that its forwards ran on.
         decode_tokens: that they ran on to draw the next one.
-        running, waiting: requests at work and in the queue after it.
-        used_blocks, num_blocks: of the cache, after it; cached ones that nobody uses are not used.
+        running, waiting: requests at work and in the queue after it; where steps overlap, the last
+            one's are those once its tokens were looked at.
+        used_blocks, num_blocks: of the cache, likewise; cached ones that nobody uses are not used.
         preemptions: requests that gave their blocks up for it.
 
     Example:
@@ -57,15 +58,20 @@ class StepStats:
 
 @dataclass(frozen=True)
 class EndedRequest:
-    """A request that has ended: its number, its times and counts, and why it ended."""
+    """A request that has ended: its number, its times and counts, why it ended, and when that was
+    noticed, in seconds of time.perf_counter."""
 
     number: int
     stats: RequestStats
     reason: str
+    ended: float
 
 
 class Telemetry:
     """The last steps and requests of a ContinuousBatching, as objects; any thread may read them.
+
+    Args:
+        batch: RunningBatch whose open requests the summary tells of; None has none.
 
     Attributes:
         steps: StepStats of the last 4096 steps that ran a forward, the latest last.
@@ -82,7 +88,8 @@ class Telemetry:
         ['cache_usage', 'cached_tokens', 'decode_tokens']
     """
 
-    def __init__(self) -> None:
+    def __init__(self, batch: RunningBatch | None = None) -> None:
+        self._batch = batch
         self.steps: deque[StepStats] = deque(maxlen=KEPT)
         self.requests: deque[EndedRequest] = deque(maxlen=KEPT)
         self.listeners: list[Callable[[StepStats], None]] = []
@@ -99,7 +106,7 @@ class Telemetry:
         """
         since = -float("inf") if last_s is None else time.perf_counter() - last_s
         steps = [one for one in list(self.steps) if one.end >= since]
-        ended = [one for one in list(self.requests) if not one.stats.last_token < since]
+        ended = [one for one in list(self.requests) if one.ended >= since]
         times = summarise(one.stats for one in ended)
         span = steps[-1].end - steps[0].begin if steps else 0.0
         counts = {
@@ -115,10 +122,17 @@ class Telemetry:
             "cached_tokens": sum(one.stats.cached_tokens for one in ended),
             "step_seconds": percentiles(step.seconds for step in steps),
             **{name: times[name] for name in ("ttft", "tpot", "queue_delay")},
-            "running": steps[-1].running if steps else 0,
-            "waiting": steps[-1].waiting if steps else 0,
-            "cache_usage": steps[-1].cache_usage if steps else 0.0,
+            **self.open_now(),
         }
+
+    def open_now(self) -> dict[str, Any]:
+        """Requests that are running and waiting, and cache_usage, the part of the cache's blocks
+        that sequences hold; during a step they may be from before it or after it."""
+        if self._batch is None:
+            return {"running": 0, "waiting": 0, "cache_usage": 0.0}
+        state = _state(self._batch)
+        used, num_blocks = state.pop("used_blocks"), state.pop("num_blocks")
+        return {**state, "cache_usage": used / num_blocks if num_blocks else 0.0}
 
     def save_trace(self, path: str | Path) -> None:
         """Writes steps, requests and counts as a trace that Perfetto and chrome://tracing show.
@@ -143,31 +157,46 @@ class Telemetry:
             batch: whose step it was.
             handles: what its step gave.
         """
-        plan, scheduler = batch.plan, batch.scheduler
-        batch.plan = None
+        plan, batch.plan = batch.plan, None
         if plan is not None and plan.pieces:
             drawn_before = [piece for piece in plan.pieces if piece.is_decode]
-            blocks = scheduler.blocks
             step = StepStats(
                 begin,
                 end,
                 plan.num_tokens - len(drawn_before),
                 len(drawn_before),
-                len(scheduler.running),
-                len(scheduler.waiting) + len(batch.incoming),
-                blocks.num_blocks - blocks.num_available,
-                blocks.num_blocks,
-                len(plan.preempted),
+                preemptions=len(plan.preempted),
+                **_state(batch),
             )
             self.steps.append(step)
             for listener in self.listeners:
                 listener(step)
-        self.note_ends(handles)
+            self._note_ends(handles)
+        else:
+            self.note_ends(batch, handles)
 
-    def note_ends(self, handles: list[RequestHandle]) -> None:
-        """Remembers those of the requests that have ended."""
-        for handle in handles:
-            if handle.done():
-                request = handle.request
-                reason = request.finish_reason or "error"
-                self.requests.append(EndedRequest(request.arrival, handle.stats, reason))
+    def note_ends(self, batch: RunningBatch, handles: list[RequestHandle]) -> None:
+        """Remembers those of the requests that have ended without a forward: the last step's
+        counts, which a trace shows until the next one, are then without them."""
+        if self._note_ends(handles) and self.steps:
+            self.steps[-1] = replace(self.steps[-1], **_state(batch))
+
+    def _note_ends(self, handles: list[RequestHandle]) -> int:
+        ended, now = [handle for handle in handles if handle.done()], time.perf_counter()
+        for handle in ended:
+            request = handle.request
+            reason = request.finish_reason or "error"
+            self.requests.append(EndedRequest(request.arrival, handle.stats, reason, now))
+        return len(ended)
+
+
+def _state(batch: RunningBatch) -> dict[str, int]:
+    """What of StepStats is so after a step."""
+    scheduler = batch.scheduler
+    blocks = scheduler.blocks
+    return {
+        "running": len(scheduler.running),
+        "waiting": len(scheduler.waiting) + len(batch.incoming),
+        "used_blocks": blocks.num_blocks - blocks.num_available,
+        "num_blocks": blocks.num_blocks,
+    }

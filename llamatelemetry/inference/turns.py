@@ -25,7 +25,7 @@ class Turns:
     """
 
     def __init__(self, batch: RunningBatch) -> None:
-        self.batch, self.telemetry = batch, Telemetry()
+        self.batch, self.telemetry = batch, Telemetry(batch)
         self._lock = threading.Lock()
         self._progress = threading.Condition()
 
@@ -73,7 +73,7 @@ class Turns:
         """Ends what was cancelled now, or before the next step where one is in progress."""
         if self._lock.acquire(blocking=False):
             try:
-                self.telemetry.note_ends(self.batch.reap())
+                self.telemetry.note_ends(self.batch, self.batch.reap())
             finally:
                 self._lock.release()
             self._tell()

@@ -241,7 +241,8 @@ class _Service:
                     "top_p": params[0].top_p,
                     "choice.count": body.n,
                 }
-                self.otel.answered(shape.operation, handles, asked, request.headers)
+                usage, headers = answer.usage(), request.headers
+                self.otel.answered(shape.operation, handles, usage, asked, headers)
 
         if body.stream:
             return EventStream(

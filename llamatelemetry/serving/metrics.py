@@ -68,20 +68,23 @@ class Metrics:
             made.labels(model).set_function(value)
 
         def running() -> int:
-            steps = telemetry.steps
-            return min(steps[-1].running, num_open()) if steps else 0
+            return min(int(telemetry.open_now()["running"]), num_open())
 
         def usage() -> float:
-            return telemetry.steps[-1].cache_usage if running() else 0.0
+            return float(telemetry.open_now()["cache_usage"])
 
         gauge("num_requests_running", "At work", running)
         gauge("num_requests_waiting", "In the queue", lambda: num_open() - running())
         gauge("kv_cache_usage_perc", "Blocks in use, 1 is all", usage)
 
     def ended(self, handle: RequestHandle) -> None:
-        """Counts a request that has ended."""
-        stats = handle.stats
-        self._ended.labels(self._model, handle.request.finish_reason or "error").inc()
+        """Counts a request that has ended, or was cancelled and ends before the next step."""
+        stats, reason = handle.stats, handle.request.finish_reason
+        if handle.error is not None:
+            reason = "error"
+        elif reason in (None, "cancelled"):
+            reason = "abort"  # vLLM's word
+        self._ended.labels(self._model, reason).inc()
         self._prompt.inc(len(handle.request.prompt))
         self._drawn.inc(stats.num_tokens)
         self._cached.inc(stats.cached_tokens)

@@ -52,6 +52,7 @@ class OpenTelemetry:
         self,
         operation: str,
         handles: Sequence[RequestHandle],
+        usage: Mapping[str, Any],
         asked: Mapping[str, Any],
         headers: Mapping[str, str],
     ) -> None:
@@ -60,6 +61,7 @@ class OpenTelemetry:
         Args:
             operation: "chat" or "text_completion".
             handles: of its choices.
+            usage: prompt_tokens and completion_tokens of all of it.
             asked: what of the request the conventions have names for, without gen_ai.request.
             headers: of the request: where they carry a trace, the span is part of it.
         """
@@ -84,8 +86,8 @@ class OpenTelemetry:
                 **named,
                 **{f"gen_ai.request.{name}": v for name, v in asked.items() if v is not None},
                 "gen_ai.response.finish_reasons": reasons,
-                "gen_ai.usage.input_tokens": len(first.request.prompt),
-                "gen_ai.usage.output_tokens": sum(one.request.num_drawn for one in handles),
+                "gen_ai.usage.input_tokens": usage["prompt_tokens"],
+                "gen_ai.usage.output_tokens": usage["completion_tokens"],
             },
         )
         if not math.isnan(first.stats.first_token):

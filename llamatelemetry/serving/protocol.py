@@ -6,7 +6,7 @@ import dataclasses
 import random
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, StrictInt, field_validator, model_validator
 
 from llamatelemetry.inference.defaults import ModelDefaults, UnsetFloat, UnsetInt
 from llamatelemetry.inference.logit_options import MAX_LOGPROBS, LogitOptions
@@ -192,7 +192,7 @@ class ChatRequest(Generation):
 class CompletionRequest(Generation):
     """The body of /v1/completions: a text, token ids, or a list of either."""
 
-    prompt: str | list[str] | list[int] | list[list[int]]
+    prompt: str | list[str] | list[StrictInt] | list[list[StrictInt]]
     logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     best_of: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
 

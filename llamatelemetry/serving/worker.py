@@ -150,11 +150,17 @@ class Worker:
             Exception: what ended the request.
         """
         count, end = 0, time.monotonic() + timeout
+
+        def check_time() -> None:
+            if time.monotonic() > end and not handle.done():
+                raise TimeoutError(f"the request must end within {timeout} s")
+
         try:
             while True:
                 stepped = self._stepped
                 pieces, is_done = handle.pieces_from(count)
                 for i, piece in enumerate(pieces, count):
+                    check_time()  # the caller may have taken long for the last one
                     yield piece, handle.drawn_by(i)
                 count += len(pieces)
                 if is_done:
@@ -162,9 +168,8 @@ class Worker:
                 if self.failure is not None:
                     raise RuntimeError(f"the server's steps have ended: {self.failure}")
                 # Not wait_for, which until Python 3.12 forgets a cancellation that meets a result.
-                _, late = await asyncio.wait([stepped], timeout=max(end - time.monotonic(), 0))
-                if late:
-                    raise TimeoutError(f"the request must end within {timeout} s")
+                check_time()
+                await asyncio.wait([stepped], timeout=max(end - time.monotonic(), 0))
         finally:
             handle.cancel()
         if handle.error is not None:

@@ -7,6 +7,7 @@ import itertools
 import json
 import math
 import threading
+import time
 
 import pytest
 from batching import PAGE, PROMPTS
@@ -47,6 +48,33 @@ def test_steps_and_requests_add_up(batcher):
     assert found["ttft"]["p50"] > 0
     assert found["decode_tokens_per_second"] > 0
     assert batcher.telemetry.summary(last_s=0.0)["steps"] == 0
+
+
+def test_what_is_open_is_told_where_steps_overlap(device):
+    batcher = ContinuousBatching(4, tiny_model("llama", device), overlap=True)
+    batcher.submit([1, 2, 3], max_tokens=3)
+    assert batcher.telemetry.summary()["waiting"] == 1
+    batcher.run()
+    found, last = batcher.telemetry.summary(), batcher.telemetry.steps[-1]
+    assert (found["running"], found["waiting"], found["cache_usage"]) == (0, 0, 0.0)
+    assert last.running == last.used_blocks == 0
+
+
+def test_what_is_cancelled_between_steps_is_open_no_more(batcher):
+    handle = batcher.submit([1, 2, 3], max_tokens=5)
+    batcher.step()
+    found = batcher.telemetry.summary()
+    assert found["running"] == 1
+    assert found["cache_usage"] > 0
+    handle.cancel()
+    assert batcher.telemetry.summary()["running"] == batcher.telemetry.steps[-1].running == 0
+
+
+def test_requests_that_never_began_grow_old_too(batcher):
+    batcher.submit([1, 2], max_tokens=5).cancel()
+    assert batcher.telemetry.summary(last_s=60.0)["requests"] == 1
+    time.sleep(0.02)
+    assert batcher.telemetry.summary(last_s=0.01)["requests"] == 0
 
 
 def test_a_cancelled_request_is_remembered(batcher):

@@ -88,6 +88,8 @@ REFUSED = {
     "no ids": ({"input": []}, "input"),
     "past the context": ({"input": "x" * 129}, "128"),
     "no token": ({"input": [5, 97]}, "[0, 97)"),
+    "a truth value": ({"input": [True]}, "input"),
+    "truth values": ({"input": [[5, False]]}, "input"),
     "cut": ({"input": "a", "dimensions": 7}, "dimensions must be the model's 288"),
     "format": ({"input": "a", "encoding_format": "hex"}, "encoding_format"),
     "unknown field": ({"input": "a", "truncate": 5}, "truncate"),

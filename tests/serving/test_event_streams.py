@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 from functools import partial
 
+import pytest
 from http_servers import tiny_engine
 
 from llamatelemetry.inference.continuous import ContinuousBatching
+from llamatelemetry.inference.sampling import GREEDY
 from llamatelemetry.serving.answers import COMPLETION, Answer
 from llamatelemetry.serving.app import ServerConfig, create_app
+from llamatelemetry.serving.metrics import Metrics
+from llamatelemetry.serving.worker import Worker
 
 
 def scope():
@@ -90,6 +95,47 @@ def test_a_client_that_reads_nothing_stops_no_other_and_is_left():
             return stuck, b"".join(told).count(b"[DONE]"), batcher.active_requests
 
     assert asyncio.run(run()) == (1, 2, [])
+
+
+def test_a_reader_that_is_slow_is_held_to_the_time_limit():
+    async def run():
+        batcher = ContinuousBatching(4, tiny_engine())
+        step = batcher.step
+        batcher.step = lambda: (time.sleep(0.01), step())[1]  # 100 tokens take a second
+        worker = Worker(batcher, 4)
+        worker.start()
+        (handle,) = worker.submit(["hello"], [GREEDY], max_tokens=100)
+        count = 0
+
+        async def read():
+            nonlocal count
+            async for _ in worker.follow(handle, 0.2):
+                count += 1
+                await asyncio.sleep(0.03)  # whenever it looks, a step was made
+
+        with pytest.raises(TimeoutError, match="must end within"):
+            await read()
+        await worker.drain(1.0)
+        return count, handle
+
+    count, handle = asyncio.run(run())
+    assert 0 < count <= 12
+    assert handle.cancelled()
+
+
+def test_a_client_that_leaves_during_a_step_is_an_abort():
+    batcher = ContinuousBatching(4, tiny_engine())
+    metrics = Metrics("tiny", lambda: 0, batcher.telemetry)
+    handle, other = (batcher.submit("hello", max_tokens=3) for _ in range(2))
+    with batcher._turns.held():  # as while a step is in progress
+        handle.cancel()
+        assert handle.request.finish_reason is None
+        metrics.ended(handle)
+    other.cancel()
+    metrics.ended(other)
+    text = metrics.text().decode()
+    assert 'request_success_total{finished_reason="abort",model_name="tiny"} 2.0' in text
+    assert 'finished_reason="error"' not in text
 
 
 def test_chunks_are_made_as_they_are_taken():

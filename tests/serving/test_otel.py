@@ -45,6 +45,16 @@ def points_of(reader):
     return found
 
 
+def ended_by(http):
+    """Reason -> how many requests ended for it, as /metrics says."""
+    found = {}
+    for line in http.get("/metrics").text.splitlines():
+        if line.startswith("vllm:request_success_total{"):
+            labels, _, count = line.rpartition(" ")
+            found[labels.partition('finished_reason="')[2].partition('"')[0]] = int(float(count))
+    return found
+
+
 def test_an_answer_is_a_span_and_values(exported):
     http, spans, reader = exported
     headers = {"traceparent": f"00-{TRACE}-00f067aa0ba902b7-01"}
@@ -72,6 +82,15 @@ def test_an_answer_is_a_span_and_values(exported):
     assert attributes["gen_ai.operation.name"] == "text_completion"
 
 
+def test_every_prompt_of_a_list_is_counted_once(exported):
+    http, spans, _ = exported
+    ask = ASK | {"prompt": ["hello", "you"], "n": 2}
+    http.post("/v1/completions", json=ask).raise_for_status()
+    (span,) = spans.get_finished_spans()
+    assert span.attributes["gen_ai.usage.input_tokens"] == len("helloyou")
+    assert span.attributes["gen_ai.usage.output_tokens"] == 24
+
+
 def test_streams_and_errors_too(exported, monkeypatch):
     http, spans, _ = exported
     messages = [{"role": "user", "content": "hello"}]
@@ -83,6 +102,7 @@ def test_streams_and_errors_too(exported, monkeypatch):
 
     monkeypatch.setattr(PlanRunner, "run", fails)
     assert http.post("/v1/completions", json=ASK).status_code == 500
+    assert ended_by(http) == {"length": 1, "error": 1}
     chat, bad = spans.get_finished_spans()
     assert chat.name == "chat tiny"
     assert chat.attributes["gen_ai.usage.output_tokens"] == 3

@@ -125,6 +125,13 @@ def test_the_models_own_defaults_hold_where_a_request_says_nothing():
     assert len({message["content"] for message in said}) == 3
 
 
+def test_a_truth_value_is_no_token(http):
+    for prompt in ([True], [[5, True]]):
+        answer = http.post("/v1/completions", json={"prompt": prompt, "max_tokens": 1})
+        assert answer.status_code == 400, answer.text
+        assert "prompt" in answer.json()["error"]["message"]
+
+
 def test_stop_strings(client):
     whole = client.completions.create(model="tiny", prompt="x", temperature=0, max_tokens=12)
     stop = whole.choices[0].text[3:5]
