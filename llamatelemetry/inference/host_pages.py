@@ -29,6 +29,12 @@ class HostPages:
         return sum(x.nbytes for layer in self._layers for x in layer)
 
     @torch.inference_mode()
+    def make_copies(self, plan: Plan, pages: KvPages) -> None:
+        """All copies of blocks that a plan asks for, before its forwards."""
+        self.swap(plan, pages)
+        pages.copy_blocks(plan.copies)
+
+    @torch.inference_mode()
     def swap(self, plan: Plan, pages: KvPages) -> None:
         """The copies that a plan asks for, out and in: before its other copies, and once."""
         if plan.swaps_out or plan.swaps_in:

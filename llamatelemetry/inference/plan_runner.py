@@ -87,7 +87,7 @@ class PlanRunner:
             Exception: of a forward; no result counts. The results of before are good.
         """
         device, kinds = self.runner.pages.device, self._kinds(plan)
-        launched = Launched(device, self.runner.pages.dtype)
+        launched = Launched(device, self.runner.pages.model_dtype)
         places = {} if before is None else before.places
         with current(device), torch.autocast(device.type, enabled=False):
             try:
@@ -206,7 +206,7 @@ class PlanRunner:
         step = self._run_step(pieces, {})
         tokens = step.drawn().tolist()[: len(pieces)]
         if min(tokens) < 0:
-            raise nan_error(self.runner.pages.dtype)
+            raise nan_error(self.runner.pages.model_dtype)
         return [[Drawn(token)] for token in tokens]
 
     def _run_step(self, pieces: list[Piece], places: Places) -> DecodeStep:

@@ -83,8 +83,6 @@ class StepRunner:
         pointers, modules = _pointers(self.model), modules_of(self.model)
         versions = _versions(self.model)
         same_weights = versions == self._versions and self._frozen.holds()
-        if not same_weights:
-            self._frozen, self._versions = Frozen(self.model), versions
         num_positions = max(num_positions, self._num_positions)
         if modules != self._modules:
             self._steps.clear()
@@ -104,6 +102,8 @@ class StepRunner:
         if num_blocks > self.pages.num_blocks:
             self._steps.clear()
             self.pages.grow(num_blocks, keep=keep)
+        if not same_weights:  # last: after an error the next call is to say so too
+            self._frozen, self._versions = Frozen(self.model), versions
         return same_weights
 
     def _follow_angles(self) -> None:

@@ -64,7 +64,7 @@ class RunningBatch:
         self._step_tokens, self._fixed, self._share = step_tokens, num_blocks, share_prefixes
         self._num_host_blocks = num_host_blocks
         self._flights: deque[Flight] = deque()
-        self._is_torn = False
+        self._is_torn = self._is_uncopied = False
         self._cache_dtype = cache_dtype
         self._begin()
 
@@ -109,6 +109,11 @@ class RunningBatch:
         work already, which has the rows' tokens on the device: of a request that ended meanwhile it
         draws one token in vain, into a block of which nothing is read any more.
         """
+        if self._flights:
+            self._flights[-1].launched.goes_first()
+        if self._is_uncopied:  # before anything lands, which would be committed in such blocks
+            self.scheduler.compute_anew()
+            self._is_torn, self._is_uncopied = True, False
         touched = self.reap()
         pages = self._runner.runner.pages
         if (self._like.dtype, self._like.device) != (pages.model_dtype, pages.device):
@@ -118,8 +123,7 @@ class RunningBatch:
         if self._is_torn:  # rows on the device stand nobody knows where
             touched += self._land()
             self._is_torn = False
-        plan = self.scheduler.schedule()
-        self._copy(plan)
+        plan = self._planned()
         if self.overlap and self._runner.can_launch(plan):
             try:
                 self._launch(plan)
@@ -130,8 +134,7 @@ class RunningBatch:
                 return touched + self._land(but=1 if plan.pieces else 0)
         if self._flights:
             touched += self._land()
-            plan = self.scheduler.schedule()
-            self._copy(plan)
+            plan = self._planned()
         self.plan = plan
         for piece in plan.pieces:
             self.open[piece.request.name].begins()
@@ -139,12 +142,13 @@ class RunningBatch:
             touched += self._put_down(piece, result)
         return touched
 
-    def _copy(self, plan: Plan) -> None:
-        """The copies of blocks that a plan asks for, before its forwards."""
-        pages = self._runner.runner.pages
-        self._host.swap(plan, pages)
-        with torch.inference_mode():
-            pages.copy_blocks(plan.copies)
+    def _planned(self) -> Plan:
+        """The next plan, its copies of blocks made."""
+        self._is_uncopied = True  # the scheduler's books have them as made already
+        plan = self.scheduler.schedule()
+        self._host.make_copies(plan, self._runner.runner.pages)
+        self._is_uncopied = False
+        return plan
 
     def _launch(self, plan: Plan) -> None:
         for piece in plan.pieces:
@@ -171,14 +175,8 @@ class RunningBatch:
     def _put_down(
         self, piece: Piece, result: list[Drawn] | Exception, preemptions: int | None = None
     ) -> list[RequestHandle]:
-        """Notes what a piece's forward gave; returns handles of the requests that it is for.
-
-        Args:
-            piece: of a plan.
-            result: of its forward.
-            preemptions: how many the request had when the piece was launched; None where it was
-                not.
-        """
+        """Notes what a piece's forward gave; returns handles of the requests that it is for. A
+        piece that was launched comes with the preemptions that its request had then."""
         request = piece.request
         if preemptions is not None:
             if request.finish_reason is not None:
@@ -245,6 +243,8 @@ class RunningBatch:
         has_room = False
         for _ in range(len(self.incoming)):  # what comes meanwhile waits for the next step
             handle = self.incoming.popleft()
+            if handle.request.name not in self.open:  # reaped while submit was at it
+                continue
             try:
                 # Once for all that are open, where that is possible: it looks at every weight.
                 has_room = has_room or self._make_room(handle.request)
@@ -288,13 +288,12 @@ class RunningBatch:
         runner.width = width
         blocks.add_blocks(wanted - blocks.num_blocks)
         if self._share and not (same and self._fingerprint and self._fingerprint.holds()):
-            self._fingerprint = Fingerprint(self.model)
             blocks.forget_prefixes()
+            self._fingerprint = Fingerprint(self.model)
 
     def _move(self) -> None:
         """The model has another device or dtype: everything at work is computed anew."""
         requests = [*self.scheduler.running, *self.scheduler.waiting]
-        for request in list(self.scheduler.running):
-            self.scheduler.preempt(request)
+        self.scheduler.compute_anew()
         self._begin()
         self.incoming.extendleft(self.open[request.name] for request in reversed(requests))

@@ -175,6 +175,14 @@ class Scheduler:
         _insert(self.waiting, request)
         self.expected_share = 1.0
 
+    def compute_anew(self) -> None:
+        """Puts all requests that are at work back in the queue; of none are keys and values kept
+        on the host. Called again where it was interrupted, it goes on."""
+        for request in list(self.running):
+            self.preempt(request)
+        for request in self.waiting:
+            self.host.drop(request)
+
     def _place(self, request: ScheduledRequest, plan: Plan) -> None:
         """Blocks for tokens that were drawn, from those that go last where none is left."""
         tokens = request.tokens[request.num_placed :]

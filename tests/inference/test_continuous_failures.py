@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from concurrent.futures import CancelledError
 
 import pytest
@@ -152,6 +153,23 @@ def test_cancel(tmp_path, device):
         with pytest.raises(CancelledError):
             handle.result()
     assert handles[1].result().text == engine.infer("the cat", 30, 1.5, 1.0, 0, 3).text
+    assert is_free(batcher)
+
+
+def test_a_request_that_ends_while_it_is_submitted_stops_no_other(device):
+    batcher = ContinuousBatching(2, tiny_model("llama", device))
+    other = batcher.submit(PROMPTS[0], max_tokens=4)
+    batch = batcher._batch
+
+    class Late(deque):
+        def append(self, handle):
+            handle.cancel()  # as another thread's sweep between submit's two lines
+            super().append(handle)
+
+    batch.incoming = Late(batch.incoming)
+    late = batcher.submit(PROMPTS[1], max_tokens=4)
+    assert late.cancelled()
+    assert len(other.result().token_ids) == 4
     assert is_free(batcher)
 
 

@@ -90,3 +90,14 @@ def test_batches_over_8_bits(device, stored, monkeypatch):
     model.half() if device.type == "cuda" else model.bfloat16()
     batcher.submit(PROMPTS[0], max_tokens=3)
     assert len(batcher.run()[-1].result().token_ids) == 3
+
+
+@STORED
+def test_nan_is_of_the_model_s_dtype_and_not_the_cache_s(device, stored):
+    model = tiny_model("llama", device)
+    batcher = ContinuousBatching(2, model, cache_dtype=stored, overlap=True)
+    with torch.inference_mode(False), torch.no_grad():
+        model.model.norm.weight.fill_(torch.nan)
+    handle = batcher.submit(PROMPTS[0], max_tokens=3)
+    with pytest.raises(FloatingPointError, match="damaged, or float32 is too narrow"):
+        handle.result()

@@ -12,6 +12,7 @@ from families import tiny_model
 
 from llamatelemetry.inference import running_batch
 from llamatelemetry.inference.continuous import ContinuousBatching
+from llamatelemetry.inference.host_pages import HostPages
 from llamatelemetry.inference.launched import Launched
 from llamatelemetry.inference.plan_runner import PlanRunner
 from llamatelemetry.inference.runner import DecodeStep, StepRunner
@@ -101,6 +102,42 @@ def test_a_stop_seen_late_says_and_writes_nothing_more(tmp_path, device):
         assert len(handle.token_ids) < 20
     assert neighbour.result().text == plain.submit("on the mat", params, 40).result().text
     assert is_free(late)
+
+
+def test_a_step_waits_on_its_own_stream_for_the_one_before(monkeypatch):
+    """As where two threads, each with a stream of its own, run the steps by turns."""
+    order = []
+
+    class Event:
+        def synchronize(self):
+            order.append("seen")
+
+    class Stream:
+        def wait_event(self, event):
+            order.append(events.index(event))
+
+    events = []
+
+    def seal(self):
+        events.append(Event())
+        self._end = events[-1]
+
+    batcher = ContinuousBatching(2, tiny_model("llama"), overlap=True)
+    launch, copies = PlanRunner.launch, HostPages.swap
+    monkeypatch.setattr(Launched, "seal", seal)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream())
+    monkeypatch.setattr(
+        PlanRunner, "launch", lambda *args: (order.append("launch"), launch(*args))[1]
+    )
+    monkeypatch.setattr(HostPages, "swap", lambda *args: (order.append("copies"), copies(*args))[1])
+    batcher.submit(PROMPTS[0], max_tokens=3)
+    batcher.run()
+    first, second, third = (
+        [0, "copies", "launch", "seen"],
+        [1, "copies", "launch", "seen"],
+        [2, "copies", "seen"],
+    )
+    assert order == ["copies", "launch", *first, *second, *third]
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
