@@ -190,6 +190,12 @@ def tree() -> tuple[Path, ...]:
     return tuple(found)
 
 
+def test_files_of_tests_have_names_of_their_own():
+    """pytest takes two of one name for one module."""
+    names = [path.name for path in (ROOT / "tests").rglob("test_*.py")]
+    assert sorted(names) == sorted(set(names))
+
+
 def test_the_tree_is_free_of_what_tools_make():
     assert ROOT / "setup.py" in tree()
     assert not [p for p in tree() if {".venv", "build"} & set(p.relative_to(ROOT).parts)]

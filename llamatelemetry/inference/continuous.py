@@ -50,7 +50,7 @@ class ContinuousBatching:
             they come back; with 0 they are computed again.
         overlap: whether the next step is launched before a step's tokens are looked at, so that a
             GPU does not wait for the host; None does so on a GPU. The text is the same, and step
-            gives it one step later.
+            gives it one step later; an edit of the model tells one token later too.
         cache_dtype: of keys and values: torch.float8_e4m3fn or torch.int8; None is the model's.
         split_size: a multiple of 64, at which attention's keys are cut: then no bit of a request's
             tokens depends on the others, but where it gave its blocks up. Steps have max_batch_size

@@ -24,6 +24,7 @@ _LIBRARIES = (
 )
 # torch's own kernels begin so, arange's in the second way; its copy of CUB is at_cuda_detail.
 _OF_TORCH = ("at::native::", "(anonymous namespace)::")
+_COPY_OF_THE_DRIVER = "memcpy32_post"  # what runs for a small cudaMemcpyAsync
 _EXPECTED = {"triton": ("Triton", "torch")}
 
 
@@ -70,7 +71,9 @@ def maker_of(name: str) -> str:
         if part in lower:
             return library
     is_torch_s = name.removeprefix("void ").startswith(_OF_TORCH) and "at::" in name
-    return "torch" if is_torch_s or "at_cuda_detail::" in name else "unknown"
+    if is_torch_s or "at_cuda_detail::" in name or name == _COPY_OF_THE_DRIVER:
+        return "torch"
+    return "unknown"
 
 
 def kernels_of(run: Callable[[], Any]) -> list[KernelTime]:
