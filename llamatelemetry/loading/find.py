@@ -130,7 +130,8 @@ def load_model(
 
     Args:
         device, dtype, exact, progress: as in load_gguf; a directory keeps its own dtype by default.
-            Weights of GPTQ, AWQ, compressed-tensors, FP8 and MXFP4 directories stay packed
+            Weights of GPTQ, AWQ, compressed-tensors, FP8 and MXFP4 directories stay packed; such
+            ones are read of dense text models, and gpt-oss's experts
 
     Raises:
         ModelFileError: in one sentence

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import warnings
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +18,13 @@ from llamatelemetry.quantization.checkpoints import load_linear
 from llamatelemetry.quantization.group_linear import GroupLinear
 from llamatelemetry.quantization.layouts import METHODS, Layout, layout_of
 from llamatelemetry.quantization.mxfp4 import mxfp4_experts
+
+# Tensors that nothing here needs: tables that a model makes itself, and scales of activations and
+# of a cache in fewer bits, both of which stay as they are.
+_NOT_NEEDED = (
+    *("inv_freq", "k_scale", "v_scale", "kv_scale"),
+    *("activation_scale", "input_scale", "input_global_scale"),
+)
 
 
 def quantization_of(config: dict[str, Any]) -> dict[str, Any] | None:
@@ -47,11 +54,17 @@ def build_quantised(
         exact: float32 activations in the quantised linears instead of int8 ones on the CPU.
 
     Raises:
-        ModelFileError: naming the tensor, if one is missing, unknown or not as it should be.
+        ModelFileError: naming the tensor, if one is missing, unknown or not as it should be; for
+            models that are not of text alone, or whose experts are quantised other than gpt-oss's.
     """
-    from transformers import AutoModelForCausalLM
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM
 
     layout = _layout(path, quantization)
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise ModelFileError(
+            f"{path}: quantised weights are read of text models alone, got transformers' "
+            f"{config.model_type}"
+        )
     for name in ("quantization_config", "compression_config"):
         if hasattr(config, name):
             delattr(config, name)
@@ -105,7 +118,6 @@ class _Filling:
         self.dtype, self.device, self.exact = dtype, device, exact
         self._whole: dict[str, set[str]] = {}  # quantised linear -> the tensors it has
         self._parts: dict[str, dict[str, Tensor]] = {}  # those that were read
-        self._left_out: list[str] = []
 
     def fill(self) -> None:
         from safetensors import safe_open
@@ -114,7 +126,7 @@ class _Filling:
         if not files:
             raise ModelFileError(f"{self.path}: quantised weights must be in safetensors files")
         names = [_split(name) for file in files for name in tensor_names(file)]
-        signs = {module for module, attribute in names if attribute == self.layout.sign}
+        signs = {module for module, attribute in names if attribute in self.layout.signs}
         for module, attribute in names:
             if module in signs and attribute in self.layout.tensors:
                 self._whole.setdefault(module, set()).add(attribute)
@@ -136,9 +148,7 @@ class _Filling:
         if owner is not None:
             known = owner._parameters.get(attribute, owner._buffers.get(attribute))
         if known is None:
-            # GPTQ's files have a bias of zeros for each linear, whether the model has one or not.
-            if not (name.endswith(".bias") and not read(name).any()):
-                self._left_out.append(name)
+            self._leave_out(name, read)
             return
         values = read(name)
         if values.shape != known.shape:
@@ -149,13 +159,34 @@ class _Filling:
         floating = values.is_floating_point()
         if known.is_floating_point() and values.element_size() == 1:
             raise ModelFileError(
-                f"{self.path}: {name} is {values.dtype} and has no {self.layout.sign} beside it"
+                f"{self.path}: {name} is {values.dtype} and has no {self.layout.signs[0]} beside it"
             )
         values = values.to(self.device, self.dtype if floating else values.dtype, copy=True)
         if attribute in owner._buffers:  # type: ignore[union-attr]
             owner._buffers[attribute] = values  # type: ignore[union-attr]
         else:
             setattr(owner, attribute, nn.Parameter(values, requires_grad=False))
+
+    def _leave_out(self, name: str, read: Any) -> None:
+        """Refuses a tensor that the model has no place for, unless nothing is lost with it."""
+        # GPTQ's files have a bias of zeros for each linear, whether the model has one or not.
+        if name.endswith(_NOT_NEEDED) or (name.endswith(".bias") and not read(name).any()):
+            return
+        ignored = getattr(self.model, "_keys_to_ignore_on_load_unexpected", None) or ()
+        if any(re.search(pattern, name) for pattern in ignored):
+            return
+        self._refuse_experts(name)
+        raise ModelFileError(
+            f"{self.path}: the weights' {name} is no part of the {self.model.config.model_type} "
+            "that config.json describes"
+        )
+
+    def _refuse_experts(self, name: str) -> None:
+        if re.search(r"\.experts\.\d+(\.|$)", name):
+            raise ModelFileError(
+                f"{self.path}: {name}: experts that are quantised one by one are not read, only "
+                "gpt-oss's in MXFP4"
+            )
 
     def _owner(self, module: str) -> nn.Module | None:
         try:
@@ -170,6 +201,7 @@ class _Filling:
             self._experts(name, owner, parts)
             return
         if type(owner) is not nn.Linear:
+            self._refuse_experts(name)
             kind = "nothing" if owner is None else f"a {type(owner).__name__}"
             raise ModelFileError(
                 f"{self.path}: {name} is quantised and must be a Linear of transformers' "
@@ -201,13 +233,6 @@ class _Filling:
         self.model.tie_weights()
         if missing := sorted(n for n, p in self.model.named_parameters() if p.is_meta):
             raise ModelFileError(f"{self.path}: the weights hold no {missing[0]}")
-        left_out = [name for name in self._left_out if not name.endswith("inv_freq")]
-        if left_out:
-            warnings.warn(
-                f"load_model: {self.path}: the weights' {left_out[0]} is no part of the model that "
-                f"config.json describes, and is left out (of {len(left_out)} tensors)",
-                stacklevel=5,
-            )
 
 
 def _split(name: str) -> tuple[str, str]:

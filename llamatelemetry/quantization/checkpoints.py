@@ -61,23 +61,37 @@ def load_linear(
 
 
 def _bytes(layout: Layout, found: Mapping[str, Tensor]) -> GroupedWeight:
-    codes, scales = _tensor(found, "weight"), _tensor(found, layout.sign).float()
+    codes = _tensor(found, "weight")
+    sign = next((name for name in layout.signs if name in found), layout.signs[0])
+    scales = _tensor(found, sign).float()
+    if "weight_zero_point" in found and bool(found["weight_zero_point"].float().any()):
+        raise ValueError("weight_zero_point must be zero (a symmetric quantiser) beside int8 codes")
     formats = {torch.int8: "S8", torch.float8_e4m3fn: "E4M3"}
     if codes.dtype not in formats or codes.dim() != 2:
         raise ValueError(f"weight must be two-dimensional int8 or float8_e4m3fn, got {codes.dtype}")
     n, k = codes.shape
-    if scales.numel() == 1:
-        scales = scales.reshape(1, 1).expand(n, 1)
-    elif layout.block is not None:
+    if layout.block is not None:
         rows, columns = layout.block
+        blocks = -(-n // rows), -(-k // columns)
+        if scales.shape != blocks:
+            raise ValueError(
+                f"{sign} must be {blocks} for blocks of {layout.block}, got {tuple(scales.shape)}"
+            )
         if k > columns and k % columns:
             raise ValueError(f"in_features must be a multiple of {columns}, got {k}")
         scales = scales.repeat_interleave(rows, 0)[:n]
     else:
-        scales = scales.reshape(len(scales), -1)
-    if len(scales) != n:
-        raise ValueError(f"{layout.sign} must be of {n} rows, got {len(scales)}")
+        scales = _of_rows(sign, scales, n)
     return pack_groups(codes, formats[codes.dtype], _of_known_groups(scales, k))
+
+
+def _of_rows(name: str, scales: Tensor, n: int) -> Tensor:
+    """[n, groups] scales, where a file may have a single one."""
+    if scales.numel() == 1:
+        return scales.reshape(1, 1).expand(n, 1)
+    if scales.dim() != 2 or len(scales) != n or scales.shape[1] == 0:
+        raise ValueError(f"{name} must be [{n}, groups] or a single one, got {tuple(scales.shape)}")
+    return scales
 
 
 def read_linear(layout: Layout, found: Mapping[str, Tensor]) -> Codes:
@@ -123,6 +137,8 @@ def _of_known_groups(values: Tensor, k: int) -> Tensor:
     """[n, groups] values, those of large groups repeated for groups that the kernels know."""
     groups = values.shape[1]
     size = k // groups
+    if size * groups != k:
+        raise ValueError(f"in_features must be a multiple of its {groups} groups, got {k}")
     if groups == 1 or size in _GROUPS:
         return values
     if size % _LARGEST_GROUP:
@@ -131,7 +147,7 @@ def _of_known_groups(values: Tensor, k: int) -> Tensor:
 
 
 def _gptq(layout: Layout, found: Mapping[str, Tensor]) -> Codes:
-    qweight, scales = _tensor(found, "qweight"), _tensor(found, "scales")
+    qweight, scales = _tensor(found, "qweight"), _matrix(found, "scales")
     codes = _unpacked(qweight, layout.bits, 0).T
     zeros = _unpacked(_tensor(found, "qzeros"), layout.bits, 1)
     # Of four or eight bits: a zero point of 0 was stored as the largest.
@@ -146,15 +162,17 @@ def _awq(layout: Layout, found: Mapping[str, Tensor]) -> Codes:
         values = _unpacked(_tensor(found, name), layout.bits, 1)
         return values.unflatten(1, (-1, len(_AWQ_ORDER)))[..., place].flatten(1)
 
-    scales = _tensor(found, "scales")
+    scales = _matrix(found, "scales")
     return _checked(Codes(columns("qweight").T, scales.T, columns("qzeros").T, None))
 
 
 def _compressed(layout: Layout, found: Mapping[str, Tensor]) -> Codes:
-    scales = _tensor(found, "weight_scale")
-    n, k = (int(size) for size in _tensor(found, "weight_shape"))
+    shape = _tensor(found, "weight_shape").tolist()
+    if not isinstance(shape, list) or [type(size) for size in shape] != [int, int]:
+        raise ValueError(f"weight_shape must be two sizes, got {shape}")
+    n, k = shape
+    scales = _of_rows("weight_scale", _tensor(found, "weight_scale"), n)
     codes = _unpacked(_tensor(found, "weight_packed"), layout.bits, 1)[:, :k]
-    scales = scales.view(n, -1) if scales.numel() else scales
     if (packed := found.get("weight_zero_point")) is not None:
         zeros = _unpacked(packed, layout.bits, 0)[:n]
     else:
@@ -178,7 +196,8 @@ def _unpacked(words: Tensor, bits: int, dim: int) -> Tensor:
 
 def _order(group_of: Tensor, groups: int, size: int) -> Tensor | None:
     """Columns sorted by group; None where they are."""
-    if len(group_of) != groups * size or not bool((group_of.bincount() == size).all()):
+    known = len(group_of) == groups * size and bool((group_of < groups).all())
+    if not known or not bool((group_of.bincount() == size).all()):
         raise ValueError(f"g_idx must name each of {groups} groups {size} times")
     if bool((group_of[1:] >= group_of[:-1]).all()):
         return None
@@ -188,6 +207,8 @@ def _order(group_of: Tensor, groups: int, size: int) -> Tensor | None:
 def _groups_of(g_idx: Tensor | None) -> Tensor | None:
     if g_idx is None or g_idx.numel() == 0 or bool((g_idx < 0).any()):  # -1: not set
         return None
+    if g_idx.dim() != 1:
+        raise ValueError(f"g_idx must name a group for each column, got {tuple(g_idx.shape)}")
     return g_idx.long()
 
 
@@ -208,3 +229,10 @@ def _tensor(found: Mapping[str, Tensor], name: str) -> Tensor:
     if name not in found:
         raise ValueError(f"{name} is missing")
     return found[name]
+
+
+def _matrix(found: Mapping[str, Tensor], name: str) -> Tensor:
+    tensor = _tensor(found, name)
+    if tensor.dim() != 2:
+        raise ValueError(f"{name} must be two-dimensional, got {tuple(tensor.shape)}")
+    return tensor

@@ -46,7 +46,7 @@ def pack_groups(
             "E4M3" float8_e4m3fn. k is a multiple of 32.
         format: "U4", "S4", "S8" or "E4M3".
         scales: [n, groups], floating. A group is 32, 64, 128 or all weights of a row.
-        zeros: [n, groups] uint8, for "U4" alone.
+        zeros: uint8 up to 15 of the shape of scales, for "U4" alone.
 
     Returns:
         Tensors in the layout that the kernels read.
@@ -57,8 +57,7 @@ def pack_groups(
     if format not in _CODES:
         raise ValueError(f"format must be one of {sorted(_CODES)}, got {format!r}")
     dtype, least, largest = _CODES[format]
-    n, k = codes.shape
-    if codes.dtype != dtype or k % 32:
+    if codes.dtype != dtype or codes.dim() != 2 or codes.shape[1] % 32:
         raise ValueError(
             f"codes must be [n, k] of {dtype} with k a multiple of 32, got {tuple(codes.shape)} of "
             f"{codes.dtype}"
@@ -69,20 +68,33 @@ def pack_groups(
             f"codes must be {least} to {largest}, got {values.min().item()} to "
             f"{values.max().item()}"
         )
-    for name, tensor in {"scales": scales, "zeros": zeros}.items():
-        if tensor is not None and (tensor.dim() != 2 or tensor.shape[0] != n):
-            raise ValueError(f"{name} must be [{n}, groups], got {tuple(tensor.shape)}")
+    n = len(codes)
+    if scales.dim() != 2 or len(scales) != n:
+        raise ValueError(f"scales must be [{n}, groups], got {tuple(scales.shape)}")
     if (zeros is None) != (format != "U4"):
         raise ValueError(
             f"zeros must be {'given' if zeros is None else 'None'} for {format}, got "
             f"{'None' if zeros is None else 'a tensor'}"
         )
+    if zeros is not None:
+        _check_zeros(zeros, scales)
     return GroupedWeight(
         ops.repack(rows_of_codes(codes, format), format),
         format,
         _in_tiles(scales.float()),
         None if zeros is None else _in_tiles(zeros),
     )
+
+
+def _check_zeros(zeros: Tensor, scales: Tensor) -> None:
+    """Kernels put a zero point in a mantissa unchecked: a large one spills into the exponent."""
+    if zeros.dtype != torch.uint8 or zeros.shape != scales.shape:
+        raise ValueError(
+            f"zeros must be uint8 {tuple(scales.shape)} as the scales, got {zeros.dtype} of "
+            f"{tuple(zeros.shape)}"
+        )
+    if zeros.numel() and int(zeros.max()) > 15:
+        raise ValueError(f"zeros must be 0 to 15, got {int(zeros.max())}")
 
 
 def unpack_groups(weight: GroupedWeight, n: int, k: int) -> Tensor:

@@ -16,7 +16,7 @@ class Layout:
     """How a checkpoint keeps a linear.
 
     Attributes:
-        method: "gptq", "awq" or "compressed-tensors"
+        method: one of METHODS
         bits: of a code, 4 or 8
         zero_added: what is added to a stored zero point: 1 in the first version of GPTQ's files
         bytes_apart: whether a weight is an int8 or float8_e4m3fn tensor, a code a byte
@@ -30,13 +30,15 @@ class Layout:
     block: tuple[int, int] | None = None
 
     @property
-    def sign(self) -> str:
-        """The tensor that tells a quantised linear."""
+    def signs(self) -> tuple[str, ...]:
+        """Tensors any of which tells a quantised linear, the usual one first."""
         if self.method == "mxfp4":
-            return mxfp4.SIGN
+            return (mxfp4.SIGN,)
+        if self.method == "fp8":
+            return ("weight_scale_inv", "weight_scale")  # AutoFP8 writes the latter
         if self.bytes_apart:
-            return "weight_scale_inv" if self.method == "fp8" else "weight_scale"
-        return "weight_packed" if self.method == "compressed-tensors" else "qweight"
+            return ("weight_scale",)
+        return ("weight_packed" if self.method == "compressed-tensors" else "qweight",)
 
     @property
     def tensors(self) -> frozenset[str]:
@@ -44,7 +46,8 @@ class Layout:
         if self.method == "mxfp4":
             return mxfp4.TENSORS
         if self.bytes_apart:
-            return frozenset(("weight", self.sign, "input_scale", "activation_scale"))
+            others = ("weight_zero_point", "input_scale", "activation_scale")
+            return frozenset(("weight", *self.signs, *others))
         if self.method == "compressed-tensors":
             names = ("packed", "scale", "zero_point", "shape", "g_idx")
             return frozenset(f"weight_{name}" for name in names)
@@ -60,25 +63,42 @@ def layout_of(quantization: Mapping[str, Any]) -> Layout:
     method = quantization.get("quant_method")
     if method == "gptq":
         bits = _bits(quantization.get("bits"), (4, 8))
-        second = quantization.get("checkpoint_format") == "gptq_v2"
-        return Layout("gptq", bits, 0 if second else 1)
+        version = _first(quantization, ("checkpoint_format", "format"), "gptq")
+        if version not in ("gptq", "gptq_v2"):
+            raise ValueError(f"GPTQ's format must be gptq or gptq_v2, got {version}")
+        return Layout("gptq", bits, 0 if version == "gptq_v2" else 1)
     if method == "awq":
-        version = str(quantization.get("version", "gemm")).lower()
+        version = _first(quantization, ("version", "format"), "gemm")
         if version != "gemm":
             raise ValueError(f"AWQ's version must be gemm, got {version}")
         return Layout("awq", _bits(quantization.get("bits", quantization.get("w_bit")), (4,)))
     if method == "mxfp4":
         return Layout(method, 4)
     if method == "fp8":
-        block = quantization.get("weight_block_size")
-        sizes = None if block is None else (int(block[0]), int(block[1]))
-        return Layout("fp8", 8, bytes_apart=True, block=sizes)
+        block = _block("weight_block_size", quantization.get("weight_block_size"))
+        return Layout("fp8", 8, bytes_apart=True, block=block)
     if method == "compressed-tensors":
         format = quantization.get("format")
         if format in ("int-quantized", "float-quantized", "naive-quantized"):
-            return Layout("compressed-tensors", 8, bytes_apart=True)
+            block = _compressed_block(quantization)
+            return Layout("compressed-tensors", 8, bytes_apart=True, block=block)
         return Layout("compressed-tensors", _compressed_bits(quantization))
     raise ValueError(f"quant_method must be one of {', '.join(METHODS)}, got {method!r}")
+
+
+def _first(quantization: Mapping[str, Any], names: tuple[str, ...], otherwise: str) -> str:
+    """The first of these fields that is set, in lower case as transformers reads them."""
+    return str(next(filter(None, map(quantization.get, names)), otherwise)).lower()
+
+
+def _block(name: str, sizes: Any) -> tuple[int, int] | None:
+    if sizes is None:
+        return None
+    if not isinstance(sizes, (list, tuple)) or [type(size) for size in sizes] != [int, int]:
+        raise ValueError(f"{name} must be two sizes, got {sizes}")
+    if min(sizes) < 1:
+        raise ValueError(f"{name} must be of sizes from 1, got {sizes}")
+    return sizes[0], sizes[1]
 
 
 def _bits(bits: Any, known: tuple[int, ...]) -> int:
@@ -91,12 +111,36 @@ def _compressed_bits(quantization: Mapping[str, Any]) -> int:
     format = quantization.get("format")
     if format != "pack-quantized":
         raise ValueError(f"the format of compressed-tensors must be pack-quantized, got {format}")
-    groups = quantization.get("config_groups") or {}
-    weights = [(group or {}).get("weights") or {} for group in groups.values()]
-    bits = {one.get("num_bits") for one in weights}
-    if len(bits) != 1 or any((group or {}).get("input_activations") for group in groups.values()):
+    groups = _groups(quantization)
+    bits = [weights.get("num_bits") for weights, _ in groups]
+    if not bits or any(one != bits[0] for one in bits) or any(inputs for _, inputs in groups):
         raise ValueError(
             "config_groups must quantise weights alone, all in as many bits, got "
-            f"{sorted(map(str, bits))} bits"
+            f"{sorted(set(map(str, bits)))} bits"
         )
-    return _bits(bits.pop(), (4, 8))
+    return _bits(bits[0], (4, 8))
+
+
+def _compressed_block(quantization: Mapping[str, Any]) -> tuple[int, int] | None:
+    blocks = [
+        _block("block_structure", weights.get("block_structure") or ())
+        if weights.get("strategy") == "block"
+        else None
+        for weights, _ in _groups(quantization)
+    ]
+    if len(set(blocks)) > 1:
+        raise ValueError(f"config_groups must have one block_structure, got {blocks}")
+    return blocks[0] if blocks else None
+
+
+def _groups(quantization: Mapping[str, Any]) -> list[tuple[Mapping[str, Any], Any]]:
+    """What each of config_groups says of its weights, and of its inputs."""
+    groups = quantization.get("config_groups") or {}
+    known = isinstance(groups, Mapping)
+    found = [group or {} for group in groups.values()] if known else []
+    known = known and all(isinstance(group, Mapping) for group in found)
+    weights = [group.get("weights") or {} for group in found] if known else []
+    if not known or not all(isinstance(one, Mapping) for one in weights):
+        raise ValueError(f"config_groups must be groups by name, with weights each, got {groups}")
+    inputs = [group.get("input_activations") for group in found]
+    return list(zip(weights, inputs, strict=True))

@@ -39,7 +39,7 @@ class Weight:
         self.scales = (0.01 * torch.randn(n, groups)).to(device, dtype)
         self.zeros = None
         if format == "U4":
-            self.zeros = torch.randint(0, 17, (n, groups), dtype=torch.uint8).to(device)
+            self.zeros = torch.randint(0, 16, (n, groups), dtype=torch.uint8).to(device)
         self.perm = None
         self.packed, self.format, *self.sides = pack_groups(
             self.codes, format, self.scales, self.zeros
