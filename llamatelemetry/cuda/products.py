@@ -1,6 +1,9 @@
-"""Products of two matrices by kernels of ours; where a gradient is needed, by torch's."""
+"""Products of two matrices by kernels of ours, their gradients by torch's."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -42,7 +45,7 @@ def gemm(
                 [3.5000, 3.5000, 3.5000, 3.5000]])
     """
     if _needs_grad(a, b, c):
-        return _differentiable(a, b, alpha, beta, trans_a, trans_b, c)
+        return _Product.apply(ops.gemm, a, b, c, alpha, beta, trans_a, trans_b)
     return ops.gemm(a, b, alpha, beta, trans_a, trans_b, c)
 
 
@@ -77,7 +80,7 @@ def tensor_core_gemm(
         tensor([[180000.]])
     """
     if _needs_grad(a, b, c):
-        return _differentiable(a.float(), b.float(), alpha, beta, trans_a, trans_b, c)
+        return _Product.apply(ops.tensor_core_gemm, a, b, c, alpha, beta, trans_a, trans_b)
     return ops.tensor_core_gemm(a, b, alpha, beta, trans_a, trans_b, c)
 
 
@@ -111,12 +114,42 @@ def _needs_grad(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
-def _differentiable(
-    a: Tensor, b: Tensor, alpha: float, beta: float, trans_a: bool, trans_b: bool, c: Tensor | None
-) -> Tensor:
-    out = alpha * ((a.mT if trans_a else a) @ (b.mT if trans_b else b))
-    if not beta:
-        return out
-    if c is None:
-        raise RuntimeError(f"gemm: c must be given where beta is not 0, got None and beta = {beta}")
-    return out + beta * c
+class _Product(torch.autograd.Function):
+    """The op itself, so that its checks and its value are those without gradients."""
+
+    @staticmethod
+    def forward(
+        op: Callable[..., Tensor],
+        a: Tensor,
+        b: Tensor,
+        c: Tensor | None,
+        alpha: float,
+        beta: float,
+        trans_a: bool,
+        trans_b: bool,
+    ) -> Tensor:
+        return op(a, b, alpha, beta, trans_a, trans_b, c)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _, a, b, c, ctx.alpha, ctx.beta, ctx.trans_a, ctx.trans_b = inputs
+        ctx.save_for_backward(a, b)
+        ctx.c_dtype = c.dtype if c is not None and ctx.beta else None
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """In float32, each gradient rounded once to the dtype of what it is of."""
+        a, b = ctx.saved_tensors
+        _, needs_a, needs_b, needs_c, *_ = ctx.needs_input_grad
+        of_a = of_b = of_c = None
+        grad = grad.float()
+        of_product = ctx.alpha * grad
+        if needs_a:
+            of_a = of_product @ (b if ctx.trans_b else b.mT).float()
+            of_a = (of_a.mT if ctx.trans_a else of_a).to(a.dtype)
+        if needs_b:
+            of_b = (a if ctx.trans_a else a.mT).float() @ of_product
+            of_b = (of_b.mT if ctx.trans_b else of_b).to(b.dtype)
+        if needs_c and ctx.c_dtype is not None:  # where beta is 0, c is not read
+            of_c = (ctx.beta * grad).to(ctx.c_dtype)
+        return None, of_a, of_b, of_c, None, None, None, None

@@ -15,12 +15,13 @@ from llamatelemetry.models.pieces.layer import DecoderLayer, norm_in
 from llamatelemetry.models.pieces.linear import is_dense
 from llamatelemetry.models.pieces.merge import TensorsOf
 from llamatelemetry.models.pieces.mlp import MLPS
-from llamatelemetry.models.pieces.norm import norm_piece
+from llamatelemetry.models.pieces.norm import Norm, norm_piece
 from llamatelemetry.models.pieces.watch import has_hooks
 from llamatelemetry.models.probe import disagreement, likeness
 from llamatelemetry.models.probe_setting import undisturbed
 from llamatelemetry.models.spec import LayerSpec, unread_field
 from llamatelemetry.models.stack import Stack
+from llamatelemetry.quantization.w8a8 import W8A8Linear
 
 
 def wanted_pieces(stack: Stack) -> dict[str, type[Piece]]:
@@ -82,6 +83,8 @@ def refusals(
             module = model.get_submodule(name)
             for changed in filter(None, map(in_force, module.modules())):
                 raise ValueError(f"the module must be without {changed}; disable_flash_attention")
+            if not issubclass(kind, Norm):
+                _refuse_w8a8(module)
             i = stack.layer_of(name)
             key = (likeness(kind, module), stack.rope_kind(i))
             if key not in verdicts:
@@ -92,6 +95,13 @@ def refusals(
         if reason is not None:
             refused[name] = reason
     return refused
+
+
+def _refuse_w8a8(module: nn.Module) -> None:
+    """No probe can tell: a rounding before a row is quantised moves its codes by whole steps."""
+    for name, part in module.named_modules():
+        if isinstance(part, W8A8Linear):
+            raise ValueError(f"patch does not serve W8A8 linears, got one as {name}")
 
 
 def _verdict(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 
 import torch
 from torch import Tensor, nn
@@ -53,6 +53,19 @@ class W8A8Linear(nn.Module):
         bias = None if self.bias is None else self.bias.to(dtype)
         return ops.scaled_linear(q, scales, self.weight, self.weight_scales, dtype, bias)
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> W8A8Linear:
+        """Of .to(dtype) and the like: codes and scales keep the format's dtypes."""
+        kind = self.weight.dtype
+        # Not floating, so moved and never converted.
+        self.weight = self.weight.view(torch.int8)
+        self.weight_scales = self.weight_scales.view(torch.int32)
+        try:
+            super()._apply(fn, recurse)
+        finally:
+            self.weight = self.weight.view(kind)
+            self.weight_scales = self.weight_scales.view(torch.float32)
+        return self
+
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, {self.weight.dtype}"
 
@@ -62,11 +75,15 @@ def quantize_w8a8(
 ) -> nn.Module:
     """Puts W8A8Linear in the place of the model's linears: half the memory of 16-bit weights.
 
+    patch serves the norms of such a model; its attention, MLPs and layers it refuses by name, and
+    they run as they are.
+
     Args:
         model: any module; it is changed. Its other modules stay, and so do linears whose weight
             another module shares, as a head tied to the embedding is.
         kind: "int8", or "fp8" for e4m3.
-        skip: names of modules, or last parts of them, whose linears stay.
+        skip: names whose linears stay: of a linear, of what holds it, or whole parts of its name,
+            as "lm_head", "model.layers.0", "self_attn" and "mlp.down_proj" are.
 
     Returns:
         The model.
@@ -81,6 +98,8 @@ def quantize_w8a8(
         )
     """
     _dtype_of(kind)
+    if isinstance(skip, str):
+        raise RuntimeError(f"quantize_w8a8: skip must be a collection of names, got {skip!r}")
     holders: dict[int, int] = {}
     for _, parameter in model.named_parameters(remove_duplicate=False):
         holders[id(parameter)] = holders.get(id(parameter), 0) + 1
@@ -89,7 +108,7 @@ def quantize_w8a8(
         for name, part in model.named_modules()
         if type(part) is nn.Linear
         and holders[id(part.weight)] == 1
-        and not {name, *name.split(".")} & set(skip)
+        and not any(f".{kept}." in f".{name}." for kept in skip)
     ]
     if not found:
         raise RuntimeError(
