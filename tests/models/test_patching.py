@@ -19,6 +19,7 @@ from llamatelemetry.models.stack import stack_of
 LENGTHS = (4, 9, 1)
 LONGEST = 9
 NEW_TOKENS = 7
+EAGER_WITH_WINDOW = ("gemma2", "vaultgemma")  # see "Right padding" in docs/models.md
 
 
 def padded_batch(side, device="cpu"):
@@ -147,7 +148,9 @@ def test_generate_gives_the_same_tokens(family, side, cache, device):
     theirs, margins = greedy(model, ids, mask, **options)
     patch(model)
     ours, _ = greedy(model, ids, mask, **options)
-    for row in range(len(LENGTHS)):
+    for row, length in enumerate(LENGTHS):
+        if side == "right" and family in EAGER_WITH_WINDOW and length < LONGEST:
+            continue  # it goes on from a padding slot that sees no token
         differs = (ours[row] != theirs[row]).nonzero().flatten().tolist()
         assert not differs or margins[row, differs[0]] < 1e-3
 
