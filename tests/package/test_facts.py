@@ -30,11 +30,12 @@ def test_dtypes_are_torch_s():
 
 @pytest.mark.parametrize("name", facts.DTYPES[3:])
 def test_storage_dtypes_are_refused(name):
-    """No op takes them yet; each says so, rather than reading them as float32."""
+    """An op that does not take them says so, rather than reading them as float32."""
     x = torch.zeros(1, 1, 1, 32).to(getattr(torch, name))
     with pytest.raises(RuntimeError, match=rf"must be float32, float16 or bfloat16, got {name}"):
         flash_attn(x, x, x)
     with pytest.raises(RuntimeError, match=rf"must be float32, float16 or bfloat16, got {name}"):
         quant_linear(x[0, 0], torch.zeros(1, 0, dtype=torch.uint8), "Q8_0", 16)
-    with pytest.raises(RuntimeError, match=rf"must be float32, float16 or bfloat16, got {name}"):
-        append_kv_(x[0], x[0], x, x, torch.zeros(1, dtype=torch.int64))
+    cache = torch.zeros(1, 1, 1, 32)
+    with pytest.raises(RuntimeError, match=rf"append_kv_: k must have .*, got {name}"):
+        append_kv_(x[0], x[0], cache, cache.clone(), torch.zeros(1, dtype=torch.int64))
