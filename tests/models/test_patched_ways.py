@@ -175,7 +175,9 @@ def test_a_function_of_the_models_file_is_changed(device, monkeypatch):
         context.setattr(file, "apply_rotary_pos_emb", lambda q, k, *_, **__: (q, k))
         assert not torch.allclose(assert_alike(ours, theirs, device), before)
         assert "kind" in report.refused["model.layers.0.self_attn"]
-        pickle.dumps(ours)
+        # Attention of transformers 5.10 holds the function, so that no model is pickled meanwhile.
+        if not hasattr(theirs.model.layers[0].self_attn, "_hidden_kernels"):
+            pickle.dumps(ours)
     assert_alike(ours, theirs, device)
     assert report.refused == {}
 
