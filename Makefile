@@ -105,7 +105,7 @@ clean:
 # pip shows nothing of a build, so ninja runs here, where its lines are seen; pip's own build of the
 # editable package then finds nothing left to do.
 build: | .venv/torch
-	test -e build/ninja || echo "Building: with the CUDA kernels about 4 minutes on 2 cores"
+	test -e build/ninja || echo "Building: with the CUDA kernels several minutes on 2 cores"
 	$(BIN)/python setup.py -q build_ext --inplace
 
 .venv/torch:

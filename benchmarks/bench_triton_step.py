@@ -1,7 +1,7 @@
 """A token of the engine over Triton's kernels and over ours in CUDA: random models of the shapes of
 Llama-3-8B and Granite-8B-Code in bfloat16, two prompts of 512 tokens, 256 new ones of each.
 
-As one graph, and eagerly. The two paths' logits of the prompts are compared first.
+As one graph, and eagerly. Logits of 4 such layers are compared first.
 """
 
 from __future__ import annotations
@@ -78,16 +78,29 @@ def timed(
     return graph, eager, logits
 
 
+def random_prompts(model: LlamaForCausalLM) -> list[list[int]]:
+    prompts: list[list[int]] = torch.randint(1, model.config.vocab_size, (BATCH, PROMPT)).tolist()
+    return prompts
+
+
+def compare(name: str, more: dict[str, Any]) -> None:
+    """Asserts that both paths give a model of the shape the same logits. It has 4 layers: the
+    bfloat16 of more random ones drifts apart."""
+    model = random_model(more, 4)
+    prompts = random_prompts(model)
+    ours, theirs = (timed(model, backend, prompts)[2] for backend in ("triton", "native"))
+    error = ((ours - theirs).norm() / theirs.norm()).item()
+    assert error < 0.05, f"{name}: logits differ by {error:.3g}"
+
+
 def measure(layers: int, quick: bool) -> list[harness.Row]:
     rows = []
     for name, more in MODELS.items():
+        compare(name, more)
         model = random_model(more, layers if quick else None)
-        prompts = torch.randint(1, model.config.vocab_size, (BATCH, PROMPT)).tolist()
-        ours, ours_eager, logits = timed(model, "triton", prompts)
-        cuda, cuda_eager, theirs = timed(model, "native", prompts)
-        error = ((logits - theirs).norm() / theirs.norm()).item()
-        # bfloat16's own: 2 % after 4 of random layers, 6 % after 32, in transformers' as in ours
-        assert error < 0.1, f"{name}: logits differ by {error:.3g}"
+        prompts = random_prompts(model)
+        ours, ours_eager, _ = timed(model, "triton", prompts)
+        cuda, cuda_eager, _ = timed(model, "native", prompts)
         rows += [
             harness.Row(f"{name}, a graph", ours, {"our CUDA": cuda}),
             harness.Row(f"{name}, eager", ours_eager, {"our CUDA": cuda_eager}),
