@@ -1,13 +1,11 @@
 // The launch of quant_wgmma.cuh for a number of rows of x in a block and a set of formats.
 #pragma once
 
-#include <cuda.h>
-#include <cudaTypedefs.h>
-
 #include <mutex>
 
 #include "gemm/quant_wgmma.cuh"
 #include "tile/kernel_entry.cuh"
+#include "tile/tensor_map.h"
 
 namespace llamatelemetry {
 
@@ -51,18 +49,10 @@ class ClusterSlots {
   Counts counts_;
 };
 
-// Boxes of 64 columns of `tokens` rows of x, swizzled; what lies outside reads as 0. The driver's
-// function comes without linking to the driver.
+// Boxes of 64 columns of `tokens` rows of x, swizzled; what lies outside reads as 0.
 inline Error encode_tokens(const QuantLinearParams& p, int tokens, CUtensorMap* map) {
-  static const auto encode = [] {
-    void* function = nullptr;
-    cudaDriverEntryPointQueryResult found{};
-    const cudaError_t status = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function,
-                                                                12000, cudaEnableDefault, &found);
-    const bool usable = status == cudaSuccess && found == cudaDriverEntryPointSuccess;
-    return reinterpret_cast<PFN_cuTensorMapEncodeTiled_v12000>(usable ? function : nullptr);
-  }();
-  if (encode == nullptr) return "the driver must know cuTensorMapEncodeTiled (CUDA 12)";
+  const auto encode = tensor_map_encoder();
+  if (encode == nullptr) return kNoTensorMaps;
   constexpr cuuint64_t kElementBytes = 2;
   const auto k = static_cast<cuuint64_t>(p.k);
   const cuuint64_t sizes[2] = {k, static_cast<cuuint64_t>(p.m)};

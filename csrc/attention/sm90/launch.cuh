@@ -1,30 +1,15 @@
 // The host side of the Hopper kernels of attention: tensor maps, schedule, launch.
 #pragma once
 
-#include <cuda.h>
-#include <cudaTypedefs.h>
-
 #include <algorithm>
 #include <bit>
 
 #include "attention/sm90/kernel.cuh"
 #include "common/device.h"
 #include "tile/dependent_launch.cuh"
+#include "tile/tensor_map.h"
 
 namespace llamatelemetry {
-
-// The driver's function without linking to the driver: nullptr where there is none.
-inline PFN_cuTensorMapEncodeTiled_v12000 tensor_map_encoder() {
-  static const auto encoder = [] {
-    void* function = nullptr;
-    cudaDriverEntryPointQueryResult found{};
-    const cudaError_t status = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function,
-                                                                12000, cudaEnableDefault, &found);
-    const bool usable = status == cudaSuccess && found == cudaDriverEntryPointSuccess;
-    return reinterpret_cast<PFN_cuTensorMapEncodeTiled_v12000>(usable ? function : nullptr);
-  }();
-  return encoder;
-}
 
 // A box is kColumnBlock columns of num_rows tokens of one head; what lies outside reads as 0.
 // Sets the steps to 0 along dimensions that a stride of 0 repeats.
@@ -32,7 +17,7 @@ inline Error encode_heads(const Heads& x, DType dtype, int64_t head_dim, int64_t
                           int64_t num_heads, int64_t batch, int num_rows, CUtensorMap* map,
                           int* head_step, int* batch_step) {
   const auto encode = tensor_map_encoder();
-  if (encode == nullptr) return "the driver must know cuTensorMapEncodeTiled (CUDA 12)";
+  if (encode == nullptr) return kNoTensorMaps;
   constexpr int64_t kElementBytes = 2;
   *head_step = x.head_stride != 0;
   *batch_step = x.batch_stride != 0;
