@@ -1,6 +1,8 @@
-// cache[slot_mapping[t]] = source[t] for K and V. Memory bound. One item per token.
+// cache[slot_mapping[t]] = source[t] for K and V, as it is or in 8 bits: round(source[t] / scale)
+// for each head, in float8_e4m3 or int8. Memory bound. One item per token.
 #include <cstring>
 
+#include "cache/eight_bit.h"
 #include "cache/params.h"
 #include "cpu/isa.h"
 #include "cpu/parallel.h"
@@ -9,22 +11,44 @@ namespace llamatelemetry {
 namespace LT_ISA {
 namespace {
 
-void append_kv_items(const AppendKvParams& p, int64_t begin, int64_t end) {
+// Calls store(which, slot, head, source, row) for each head of each token that has a slot, K's
+// (which = 0) and then V's.
+template <typename Store>
+void for_each_head(const AppendKvParams& p, int64_t begin, int64_t end, Store store) {
   const int64_t num_slots = p.num_blocks * p.page_size;
   for (int64_t token = begin; token < end; ++token) {
     const int64_t slot = p.slot_mapping[token];
     if (slot < 0 || slot >= num_slots) continue;
-    for (const CachePlane& plane : p.planes) {
+    for (int which = 0; which < 2; ++which) {
+      const CachePlane& plane = p.planes[which];
       const char* source =
           static_cast<const char*>(plane.source) + token * plane.token_stride_bytes;
       char* row = static_cast<char*>(plane.cache) + slot / p.page_size * plane.block_stride_bytes +
                   slot % p.page_size * plane.slot_stride_bytes;
       for (int64_t head = 0; head < p.num_heads; ++head) {
-        std::memcpy(row + head * p.head_bytes, source + head * plane.head_stride_bytes,
-                    p.head_bytes);
+        store(which, slot, head, source + head * plane.head_stride_bytes,
+              row + head * p.head_bytes);
       }
     }
   }
+}
+
+void append_kv_items(const AppendKvParams& p, int64_t begin, int64_t end) {
+  for_each_head(p, begin, end, [&](int, int64_t, int64_t, const char* source, char* row) {
+    std::memcpy(row, source, p.head_bytes);
+  });
+}
+
+void append_8_bit_items(const AppendKvParams& p, int64_t begin, int64_t end) {
+  dispatch_dtype(p.dtype, [&](auto type) {
+    using T = typename decltype(type)::type;
+    for_each_head(p, begin, end,
+                  [&](int which, int64_t slot, int64_t head, const char* source, char* row) {
+                    store_row_in_8_bits(reinterpret_cast<const T*>(source), p.head_bytes, p.stored,
+                                        p.scales[which], p.page_size, slot, head,
+                                        reinterpret_cast<uint8_t*>(row));
+                  });
+  });
 }
 
 }  // namespace
@@ -35,7 +59,15 @@ Error launch_append_kv(const AppendKvParams& params, Stream) {
   return nullptr;
 }
 
+Error launch_append_8_bit(const AppendKvParams& params, Stream) {
+  const auto values = static_cast<double>(2 * params.num_heads * params.head_bytes);
+  parallel_over<append_8_bit_items>("append_kv_", Work{params.num_tokens, 20.0 + 2.0 * values},
+                                    params);
+  return nullptr;
+}
+
 }  // namespace LT_ISA
 }  // namespace llamatelemetry
 
 LT_CPU_LAUNCHER(launch_append_kv, AppendKvParams)
+LT_CPU_LAUNCHER(launch_append_8_bit, AppendKvParams)
