@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from llamatelemetry.inference.request_handle import RequestResult as RequestResult
     from llamatelemetry.inference.request_handle import RequestStats as RequestStats
     from llamatelemetry.inference.sampling import SamplingParams as SamplingParams
+    from llamatelemetry.inference.speculation_config import SpeculationConfig as SpeculationConfig
     from llamatelemetry.inference.speculative import SpeculationStats as SpeculationStats
     from llamatelemetry.inference.speculative import SpeculativeDecoder as SpeculativeDecoder
     from llamatelemetry.inference.structured import Structures as Structures
@@ -99,6 +100,7 @@ __getattr__, __dir__, __all__ = lazy_names(
             "RequestStats",
         ),
         "sampling": ("SamplingParams",),
+        "speculation_config": ("SpeculationConfig",),
         "speculative": (
             "SpeculationStats",
             "SpeculativeDecoder",

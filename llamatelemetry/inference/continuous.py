@@ -8,17 +8,18 @@ from typing import Any
 
 from llamatelemetry.inference.arguments import at_least
 from llamatelemetry.inference.drawing import Asked
-from llamatelemetry.inference.engine import InferenceEngine
 from llamatelemetry.inference.kv_pages import check_cache_dtype
 from llamatelemetry.inference.logit_options import LogitOptions
-from llamatelemetry.inference.packed import why_not_packed
 from llamatelemetry.inference.request_handle import RequestHandle
 from llamatelemetry.inference.running_batch import RunningBatch
-from llamatelemetry.inference.sampling import GREEDY, SamplingParams
-from llamatelemetry.inference.submission import Submission, checked_params, eos_of
+from llamatelemetry.inference.sampling import SamplingParams
+from llamatelemetry.inference.served import served_by
+from llamatelemetry.inference.speculation import Speculation
+from llamatelemetry.inference.speculation_config import SpeculationConfig, checked_speculation
+from llamatelemetry.inference.submission import Submission, checked_params
 from llamatelemetry.inference.telemetry import Telemetry
 from llamatelemetry.inference.turns import Turns
-from llamatelemetry.models.patching import ops_of, patch
+from llamatelemetry.models.patching import ops_of
 
 # Tokens of a step, by device: how long a prompt may keep those that decode from their next token.
 STEP_TOKENS = {"cpu": 256, "cuda": 4096}
@@ -55,6 +56,7 @@ class ContinuousBatching:
         split_size: a multiple of 64, at which attention's keys are cut: then no bit of a request's
             tokens depends on the others, but where it gave its blocks up. Steps have max_batch_size
             rows, a prompt a forward of its own, and no prefix is shared; 0 is faster.
+        speculation: SpeculationConfig; None drafts nothing. The text is the same.
 
     Raises:
         ValueError: for a number below 1, another cache_dtype, a model packed steps do not serve.
@@ -90,6 +92,7 @@ class ContinuousBatching:
         overlap: bool | None = None,
         cache_dtype: Any = None,
         split_size: int = 0,
+        speculation: SpeculationConfig | None = None,
     ) -> None:
         at_least("ContinuousBatching: max_batch_size", max_batch_size, 1)
         for name, value in (("max_step_tokens", max_step_tokens), ("num_blocks", num_blocks)):
@@ -107,23 +110,15 @@ class ContinuousBatching:
         self._names = itertools.count()
         self._turns: Turns | None = None
         self._fixed_blocks = num_blocks
-        self._tokenizer: Any = None
-        self._eos: Collection[int] = ()
-        self._unasked = GREEDY
+        if checked_speculation(speculation) is not None and split_size:
+            raise ValueError(
+                "ContinuousBatching: split_size must be 0 with speculation, whose steps have "
+                f"drafted tokens of others too, got {split_size}"
+            )
         if engine is None:
             return
-        if isinstance(engine, InferenceEngine):
-            self.model, self._tokenizer = engine.loaded.model, engine.tokenizer
-            self._eos, self._unasked = engine.loaded.eos_ids, engine.defaults.unasked()
-        else:
-            self.model, self._eos = engine, eos_of(engine)
-            patch(engine)
-        if "_llamatelemetry" not in self.model.__dict__ or why_not_packed(self.model):
-            reason = why_not_packed(self.model) or "patch does not know it"
-            raise ValueError(
-                f"ContinuousBatching: the model must be one that packed steps serve, got "
-                f"{type(self.model).__name__}: {reason}"
-            )
+        self._served = served_by(engine)
+        self.model = self._served.model
         if split_size and ops_of(self.model).name == "triton":
             raise ValueError("ContinuousBatching: split_size must be 0 with the Triton backend")
         tokens = STEP_TOKENS.get(self.model.device.type, STEP_TOKENS["cuda"])
@@ -136,6 +131,7 @@ class ContinuousBatching:
                 self.model.device.type == "cuda" if overlap is None else overlap,
                 cache_dtype,
                 split_size,
+                None if speculation is None else Speculation(speculation),
             )
         )
 
@@ -208,6 +204,7 @@ class ContinuousBatching:
         wait_limit_s: float | None = None,
         shown_tokens: Collection[str] = (),
         num_beams: int = 1,
+        speculate: bool = True,
     ) -> list[RequestHandle]:
         """Queues several answers to one prompt, which is computed once and whose blocks they share.
 
@@ -224,6 +221,7 @@ class ContinuousBatching:
             wait_limit_s: seconds from now until which its first forward has to begin.
             shown_tokens: names of control tokens that the text shows; of others it shows nothing.
             num_beams: 1; model.generate searches beams.
+            speculate: whether tokens may be drafted for them, where the batch has a speculation.
 
         Raises:
             ValueError, OutOfBlocks: as submit does.
@@ -237,20 +235,11 @@ class ContinuousBatching:
             checked_params(one)
         asked = Submission(
             self._ids(prompt),
-            max_tokens,
-            min_tokens,
-            stop_sequences,
-            stop_token_ids,
-            ignore_eos,
-            priority,
-            logits,
-            time_limit_s,
-            wait_limit_s,
-            shown_tokens,
-            num_beams,
+            *(max_tokens, min_tokens, stop_sequences, stop_token_ids, ignore_eos, priority),
+            *(logits, time_limit_s, wait_limit_s, shown_tokens, num_beams, speculate),
         )
         names = [next(self._names) for _ in params]
-        requests = asked.requests(names, self.model, self._tokenizer, self._eos)
+        requests = asked.requests(names, self.model, self._served.tokenizer, self._served.eos)
         if self._fixed_blocks is not None:
             turns.batch.scheduler.require_fit(requests[0])
         limits, grammar = asked.limits(), asked.options.grammar
@@ -258,7 +247,7 @@ class ContinuousBatching:
             RequestHandle(
                 request,
                 Asked(
-                    one or self._unasked,
+                    one or self._served.unasked,
                     asked.options,
                     None if grammar is None else grammar.matcher(),
                 ),
@@ -293,7 +282,7 @@ class ContinuousBatching:
                 batch.scheduler.blocks.forget_prefixes()
 
     def _ids(self, prompt: Any) -> Any:
-        if self._tokenizer is not None:
+        if self._served.tokenizer is not None:
             return self.engine.encode(prompt)
         if isinstance(prompt, str):
             raise ValueError("prompt must be token ids where engine is a model, got text")

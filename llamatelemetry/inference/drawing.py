@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from llamatelemetry.inference.logit_options import NO_OPTIONS, LogitOptions, Matcher
+from llamatelemetry.inference.plan import Piece
 from llamatelemetry.inference.sampling import SamplingParams, nan_error, sampling_tensors
 from llamatelemetry.inference.scheduled_request import ScheduledRequest
 from llamatelemetry.ops import apply_token_bitmask_
@@ -110,6 +111,27 @@ def draw(
         failed.get(i) or Drawn(token, one)
         for i, (token, one) in enumerate(zip(tokens.tolist(), found, strict=True))
     ]
+
+
+def draw_for_pieces(
+    logits: Tensor, pieces: Sequence[Piece], asked_of: Callable[[ScheduledRequest], Asked]
+) -> list[list[Drawn] | Exception]:
+    """What each piece draws, for all that share its prompt, from its last token's logits.
+
+    Args:
+        logits: [len(pieces), vocab_size]
+    """
+    rows = [
+        (i, one) for i, piece in enumerate(pieces) if piece.draws for one in piece.request.draws_for
+    ]
+    if not rows:
+        return [[] for _ in pieces]
+    requests = [one for _, one in rows]
+    drawn = draw(logits[[i for i, _ in rows]], requests, list(map(asked_of, requests)))
+    found: list[list[Drawn | Exception]] = [[] for _ in pieces]
+    for (i, _), one in zip(rows, drawn, strict=True):
+        found[i].append(one)
+    return [of_piece(group) for group in found]
 
 
 def of_piece(drawn: Sequence[Drawn | Exception]) -> list[Drawn] | Exception:

@@ -17,6 +17,7 @@ class Piece:
     end: int
     table: list[int]  # blocks of the request
     draws: bool  # whether the next token is drawn from the last one's logits
+    draft: tuple[int, ...] = ()  # tokens that may come next, on which the forward runs too
 
     @property
     def is_decode(self) -> bool:
@@ -45,3 +46,7 @@ class Plan:
     @property
     def num_tokens(self) -> int:
         return sum(piece.end - piece.begin for piece in self.pieces)
+
+    @property
+    def num_drafted(self) -> int:
+        return sum(len(piece.draft) for piece in self.pieces)

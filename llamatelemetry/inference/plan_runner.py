@@ -17,7 +17,7 @@ from llamatelemetry.inference.decode_rows import (
     moved_on,
     wanted_rows,
 )
-from llamatelemetry.inference.drawing import Asked, Drawn, draw, of_piece
+from llamatelemetry.inference.drawing import Asked, Drawn, draw, draw_for_pieces, of_piece
 from llamatelemetry.inference.launched import Launched, Result
 from llamatelemetry.inference.logits_step import LogitsStep
 from llamatelemetry.inference.plan import Piece, Plan
@@ -25,6 +25,7 @@ from llamatelemetry.inference.runner import DecodeStep, StepRunner
 from llamatelemetry.inference.sampling import GREEDY, nan_error, sampling_tensors
 from llamatelemetry.inference.scheduled_request import ScheduledRequest
 from llamatelemetry.inference.step import Chunk, current, put
+from llamatelemetry.inference.verify import MAX_VERIFY_STEPS, Verifier
 
 MIN_WIDTH = 8  # blocks in a table; wider ones come in powers of two
 
@@ -38,6 +39,7 @@ class PlanRunner:
         max_rows: requests that decode in one step at most.
         page_size: tokens in a block.
         cache_dtype: as in StepRunner.
+        longest: drafted tokens that a piece has at most.
         split_size: of attention; other than 0 decode steps have max_rows rows, however few decode,
             and each prompt a forward of its own, so that no bit of a request's tokens depends on
             the others.
@@ -55,13 +57,15 @@ class PlanRunner:
         page_size: int,
         cache_dtype: torch.dtype | None = None,
         split_size: int = 0,
+        longest: int = 0,
     ) -> None:
         buckets = buckets_of(model.device.type, max_rows)
         self.buckets = buckets[-1:] if split_size else buckets
         self._are_apart = split_size > 0
         # Of each size one that draws, and one whose logits the host looks at.
-        sizes = page_size, 2 * len(self.buckets)
+        sizes = page_size, 2 * len(self.buckets) + MAX_VERIFY_STEPS * (longest > 0)
         self.runner = StepRunner(model, *sizes, cache_dtype, split_size)
+        self._verifier = Verifier(self.runner, asked_of, self._is_watched, self.buckets, longest)
         self.decode_mode = "eager"
         self.width = MIN_WIDTH
         self._asked_of = asked_of
@@ -71,7 +75,7 @@ class PlanRunner:
     def can_launch(self, plan: Plan) -> bool:
         """Whether the host need not look at anything before the tokens of a plan are drawn."""
         return not any(
-            piece.draws and (piece.request.siblings or self._is_watched(piece))
+            piece.draft or (piece.draws and (piece.request.siblings or self._is_watched(piece)))
             for piece in plan.pieces
         )
 
@@ -114,6 +118,7 @@ class PlanRunner:
         # there are in a step.
         yield from self._isolated(kinds.get("decoding", []), self._decode)
         yield from self._isolated(kinds.get("watched", []), self._decode_watched)
+        yield from self._verified(kinds.get("verified", []))
         for pieces in self._prompts(kinds):
             yield from self._isolated(pieces, self._eager)
 
@@ -125,6 +130,9 @@ class PlanRunner:
         kinds: dict[str, list[Piece]] = {}
         for piece in plan.pieces:
             kinds.setdefault(self._kind(piece), []).append(piece)
+        if any(piece.draft for piece in plan.pieces):
+            one_token = [kinds.pop(kind, []) for kind in ("decoding", "watched")]
+            kinds["verified"] = [piece for pieces in one_token for piece in pieces]
         return kinds
 
     def _prompts(self, kinds: dict[str, list[Piece]]) -> Iterator[list[Piece]]:
@@ -161,6 +169,19 @@ class PlanRunner:
                 return [(pieces[0], error)]
         return [result for piece in pieces for result in self._isolated([piece], self._eager)]
 
+    def _verified(self, pieces: list[Piece]) -> Iterator[Result]:
+        """Pieces of which some have drafts, and what each draws, token by token."""
+        if not pieces:
+            return
+        try:
+            step = self._verifier.run(pieces, self.width)
+        except Exception:
+            self.runner.drop_steps()
+            yield from (one for p in pieces for one in self._isolated([p], self._eager))
+        else:
+            self.decode_mode = step.mode
+            yield from self._verifier.results(pieces, step)
+
     def _prefill(self, pieces: list[Piece]) -> Tensor:
         """Logits of the last token of each piece."""
         chunks = [
@@ -186,21 +207,7 @@ class PlanRunner:
 
     def _eager(self, pieces: list[Piece]) -> list[list[Drawn] | Exception]:
         """A forward of any pieces."""
-        logits = self._prefill(pieces)
-        rows = [
-            (i, one)
-            for i, piece in enumerate(pieces)
-            if piece.draws
-            for one in piece.request.draws_for
-        ]
-        if not rows:
-            return [[] for _ in pieces]
-        requests = [one for _, one in rows]
-        drawn = draw(logits[[i for i, _ in rows]], requests, list(map(self._asked_of, requests)))
-        found: list[list[Drawn | Exception]] = [[] for _ in pieces]
-        for (i, _), one in zip(rows, drawn, strict=True):
-            found[i].append(one)
-        return [of_piece(group) for group in found]
+        return draw_for_pieces(self._prefill(pieces), pieces, self._asked_of)
 
     def _decode(self, pieces: list[Piece]) -> list[list[Drawn] | Exception]:
         step = self._run_step(pieces, {})

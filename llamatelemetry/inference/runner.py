@@ -53,8 +53,8 @@ class StepRunner:
         self._rope: list[tuple[Tensor, Tensor]] = []
         self.state = DecoderState(caches=self.pages.layers, rope=self._rope)
         self._num_positions = 0
-        # by kind and rows, the last used last
-        self._steps: OrderedDict[tuple[type, int], DecodeStep] = OrderedDict()
+        # by kind, rows and what else a kind is of, the last used last
+        self._steps: OrderedDict[tuple[object, ...], DecodeStep] = OrderedDict()
         self._graphs = StepGraphs()
         self._pointers = _pointers(model)
         self._frozen, self._versions = Frozen(model), _versions(model)
@@ -138,9 +138,7 @@ class StepRunner:
             step.kept = put(kept, torch.int64, device)
         return forward_tokens(self.model, ids, step, self.state)
 
-    def draw(
-        self, load: Callable[[], DecodeStep], *, looks_first: bool = False
-    ) -> tuple[DecodeStep, Tensor]:
+    def draw(self, load: Callable[[], _Step], *, looks_first: bool = False) -> tuple[_Step, Tensor]:
         """Runs the decode step that load puts rows in; one that has frozen what is other now is
         dropped first.
 
@@ -174,19 +172,20 @@ class StepRunner:
         """The step for so many rows of at most width blocks, a new one where none is at hand."""
         return self.step_of(DecodeStep, batch, width)
 
-    def step_of(self, kind: type[_Step], batch: int, width: int) -> _Step:
-        """decode_step of another kind."""
+    def step_of(self, kind: type[_Step], batch: int, width: int, *more: int) -> _Step:
+        """decode_step of another kind, which may be of more numbers than its rows."""
         self._follow_angles()
-        step = self._steps.get((kind, batch))
+        key = (kind, batch, *more)
+        step = self._steps.get(key)
         if not isinstance(step, kind) or step.width < width:
-            self._steps.pop((kind, batch), None)
+            self._steps.pop(key, None)
             while len(self._steps) >= self.max_steps:
                 self._steps.popitem(last=False)
             sizes = batch, width, self.pages.page_size
-            step = kind(self.model, self.state, *sizes, self._graphs)
+            step = kind(self.model, self.state, *sizes, self._graphs, *more)
             step.input.split_size = self._split_size
-            self._steps[kind, batch] = step
-        self._steps.move_to_end((kind, batch))
+            self._steps[key] = step
+        self._steps.move_to_end(key)
         return step
 
 

@@ -8,18 +8,17 @@ from typing import Any
 
 import torch
 
-from llamatelemetry.inference.block_manager import BlockManager, OutOfBlocks
+from llamatelemetry.inference.block_manager import BlockManager
+from llamatelemetry.inference.cache_room import CacheRoom
 from llamatelemetry.inference.drawing import Drawn
-from llamatelemetry.inference.fingerprint import Fingerprint
 from llamatelemetry.inference.host_pages import HostPages
 from llamatelemetry.inference.kv_pages import floating_parameter
 from llamatelemetry.inference.launched import Flight
 from llamatelemetry.inference.plan_runner import PlanRunner
 from llamatelemetry.inference.request_handle import RequestHandle
 from llamatelemetry.inference.runner import PAGE_SIZE
-from llamatelemetry.inference.scheduled_request import ScheduledRequest
 from llamatelemetry.inference.scheduler import Piece, Plan, Scheduler
-from llamatelemetry.loading.find import context_length_of
+from llamatelemetry.inference.speculation import Speculation
 
 
 class RunningBatch:
@@ -35,6 +34,7 @@ class RunningBatch:
         split_size: as in PlanRunner.
         overlap: whether a step's tokens are looked at once the next step was launched.
         cache_dtype: as in StepRunner.
+        speculation: Speculation; None drafts nothing.
 
     Attributes:
         open: handles of the requests that have not ended, by name, in order of submission.
@@ -56,9 +56,10 @@ class RunningBatch:
         overlap: bool = False,
         cache_dtype: torch.dtype | None = None,
         split_size: int = 0,
+        speculation: Speculation | None = None,
     ) -> None:
         self.model, self.max_rows, self.overlap = model, max_rows, overlap
-        self._split_size = split_size
+        self._split_size, self._speculation = split_size, speculation
         self.open: dict[object, RequestHandle] = {}
         self.incoming: deque[RequestHandle] = deque()
         self._step_tokens, self._fixed, self._share = step_tokens, num_blocks, share_prefixes
@@ -70,7 +71,6 @@ class RunningBatch:
 
     def _begin(self) -> None:
         """An empty cache, as the model is now."""
-        self._fingerprint: Fingerprint | None = None  # of what the shared prefixes are of
         self._like = floating_parameter(self.model)
         blocks = BlockManager(self._fixed or 0, PAGE_SIZE, share_prefixes=self._share)
         self.scheduler = Scheduler(
@@ -88,7 +88,10 @@ class RunningBatch:
             PAGE_SIZE,
             self._cache_dtype,
             self._split_size,
+            0 if self._speculation is None else self._speculation.config.num_speculative_tokens,
         )
+        room = self.model, self.max_rows, self._fixed, self._share
+        self._room = CacheRoom(*room, self.scheduler, self._runner)
 
     @property
     def decode_mode(self) -> str:
@@ -123,6 +126,7 @@ class RunningBatch:
         if self._is_torn:  # rows on the device stand nobody knows where
             touched += self._land()
             self._is_torn = False
+        touched += self._draft()
         plan = self._planned()
         if self.overlap and self._runner.can_launch(plan):
             try:
@@ -140,6 +144,17 @@ class RunningBatch:
             self.open[piece.request.name].begins()
         for piece, result in self._runner.run(plan):
             touched += self._put_down(piece, result)
+        if self._speculation is not None:
+            self._speculation.note(plan, self.scheduler)
+        return list(dict.fromkeys(touched))
+
+    def _draft(self) -> list[RequestHandle]:
+        """Drafts tokens for the next plan, where that may bring something."""
+        speculation = self._speculation
+        if speculation is None or not speculation.is_due(self.scheduler.running):
+            return []
+        touched = self._land()
+        speculation.draft(self.scheduler)
         return touched
 
     def _planned(self) -> Plan:
@@ -247,49 +262,14 @@ class RunningBatch:
                 continue
             try:
                 # Once for all that are open, where that is possible: it looks at every weight.
-                has_room = has_room or self._make_room(handle.request)
+                has_room = has_room or self._room.make(
+                    handle.request, [one.request for one in list(self.open.values())]
+                )
                 self.scheduler.add(handle.request)
             except Exception as error:
                 self._end(handle, error)
                 ended.append(handle)
         return ended
-
-    def _make_room(self, request: ScheduledRequest) -> bool:
-        """Grows the cache for all that is open, else for what was before and this one, else for
-        this one alone; the tables for the longest.
-
-        Returns:
-            Whether there is room for all that is open.
-        """
-        everyone = [handle.request for handle in list(self.open.values())]
-        known = [*self.scheduler.running, *self.scheduler.waiting, *request.draws_for]
-        for requests in (everyone, known):
-            try:
-                self._grow(requests, exact=False)
-                return requests is everyone
-            except (RuntimeError, ValueError):
-                continue  # the memory or the rotary embedding: the least that is needed may do
-        try:
-            self._grow([request], exact=True)
-        except RuntimeError as error:
-            raise OutOfBlocks(f"Out of KV cache memory: it cannot grow: {error}") from error
-        return False
-
-    def _grow(self, requests: Sequence[ScheduledRequest], *, exact: bool) -> None:
-        blocks, runner = self.scheduler.blocks, self._runner
-        counts = sorted(blocks.blocks_for(one.most_tokens) for one in requests)
-        width = runner.width_for(counts[-1])
-        positions = min(width * PAGE_SIZE, context_length_of(self.model.config))
-        if exact:
-            positions = max(one.most_tokens for one in requests)
-        wanted = self._fixed or max(sum(counts[-self.max_rows :]), blocks.num_blocks)
-        is_used = blocks.num_available < blocks.num_blocks or self._share
-        same = runner.runner.ready(positions, wanted, keep=is_used and blocks.num_blocks > 0)
-        runner.width = width
-        blocks.add_blocks(wanted - blocks.num_blocks)
-        if self._share and not (same and self._fingerprint and self._fingerprint.holds()):
-            blocks.forget_prefixes()
-            self._fingerprint = Fingerprint(self.model)
 
     def _move(self) -> None:
         """The model has another device or dtype: everything at work is computed anew."""

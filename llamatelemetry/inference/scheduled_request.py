@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Hashable, Sequence
+import bisect
+from collections.abc import Collection, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -34,10 +35,13 @@ class ScheduledRequest:
         num_computed: leading tokens whose keys and values are in the cache, or will be once the
             forwards that were launched are over.
         num_placed: leading tokens that have blocks; 0 while it has none.
+        speculates: whether tokens may be drafted for it.
+        draft: tokens that may follow those in tokens, for the next plan to try.
         num_ahead: tokens that follow those in tokens, which forwards that were launched draw and
             which the host has not seen.
         num_cached: leading tokens whose keys and values were in the cache already, at first.
         preemptions: how often its blocks were taken from it.
+        num_drafted, num_accepted: drafted tokens that a forward ran on, and those that were right.
         finish_reason: "stop", "length", "cancelled" or "error"; None while it is open.
     """
 
@@ -56,6 +60,10 @@ class ScheduledRequest:
     num_ahead: int = 0
     num_cached: int | None = None
     preemptions: int = 0
+    speculates: bool = True
+    draft: Sequence[int] = ()
+    num_drafted: int = 0
+    num_accepted: int = 0
     finish_reason: str | None = None
 
     def __post_init__(self) -> None:
@@ -106,3 +114,14 @@ class ScheduledRequest:
         elif self.num_drawn >= self.max_tokens:
             self.finish_reason = "length"
         return piece
+
+
+def insert(queue: list[ScheduledRequest], request: ScheduledRequest) -> None:
+    """Puts a request into a queue that is in order of rank."""
+    bisect.insort(queue, request, key=lambda one: one.rank)
+
+
+def in_order(queue: Iterable[ScheduledRequest]) -> bool:
+    """Whether a queue is in order of rank."""
+    ranks = [request.rank for request in queue]
+    return ranks == sorted(ranks)

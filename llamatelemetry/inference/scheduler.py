@@ -8,15 +8,13 @@ tokens stay, so its text does too.
 
 from __future__ import annotations
 
-import bisect
 import math
-from collections.abc import Iterable
 
 from llamatelemetry.inference.block_manager import BlockManager, OutOfBlocks
 from llamatelemetry.inference.host_blocks import HostBlocks
 from llamatelemetry.inference.plan import Piece as Piece
 from llamatelemetry.inference.plan import Plan as Plan
-from llamatelemetry.inference.scheduled_request import ScheduledRequest
+from llamatelemetry.inference.scheduled_request import ScheduledRequest, in_order, insert
 
 # How much a request that ends changes the share of max_tokens that others are expected to use.
 SHARE_RATE = 0.1
@@ -93,10 +91,11 @@ class Scheduler:
             OutOfBlocks: for one that the whole cache could not hold; nothing was changed.
         """
         self.require_fit(request)
-        _insert(self.waiting, request)
+        insert(self.waiting, request)
 
     def schedule(self) -> Plan:
-        """The next step's tokens. What was planned and never computed is planned again."""
+        """The next step's tokens. What was planned and never computed is planned again; what was
+        drafted for a request is planned once."""
         plan = Plan()
         for request in list(self.running):
             length = len(request.tokens) + request.num_ahead
@@ -134,16 +133,24 @@ class Scheduler:
         next."""
         piece.request.num_ahead -= piece.draws
 
+    def give_back(self, request: ScheduledRequest) -> None:
+        """Frees the blocks of drafted tokens that were not the right ones."""
+        if request in self.running:
+            tokens = request.tokens[request.num_placed : request.num_computed]
+            self.blocks.append(request.name, tokens)
+            request.num_placed += len(tokens)
+            self.blocks.truncate(request.name, request.num_placed)
+
     def fork(self, request: ScheduledRequest, sibling: ScheduledRequest) -> None:
         """Puts a sibling at work, that shares the blocks of a request whose prompt was computed;
         or in the queue where no more may be at work, as if it were preempted then."""
         if len(self.running) >= self.max_running:
-            _insert(self.waiting, sibling)
+            insert(self.waiting, sibling)
             return
         self.blocks.fork(request.name, sibling.name)
         sibling.num_computed, sibling.num_placed = request.num_computed, request.num_placed
         sibling.num_cached = len(sibling.prompt)
-        _insert(self.running, sibling)
+        insert(self.running, sibling)
 
     def end(self, request: ScheduledRequest, reason: str | None = None) -> None:
         """Takes a request out, wherever it is, and frees its blocks.
@@ -172,7 +179,7 @@ class Scheduler:
             plan.swaps_out += self.host.swap_out(request)
         self._free(request)
         request.preemptions += 1
-        _insert(self.waiting, request)
+        insert(self.waiting, request)
         self.expected_share = 1.0
 
     def compute_anew(self) -> None:
@@ -189,9 +196,12 @@ class Scheduler:
         while True:
             try:
                 # One more, for a decode step moves its rows on to the next position by itself.
-                count = len(tokens) + request.num_ahead + 1
+                count = len(tokens) + request.num_ahead + max(len(request.draft), 1)
                 plan.copies += self.blocks.reserve(request.name, count)
             except OutOfBlocks:
+                if request.draft:
+                    request.draft = ()
+                    continue
                 last = self.running[-1]
                 self.preempt(last, plan)
                 plan.preempted.append(last)
@@ -210,8 +220,10 @@ class Scheduler:
             return 0
         begin = request.num_computed
         table = self.blocks.table(request.name)
-        plan.pieces.append(Piece(request, begin, begin + count, table, draws=count == left))
-        return count
+        draft, request.draft = tuple(request.draft), ()
+        piece = Piece(request, begin, begin + count, table, count == left, draft)
+        plan.pieces.append(piece)
+        return count + len(draft)
 
     def _admit(self, request: ScheduledRequest, plan: Plan) -> bool:
         """Gives the first that waits its blocks, if there is room for it to go on."""
@@ -229,7 +241,7 @@ class Scheduler:
         request.num_computed, request.num_placed = cached, len(request.tokens)
         if request.num_cached is None:
             request.num_cached = cached
-        _insert(self.running, request)
+        insert(self.running, request)
         return True
 
     def _has_room(self, request: ScheduledRequest) -> bool:
@@ -253,6 +265,7 @@ class Scheduler:
     def _free(self, request: ScheduledRequest) -> None:
         self.blocks.free(request.name)
         request.num_computed = request.num_placed = 0
+        request.draft = ()
         self._refused = None
 
     def check(self) -> None:
@@ -260,7 +273,7 @@ class Scheduler:
         self.blocks.check()
         self.host.check()
         rules = {
-            "both queues are in order": _in_order(self.running) and _in_order(self.waiting),
+            "both queues are in order": in_order(self.running) and in_order(self.waiting),
             "no more requests are at work than may be": len(self.running) <= self.max_running,
             "those at work and no others have blocks": (
                 set(self.blocks.sequences()) == {one.name for one in self.running}
@@ -274,12 +287,3 @@ class Scheduler:
         }
         if broken := [rule for rule, holds in rules.items() if not holds]:
             raise RuntimeError(f"Scheduler: broken invariants: {'; '.join(broken)}")
-
-
-def _insert(queue: list[ScheduledRequest], request: ScheduledRequest) -> None:
-    bisect.insort(queue, request, key=lambda one: one.rank)
-
-
-def _in_order(queue: Iterable[ScheduledRequest]) -> bool:
-    ranks = [request.rank for request in queue]
-    return ranks == sorted(ranks)

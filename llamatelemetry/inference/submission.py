@@ -37,6 +37,7 @@ class Submission:
     wait_limit_s: float | None = None
     shown_tokens: Collection[str] = ()
     num_beams: int = 1
+    speculate: bool = True
 
     @property
     def options(self) -> LogitOptions:
@@ -75,6 +76,8 @@ class Submission:
                 f"prompt and max_tokens must fit the model's context of {context} tokens, got "
                 f"{len(ids)} + {count}"
             )
+        if not isinstance(self.speculate, bool):
+            raise ValueError(f"speculate must be True or False, got {self.speculate!r}")
         self._check_options(vocab_size)
         stops = token_ids("stop_token_ids", self.stop_token_ids, vocab_size)
         if tokenizer is None and self.stop_sequences:
@@ -87,6 +90,7 @@ class Submission:
                 min_tokens=least,
                 stop_ids=frozenset([*stops, *(() if self.ignore_eos else eos)]),
                 priority=integer("priority", self.priority),
+                speculates=self.speculate,
                 arrival=name,
                 text=(
                     TextStream(tokenizer, self.stop_sequences, "stop_sequences", self.shown_tokens)

@@ -112,7 +112,7 @@ class Decoder:
         return None
 
     def forward(self, input_ids: Tensor, step: StepInput, state: DecoderState) -> Tensor:
-        """Logits of the last token of each sequence, or of those kept, [batch, vocab_size]."""
+        """Logits [batch, vocab_size] of the last token of each sequence, or of those kept."""
         last, norm = self.blocks[-1], self.first_norm
         residual = step.embedded
         if residual is None:
@@ -126,7 +126,8 @@ class Decoder:
                 cache=cache,
             )
             x = block.layer.run(x, residual, attend, block.mlp)
-            if block is last and (step.max_seqlen_q > 1 or step.kept is not None):
+            cut = step.kept is not None or (step.max_seqlen_q > 1 and not step.keeps_all)
+            if block is last and cut:
                 ends = step.cu_seqlens_q[1:] - 1 if step.kept is None else step.kept
                 x, residual = x[ends], residual[ends]
             x = add_norm(x, residual, block.next_norm)

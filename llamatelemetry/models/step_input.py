@@ -25,6 +25,7 @@ class StepInput:
             forward writes over; None has it look them up
         split_size: where attention's kernels of few queries cut the keys, as in paged_attention; 0
             leaves it to them
+        keeps_all: whether the logits of all tokens are asked for
     """
 
     positions: Tensor
@@ -37,6 +38,7 @@ class StepInput:
     kept: Tensor | None = None
     embedded: Tensor | None = None
     split_size: int = 0
+    keeps_all: bool = False
 
 
 @dataclass(frozen=True)

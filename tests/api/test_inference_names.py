@@ -27,6 +27,7 @@ FUNCTIONS = {
             ("overlap", None),
             ("cache_dtype", None),
             ("split_size", 0),
+            ("speculation", None),
         ],
         "ContinuousBatching.submit": [
             "prompt",
@@ -48,6 +49,7 @@ FUNCTIONS = {
             ("wait_limit_s", None),
             ("shown_tokens", ()),
             ("num_beams", 1),
+            ("speculate", True),
         ],
         "ContinuousBatching.step": [],
         "ContinuousBatching.run": [],
@@ -175,6 +177,13 @@ DATACLASSES = {
             ("cached_tokens", 0),
             ("preemptions", 0),
         ],
+    },
+    "speculation_config": {
+        "SpeculationConfig": [
+            ("num_speculative_tokens", 4),
+            ("prompt_lookup_max", 4),
+            ("prompt_lookup_min", 2),
+        ]
     },
     "speculative": {
         "SpeculationStats": [

@@ -5,6 +5,7 @@ from __future__ import annotations
 import doctest
 import math
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import pytest
 from batching import COUNTS, PAGE, PROMPTS, WARM, alone, assert_text, is_free
@@ -127,7 +128,7 @@ def test_ends(tmp_path, device):
     assert late.token_ids[: greedy.index(end)] == greedy[: greedy.index(end)]
     assert len(late.token_ids) > 12
     (eos,) = engine.loaded.eos_ids
-    batcher._eos = (token,)
+    batcher._served = replace(batcher._served, eos=(token,))
     assert batcher.submit("the cat", WARM, 20).result().token_ids == ended.token_ids
     kept = batcher.submit("the cat", WARM, 20, ignore_eos=True).result()
     assert kept.token_ids == free.token_ids

@@ -7,7 +7,7 @@ import torch
 from batching import PAGE, PROMPTS, alone, is_free
 from families import tiny_model
 
-from llamatelemetry.inference import running_batch
+from llamatelemetry.inference import cache_room, running_batch
 from llamatelemetry.inference.continuous import ContinuousBatching
 from llamatelemetry.inference.host_pages import HostPages
 from llamatelemetry.inference.kv_pages import KvPages
@@ -41,7 +41,7 @@ def change_unseen(model):
 
 
 @pytest.mark.parametrize(
-    ("owner", "name"), [(KvPages, "grow"), (running_batch.Fingerprint, "__init__")]
+    ("owner", "name"), [(KvPages, "grow"), (cache_room.Fingerprint, "__init__")]
 )
 def test_no_prefix_of_other_weights_after_a_growth_that_failed(device, monkeypatch, owner, name):
     model = tiny_model("llama", device)

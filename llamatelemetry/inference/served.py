@@ -1,0 +1,54 @@
+"""What a batch serves: a model, and how texts come to it and end."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Any
+
+from llamatelemetry.inference.engine import InferenceEngine
+from llamatelemetry.inference.packed import why_not_packed
+from llamatelemetry.inference.sampling import GREEDY, SamplingParams
+from llamatelemetry.inference.submission import eos_of
+from llamatelemetry.models.patching import patch
+
+
+@dataclass(frozen=True)
+class Served:
+    """What ContinuousBatching was given as its engine.
+
+    Attributes:
+        model: a patched transformers model.
+        tokenizer: None where there are token ids alone.
+        eos: tokens that end a text.
+        unasked: SamplingParams of requests that name none.
+    """
+
+    model: Any
+    tokenizer: Any
+    eos: Collection[int]
+    unasked: SamplingParams
+
+
+def served_by(engine: Any) -> Served:
+    """
+    Args:
+        engine: an InferenceEngine, or a transformers model, patched here.
+
+    Raises:
+        ValueError: for a model that packed steps do not serve.
+    """
+    if isinstance(engine, InferenceEngine):
+        loaded = engine.loaded
+        served = Served(loaded.model, engine.tokenizer, loaded.eos_ids, engine.defaults.unasked())
+    else:
+        served = Served(engine, None, eos_of(engine), GREEDY)
+        patch(engine)
+    model = served.model
+    if "_llamatelemetry" not in model.__dict__ or why_not_packed(model):
+        reason = why_not_packed(model) or "patch does not know it"
+        raise ValueError(
+            f"ContinuousBatching: the model must be one that packed steps serve, got "
+            f"{type(model).__name__}: {reason}"
+        )
+    return served

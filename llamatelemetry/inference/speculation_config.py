@@ -1,0 +1,59 @@
+"""How a batch is to speculate."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from llamatelemetry.inference.arguments import at_least
+
+MAX_DRAFT = 15  # tokens; a draft and the token before it are few queries to the attention kernels
+
+
+@dataclass(frozen=True)
+class SpeculationConfig:
+    """How ContinuousBatching drafts tokens that one forward then checks.
+
+    Attributes:
+        num_speculative_tokens: drafted for a request and a step at most, up to 15
+        prompt_lookup_max, prompt_lookup_min: so many last tokens are looked for earlier in the
+            request's own text, the longest first; what followed them there is the draft
+
+    Raises:
+        ValueError: naming the argument, the rule and the value
+
+    Example:
+        >>> SpeculationConfig(num_speculative_tokens=5).prompt_lookup_max
+        4
+    """
+
+    num_speculative_tokens: int = 4
+    prompt_lookup_max: int = 4
+    prompt_lookup_min: int = 2
+
+    def __post_init__(self) -> None:
+        for name in ("num_speculative_tokens", "prompt_lookup_min", "prompt_lookup_max"):
+            at_least(f"SpeculationConfig: {name}", getattr(self, name), 1)
+        if self.num_speculative_tokens > MAX_DRAFT:
+            raise ValueError(
+                f"SpeculationConfig: num_speculative_tokens must be at most {MAX_DRAFT}, got "
+                f"{self.num_speculative_tokens}"
+            )
+        if self.prompt_lookup_max < self.prompt_lookup_min:
+            raise ValueError(
+                "SpeculationConfig: prompt_lookup_max must be at least prompt_lookup_min "
+                f"({self.prompt_lookup_min}), got {self.prompt_lookup_max}"
+            )
+
+
+def checked_speculation(config: Any) -> SpeculationConfig | None:
+    """Refuses what is neither a SpeculationConfig nor None.
+
+    Raises:
+        ValueError: with the value.
+    """
+    if config is not None and not isinstance(config, SpeculationConfig):
+        raise ValueError(
+            f"ContinuousBatching: speculation must be a SpeculationConfig or None, got {config!r}"
+        )
+    return config

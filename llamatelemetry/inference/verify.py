@@ -1,0 +1,133 @@
+"""One forward over the last tokens of requests and what was drafted after them, and what of it is
+right.
+
+The token after each place is drawn from the target's own logits, with the same random bits as
+without a draft, and a drafted token is kept where it is that token. So a request's tokens are those
+that it would have drawn one by one, but for near-ties that the rounding of other shapes decides.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+
+from llamatelemetry.inference.drawing import Asked, Drawn, draw, of_piece
+from llamatelemetry.inference.launched import Result
+from llamatelemetry.inference.plan import Piece
+from llamatelemetry.inference.runner import StepRunner
+from llamatelemetry.inference.sampling import GREEDY, nan_error
+from llamatelemetry.inference.scheduled_request import ScheduledRequest
+from llamatelemetry.inference.step import Chunk, put
+from llamatelemetry.inference.verify_step import VerifyStep
+
+MAX_VERIFY_STEPS = 16  # that are kept, one for each number of rows and of tokens
+# Tokens of a step, rounded up to a multiple: of rows on a GPU, to which a few more cost little.
+TOKENS_MULTIPLE = {"cpu": 4, "cuda": 8}
+_FEW_TOKENS = 8  # up to so many there is a step for each number on the CPU
+
+
+class Verifier:
+    """Runs the rows of a plan that has drafts.
+
+    Args:
+        runner: whose cache the rows are in.
+        asked_of: how a request's tokens are to be drawn.
+        is_watched: of a piece, whether the host draws its tokens.
+        buckets: numbers of rows that a step may have.
+        longest: drafted tokens of a row at most.
+    """
+
+    def __init__(
+        self,
+        runner: StepRunner,
+        asked_of: Callable[[ScheduledRequest], Asked],
+        is_watched: Callable[[Piece], bool],
+        buckets: Sequence[int],
+        longest: int,
+    ) -> None:
+        self._runner, self._asked_of, self._is_watched = runner, asked_of, is_watched
+        self._buckets, self._longest = buckets, longest + 1
+
+    def run(self, pieces: Sequence[Piece], width: int) -> VerifyStep:
+        """Runs the step of these pieces, tables of width blocks."""
+        rows = next(size for size in self._buckets if size >= len(pieces))
+        spare = rows - len(pieces)
+        chunks = [
+            Chunk([*p.request.tokens[p.begin : p.end], *p.draft], p.begin, p.table) for p in pieces
+        ]
+        chunks += [Chunk([0], 0, pieces[0].table[:1])] * spare
+        params = [self._asked_of(piece.request).params for piece in pieces] + [GREEDY] * spare
+        offsets = [piece.request.num_drawn for piece in pieces] + [0] * spare
+        count = self._num_tokens(rows, sum(len(chunk.tokens) for chunk in chunks))
+
+        def load() -> VerifyStep:
+            step = self._runner.step_of(VerifyStep, rows, width, count, self._longest)
+            step.place(chunks, params, offsets, len(pieces))
+            return step
+
+        with torch.autocast(self._runner.pages.device.type, enabled=False):  # the cache's dtype
+            step, _ = self._runner.draw(load)
+        return step
+
+    def _num_tokens(self, rows: int, least: int) -> int:
+        device = self._runner.pages.device.type
+        multiple = TOKENS_MULTIPLE.get(device, TOKENS_MULTIPLE["cuda"])
+        if device == "cpu" and least <= _FEW_TOKENS:
+            return least
+        if device != "cpu":
+            multiple = max(multiple, rows)
+        return -(-least // multiple) * multiple
+
+    def results(self, pieces: Sequence[Piece], step: VerifyStep) -> Iterator[Result]:
+        """What each piece has drawn, token by token: a part of the piece with one token, as steps
+        without drafts would give it. The caller has taken a result when it asks for the next."""
+        tokens, watched, begin = step.drawn().tolist(), [], 0
+        for piece in pieces:
+            if self._is_watched(piece):
+                watched.append((piece, begin))
+            else:
+                yield from self._unwatched(piece, tokens[begin : begin + 1 + len(piece.draft)])
+            begin += 1 + len(piece.draft)
+        yield from self._watched(watched, step)
+
+    def _unwatched(self, piece: Piece, tokens: Sequence[int]) -> Iterator[Result]:
+        for index, token in enumerate(tokens):
+            if token < 0:
+                yield _part(piece, index), nan_error(self._runner.pages.model_dtype)
+            else:
+                yield _part(piece, index), [Drawn(token)]
+            if not _is_right(piece, index):
+                return
+
+    def _watched(self, rows: Sequence[tuple[Piece, int]], step: VerifyStep) -> Iterator[Result]:
+        """Draws the tokens of all rows at one place after the other, each from what the tokens
+        before it leave of penalties, grammar and the like."""
+        index, device = 0, self._runner.pages.device
+        while rows:
+            requests = [piece.request for piece, _ in rows]
+            places = put([begin + index for _, begin in rows], torch.int64, device)
+            with torch.autocast(device.type, enabled=False):
+                logits = step.logits.index_select(0, places)
+                drawn = draw(logits, requests, [self._asked_of(one) for one in requests])
+            for (piece, _), one in zip(rows, drawn, strict=True):
+                yield _part(piece, index), of_piece([one])
+            rows = [(piece, begin) for piece, begin in rows if _is_right(piece, index)]
+            index += 1
+
+
+def _part(piece: Piece, index: int) -> Piece:
+    """The token before the one that is drawn at an index, the first being the piece's own."""
+    end = piece.end + index
+    return Piece(piece.request, piece.begin if index == 0 else end - 1, end, piece.table, True)
+
+
+def _is_right(piece: Piece, index: int) -> bool:
+    """Whether what was drawn at an index, and taken, is what was drafted there, and the request
+    goes on."""
+    request = piece.request
+    return (
+        request.finish_reason is None
+        and index < len(piece.draft)
+        and request.tokens[-1] == piece.draft[index]
+    )
