@@ -123,15 +123,16 @@ class ContinuousBatching:
             raise ValueError("ContinuousBatching: split_size must be 0 with the Triton backend")
         tokens = STEP_TOKENS.get(self.model.device.type, STEP_TOKENS["cuda"])
         self.max_step_tokens = max_step_tokens or max(tokens, max_batch_size)
+        overlap = self.model.device.type == "cuda" if overlap is None else overlap
         self._turns = Turns(
             RunningBatch(
                 *(self.model, max_batch_size, self.max_step_tokens, num_blocks),
                 share_prefixes and not split_size,
                 num_host_blocks,
-                self.model.device.type == "cuda" if overlap is None else overlap,
+                overlap,
                 cache_dtype,
                 split_size,
-                None if speculation is None else Speculation(speculation),
+                None if speculation is None else Speculation(speculation, overlap),
             )
         )
 

@@ -42,6 +42,10 @@ def table(found: Mapping[str, Any]) -> Table:
     made.add_row("requests ended", str(found["requests"]))
     made.add_row("prompt tokens cached", str(found["cached_tokens"]))
     made.add_row("preemptions", str(found["preemptions"]))
+    if drafted := found["drafted_tokens"]:
+        made.add_row(
+            "drafted tokens, right", f"{drafted}, {found['accepted_tokens'] / drafted:.0%}"
+        )
     return made
 
 

@@ -35,6 +35,7 @@ class Plan:
             one of the two is empty.
         copies: (source, destination) of blocks to be copied before.
         preempted: requests that gave their blocks up for this step.
+        num_accepted: drafted tokens that were right, once the step is over.
     """
 
     pieces: list[Piece] = field(default_factory=list)
@@ -42,6 +43,7 @@ class Plan:
     swaps_in: Pairs = field(default_factory=list)
     copies: list[tuple[int, int]] = field(default_factory=list)
     preempted: list[ScheduledRequest] = field(default_factory=list)
+    num_accepted: int = 0
 
     @property
     def num_tokens(self) -> int:

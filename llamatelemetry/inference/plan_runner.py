@@ -46,6 +46,7 @@ class PlanRunner:
 
     Attributes:
         runner: StepRunner, with the cache.
+        verifier: Verifier of its rows.
         decode_mode: how the last decode step was run: "recorded" (CPU), "graph" (CUDA), "eager".
     """
 
@@ -65,7 +66,7 @@ class PlanRunner:
         # Of each size one that draws, and one whose logits the host looks at.
         sizes = page_size, 2 * len(self.buckets) + MAX_VERIFY_STEPS * (longest > 0)
         self.runner = StepRunner(model, *sizes, cache_dtype, split_size)
-        self._verifier = Verifier(self.runner, asked_of, self._is_watched, self.buckets, longest)
+        self.verifier = Verifier(self.runner, asked_of, self._is_watched, self.buckets, longest)
         self.decode_mode = "eager"
         self.width = MIN_WIDTH
         self._asked_of = asked_of
@@ -174,13 +175,13 @@ class PlanRunner:
         if not pieces:
             return
         try:
-            step = self._verifier.run(pieces, self.width)
+            step = self.verifier.run(pieces, self.width)
         except Exception:
             self.runner.drop_steps()
             yield from (one for p in pieces for one in self._isolated([p], self._eager))
         else:
             self.decode_mode = step.mode
-            yield from self._verifier.results(pieces, step)
+            yield from self.verifier.results(pieces, step)
 
     def _prefill(self, pieces: list[Piece]) -> Tensor:
         """Logits of the last token of each piece."""

@@ -28,6 +28,8 @@ class RequestStats(RequestTimes):
     Attributes:
         cached_tokens: leading prompt tokens that the cache held already.
         preemptions: how often its blocks were taken from it, to be computed again.
+        drafted_tokens, accepted_tokens: that a speculation drafted, and those of them that the
+            model draws too.
 
     Example:
         >>> handle = ContinuousBatching(4, model).submit([1, 2, 3], max_tokens=2)
@@ -37,6 +39,8 @@ class RequestStats(RequestTimes):
 
     cached_tokens: int = 0
     preemptions: int = 0
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
 
 
 @dataclass(frozen=True)
@@ -236,6 +240,8 @@ class RequestHandle:
             num_tokens=request.num_drawn,
             cached_tokens=cached,
             preemptions=request.preemptions,
+            drafted_tokens=request.num_drafted,
+            accepted_tokens=request.num_accepted,
         )
 
     # ---- For the batcher ----

@@ -135,7 +135,8 @@ class RunningBatch:
                 self._is_torn = False
             else:
                 self.plan = plan
-                return touched + self._land(but=1 if plan.pieces else 0)
+                touched += self._land(but=1 if plan.pieces else 0)
+                return self._noted(plan, touched)
         if self._flights:
             touched += self._land()
             plan = self._planned()
@@ -144,18 +145,24 @@ class RunningBatch:
             self.open[piece.request.name].begins()
         for piece, result in self._runner.run(plan):
             touched += self._put_down(piece, result)
-        if self._speculation is not None:
-            self._speculation.note(plan, self.scheduler)
-        return list(dict.fromkeys(touched))
+        return self._noted(plan, touched)
 
     def _draft(self) -> list[RequestHandle]:
         """Drafts tokens for the next plan, where that may bring something."""
-        speculation = self._speculation
-        if speculation is None or not speculation.is_due(self.scheduler.running):
-            return []
-        touched = self._land()
-        speculation.draft(self.scheduler)
+        touched, speculation = [], self._speculation
+        if speculation is not None:
+            if speculation.is_due(self.scheduler):
+                touched = self._land()
+                speculation.draft(self.scheduler)
+            speculation.begin(len(self._flights))
         return touched
+
+    def _noted(self, plan: Plan, touched: list[RequestHandle]) -> list[RequestHandle]:
+        """touched, each once, for one may have drawn several tokens in a step."""
+        if self._speculation is not None:
+            is_first = plan.num_drafted > 0 and self._runner.verifier.was_first
+            self._speculation.note(plan, self.scheduler, len(self._flights), is_first)
+        return list(dict.fromkeys(touched))
 
     def _planned(self) -> Plan:
         """The next plan, its copies of blocks made."""

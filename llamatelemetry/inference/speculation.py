@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import time
 from weakref import WeakKeyDictionary
 
+from llamatelemetry.inference.draft_lengths import DraftLengths
 from llamatelemetry.inference.ngrams import NgramIndex
 from llamatelemetry.inference.plan import Plan
 from llamatelemetry.inference.scheduled_request import ScheduledRequest
@@ -17,27 +18,44 @@ class Speculation:
 
     Args:
         config: SpeculationConfig.
+        overlap: whether steps are launched before the tokens of the last one are seen, which a
+            draft has to wait for.
     """
 
-    def __init__(self, config: SpeculationConfig) -> None:
-        self.config = config
+    def __init__(self, config: SpeculationConfig, overlap: bool = False) -> None:
+        self.config, self._overlap = config, overlap
+        self._lengths = DraftLengths() if config.adaptive else None
         self._indexes: WeakKeyDictionary[ScheduledRequest, NgramIndex] = WeakKeyDictionary()
+        self._was_due = False
+        self._begun: tuple[float, int] = 0.0, 0
 
-    def is_due(self, running: Iterable[ScheduledRequest]) -> bool:
-        """Whether something may be drafted for the next plan, for which the host has to have seen
-        all tokens."""
-        return any(one.speculates and _most(one) > 0 for one in running)
+    def is_due(self, scheduler: Scheduler) -> bool:
+        """Whether something is to be drafted for the next plan, for which the host has to have seen
+        all tokens; to be asked once a step."""
+        speaking = [one for one in scheduler.running if one.speculates and _most(one) > 0]
+        self._was_due = bool(speaking) and not (
+            self._lengths is not None and self._lengths.rests(len(scheduler.running))
+        )
+        return self._was_due
 
     def draft(self, scheduler: Scheduler) -> None:
         """Drafts for the next plan, as much as fits beside a token of everyone at work."""
         spare = scheduler.max_step_tokens - len(scheduler.running)
+        found: list[tuple[ScheduledRequest, list[int]]] = []
         for request in scheduler.running:
             # Who computes a prompt, or everything again, draws nothing that could be drafted.
             is_at_work = request.num_left == 1 and not request.num_ahead
             if request.speculates and is_at_work and (most := _most(request)) > 0:
                 count = min(most, self.config.num_speculative_tokens, spare)
-                request.draft = self._index(request).propose(request.tokens, count)
-                spare -= len(request.draft)
+                if draft := self._index(request).propose(request.tokens, count):
+                    found.append((request, draft))
+                    spare -= len(draft)
+        lengths = [len(draft) for _, draft in found]
+        if self._lengths is not None and found:
+            drafts = [(request, len(draft)) for request, draft in found]
+            lengths = self._lengths.choose(drafts, len(scheduler.running))
+        for (request, draft), length in zip(found, lengths, strict=True):
+            request.draft = draft[:length]
 
     def _index(self, request: ScheduledRequest) -> NgramIndex:
         index = self._indexes.get(request)
@@ -46,15 +64,39 @@ class Speculation:
             index = self._indexes[request] = NgramIndex(*sizes)
         return index
 
-    def note(self, plan: Plan, scheduler: Scheduler) -> None:
-        """Counts what of a plan's drafts was right, once its tokens were taken; their blocks are
-        given back where they were not."""
+    def begin(self, num_flights: int) -> None:
+        """A step begins, with so many before it whose tokens the host has not seen."""
+        self._begun = time.perf_counter(), num_flights
+
+    def note(self, plan: Plan, scheduler: Scheduler, num_flights: int, is_first: bool) -> None:
+        """A step is over: counts what of its drafts was right; their blocks are given back where
+        they were not.
+
+        Args:
+            plan: of the step; gets the number of drafted tokens that were right.
+            scheduler: whose blocks they are.
+            num_flights: as begin's, now.
+            is_first: whether the step was the first of its kind, which takes longer.
+        """
         for piece in plan.pieces:
             if piece.draft:
-                request = piece.request
-                request.num_drafted += len(piece.draft)
-                request.num_accepted += max(len(request.tokens) - piece.end - 1, 0)
+                request, drafted = piece.request, len(piece.draft)
+                accepted = max(len(request.tokens) - piece.end - 1, 0)
+                request.num_drafted += drafted
+                request.num_accepted += accepted
+                plan.num_accepted += accepted
+                if self._lengths is not None:
+                    self._lengths.note_draft(request, drafted, accepted)
                 scheduler.give_back(request)
+        rows = sum(piece.is_decode for piece in plan.pieces)
+        if self._lengths is None or not rows:
+            return
+        if self._was_due:
+            self._lengths.note_step(rows, plan.num_accepted, self._overlap)
+        began, flights_before = self._begun
+        if rows == len(plan.pieces) and flights_before == num_flights and not is_first:
+            seconds = time.perf_counter() - began
+            self._lengths.note_time(rows, plan.num_drafted, seconds)
 
 
 def _most(request: ScheduledRequest) -> int:

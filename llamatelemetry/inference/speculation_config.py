@@ -18,6 +18,8 @@ class SpeculationConfig:
         num_speculative_tokens: drafted for a request and a step at most, up to 15
         prompt_lookup_max, prompt_lookup_min: so many last tokens are looked for earlier in the
             request's own text, the longest first; what followed them there is the draft
+        adaptive: whether drafts become shorter, or are left out for a while, where they win less
+            time than they cost; False drafts whatever there is to draft
 
     Raises:
         ValueError: naming the argument, the rule and the value
@@ -30,6 +32,7 @@ class SpeculationConfig:
     num_speculative_tokens: int = 4
     prompt_lookup_max: int = 4
     prompt_lookup_min: int = 2
+    adaptive: bool = True
 
     def __post_init__(self) -> None:
         for name in ("num_speculative_tokens", "prompt_lookup_min", "prompt_lookup_max"):

@@ -14,6 +14,13 @@ from llamatelemetry.inference.request_handle import RequestHandle, RequestStats
 from llamatelemetry.inference.running_batch import RunningBatch
 from llamatelemetry.profiling.metrics import percentiles, summarise
 
+_COUNTS = (
+    "prompt_tokens",
+    "decode_tokens",
+    "preemptions",
+    "drafted_tokens",
+    "accepted_tokens",
+)
 KEPT = 4096  # steps and requests that are remembered
 
 
@@ -24,11 +31,12 @@ class StepStats:
     Attributes:
         begin, end: seconds of time.perf_counter.
         prompt_tokens: of prompts, that its forwards ran on.
-        decode_tokens: that they ran on to draw the next one.
+        decode_tokens: that they ran on to draw the next one, right drafts among them.
         running, waiting: requests at work and in the queue after it; where steps overlap, the last
             one's are those once its tokens were looked at.
         used_blocks, num_blocks: of the cache, likewise; cached ones that nobody uses are not used.
         preemptions: requests that gave their blocks up for it.
+        drafted_tokens, accepted_tokens: that a speculation drafted, and those that were right.
 
     Example:
         >>> step = StepStats(1.0, 1.5, 64, 4, running=5, waiting=0, used_blocks=6, num_blocks=8)
@@ -45,6 +53,8 @@ class StepStats:
     used_blocks: int
     num_blocks: int
     preemptions: int = 0
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
 
     @property
     def seconds(self) -> float:
@@ -85,7 +95,7 @@ class Telemetry:
         >>> [(step.prompt_tokens, step.decode_tokens) for step in batcher.telemetry.steps]
         [(3, 0), (0, 1)]
         >>> sorted(batcher.telemetry.summary())[:3]
-        ['cache_usage', 'cached_tokens', 'decode_tokens']
+        ['accepted_tokens', 'cache_usage', 'cached_tokens']
     """
 
     def __init__(self, batch: RunningBatch | None = None) -> None:
@@ -101,18 +111,15 @@ class Telemetry:
             last_s: of the last so many seconds; None is of all that is remembered.
 
         Returns:
-            Requests, tokens, preemptions; rates over the time that the steps cover; p50, p95 and
-            p99 of ttft, tpot and queue_delay in seconds; what is open now.
+            Requests, tokens, drafts, preemptions; rates over the time that the steps cover; p50,
+            p95 and p99 of ttft, tpot and queue_delay in seconds; what is open now.
         """
         since = -float("inf") if last_s is None else time.perf_counter() - last_s
         steps = [one for one in list(self.steps) if one.end >= since]
         ended = [one for one in list(self.requests) if one.ended >= since]
         times = summarise(one.stats for one in ended)
         span = steps[-1].end - steps[0].begin if steps else 0.0
-        counts = {
-            name: sum(getattr(step, name) for step in steps)
-            for name in ("prompt_tokens", "decode_tokens", "preemptions")
-        }
+        counts = {name: sum(getattr(step, name) for step in steps) for name in _COUNTS}
         return {
             "requests": len(ended),
             "steps": len(steps),
@@ -164,8 +171,10 @@ class Telemetry:
                 begin,
                 end,
                 plan.num_tokens - len(drawn_before),
-                len(drawn_before),
+                len(drawn_before) + plan.num_accepted,
                 preemptions=len(plan.preempted),
+                drafted_tokens=plan.num_drafted,
+                accepted_tokens=plan.num_accepted,
                 **_state(batch),
             )
             self.steps.append(step)

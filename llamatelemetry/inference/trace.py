@@ -34,7 +34,12 @@ def _of_step(step: StepStats) -> Iterator[dict[str, Any]]:
     kinds = {"prefill": step.prompt_tokens, "decode": step.decode_tokens}
     yield {
         "name": "+".join(name for name, count in kinds.items() if count),
-        "args": kinds | {"preemptions": step.preemptions},
+        "args": kinds
+        | {
+            "preemptions": step.preemptions,
+            "drafted": step.drafted_tokens,
+            "accepted": step.accepted_tokens,
+        },
         **_slice(_STEPS, 0, step.begin, step.end),
     }
     counters = {
@@ -59,6 +64,8 @@ def _of_request(row: int, request: EndedRequest) -> Iterator[dict[str, Any]]:
         "cached_tokens": stats.cached_tokens,
         "tokens": stats.num_tokens,
         "preemptions": stats.preemptions,
+        "drafted_tokens": stats.drafted_tokens,
+        "accepted_tokens": stats.accepted_tokens,
         "finish_reason": request.reason,
     }
     for name, (begin, end) in parts.items():

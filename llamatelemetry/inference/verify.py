@@ -36,6 +36,9 @@ class Verifier:
         is_watched: of a piece, whether the host draws its tokens.
         buckets: numbers of rows that a step may have.
         longest: drafted tokens of a row at most.
+
+    Attributes:
+        was_first: whether the last run was the first of its step, which records or captures it.
     """
 
     def __init__(
@@ -48,6 +51,7 @@ class Verifier:
     ) -> None:
         self._runner, self._asked_of, self._is_watched = runner, asked_of, is_watched
         self._buckets, self._longest = buckets, longest + 1
+        self.was_first = False
 
     def run(self, pieces: Sequence[Piece], width: int) -> VerifyStep:
         """Runs the step of these pieces, tables of width blocks."""
@@ -64,6 +68,7 @@ class Verifier:
         def load() -> VerifyStep:
             step = self._runner.step_of(VerifyStep, rows, width, count, self._longest)
             step.place(chunks, params, offsets, len(pieces))
+            self.was_first = step.mode == "eager"
             return step
 
         with torch.autocast(self._runner.pages.device.type, enabled=False):  # the cache's dtype

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from llamatelemetry.inference.request_handle import RequestHandle
-from llamatelemetry.inference.telemetry import Telemetry
+from llamatelemetry.inference.telemetry import StepStats, Telemetry
 
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 _STEP_SECONDS = (0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0, 2.5)
@@ -48,9 +48,15 @@ class Metrics:
         self._prompts = histogram("request_prompt_tokens", "Tokens of prompts", _TOKENS)
         self._drawns = histogram("request_generation_tokens", "Tokens of answers", _TOKENS)
         iteration = histogram("iteration_tokens_total", "Tokens of a step", _TOKENS)
-        telemetry.listeners.append(
-            lambda step: iteration.observe(step.prompt_tokens + step.decode_tokens)
-        )
+        drafted = counter("spec_decode_num_draft_tokens", "Drafted tokens")
+        accepted = counter("spec_decode_num_accepted_tokens", "Drafted tokens that were right")
+
+        def note(step: StepStats) -> None:
+            iteration.observe(step.prompt_tokens + step.decode_tokens)
+            drafted.inc(step.drafted_tokens)
+            accepted.inc(step.accepted_tokens)
+
+        telemetry.listeners.append(note)
         self._queries = counter("prefix_cache_queries", "Prompt tokens looked for in the cache")
         self._prompt = counter("prompt_tokens", "Prompt tokens")
         self._drawn = counter("generation_tokens", "Generated tokens")

@@ -176,6 +176,8 @@ DATACLASSES = {
             "num_tokens",
             ("cached_tokens", 0),
             ("preemptions", 0),
+            ("drafted_tokens", 0),
+            ("accepted_tokens", 0),
         ],
     },
     "speculation_config": {
@@ -183,6 +185,7 @@ DATACLASSES = {
             ("num_speculative_tokens", 4),
             ("prompt_lookup_max", 4),
             ("prompt_lookup_min", 2),
+            ("adaptive", True),
         ]
     },
     "speculative": {

@@ -8,8 +8,8 @@ from itertools import product
 import pytest
 import torch
 import transformers
-from batching import COUNTS, PAGE, PROMPTS, WARM, is_free
-from drafting import draft_from
+from batching import COUNTS, PAGE, PROMPTS, is_free
+from drafting import PARAMS, SPECULATION, draft_from, served, texts_of, tokens_of
 from engines import make_engine
 from families import tiny_model
 
@@ -21,38 +21,10 @@ from llamatelemetry.inference.sampling import GREEDY, SamplingParams
 from llamatelemetry.inference.speculation_config import SpeculationConfig
 from llamatelemetry.inference.verify_step import VerifyStep
 
-SPECULATION = SpeculationConfig(num_speculative_tokens=4, prompt_lookup_min=1)
-PARAMS = [GREEDY, WARM, GREEDY, SamplingParams(temperature=0.7, top_k=9, top_p=0.9), WARM]
-
 
 @pytest.fixture(autouse=True)
 def _small_pages(monkeypatch):
     monkeypatch.setattr(running_batch, "PAGE_SIZE", PAGE)
-
-
-def served(model, speculation, each=None, **options):
-    """Results of all prompts, which come at once; keywords of each by each."""
-    batcher = ContinuousBatching(4, model, speculation=speculation, **options)
-    batcher._batch.scheduler.expected_share = 0.0  # overcommits, so that some are preempted
-    handles = [
-        batcher.submit(prompt, params, count + 12, **(each[i] if each else {}))
-        for i, (prompt, params, count) in enumerate(zip(PROMPTS, PARAMS, COUNTS, strict=True))
-    ]
-    steps = 0
-    while batcher.active_requests:
-        assert len(set(found := batcher.step())) == len(found)
-        batcher._batch.scheduler.check()
-        steps += 1
-    assert is_free(batcher)
-    return handles, steps, batcher
-
-
-def tokens_of(handles):
-    return [(handle.token_ids, handle.request.finish_reason) for handle in handles]
-
-
-def texts_of(handles):
-    return [[*prompt, *handle.token_ids] for prompt, handle in zip(PROMPTS, handles, strict=True)]
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,16 @@
-"""Drafts for tests: what a request will draw, with every few tokens another one, or never right."""
+"""Drafts for tests and batches that get them: right but for a few tokens, or never right."""
 
 from __future__ import annotations
 
+from batching import COUNTS, PROMPTS, WARM, is_free
+
+from llamatelemetry.inference.continuous import ContinuousBatching
 from llamatelemetry.inference.ngrams import NgramIndex
+from llamatelemetry.inference.sampling import GREEDY, SamplingParams
+from llamatelemetry.inference.speculation_config import SpeculationConfig
+
+SPECULATION = SpeculationConfig(prompt_lookup_min=1, adaptive=False)
+PARAMS = [GREEDY, WARM, GREEDY, SamplingParams(temperature=0.7, top_k=9, top_p=0.9), WARM]
 
 
 def draft_from(monkeypatch, texts, wrong_each=3):
@@ -20,3 +28,28 @@ def draft_from(monkeypatch, texts, wrong_each=3):
         return [1] * count
 
     monkeypatch.setattr(NgramIndex, "propose", propose)
+
+
+def served(model, speculation, each=None, **options):
+    """Results of all prompts, which come at once; keywords of each by each."""
+    batcher = ContinuousBatching(4, model, speculation=speculation, **options)
+    batcher._batch.scheduler.expected_share = 0.0  # overcommits, so that some are preempted
+    handles = [
+        batcher.submit(prompt, params, count + 12, **(each[i] if each else {}))
+        for i, (prompt, params, count) in enumerate(zip(PROMPTS, PARAMS, COUNTS, strict=True))
+    ]
+    steps = 0
+    while batcher.active_requests:
+        assert len(set(found := batcher.step())) == len(found)
+        batcher._batch.scheduler.check()
+        steps += 1
+    assert is_free(batcher)
+    return handles, steps, batcher
+
+
+def tokens_of(handles):
+    return [(handle.token_ids, handle.request.finish_reason) for handle in handles]
+
+
+def texts_of(handles):
+    return [[*prompt, *handle.token_ids] for prompt, handle in zip(PROMPTS, handles, strict=True)]
