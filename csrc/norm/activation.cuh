@@ -1,5 +1,5 @@
-// out[r, i] = activation(x[r, i]), in float and rounded once. Bandwidth bound: a thread has one
-// vector, and all branch alike on which activation it is.
+// out[r, i] = Function(x[r, i]), in float and rounded once. Bandwidth bound: a thread has one
+// vector.
 // Grid [num_rows, blocks a row], block kNumThreads.
 #pragma once
 
@@ -10,7 +10,7 @@
 
 namespace llamatelemetry {
 
-template <typename V, int kNumThreads>
+template <typename Function, typename V, int kNumThreads>
 __global__ void __launch_bounds__(kNumThreads)
     activation_kernel(const __grid_constant__ ActivationParams p) {
   using T = typename V::Element;
@@ -24,7 +24,7 @@ __global__ void __launch_bounds__(kNumThreads)
   const int64_t step = static_cast<int64_t>(gridDim.y) * kNumThreads;
   for (int64_t i = blockIdx.y * kNumThreads + threadIdx.x; i < num_vectors; i += step) {
     const V values = x[i];  // in one load, which a reference to it would not be
-    out[i] = map_vector(values, [&](float value) { return activated(p.activation, value); });
+    out[i] = map_vector(values, [](float value) { return Function::of(value); });
   }
 }
 
