@@ -1,8 +1,8 @@
 """The kernels of a Llama-3-8B forward in Triton; ours in CUDA, the vendor's, FlexAttention beside.
 
-The five of a decode step of two sequences, the linear layers at 16 and 2048 rows, attention over
-prompts of 512 to 16384 tokens and one query over a cache. vendor is cuBLAS, and of attention
-scaled_dot_product_attention over contiguous keys.
+The five of a decode step of two sequences, the linear layers at 16 and 2048 rows, in bfloat16, in
+4 bits and in e4m3, attention over prompts of 512 to 16384 tokens and one query over a cache. vendor
+is cuBLAS, and of attention scaled_dot_product_attention over contiguous keys.
 """
 
 from __future__ import annotations
@@ -17,7 +17,10 @@ from torch import Tensor
 from torch.nn import functional
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
+from llamatelemetry import ops
 from llamatelemetry.models.opset import NATIVE, opset_of
+from llamatelemetry.triton_ops.group_gemm import group_linear
+from llamatelemetry.triton_ops.scaled_gemm import scaled_linear
 
 HEADS, HEADS_KV, HEAD_DIM, PAGE_SIZE = 32, 8, 128, 64
 SHAPES = {  # outputs, inputs, gated
@@ -60,6 +63,41 @@ def linears(rows: int) -> Iterator[Case]:
             bytes_moved=weight.nbytes if rows <= 64 else None,
             flops=None if rows <= 64 else 2 * rows * weight.numel(),
         )
+
+
+def packed_linears(rows: int) -> Iterator[Case]:
+    """4 bits in groups of 128 columns, and e4m3 with a scale a row."""
+    for name, (n, k, is_gated) in SHAPES.items():
+        n *= 1 + is_gated
+        tiles = (-(-n // 16), k // 128, 16)
+        codes = torch.randint(0, 256, (tiles[0], 16 * k // 2), dtype=torch.uint8, device="cuda")
+        scales = (torch.rand(tiles, device="cuda") + 0.5) / (8 * k**0.5)
+        zeros = torch.full(tiles, 8, dtype=torch.uint8, device="cuda")
+        x = torch.randn(rows, k, device="cuda").bfloat16()
+        yield Case(
+            f"{name} in 4 bits m={rows}",
+            inputs=(x, codes, scales, zeros),
+            ours=lambda x, w, s, z, n=n: group_linear(x, w, "U4", n, s, z),
+            baselines={"our CUDA": lambda x, w, s, z, n=n: quant_linear(x, w, "U4", n, s, z)},
+            bytes_moved=codes.nbytes + scales.nbytes if rows <= 64 else None,
+            flops=None if rows <= 64 else 2 * rows * n * k,
+        )
+        del codes
+        halves = [torch.randn(count, k, device="cuda").bfloat16() for count in (rows, n)]
+        inputs = [one for half in halves for one in ops.quantize_rows(half, torch.float8_e4m3fn)]
+        yield Case(
+            f"{name} in e4m3 m={rows}",
+            inputs=tuple(inputs),
+            ours=lambda *args: scaled_linear(*args, torch.bfloat16),
+            baselines={"our CUDA": lambda *args: ops.scaled_linear(*args, torch.bfloat16)},
+            bytes_moved=inputs[2].nbytes if rows <= 64 else None,
+        )
+
+
+def quant_linear(
+    x: Tensor, w: Tensor, format: str, n: int, scales: Tensor, zeros: Tensor
+) -> Tensor:
+    return ops.quant_linear(x, w, format, n, None, False, scales, zeros)
 
 
 def split(qkv: Tensor) -> tuple[Tensor, ...]:
@@ -153,6 +191,7 @@ def measure(_: int, quick: bool) -> list[harness.Row]:
     def cases() -> Iterator[Case]:
         for rows in ROWS[:1] if quick else ROWS:
             yield from linears(rows)
+            yield from packed_linears(rows)
         yield from decodes(DECODES[:1] if quick else DECODES)
         yield from prompts(PROMPTS[:1] if quick else PROMPTS, PROMPTS[::2])
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pickle
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -36,6 +36,8 @@ class OpSet:
         all_reduce: of what the output and down projections give, where their inputs are split over
             several devices; the identity on one.
         attn_implementation: transformers' name for this set's attention; None leaves the model's.
+        group_linear: x, a GroupLinear of one of group_formats, activation as linear has it; None
+            leaves such layers to their own forward.
         linear_of_any_rows: whether linear is called for many rows too; other layers are refused.
         sample, advance_step_, slot_mapping: what the engine calls besides the model.
         name: of the set, where it has one to be pickled by.
@@ -54,6 +56,8 @@ class OpSet:
     activations: Mapping[str, Callable[[Tensor], Tensor]]
     all_reduce: Callable[[Tensor], Tensor]
     attn_implementation: str | None
+    group_linear: Callable[[Tensor, Any, str | None], Tensor] | None = None
+    group_formats: Collection[str] = ()
     linear_of_any_rows: bool = False
     takes_8_bit_caches: bool = False
     sample: Callable[..., Tensor] = sample

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from llamatelemetry.models.opset import GATED, OpSet
+from llamatelemetry.quantization.group_linear import GroupLinear
 from llamatelemetry.triton_ops import attention, cache, gemm, norm, sampling  # noqa: F401 (ops)
+from llamatelemetry.triton_ops.group_gemm import FORMATS
 
 # Raw ops: a step calls seven a layer, and what torch.library puts around them costs as much again.
 _ops = torch.ops.llamatelemetry_triton
@@ -26,6 +28,14 @@ def _of_rows(
     """``llamatelemetry.ops.linear`` with a gate or no activation."""
     y = _linear(x, weight, bias, None if activation is None else _KINDS[activation])
     return y if residual is None else y + residual
+
+
+def _of_groups(x: Tensor, linear: GroupLinear, activation: str | None = None) -> Tensor:
+    """linear(x), with a gate or no activation."""
+    return _ops.group_linear.default(
+        *(x, linear.weight, linear.format, linear.out_features, linear.scales, linear.zeros),
+        *(linear.perm, linear.bias, None if activation is None else _KINDS[activation]),
+    )
 
 
 def _sinks(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -46,6 +56,8 @@ TRITON = OpSet(
     flash_attn_varlen=_sinks(_ops.flash_attn_varlen.default),
     paged_attention=_sinks(_ops.paged_attention.default),
     linear=_of_rows,
+    group_linear=_of_groups,
+    group_formats=FORMATS,
     linear_of_any_rows=True,
     gated={name: partial(_ops.gated.default, activation=_KINDS[op]) for name, op in GATED.items()},
     activations={},  # of MLPs without a gate, which patch refuses

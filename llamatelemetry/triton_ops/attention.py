@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from llamatelemetry.triton_ops.kernels.attention import (
     attention_kernel,
@@ -15,6 +16,8 @@ from llamatelemetry.triton_ops.launch import (
     check,
     check_shape,
     dependent,
+    descriptor,
+    has_tma,
     next_power_of_2,
     num_multiprocessors,
     on_device,
@@ -28,13 +31,15 @@ _KEYS_OF_A_SPLIT = 64  # fewer are not worth a program
 
 @dataclass(frozen=True)
 class AttentionConfig:
-    """How attention_kernel is launched; splits: parts of the keys."""
+    """How attention_kernel is launched; splits: parts of the keys; tma: keys and values are read
+    by descriptors where they can be."""
 
     block_m: int
     block_n: int
     num_warps: int
     num_stages: int
     splits: int = 1
+    tma: bool = False
 
 
 def attention_config(
@@ -48,11 +53,14 @@ def attention_config(
         most_keys: no sequence has more.
         x: the queries, for dtype, width and device.
     """
-    wide = x.shape[-1] > 128
+    wide, tma = x.shape[-1] > 128, False
     if x.dtype == torch.float32:
         block_m, block_n, warps, stages = min(next_power_of_2(rows, 16), 64), 32, 4, 2
     elif rows <= 64:
-        block_m, block_n, warps, stages = next_power_of_2(rows, 16), 64, 4, 3
+        block_m, block_n, stages = next_power_of_2(rows, 16), 64, 3
+        warps = 2 if rows <= 16 else 4
+    elif tma := not wide and has_tma(x.device):
+        block_m, block_n, warps, stages = 64, 64, 4, 3
     else:
         block_m, block_n, warps, stages = 128, 64, 8, 2 if wide else 3
     block_d = next_power_of_2(x.shape[-1], least=16)
@@ -66,7 +74,7 @@ def attention_config(
     if may_split:
         wanted = 4 * num_multiprocessors(x.device) // max(tiles, 1)
         splits = min(wanted, _MOST_SPLITS, -(-most_keys // _KEYS_OF_A_SPLIT))
-    return AttentionConfig(block_m, block_n, warps, stages, max(splits, 1))
+    return AttentionConfig(block_m, block_n, warps, stages, max(splits, 1), tma)
 
 
 def _check(op: str, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, softcap: float) -> None:
@@ -207,11 +215,16 @@ def _run(
     if causal:
         right = 0
     block_d = next_power_of_2(head_dim, least=16)
+    is_paged, page_size = table is not None, 1 if table is None else k.shape[1]
+    in_one_page = is_paged and page_size % config.block_n == 0
+    descriptors: tuple[TensorDescriptor | None, ...] = (None, None)
+    if config.tma and (in_one_page or not is_paged) and block_d == head_dim:
+        descriptors = _descriptors(k, v, config.block_n)
     with on_device(q):
         grid = (-(-longest * group // config.block_m), batch * num_heads_kv, splits)
         attention_kernel[grid](
-            *(q, k, v, sinks, target, lse, starts, seqlens, table),
-            *(0 if table is None else table.stride(0), 1 if table is None else k.shape[1]),
+            *(q, k, v, *descriptors, sinks, target, lse, starts, seqlens, table),
+            *(0 if table is None else table.stride(0), page_size),
             *(total_q, q.stride(0), q.stride(1), *strides, head_dim),
             *(scale, softcap if softcap else 1.0, max(left, 0), max(right, 0)),
             NUM_HEADS_KV=num_heads_kv,
@@ -219,7 +232,9 @@ def _run(
             HAS_LEFT=left >= 0,
             HAS_RIGHT=right >= 0,
             HAS_SOFTCAP=softcap > 0,
-            IS_PAGED=table is not None,
+            IS_PAGED=is_paged,
+            IN_ONE_PAGE=in_one_page,
+            SCALES_LATE=scale > 0 and softcap == 0,
             SPLITS=splits,
             BLOCK_M=config.block_m,
             BLOCK_N=config.block_n,
@@ -239,6 +254,21 @@ def _run(
                 num_warps=4,
                 **dependent(q.device),
             )
+
+
+def _descriptors(
+    k: Tensor, v: Tensor, block_n: int
+) -> tuple[TensorDescriptor | None, TensorDescriptor | None]:
+    """Of keys and values as rows of heads, tiles of block_n rows of a head; None where they cannot
+    be read so, and of both."""
+    found = []
+    for x in (k, v):
+        if x.dim() == 4:
+            if x.stride(0) != x.shape[1] * x.stride(1):
+                return None, None
+            x = x.flatten(0, 1)
+        found.append(descriptor(x, (block_n, 1, x.shape[2])))
+    return (None, None) if None in found else (found[0], found[1])
 
 
 @flash_attn_varlen.register_fake

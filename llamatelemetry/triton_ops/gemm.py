@@ -6,11 +6,14 @@ import torch
 from torch import Tensor
 
 from llamatelemetry.triton_ops.kernels.gemm import combine_kernel, linear_kernel
+from llamatelemetry.triton_ops.kernels.persistent_gemm import persistent_linear_kernel
 from llamatelemetry.triton_ops.launch import (
     IS_INTERPRETED,
     check,
     check_shape,
+    descriptor,
     next_power_of_2,
+    num_multiprocessors,
     on_device,
     precision_of,
 )
@@ -72,20 +75,35 @@ def run(
     activation: str | None,
     out: Tensor,
     config: LinearConfig,
+    scales: tuple[Tensor, Tensor] | None = None,
 ) -> None:
     """Launches linear with a config, on the current device.
 
     Args:
         x: [m, k].
         out: [..., n], written.
+        scales: of quantised rows of x and of weight, float32; not of a gated layer.
     """
     (m, k), n = x.shape, out.shape[-1]
+    if config.tma and _run_by_descriptors(x, weight, bias, activation, out, config, scales):
+        return
     splits, target = config.splits, out
     if splits > 1:
         target = torch.empty((splits, m, weight.shape[0]), dtype=torch.float32, device=x.device)
     tiles = -(-m // config.block_m) * -(-n // config.block_n)
     linear_kernel[(tiles, splits)](
-        *(x, weight, bias, target, m, n, k, x.stride(0), weight.stride(0)),
+        *(
+            x,
+            weight,
+            bias,
+            *(scales or (None, None)),
+            target,
+            m,
+            n,
+            k,
+            x.stride(0),
+            weight.stride(0),
+        ),
         ACTIVATION=activation,
         SPLITS=splits,
         BLOCK_M=config.block_m,
@@ -100,10 +118,51 @@ def run(
         num_stages=config.num_stages,
     )
     if splits > 1:
-        block = next_power_of_2(min(n, 2**20 if IS_INTERPRETED else 256))
-        combine_kernel[(m, -(-n // block))](
-            *(target, bias, out, m, n),
-            ACTIVATION=activation,
-            SPLITS=splits,
-            BLOCK=block,
-        )
+        combine(target, bias, activation, out)
+
+
+def _run_by_descriptors(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    activation: str | None,
+    out: Tensor,
+    config: LinearConfig,
+    scales: tuple[Tensor, Tensor] | None,
+) -> bool:
+    """run, where x and weight lie so that descriptors can read them; whether they do."""
+    (m, k), n = x.shape, out.shape[-1]
+    x_tiles = descriptor(x, (config.block_m, config.block_k))
+    weight_tiles = descriptor(weight, (config.block_n, config.block_k))
+    if x_tiles is None or weight_tiles is None:
+        return False
+    programs = -(-m // config.block_m) * -(-n // config.block_n)
+    if activation is None:  # of gated layers a program a tile was faster
+        programs = min(programs, num_multiprocessors(x.device))
+    persistent_linear_kernel[(programs,)](
+        *(x_tiles, weight_tiles, bias, *(scales or (None, None)), out, m, n, k),
+        ACTIVATION=activation,
+        BLOCK_M=config.block_m,
+        BLOCK_N=config.block_n,
+        BLOCK_K=config.block_k,
+        GROUP_M=config.group_m,
+        PRECISION=precision_of(x),
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    )
+    return True
+
+
+def combine(sums: Tensor, bias: Tensor | None, activation: str | None, out: Tensor) -> None:
+    """Adds up parts of k, and the bias and gate.
+
+    Args:
+        sums: [splits, m, weight's rows] float32.
+        out: [..., n], written.
+    """
+    splits, m, _ = sums.shape
+    n = out.shape[-1]
+    block = next_power_of_2(min(n, 2**20 if IS_INTERPRETED else 256))
+    combine_kernel[(m, -(-n // block))](
+        *(sums, bias, out, m, n), ACTIVATION=activation, SPLITS=splits, BLOCK=block
+    )

@@ -8,6 +8,7 @@ from functools import cache
 
 import torch
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from llamatelemetry.triton_ops.kernels.norm import rms_norm_kernel
 
@@ -69,6 +70,8 @@ def precision_of(x: Tensor) -> str:
     """Of product: float32 is multiplied as float32, never as TF32."""
     if IS_INTERPRETED:
         return "interpreted"
+    if x.dtype == torch.float8_e4m3fn:
+        return "fp8"
     return "ieee" if x.dtype == torch.float32 else "tf32"
 
 
@@ -77,13 +80,30 @@ def dependent(device: torch.device) -> dict[str, bool]:
     """Launch options of a kernel that begins with kernels.dependent.begin: Hopper and later GPUs
     of NVIDIA put it in place while the one before it ends. The linear layers' are none: put in
     place early, their many programs crowd on some of the multiprocessors."""
-    is_served = (
+    if has_tma(device):  # of the same GPUs
+        return {"IS_DEPENDENT": True, "launch_pdl": True}
+    return {"IS_DEPENDENT": False}
+
+
+@cache
+def has_tma(device: torch.device) -> bool:
+    """Whether tiles can be read by descriptors, without a thread's help: Hopper and later."""
+    return (
         device.type == "cuda"
         and not IS_INTERPRETED
         and torch.version.hip is None
         and torch.cuda.get_device_capability(device) >= (9, 0)
     )
-    return {"IS_DEPENDENT": True, "launch_pdl": True} if is_served else {"IS_DEPENDENT": False}
+
+
+def descriptor(x: Tensor, block: Sequence[int]) -> TensorDescriptor | None:
+    """Of tiles of x; None where the hardware cannot read them as x lies."""
+    size = x.element_size()
+    if not x.numel() or x.data_ptr() % 16 or x.stride(-1) != 1:
+        return None
+    if any(stride * size % 16 or stride <= 0 for stride in x.stride()[:-1]):
+        return None
+    return TensorDescriptor.from_tensor(x, list(block))
 
 
 @cache

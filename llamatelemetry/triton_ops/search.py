@@ -15,15 +15,23 @@ import torch
 from torch import Tensor
 
 from llamatelemetry.triton_ops import gemm
-from llamatelemetry.triton_ops.launch import num_multiprocessors
-from llamatelemetry.triton_ops.tuning import LinearConfig, LinearShape, row_of, start_value
+from llamatelemetry.triton_ops.launch import has_tma, num_multiprocessors
+from llamatelemetry.triton_ops.tuning import (
+    LinearConfig,
+    LinearShape,
+    row_of,
+    start_value,
+    tma_value,
+)
 
 _COLD_BYTES = 256 * 2**20  # of weights that one after another are read: more than any L2 holds
 _LAUNCHES = 12  # in one graph
 _SHARED_BYTES = 227 * 1024
 
 
-def candidates(shape: LinearShape, multiprocessors: int) -> list[LinearConfig]:
+def candidates(
+    shape: LinearShape, multiprocessors: int, has_tma: bool = False
+) -> list[LinearConfig]:
     """Launches worth a try; the first is the start value."""
     few = shape.m <= 32
     if few:
@@ -33,6 +41,8 @@ def candidates(shape: LinearShape, multiprocessors: int) -> list[LinearConfig]:
     else:
         sizes = product((64, 128, 256), (64, 128, 256), (64,), (1,), (4, 8), (3, 4))
     found = [start_value(shape, 2, multiprocessors)]
+    if has_tma and shape.m > 256:
+        found.insert(0, tma_value(shape, multiprocessors))
     for m, n, k, splits, warps, stages in sizes:
         block_m = max(m, shape.m) if few else m
         tile = (block_m + n * (2 if shape.gated else 1)) * k * 2
@@ -47,6 +57,8 @@ def candidates(shape: LinearShape, multiprocessors: int) -> list[LinearConfig]:
         if not few and warps == 4 and sums > 128 * 128:
             continue
         found.append(LinearConfig(block_m, n, k, splits, 8, warps, stages))
+        if has_tma and not few and splits == 1:
+            found.append(replace(found[-1], tma=True))
     return list(dict.fromkeys(found))
 
 
@@ -106,12 +118,12 @@ class Search:
         return sorted(times)[1]
 
 
-def compile_all(searches: Sequence[Search], multiprocessors: int) -> None:
+def compile_all(searches: Sequence[Search], multiprocessors: int, has_tma: bool) -> None:
     """Compiles every candidate, several at a time; what cannot be built is left to the search."""
     jobs = {
         (config, search.shape.gated): search
         for search in searches
-        for config in candidates(search.shape, multiprocessors)
+        for config in candidates(search.shape, multiprocessors, has_tma)
     }
 
     def build(job: tuple[LinearConfig, bool]) -> None:
@@ -147,9 +159,9 @@ def tune(
     progress(f"{len(done)} shapes are done, {len(waiting)} to go")
     for i, shape in enumerate(waiting):
         search = Search(shape, dtype, device)
-        compile_all([search], multiprocessors)
+        compile_all([search], multiprocessors, has_tma(device))
         found: list[tuple[float, LinearConfig]] = []
-        configs = candidates(shape, multiprocessors)
+        configs = candidates(shape, multiprocessors, has_tma(device))
         for config in configs:
             try:
                 if search.is_right(config):

@@ -18,6 +18,8 @@ from typing import Any
 import torch
 
 from llamatelemetry.triton_ops.launch import (
+    IS_INTERPRETED,
+    has_tma,
     next_power_of_2,
     num_multiprocessors,
     shared_bytes_per_program,
@@ -38,6 +40,8 @@ class LinearConfig:
         block_m, block_n, block_k: the tile; powers of two, at least 16.
         splits: parts of k, summed by a second kernel; 1 is one kernel.
         group_m: tiles of rows that run beside each other.
+        tma: tiles are read by descriptors, where rows of 16-bit values begin at 16 bytes; splits
+            is 1.
     """
 
     block_m: int = 16
@@ -47,6 +51,7 @@ class LinearConfig:
     group_m: int = 8
     num_warps: int = 4
     num_stages: int = 3
+    tma: bool = False
 
 
 @dataclass(frozen=True)
@@ -95,6 +100,13 @@ def start_value(
         else:
             config = replace(config, block_n=config.block_n // 2)
     return config
+
+
+def tma_value(shape: LinearShape, multiprocessors: int, bytes_of_value: int = 2) -> LinearConfig:
+    """A launch for many rows that nobody measured, on a GPU with descriptors."""
+    wide = -(-shape.m // 128) * -(-shape.n // 256) >= multiprocessors // 2
+    block_n = 256 if wide and not shape.gated else 128
+    return LinearConfig(128, block_n, 128 // bytes_of_value, 1, 8, 8, 3, tma=True)
 
 
 def _wide_start_value(
@@ -165,7 +177,13 @@ def linear_config(
     if device.type == "cuda":
         rows = _table(torch.cuda.get_device_capability(device))
         kind = "float32" if dtype == torch.float32 else "16-bit"
-        if (found := rows.get((shape, kind))) is not None:
+        if (found := rows.get((shape, kind))) is not None:  # of a byte a value too
             return found
+    if IS_INTERPRETED and n * k > 2**17:  # it takes as long for a small tile as for a large one
+        return LinearConfig(min(shape.m, 128), 1024, 1024)
     shared = shared_bytes_per_program(device)
+    if dtype.itemsize <= 2 and shape.m > 256 and has_tma(device):
+        config = tma_value(shape, num_multiprocessors(device), dtype.itemsize)
+        if shared_bytes_of(config, shape, dtype.itemsize) <= shared:
+            return config
     return start_value(shape, dtype.itemsize, num_multiprocessors(device), shared)

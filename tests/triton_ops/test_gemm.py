@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from itertools import product
 
 import pytest
@@ -15,12 +16,15 @@ from torch.nn import functional
 pytest.importorskip("triton")
 
 from llamatelemetry.triton_ops import attention, gemm
+from llamatelemetry.triton_ops.launch import has_tma
 from llamatelemetry.triton_ops.tuning import (
     FOLDER,
     LinearConfig,
     LinearShape,
+    shared_bytes_of,
     start_value,
     table_of,
+    tma_value,
 )
 
 SIZES = [(1, 1, 1), (2, 48, 32), (3, 17, 127), (16, 64, 256), (33, 80, 96), (70, 130, 200)]
@@ -80,6 +84,31 @@ def test_parts_of_k(device, splits, activation):
     out = x.new_empty(3, 70 if activation is None else 35)
     gemm.run(x, weight, bias, activation, out, config)
     torch.testing.assert_close(out, in_steps(x, weight, bias, activation), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("activation", [None, "silu"])
+@pytest.mark.parametrize(("m", "k"), [(70, 96), (33, 72), (20, 50)])
+def test_tiles_read_by_descriptors(device, m, k, activation):
+    """Where rows begin at 16 bytes; of others by pointers."""
+    if device.type == "cuda" and not has_tma(device):
+        pytest.skip("needs a GPU with descriptors")
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    x, weight, bias = weights(m, 80, k, device, dtype)
+    config = LinearConfig(32, 32, 32, 1, 2, 4, 2, tma=True)
+    out = x.new_empty(m, 80 if activation is None else 40)
+    gemm.run(x, weight, bias, activation, out, config)
+    by_pointers = torch.empty_like(out)
+    gemm.run(x, weight, bias, activation, by_pointers, replace(config, tma=False))
+    torch.testing.assert_close(out, by_pointers, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.without_triton
+def test_launches_of_descriptors_fit_in_shared_memory():
+    for m, n, gated in product((512, 4096), (64, 4096, 128256), (False, True)):
+        shape = LinearShape.of(m, n, 4096, gated)
+        config = tma_value(shape, 132)
+        assert config.tma
+        assert shared_bytes_of(config, shape, 2) <= 227 * 1024
 
 
 def test_rows_that_lie_apart(device):

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from llamatelemetry.models.opset import OpSet
 from llamatelemetry.models.pieces.merge import is_plain
 from llamatelemetry.models.pieces.watch import EVERYWHERE, SERVED
+from llamatelemetry.quantization.group_linear import GroupLinear
 
 # Of more rows ops.linear is torch's product, which a call without our op reaches sooner.
 MOST_ROWS = 16
@@ -36,29 +37,39 @@ class Joined:
     ) -> None:
         self.merged, self.linears = merged, list(linears)
         self._forward, self._after, self._activation = merged.forward, after, activation
-        self._op = ops.linear if is_dense(merged) else None
-        self._of_any_rows = ops.linear_of_any_rows
-        if self._of_any_rows and self._op is None:
+        self._ops, self._of_any_rows = ops, ops.linear_of_any_rows
+        self._is_dense = ops.linear is not None and is_dense(merged)
+        self._is_grouped = type(merged) is GroupLinear and merged.format in ops.group_formats
+        if self._of_any_rows and not (self._is_dense or self._is_grouped):
+            kind = type(merged).__name__
+            if isinstance(merged, GroupLinear):
+                kind += f" of {merged.format}"
+            formats = ", ".join(ops.group_formats) or "none"
             raise ValueError(
-                f"these ops take torch's Linear alone, got {type(merged).__name__}; load the "
-                "weights dense, or use the native ops"
+                f"these ops take torch's Linear alone, or GroupLinear of {formats}, got {kind}; "
+                "load the weights dense, or use the native ops"
             )
 
     def __call__(self, x: Tensor) -> Tensor:
         # A graph reads the linears' own weights, wherever they lie when it runs.
         if torch.compiler.is_compiling():
             return self._followed(self._apart(x))
-        if self._op is not None and (self._of_any_rows or _is_small(x)):
-            weight, bias = self.merged.weight, self.merged.bias
-            y = self._op(x.contiguous(), weight, bias, None, self._activation)
+        if self._of_any_rows or (self._is_dense and _is_small(x)):
+            y = self._by_op(x.contiguous(), self.merged, self._activation)
             return y if self._activation is not None else self._followed(y)
         return self._followed(self._forward(x))
 
+    def _by_op(self, x: Tensor, linear: Any, activation: str | None) -> Tensor:
+        if self._is_grouped:
+            assert self._ops.group_linear is not None
+            return self._ops.group_linear(x, linear, activation)
+        assert self._ops.linear is not None
+        return self._ops.linear(x, linear.weight, linear.bias, None, activation)
+
     def _apart(self, x: Tensor) -> Tensor:
-        if self._of_any_rows and self._op is not None:
-            op, x = self._op, x.contiguous()
-            linears = self.linears or [self.merged]
-            parts = [op(x, one.weight, one.bias, None, None) for one in linears]
+        if self._of_any_rows:
+            x, linears = x.contiguous(), self.linears or [self.merged]
+            parts = [self._by_op(x, one, None) for one in linears]
             return torch.cat(parts, -1) if len(parts) > 1 else parts[0]
         if len(self.linears) > 1:
             return torch.cat([linear(x) for linear in self.linears], -1)

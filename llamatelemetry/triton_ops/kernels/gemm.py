@@ -21,10 +21,23 @@ def biased(sums, bias_ptr, columns, mask, dtype: tl.constexpr):
 
 
 @triton.jit
+def scaled(sums, x_scales_ptr, weight_scales_ptr, rows, columns, row_mask, column_mask):
+    """Sums of quantised values times the scales of their rows, where there are any."""
+    if x_scales_ptr is not None:
+        x_scales = tl.load(x_scales_ptr + rows, mask=row_mask, other=0.0)
+        weight_scales = tl.load(weight_scales_ptr + columns, mask=column_mask, other=0.0)
+        sums *= x_scales[:, None]
+        sums *= weight_scales[None, :]
+    return sums
+
+
+@triton.jit
 def linear_kernel(
     x_ptr,  # [m, k]
     weight_ptr,  # [n, k], or [2 * n, k] where gated: gates, then what they multiply
     bias_ptr,  # as many as weight has rows, or None
+    x_scales_ptr,  # [m] float32 of quantised rows, not gated; or None, as weight's
+    weight_scales_ptr,  # [n] float32 or None
     out_ptr,  # [m, n]; sums [SPLITS, m, weight's rows] float32 where SPLITS > 1
     m,
     n,
@@ -83,6 +96,7 @@ def linear_kernel(
                 u = tl.load(u_ptrs + first, mask=inside[:, None], other=0.0)
             ups = product(x, u, ups, PRECISION)
     mask = row_mask[:, None] & column_mask[None, :]
+    sums = scaled(sums, x_scales_ptr, weight_scales_ptr, rows, columns, row_mask, column_mask)
     if SPLITS == 1:
         dtype: tl.constexpr = out_ptr.dtype.element_ty
         out = biased(sums, bias_ptr, columns, column_mask, dtype)
