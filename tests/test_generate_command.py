@@ -55,6 +55,7 @@ def test_an_empty_directory_is_refused(capsys, tmp_path):
         ("--top-k", 2**40, "top_k must be below 2**31"),
         ("--repetition-penalty", 0, "repetition_penalty must be positive"),
         ("--seed", 2**64, "seed must fit in 64 bits"),
+        ("--num-speculative-tokens", 16, "num_speculative_tokens must be at most 15"),
     ],
 )
 def test_bad_sampling_parameters_are_named(capsys, option, value, named):
@@ -135,6 +136,19 @@ def test_counts_of_one(capsys, tmp_path):
     err = capsys.readouterr().err
     assert "generated 1 token ·" in err
     assert "generation speed none" in err
+
+
+def test_drafts_are_counted_and_change_nothing(capsys, tmp_path):
+    write_model(tmp_path / "tiny.gguf", "llama")
+    asked = ["generate", "cat", "--model", str(tmp_path / "tiny.gguf"), "--max-tokens", "40"]
+    texts = []
+    for more in ([], ["--num-speculative-tokens", "4"]):
+        assert main([*asked, "--exact", *more]) == 0
+        out, err = capsys.readouterr()
+        assert ("drafted tokens" in err) == bool(more)
+        assert "generated 40 tokens" in err
+        texts.append(out)
+    assert texts[0] == texts[1]
 
 
 def test_a_system_prompt_and_a_model_s_own_defaults(capsys, tmp_path):

@@ -43,6 +43,13 @@ def add_command(commands: Any) -> None:
         )
     parser.add_argument("--seed", type=int, default=0, metavar="S")
     parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="repeatable")
+    parser.add_argument(
+        "--num-speculative-tokens",
+        type=int,
+        default=0,
+        metavar="N",
+        help="drafted by prompt lookup for a step at most (default: 0, none)",
+    )
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
     parser.add_argument(
         "--backend",
@@ -135,11 +142,13 @@ def _generate(args: argparse.Namespace) -> int:
     import torch
 
     from llamatelemetry.inference.sampling import SamplingParams
+    from llamatelemetry.inference.speculation_config import prompt_lookup
 
     prompt, given = _text("PROMPT", args.prompt), _given(args)
     system = None if args.system is None else _text("--system", args.system)
     stops = [_text("--stop", stop) for stop in args.stop]
     SamplingParams(**given)  # refuses numbers before a model is loaded
+    speculation = prompt_lookup(args.num_speculative_tokens)
     if args.device == "cuda" and not torch.cuda.is_available():
         raise ValueError(
             "--device cuda needs a CUDA GPU that torch can use, and there is none here"
@@ -156,18 +165,46 @@ def _generate(args: argparse.Namespace) -> int:
         loaded = load_model(args.model, device=device, exact=args.exact, progress=progress)
     engine = InferenceEngine(loaded, backend=args.backend)
     params = replace(engine.defaults.unasked(), **given)
-    for piece in engine.stream(prompt, params, args.max_tokens, stops, system_prompt=system):
-        emit(piece)
+    drafts: list[tuple[str, str]] = []
+    if speculation is None:
+        for piece in engine.stream(prompt, params, args.max_tokens, stops, system_prompt=system):
+            emit(piece)
+        stats = engine.stats
+    else:
+        asked = params, args.max_tokens, stops
+        stats, drafts = _speculate(engine, engine.encode(prompt, system), *asked, speculation)
     emit("\n")
-    rows = [*_rows(engine.stats), _peak_memory()]
+    rows = [*_rows(stats), *drafts, _peak_memory()]
     print(" · ".join(f"{name} {value}" for name, value in rows), file=sys.stderr)
     if args.compare:
         ids = engine.encode(prompt, system)
-        plain = _plain_transformers(args, engine, ids, device)
+        plain = _plain_transformers(args, ids, stats.generated_tokens, device)
         print(f"{'':18}{'llamatelemetry':>18}{'transformers':>18}", file=sys.stderr)
-        for (name, ours), (_, theirs) in zip(_rows(engine.stats), _rows(plain), strict=True):
+        for (name, ours), (_, theirs) in zip(_rows(stats), _rows(plain), strict=True):
             print(f"{name:18}{ours:>18}{theirs:>18}", file=sys.stderr)
     return 0
+
+
+def _speculate(
+    engine: Any, prompt: list[int], params: Any, max_tokens: int, stops: list[str], config: Any
+) -> tuple[Any, list[tuple[str, str]]]:
+    """Emits the text of a batch of one with drafts; GenerationStats, and a row about drafts."""
+    from llamatelemetry.inference.continuous import ContinuousBatching
+    from llamatelemetry.inference.engine import GenerationStats
+
+    batcher = ContinuousBatching(1, engine, speculation=config)
+    handle = batcher.submit(prompt, params, max_tokens, stop_sequences=stops)
+    for piece in handle:
+        emit(piece)
+    found = handle.stats
+    stats = GenerationStats(
+        len(prompt),
+        found.num_tokens,
+        found.first_token - found.enqueued,
+        found.last_token - found.first_token,
+    )
+    right = f"{found.accepted_tokens} of {found.drafted_tokens} right"
+    return stats, [("drafted tokens", right)]
 
 
 def _rows(stats: Any) -> list[tuple[str, str]]:
@@ -196,7 +233,7 @@ def _peak_memory() -> tuple[str, str]:
 
 
 def _plain_transformers(
-    args: argparse.Namespace, engine: Any, prompt: list[int], device: str
+    args: argparse.Namespace, prompt: list[int], count: int, device: str
 ) -> Any:
     """GenerationStats of transformers' generate: same weights, dense in bfloat16, same prompt."""
     import torch
@@ -214,7 +251,7 @@ def _plain_transformers(
 
         def end(self) -> None: ...
 
-    options = {"do_sample": False, "max_new_tokens": engine.stats.generated_tokens}
+    options = {"do_sample": False, "max_new_tokens": count}
     with torch.inference_mode():
         model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=2, do_sample=False)
         start = time.perf_counter()

@@ -29,6 +29,13 @@ def add_command(commands: Any) -> None:
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
     parser.add_argument("--max-batch-size", type=int, default=16, metavar="N")
     parser.add_argument(
+        "--num-speculative-tokens",
+        type=int,
+        default=0,
+        metavar="N",
+        help="drafted by prompt lookup for a request and a step at most; 0 drafts none",
+    )
+    parser.add_argument(
         "--max-open", type=int, default=256, metavar="N", help="requests open at once; then 429"
     )
     parser.add_argument("--timeout", type=float, default=600.0, metavar="S", help="of a request")
@@ -122,6 +129,7 @@ def _made(args: argparse.Namespace) -> tuple[Any, Any]:
 
     from llamatelemetry.inference.continuous import ContinuousBatching
     from llamatelemetry.inference.engine import InferenceEngine
+    from llamatelemetry.inference.speculation_config import prompt_lookup
     from llamatelemetry.loading.find import load_model
     from llamatelemetry.serving.app import ServerConfig, create_app
 
@@ -130,6 +138,7 @@ def _made(args: argparse.Namespace) -> tuple[Any, Any]:
     device = args.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    speculation = prompt_lookup(args.num_speculative_tokens)  # refuses it before a model is loaded
     engine = InferenceEngine(load_model(args.model, device=device))
     config = ServerConfig(
         model=args.served_model_name or args.model,
@@ -140,7 +149,7 @@ def _made(args: argparse.Namespace) -> tuple[Any, Any]:
         drain_s=DRAIN_S,
         pooling=args.pooling,
     )
-    batcher = ContinuousBatching(args.max_batch_size, engine)
+    batcher = ContinuousBatching(args.max_batch_size, engine, speculation=speculation)
     return batcher, create_app(batcher, config, _otel(config.model) if args.otel else None)
 
 
