@@ -30,7 +30,7 @@ def packed(n, k, groups, format, device):
     return (weight.packed.to(device), format, n, weight.scales.to(device), zeros), exact
 
 
-@pytest.mark.parametrize("format", CODES)
+@pytest.mark.parametrize("format", ["U4", "S8"])
 @pytest.mark.parametrize(
     ("m", "n", "k", "groups"),
     [(1, 16, 32, 1), (3, 70, 256, 8), (17, 33, 384, 3), (70, 40, 128, 2)],

@@ -13,12 +13,14 @@ import triton.language as tl
 def product(a, b, sums, PRECISION: tl.constexpr):
     """sums + a @ b, in float32."""
     if PRECISION == "interpreted":
-        return tl.dot(a.to(tl.float32), b.to(tl.float32), sums, input_precision="ieee")
-    if PRECISION == "fp8":  # Hopper keeps some 14 bits of a sum: within a tile alone
-        return tl.dot(a, b, sums, max_num_imprecise_acc=a.shape[1])
-    if PRECISION == "ieee":
+        sums = tl.dot(a.to(tl.float32), b.to(tl.float32), sums, input_precision="ieee")
+    elif PRECISION == "fp8":  # Hopper keeps some 14 bits of a sum: within a tile alone
+        sums = tl.dot(a, b, sums, max_num_imprecise_acc=a.shape[1])
+    elif PRECISION == "ieee":
         # Without tensor cores a dot adds one product after another; sums over thousands stay as
         # exact as cuBLAS's where each tile begins at zero. Subtracted, for Triton would fold a sum.
         part = tl.zeros(sums.shape, dtype=tl.float32)
-        return sums - tl.dot(-a, b, part, input_precision=PRECISION)
-    return tl.dot(a, b, sums, input_precision=PRECISION)
+        sums = sums - tl.dot(-a, b, part, input_precision=PRECISION)
+    else:
+        sums = tl.dot(a, b, sums, input_precision=PRECISION)
+    return sums

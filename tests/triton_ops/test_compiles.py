@@ -1,0 +1,43 @@
+"""Kernels that Triton's interpreter reads as Python are compiled for a GPU too, without one."""
+
+from __future__ import annotations
+
+import pytest
+from interpreter import INTERPRETED
+
+pytest.importorskip("triton")
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from llamatelemetry.triton_ops.kernels.gemm import linear_kernel
+from llamatelemetry.triton_ops.kernels.persistent_gemm import persistent_linear_kernel
+
+pytestmark = [
+    pytest.mark.without_triton,
+    pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing"),
+]
+SIZES = {"m": "i32", "n": "i32", "k": "i32", "x_stride": "i32", "weight_stride": "i32"}
+SCALES = {"x_scales_ptr": "*fp32", "weight_scales_ptr": "*fp32", "out_ptr": "*bf16"}
+TILE = {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 128, "GROUP_M": 8, "ACTIVATION": None}
+EVEN = {"EVEN_M": True, "EVEN_N": True, "EVEN_K": True, "SPLITS": 1}
+
+
+def compiled(kernel, types, constants):
+    names = kernel.arg_names
+    signature = {name: types.get(name, "constexpr") for name in names}
+    values = {(names.index(name),): value for name, value in constants.items()}
+    source = ASTSource(kernel, signature, values)
+    target = GPUTarget("cuda", 90, 32)
+    return triton.compile(source, target=target, options={"num_warps": 4, "num_stages": 2})
+
+
+@pytest.mark.parametrize(("precision", "kind"), [("tf32", "bf16"), ("fp8", "fp8e4nv")])
+def test_linear_layers(precision, kind):
+    constants = TILE | {"PRECISION": precision, "bias_ptr": None}
+    pointers = {"x_ptr": f"*{kind}", "weight_ptr": f"*{kind}"}
+    assert "mma" in compiled(linear_kernel, SIZES | SCALES | pointers, constants | EVEN).asm["ptx"]
+    tiles = dict.fromkeys(("x_desc", "weight_desc"), f"tensordesc<{kind}[64, 128]>")
+    types = {name: SIZES[name] for name in "mnk"} | SCALES | tiles
+    assert "cp.async.bulk" in compiled(persistent_linear_kernel, types, constants).asm["ptx"]
