@@ -11,9 +11,10 @@ from collections.abc import Iterator
 import torch
 from harness import Case, main
 from torch import Tensor
-from torch.nn.functional import linear
+from torch.nn.functional import linear, pad
 
 from llamatelemetry.ops import (
+    fused_add_rms_norm_quantize_,
     quantize_rows,
     rms_norm,
     rms_norm_quantize,
@@ -31,8 +32,10 @@ SHAPES = {  # name: n, k
         "down": (4096, 14336),
     },
 }
-ROWS = {"cpu": (128,), "cuda": (2048,)}
+ROWS = {"cpu": (128,), "cuda": (1, 16, 64, 2048)}
+MADE_ROWS = {"cpu": 128, "cuda": 2048}
 KINDS = {"int8": torch.int8, "e4m3": torch.float8_e4m3fn}
+BLOCK = 128
 
 
 def near(ours: Tensor, theirs: Tensor) -> None:
@@ -44,6 +47,9 @@ def near(ours: Tensor, theirs: Tensor) -> None:
 def torch_bytes(q: Tensor, scales: Tensor, w: Tensor, w_scales: Tensor) -> Tensor:
     """torch's product of bytes, scaled to bfloat16."""
     if q.dtype == torch.int8:
+        if len(q) <= 16:  # torch asks for 17 rows
+            q = torch.cat([q, q.new_zeros(17 - len(q), q.shape[1])])
+            return (torch._int_mm(q, w.T)[: len(scales)] * (scales * w_scales.T)).bfloat16()
         return (torch._int_mm(q, w.T) * (scales * w_scales.T)).bfloat16()
     return torch._scaled_mm(q, w.T, scales, w_scales.T, out_dtype=torch.bfloat16)
 
@@ -70,6 +76,30 @@ def products(device: torch.device, quick: bool) -> Iterator[Case]:
                 )
 
 
+def blocks(device: torch.device, quick: bool) -> Iterator[Case]:
+    """e4m3 with a scale for 1 x 128 values of x and 128 x 128 of the weight."""
+    for name, (n, k) in list(SHAPES[device.type].items())[: 1 if quick else None]:
+        weight = torch.randn(n, k, device=device) / k**0.5
+        wide = pad(weight, (0, -k % BLOCK, 0, -n % BLOCK))
+        tiles = wide.unflatten(0, (-1, BLOCK)).unflatten(2, (-1, BLOCK)).transpose(1, 2)
+        w_scales = tiles.abs().amax((2, 3)) / 448
+        each = w_scales.repeat_interleave(BLOCK, 0).repeat_interleave(BLOCK, 1)[:n, :k]
+        w, dense = (weight / each).to(torch.float8_e4m3fn), weight.bfloat16()
+        for m in ROWS[device.type][: 1 if quick else None]:
+            x = torch.randn(m, k, device=device).bfloat16()
+            inputs = (*quantize_rows(x, torch.float8_e4m3fn, BLOCK), w, w_scales, x, dense)
+            yield Case(
+                f"{name} {k}->{n} m={m} e4m3 in blocks",
+                inputs=inputs,
+                ours=lambda q, s, w, ws, x, dense: scaled_linear(
+                    q, s, w, ws, torch.bfloat16, None, BLOCK
+                ),
+                baselines={"torch bfloat16": lambda q, s, w, ws, x, dense: linear(x, dense)},
+                flops=2 * m * n * k,
+                check=near,
+            )
+
+
 def close_rows(ours: tuple[Tensor, Tensor], theirs: tuple[Tensor, Tensor]) -> None:
     """Bytes times scales."""
     near(ours[0].float() * ours[1], theirs[0].float() * theirs[1])
@@ -78,8 +108,16 @@ def close_rows(ours: tuple[Tensor, Tensor], theirs: tuple[Tensor, Tensor]) -> No
 def rows(device: torch.device, quick: bool) -> Iterator[Case]:
     size = 4096 if device.type == "cuda" else 576
     weight = torch.randn(size, device=device).bfloat16()
-    for m in ROWS[device.type][: 1 if quick else None]:
+    for m in (1, MADE_ROWS[device.type]):
         x, two = (torch.randn(m, c * size, device=device).bfloat16() for c in (1, 2))
+        yield Case(
+            f"fused_add_rms_norm_quantize_ {m}x{size}",
+            inputs=(torch.zeros_like(x), x.clone(), weight),
+            ours=lambda x, y, w: fused_add_rms_norm_quantize_(x, y, w, torch.int8),
+            baselines={"apart": lambda x, y, w: rms_norm_quantize(y.add_(x), w, torch.int8)},
+            bytes_moved=m * size * 7,
+            check=close_rows,
+        )
         yield Case(
             f"rms_norm_quantize {m}x{size}",
             inputs=(x, weight),
@@ -100,6 +138,7 @@ def rows(device: torch.device, quick: bool) -> Iterator[Case]:
 
 def cases(device: torch.device, quick: bool) -> Iterator[Case]:
     yield from products(device, quick)
+    yield from blocks(device, quick)
     yield from rows(device, quick)
 
 

@@ -15,9 +15,10 @@ STABLE_TORCH_LIBRARY(llamatelemetry, m) {
   m.def("softmax(Tensor x, float temperature) -> Tensor");
 
   // norm: rows of a byte a value, int8 or float8_e4m3fn, and a scale a row
-  m.def("quantize_rows(Tensor x, ScalarType dtype) -> (Tensor, Tensor)");
-  m.def("rms_norm_quantize(Tensor x, Tensor weight, ScalarType dtype, float eps, float weight_offset=0.0) -> (Tensor, Tensor)");
-  m.def("silu_and_mul_quantize(Tensor x, ScalarType dtype) -> (Tensor, Tensor)");
+  m.def("quantize_rows(Tensor x, ScalarType dtype, int? block=None) -> (Tensor, Tensor)");
+  m.def("rms_norm_quantize(Tensor x, Tensor weight, ScalarType dtype, float eps, float weight_offset=0.0, int? block=None) -> (Tensor, Tensor)");
+  m.def("fused_add_rms_norm_quantize_(Tensor x, Tensor(a!) residual, Tensor weight, ScalarType dtype, float eps, float weight_offset=0.0, int? block=None) -> (Tensor, Tensor)");
+  m.def("silu_and_mul_quantize(Tensor x, ScalarType dtype, int? block=None) -> (Tensor, Tensor)");
 
   // cache: k_cache, v_cache [num_blocks, page_size, num_heads_kv, head_dim]
   m.def("append_kv_(Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor slot_mapping, Tensor(c!)? k_scales=None, Tensor(d!)? v_scales=None) -> ()");
@@ -47,7 +48,7 @@ STABLE_TORCH_LIBRARY(llamatelemetry, m) {
   m.def("gemm(Tensor a, Tensor b, float alpha=1.0, float beta=0.0, bool trans_a=False, bool trans_b=False, Tensor? c=None, str? backend=None) -> Tensor");
   m.def("tensor_core_gemm(Tensor a, Tensor b, float alpha=1.0, float beta=0.0, bool trans_a=False, bool trans_b=False, Tensor? c=None, str? backend=None) -> Tensor");
   m.def("tensor_core_gemm_int8(Tensor a, Tensor b, bool trans_a=False, bool trans_b=False, str? backend=None) -> Tensor");
-  m.def("scaled_linear(Tensor x, Tensor x_scales, Tensor weight, Tensor weight_scales, ScalarType dtype, Tensor? bias=None) -> Tensor");
+  m.def("scaled_linear(Tensor x, Tensor x_scales, Tensor weight, Tensor weight_scales, ScalarType dtype, Tensor? bias=None, int? block=None) -> Tensor");
 
   // sampling: a parameter per row
   m.def("sample(Tensor logits, Tensor temperature, Tensor top_k, Tensor top_p, Tensor min_p, Tensor seed, Tensor offset) -> Tensor");

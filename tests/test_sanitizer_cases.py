@@ -145,7 +145,8 @@ def bytes_a_value(x, weight, norm):
         made = (
             ops.quantize_rows(x, dtype),
             ops.rms_norm_quantize(x, norm, dtype),
-            ops.silu_and_mul_quantize(x, dtype),
+            ops.silu_and_mul_quantize(x, dtype, 128),
+            ops.fused_add_rms_norm_quantize_(x, x.clone(), norm, dtype),
         )
         q, scales = made[0]
         w, w_scales = ops.quantize_rows(weight, dtype)

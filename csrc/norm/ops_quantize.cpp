@@ -29,7 +29,7 @@ Quantised quantised(const char* op, const Tensor& x, const Rows& rows, ScalarTyp
   std::vector<int64_t> sizes(x.sizes().begin(), x.sizes().end());
   sizes.back() = params.row_size;
   Tensor q = allocate(x, sizes, to);
-  sizes.back() = 1;
+  sizes.back() = scales_a_row(params.in_blocks, params.row_size);
   Tensor scales = allocate(x, sizes, ScalarType::Float);
   params.num_rows = rows.num_rows;
   params.x_row_stride = rows.row_stride;
@@ -53,15 +53,21 @@ Quantised quantised(const char* op, const Tensor& x, const Rows& rows, ScalarTyp
   return {q, scales};
 }
 
-QuantizeRowsParams params_of(const Tensor& x, DType dtype, DType to, RowSource source,
-                             int64_t row_size) {
+// block: how many values share a scale, kQuantizeBlock or, without one, all of a row.
+QuantizeRowsParams params_of(const char* op, const Tensor& x, DType dtype, DType to,
+                             RowSource source, int64_t row_size, std::optional<int64_t> block) {
+  check(!block || *block == kQuantizeBlock, op, "block",
+        "be None or " + std::to_string(kQuantizeBlock), std::to_string(block.value_or(0)));
   return {.x = x.const_data_ptr(),
           .weight = nullptr,
+          .residual = nullptr,
           .q = nullptr,
           .scales = nullptr,
           .num_rows = 0,
           .row_size = row_size,
           .x_row_stride = 0,
+          .residual_row_stride = 0,
+          .in_blocks = block.has_value(),
           .eps = 0.0f,
           .weight_offset = 0.0f,
           .source = source,
@@ -69,38 +75,51 @@ QuantizeRowsParams params_of(const Tensor& x, DType dtype, DType to, RowSource s
           .to = to};
 }
 
-Quantised quantize_rows(const Tensor& x, ScalarType to) {
+Quantised quantize_rows(const Tensor& x, ScalarType to, std::optional<int64_t> block) {
   constexpr const char* op = "quantize_rows";
   const DType dtype = check_floating(op, "x", x), target = check_to(op, to);
   const Rows rows = rows_of(op, "x", x);
   const DeviceGuard guard(x);
-  return quantised(op, x, rows, to, params_of(x, dtype, target, RowSource::kRow, rows.row_size),
-                   [](Tensor&) {});
+  const QuantizeRowsParams params =
+      params_of(op, x, dtype, target, RowSource::kRow, rows.row_size, block);
+  return quantised(op, x, rows, to, params, [](Tensor&) {});
 }
 
-Quantised rms_norm_quantize(const Tensor& x, const Tensor& weight, ScalarType to, double eps,
-                            double weight_offset) {
-  constexpr const char* op = "rms_norm_quantize";
+// residual: what x is added to first, in place, or none.
+Quantised normed(const char* op, const Tensor& x, const Tensor* residual, const Tensor& weight,
+                 ScalarType to, double eps, double weight_offset, std::optional<int64_t> block) {
   const DType dtype = check_floating(op, "x", x), target = check_to(op, to);
   const Rows rows = rows_of(op, "x", x);
   check_shape(op, "weight", weight, "[hidden_size]", {rows.row_size});
   check_like(op, "weight", weight, "x", x);
   check_contiguous(op, "weight", weight);
+  QuantizeRowsParams params =
+      params_of(op, x, dtype, target, RowSource::kRmsNorm, rows.row_size, block);
+  if (residual) {
+    check(residual->sizes().equals(x.sizes()), op, "residual",
+          "have the shape of x (" + shape_text(x) + ")", "shape " + shape_text(*residual));
+    check_like(op, "residual", *residual, "x", x);
+    const Rows apart = rows_of(op, "residual", *residual);
+    check_apart(op, "residual", rows.num_rows, apart.row_stride, rows.row_size);
+    check(x.numel() == 0 || x.const_data_ptr() != residual->const_data_ptr(), op, "residual",
+          "be another tensor than x", "the same memory");
+    params.residual = const_cast<void*>(residual->const_data_ptr());
+    params.residual_row_stride = apart.row_stride;
+  }
   const DeviceGuard guard(x);
-  QuantizeRowsParams params = params_of(x, dtype, target, RowSource::kRmsNorm, rows.row_size);
   params.weight = weight.const_data_ptr();
   params.eps = static_cast<float>(eps);
   params.weight_offset = static_cast<float>(weight_offset);
   return quantised(op, x, rows, to, params, [&](Tensor& made) {
     launch(op, launch_rms_norm,
            RmsNormParams{.x = params.x,
-                         .residual = nullptr,
+                         .residual = params.residual,
                          .weight = params.weight,
                          .out = made.mutable_data_ptr(),
                          .num_tokens = rows.num_rows,
                          .hidden_size = rows.row_size,
                          .x_row_stride = rows.row_stride,
-                         .residual_row_stride = 0,
+                         .residual_row_stride = params.residual_row_stride,
                          .out_row_stride = rows.row_size,
                          .eps = params.eps,
                          .weight_offset = params.weight_offset,
@@ -109,7 +128,19 @@ Quantised rms_norm_quantize(const Tensor& x, const Tensor& weight, ScalarType to
   });
 }
 
-Quantised silu_and_mul_quantize(const Tensor& x, ScalarType to) {
+Quantised rms_norm_quantize(const Tensor& x, const Tensor& weight, ScalarType to, double eps,
+                            double weight_offset, std::optional<int64_t> block) {
+  return normed("rms_norm_quantize", x, nullptr, weight, to, eps, weight_offset, block);
+}
+
+Quantised fused_add_rms_norm_quantize_(const Tensor& x, Tensor residual, const Tensor& weight,
+                                       ScalarType to, double eps, double weight_offset,
+                                       std::optional<int64_t> block) {
+  return normed("fused_add_rms_norm_quantize_", x, &residual, weight, to, eps, weight_offset,
+                block);
+}
+
+Quantised silu_and_mul_quantize(const Tensor& x, ScalarType to, std::optional<int64_t> block) {
   constexpr const char* op = "silu_and_mul_quantize";
   const DType dtype = check_floating(op, "x", x), target = check_to(op, to);
   const Rows rows = rows_of(op, "x", x);
@@ -117,7 +148,7 @@ Quantised silu_and_mul_quantize(const Tensor& x, ScalarType to) {
         std::to_string(rows.row_size));
   const DeviceGuard guard(x);
   const QuantizeRowsParams params =
-      params_of(x, dtype, target, RowSource::kSiluAndMul, rows.row_size / 2);
+      params_of(op, x, dtype, target, RowSource::kSiluAndMul, rows.row_size / 2, block);
   return quantised(op, x, rows, to, params, [&](Tensor& made) {
     launch(op, launch_gated_activation,
            GatedActivationParams{.x = params.x,
@@ -136,6 +167,7 @@ Quantised silu_and_mul_quantize(const Tensor& x, ScalarType to) {
 LT_IMPL(m) {
   m.impl("quantize_rows", TORCH_BOX(&quantize_rows));
   m.impl("rms_norm_quantize", TORCH_BOX(&rms_norm_quantize));
+  m.impl("fused_add_rms_norm_quantize_", TORCH_BOX(&fused_add_rms_norm_quantize_));
   m.impl("silu_and_mul_quantize", TORCH_BOX(&silu_and_mul_quantize));
 }
 

@@ -7,11 +7,17 @@ template <RowSource kSource>
 Error start(const QuantizeRowsParams& p, Stream stream) {
   dispatch_dtype(p.dtype, [&](auto type) {
     using T = typename decltype(type)::type;
-    const auto bits = reinterpret_cast<uintptr_t>(p.x) | reinterpret_cast<uintptr_t>(p.weight);
+    const auto bits = reinterpret_cast<uintptr_t>(p.x) | reinterpret_cast<uintptr_t>(p.weight) |
+                      reinterpret_cast<uintptr_t>(p.residual);
+    const int64_t strides = p.x_row_stride | p.residual_row_stride;
     const bool aligned = bits % 16 == 0 && p.row_size % kQuantizeChunk == 0 &&
-                         p.x_row_stride * static_cast<int64_t>(sizeof(T)) % 16 == 0;
-    quantize_rows_kernel<T, kSource>
-        <<<dim3(static_cast<unsigned>(p.num_rows)), kQuantizeThreads, 0, stream>>>(p, aligned);
+                         strides * static_cast<int64_t>(sizeof(T)) % 16 == 0;
+    const dim3 grid(static_cast<unsigned>(p.num_rows));
+    if (p.in_blocks) {
+      quantize_blocks_kernel<T, kSource><<<grid, kQuantizeThreads, 0, stream>>>(p, aligned);
+    } else {
+      quantize_rows_kernel<T, kSource><<<grid, kQuantizeThreads, 0, stream>>>(p, aligned);
+    }
   });
   return last_launch_error();
 }

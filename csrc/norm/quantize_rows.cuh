@@ -1,8 +1,8 @@
 // q[r, :] = round(y[r, :] / scales[r]), scales[r] = max |y[r, :]| / 127 (int8) or 448 (e4m3), where
-// y is x, its rms_norm or its silu_and_mul, rounded to T as those round. A row with NaN or infinity
-// has the scale NaN. Bandwidth bound, or for a few rows bound by latency: a block a row, of which a
-// thread keeps kHeld chunks of 8 values; longer rows are read and made again.
-// Grid [num_rows].
+// y is x, its rms_norm, that of residual += x, or its silu_and_mul, rounded to T as those round; or
+// a scale for each 128 values of a row. One with NaN or infinity is NaN. Bandwidth bound, or for a
+// few rows bound by latency: a block a row, of which a thread keeps kHeld chunks of 8 values;
+// longer rows are read and made again. Grid [num_rows].
 #pragma once
 
 #include <cuda_fp8.h>
@@ -50,15 +50,48 @@ __device__ inline uint32_t quantized(float x, DType to) {
 }
 
 template <typename T>
-__device__ inline float row_rstd(const QuantizeRowsParams& p, const T* x, int64_t num_chunks,
-                                 bool aligned) {
+__device__ inline void store_row_chunk(T* row, int64_t c, int64_t row_size, bool aligned,
+                                       const float (&values)[kQuantizeChunk]) {
+  T* to = row + c * kQuantizeChunk;
+  alignas(16) T elements[kQuantizeChunk];
+#pragma unroll
+  for (int i = 0; i < kQuantizeChunk; ++i) elements[i] = from_float<T>(values[i]);
+  if (aligned) {
+#pragma unroll
+    for (int i = 0; i < static_cast<int>(sizeof(elements) / 16); ++i) {
+      reinterpret_cast<uint4*>(to)[i] = reinterpret_cast<const uint4*>(elements)[i];
+    }
+    return;
+  }
+#pragma unroll
+  for (int i = 0; i < kQuantizeChunk; ++i) {
+    if (c * kQuantizeChunk + i < row_size) to[i] = elements[i];
+  }
+}
+
+// x becomes the row that is normed: the residual's with x added to it where there is one. A thread
+// reads what it wrote alone.
+template <typename T>
+__device__ inline float row_rstd(const QuantizeRowsParams& p, const T*& x, int64_t row,
+                                 int64_t num_chunks, bool aligned) {
+  T* residual = p.residual ? static_cast<T*>(p.residual) + row * p.residual_row_stride : nullptr;
   float sum = 0.0f;
   for (int64_t c = threadIdx.x; c < num_chunks; c += kQuantizeThreads) {
     float values[kQuantizeChunk];
     load_row_chunk(x, c, p.row_size, aligned, values);
+    if (residual) {
+      float others[kQuantizeChunk];
+      load_row_chunk<T>(residual, c, p.row_size, aligned, others);
+#pragma unroll
+      for (int i = 0; i < kQuantizeChunk; ++i) {
+        values[i] = to_float(from_float<T>(others[i] + values[i]));
+      }
+      store_row_chunk(residual, c, p.row_size, aligned, values);
+    }
 #pragma unroll
     for (const float v : values) sum = fmaf(v, v, sum);
   }
+  if (residual) x = residual;
   return rsqrtf(block_sum(sum) * (1.0f / static_cast<float>(p.row_size)) + p.eps);
 }
 
@@ -106,6 +139,46 @@ __device__ inline void store_chunk(const QuantizeRowsParams& p, uint8_t* q, int6
   }
 }
 
+// The larger of |v| and what was the largest so far, infinity once a value is not finite.
+__device__ inline float larger(float largest, float v) {
+  return fabsf(v) <= FLT_MAX ? fmaxf(largest, fabsf(v)) : INFINITY;
+}
+
+// Of values whose largest size is given; inverse: as store_chunk takes it.
+__device__ inline float scale_of(float largest, DType to, float& inverse) {
+  const float scale = largest / largest_of(to);
+  inverse = scale >= FLT_MIN && largest <= FLT_MAX ? 1.0f / scale : 0.0f;
+  return largest <= FLT_MAX ? scale : NAN;
+}
+
+// A scale for each block of a row, which the chunks of half a warp make up.
+template <typename T, RowSource kSource>
+__global__ void __launch_bounds__(kQuantizeThreads)
+    quantize_blocks_kernel(const __grid_constant__ QuantizeRowsParams p, bool aligned) {
+  constexpr int kLanes = kQuantizeBlock / kQuantizeChunk;
+  const int64_t row = blockIdx.x;
+  const int64_t num_chunks = (p.row_size + kQuantizeChunk - 1) / kQuantizeChunk;
+  const T* x = static_cast<const T*>(p.x) + row * p.x_row_stride;
+  let_successors_start();
+  wait_for_predecessors();
+  float rstd = 0.0f;
+  if constexpr (kSource == RowSource::kRmsNorm) rstd = row_rstd(p, x, row, num_chunks, aligned);
+  auto* q = static_cast<uint8_t*>(p.q) + row * p.row_size;
+  float* scales = p.scales + row * scales_a_row(true, p.row_size);
+  for (int64_t first = 0; first < num_chunks; first += kQuantizeThreads) {
+    const int64_t c = first + threadIdx.x;
+    float y[kQuantizeChunk] = {}, largest = 0.0f, inverse;
+    if (c < num_chunks) make_chunk<T, kSource>(p, x, c, rstd, aligned, y);
+#pragma unroll
+    for (const float v : y) largest = larger(largest, v);
+    largest = warp_reduce<Max, kLanes>(largest);
+    const float scale = scale_of(largest, p.to, inverse);
+    if (c >= num_chunks) continue;
+    if (c % kLanes == 0) scales[c / kLanes] = scale;
+    store_chunk(p, q, c, inverse, y);
+  }
+}
+
 template <typename T, RowSource kSource>
 __global__ void __launch_bounds__(kQuantizeThreads)
     quantize_rows_kernel(const __grid_constant__ QuantizeRowsParams p, bool aligned) {
@@ -116,13 +189,13 @@ __global__ void __launch_bounds__(kQuantizeThreads)
   let_successors_start();
   wait_for_predecessors();
   float rstd = 0.0f;
-  if constexpr (kSource == RowSource::kRmsNorm) rstd = row_rstd(p, x, num_chunks, aligned);
+  if constexpr (kSource == RowSource::kRmsNorm) rstd = row_rstd(p, x, row, num_chunks, aligned);
 
   float held[kHeld][kQuantizeChunk];
   float largest = 0.0f;
   const auto look = [&](const float (&y)[kQuantizeChunk]) {
 #pragma unroll
-    for (const float v : y) largest = fabsf(v) <= FLT_MAX ? fmaxf(largest, fabsf(v)) : INFINITY;
+    for (const float v : y) largest = larger(largest, v);
   };
 #pragma unroll
   for (int h = 0; h < kHeld; ++h) {
@@ -138,9 +211,9 @@ __global__ void __launch_bounds__(kQuantizeThreads)
     look(y);
   }
   largest = block_max(largest);
-  const float scale = largest / largest_of(p.to);
-  const float inverse = scale >= FLT_MIN && largest <= FLT_MAX ? 1.0f / scale : 0.0f;
-  if (threadIdx.x == 0) p.scales[row] = largest <= FLT_MAX ? scale : NAN;
+  float inverse;
+  const float scale = scale_of(largest, p.to, inverse);
+  if (threadIdx.x == 0) p.scales[row] = scale;
 
   auto* q = static_cast<uint8_t*>(p.q) + row * p.row_size;
 #pragma unroll

@@ -1,5 +1,6 @@
-// q[r, :] = round(x[r, :] / scales[r]), scales[r] = max |x[r, :]| / 127 (int8) or 448 (e4m3). A row
-// with NaN or infinity has the scale NaN. An item is a row, read twice.
+// q[r, :] = round(x[r, :] / scales[r]), scales[r] = max |x[r, :]| / 127 (int8) or 448 (e4m3), or so
+// for each block of a row. One with NaN or infinity has the scale NaN. An item is a row, read
+// twice.
 #include <cmath>
 #include <limits>
 
@@ -30,22 +31,33 @@ uint8_t to_e4m3(float x) {
   return static_cast<uint8_t>(sign | (code < 0x7e ? code : 0x7e));
 }
 
+// size values that share a scale, which it returns.
 template <typename T>
-void quantize_row(const QuantizeRowsParams& p, int64_t row) {
-  const T* x = static_cast<const T*>(p.x) + row * p.x_row_stride;
-  auto* q = static_cast<uint8_t*>(p.q) + row * p.row_size;
+float quantize_block(const T* x, uint8_t* q, int64_t size, DType to) {
   float largest = 0.0f, poison = 0.0f;
-  for (int64_t i = 0; i < p.row_size; ++i) {
+  for (int64_t i = 0; i < size; ++i) {
     const float value = to_float(x[i]);
     poison += value * 0.0f;  // NaN once any is NaN or infinite
     largest = std::fabs(value) > largest ? std::fabs(value) : largest;
   }
-  const float scale = largest / largest_of(p.to) + poison;
-  p.scales[row] = scale;
+  const float scale = largest / largest_of(to) + poison;
   const float inverse = scale >= std::numeric_limits<float>::min() ? 1.0f / scale : 0.0f;
-  for (int64_t i = 0; i < p.row_size; ++i) {
+  for (int64_t i = 0; i < size; ++i) {
     const float value = inverse == 0.0f ? 0.0f : to_float(x[i]) * inverse;
-    q[i] = p.to == DType::kInt8 ? static_cast<uint8_t>(to_int8(value)) : to_e4m3(value);
+    q[i] = to == DType::kInt8 ? static_cast<uint8_t>(to_int8(value)) : to_e4m3(value);
+  }
+  return scale;
+}
+
+template <typename T>
+void quantize_row(const QuantizeRowsParams& p, int64_t row) {
+  const T* x = static_cast<const T*>(p.x) + row * p.x_row_stride;
+  auto* q = static_cast<uint8_t*>(p.q) + row * p.row_size;
+  const int64_t count = scales_a_row(p.in_blocks, p.row_size);
+  for (int64_t b = 0; b < count; ++b) {
+    const int64_t first = b * kQuantizeBlock, left = p.row_size - first;
+    const int64_t size = p.in_blocks && left > kQuantizeBlock ? kQuantizeBlock : left;
+    p.scales[row * count + b] = quantize_block(x + first, q + first, size, p.to);
   }
 }
 

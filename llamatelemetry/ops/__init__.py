@@ -35,6 +35,7 @@ from llamatelemetry.ops.norm import (
     softmax,
 )
 from llamatelemetry.ops.norm_quantize import (
+    fused_add_rms_norm_quantize_,
     quantize_rows,
     rms_norm_quantize,
     silu_and_mul_quantize,
@@ -54,6 +55,7 @@ __all__ = [
     "flash_attn",
     "flash_attn_varlen",
     "fused_add_rms_norm_",
+    "fused_add_rms_norm_quantize_",
     "gelu_and_mul",
     "gelu_tanh_and_mul",
     "gemm",

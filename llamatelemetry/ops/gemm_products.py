@@ -166,6 +166,7 @@ def scaled_linear(
     weight_scales: Tensor,
     dtype: torch.dtype,
     bias: Tensor | None = None,
+    block: int | None = None,
 ) -> Tensor:
     """``(x @ weight.T) * x_scales * weight_scales.T + bias`` of a byte a value: W8A8.
 
@@ -177,6 +178,9 @@ def scaled_linear(
         weight_scales: float32, one for each row of the weight, contiguous.
         dtype: Of the result: float32, float16 or bfloat16.
         bias: [n], of dtype.
+        block: None, or 128, of e4m3: x_scales are [..., ceil(k / 128)], for 128 values of a row
+            each, weight_scales [ceil(n / 128), ceil(k / 128)], for 128 x 128 values, and multiply
+            the sums over 128 of k.
 
     Returns:
         [..., n] in dtype. Sums of int8 are int32 and exact, sums of e4m3 float32, but Hopper's
@@ -187,11 +191,12 @@ def scaled_linear(
         RuntimeError: Naming the argument, the rule and the value.
 
     Source:
-        LLM.int8() (Dettmers et al. 2022) for a scale a row on both sides.
+        LLM.int8() (Dettmers et al. 2022) for a scale a row on both sides; DeepSeek-V3
+        (arXiv:2412.19437) for blocks.
     """
     inference_only("scaled_linear", bias=bias)
     return torch.ops.llamatelemetry.scaled_linear.default(
-        x, x_scales, weight, weight_scales, dtype, bias
+        x, x_scales, weight, weight_scales, dtype, bias, block
     )
 
 
@@ -203,5 +208,6 @@ def _(
     weight_scales: Tensor,
     dtype: torch.dtype,
     bias: Tensor | None = None,
+    block: int | None = None,
 ) -> Tensor:
     return x.new_empty((*x.shape[:-1], weight.shape[0]), dtype=dtype)

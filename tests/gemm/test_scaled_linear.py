@@ -50,6 +50,53 @@ def test_values(device, dtype, kind, m, n, k):
     assert_values(args, dtype, torch.randn(n, device=device).to(dtype))
 
 
+def blocks_case(device, m, n, k):
+    """x in blocks of 1 x 128 and the weight in blocks of 128 x 128, of sizes far apart."""
+    x = torch.randn(m, k, device=device) * torch.rand(m, k, device=device) * 4
+    q, scales = quantize_rows(x, torch.float8_e4m3fn, 128)
+    weight = torch.randn(n, k, device=device).to(torch.float8_e4m3fn)
+    return q, scales, weight, torch.rand(-(-n // 128), -(-k // 128), device=device) + 0.1
+
+
+def assert_blocks(args, dtype, bias=None):
+    ours = scaled_linear(*args, dtype, bias, 128)
+    expected = reference.scaled_linear(*args, torch.float64, bias, 128)
+    x, scales, weight, weight_scales = args
+    sizes = (x.float().abs(), scales, weight.float().abs(), weight_scales)
+    limit = reference.scaled_linear(*sizes, torch.float64, None, 128)
+    rounding = torch.finfo(dtype).eps * expected.abs()
+    # Hopper's tensor cores keep some 14 bits of sums over 128.
+    assert ((ours - expected).abs() <= rounding + limit * (2e-4 if x.is_cuda else 2e-6)).all()
+
+
+@pytest.mark.parametrize(
+    ("m", "n", "k"), [(1, 8, 16), (3, 5, 130), (17, 200, 384), (130, 264, 520)]
+)
+def test_blocks(device, dtype, m, n, k):
+    args = blocks_case(device, m, n, k)
+    assert_blocks(args, dtype)
+    assert_blocks(args, dtype, torch.randn(n, device=device).to(dtype))
+
+
+def test_blocks_of_nothing_and_poison(device):
+    x, scales, weight, weight_scales = blocks_case(device, 4, 20, 300)
+    none = scaled_linear(
+        x[:, :0], scales[:, :0], weight[:, :0], weight_scales[:, :0], torch.half, None, 128
+    )
+    assert none.shape == (4, 20)
+    assert not none.any()
+    scales[2, 1] = torch.nan
+    out = scaled_linear(x, scales, weight, weight_scales, torch.float32, None, 128)
+    assert out[2].isnan().all()
+    assert out[[0, 1, 3]].isfinite().all()
+
+
+@pytest.mark.gpu
+def test_blocks_of_many_tiles():
+    assert_blocks(blocks_case(torch.device("cuda"), 2200, 4504, 200), torch.bfloat16)
+    assert_blocks(blocks_case(torch.device("cuda"), 300, 700, 2064), torch.bfloat16)
+
+
 @pytest.mark.gpu
 def test_many_tiles(kind):
     device = torch.device("cuda")
@@ -94,6 +141,13 @@ def test_refusals(device):
     )
     assert_refuses(
         lambda: scaled_linear(x, xs, w, ws, torch.int8), "dtype must be float32, float16"
+    )
+    assert_refuses(lambda: scaled_linear(x, xs, w, ws, half, None, 128), "block must be None for")
+    assert_refuses(lambda: scaled_linear(x, xs, w, ws, half, None, 64), "block must be None or 128")
+    e4m3 = [t.to(torch.float8_e4m3fn) for t in (x, w)]
+    assert_refuses(
+        lambda: scaled_linear(e4m3[0], xs, e4m3[1], ws, half, None, 128),
+        "a scale for each of the 1 blocks of weight",
     )
     bias = torch.zeros(5, device=device)
     assert_refuses(lambda: scaled_linear(x, xs, w, ws, half, bias), "bias must be float16")

@@ -1,4 +1,4 @@
-"""quantize_rows, rms_norm_quantize, silu_and_mul_quantize: values, refusals, opcheck, replay."""
+"""Rows quantised, also by a norm or a gate: values, blocks, refusals, opcheck, replay, compile."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import torch
 from op_checks import assert_compiles, assert_refuses, assert_replays, run_opcheck
 
 from llamatelemetry.ops import (
+    fused_add_rms_norm_quantize_,
     quantize_rows,
     reference,
     rms_norm,
@@ -61,6 +62,39 @@ def test_made_rows(device, dtype, to, shape):
         (assert_same if device.type == "cpu" else assert_a_step_apart)(ours, theirs)
 
 
+@pytest.mark.parametrize("block", [None, 128])
+@pytest.mark.parametrize("shape", [(1, 8), (3, 77), (2, 4096), (2, 5000)])
+def test_added_rows(device, dtype, to, shape, block):
+    x, residual = (torch.randn(shape, device=device).to(dtype) for _ in range(2))
+    weight = torch.randn(shape[1], device=device).to(dtype)
+    total = residual + x
+    given = x.clone()
+    ours = fused_add_rms_norm_quantize_(x, residual, weight, to, 1e-5, 1.0, block)
+    assert torch.equal(residual, total)
+    assert torch.equal(x, given)
+    assert all(
+        torch.equal(one.float(), other.float())
+        for one, other in zip(
+            ours, rms_norm_quantize(total, weight, to, 1e-5, 1.0, block), strict=True
+        )
+    )
+
+
+@pytest.mark.parametrize("shape", [(3, 77), (5, 256), (2, 5000)])
+def test_blocks(device, dtype, to, shape):
+    """A block is a row of its own; the last one is of what is left."""
+    x = (torch.randn(shape) * torch.rand(shape) * 9).to(device, dtype)
+    x[-1, 3] = torch.inf
+    ours = quantize_rows(x, to, 128)
+    assert ours[1].shape == (shape[0], -(-shape[1] // 128))
+    assert_same(ours, reference.quantize_rows(x, to, 128))
+    for first in range(0, shape[1], 128):
+        alone = quantize_rows(x[:, first : first + 128], to)
+        assert_same((ours[0][:, first : first + 128], ours[1][:, first // 128, None]), alone)
+    two = torch.cat([x, x], -1)
+    assert_same(silu_and_mul_quantize(two, to, 128), quantize_rows(silu_and_mul(two), to, 128))
+
+
 def test_every_e4m3(device):
     """All finite values, their halves between neighbours, and what lies past the largest."""
     codes = torch.arange(127, dtype=torch.uint8)
@@ -103,6 +137,11 @@ def test_refusals(device):
         lambda: rms_norm_quantize(x, weight[:8], torch.int8), "weight must be [hidden_size] = [9]"
     )
     assert_refuses(lambda: silu_and_mul_quantize(x, torch.int8), "even last dimension", "got 9")
+    assert_refuses(lambda: quantize_rows(x, torch.int8, 64), "block must be None or 128, got 64")
+    add = fused_add_rms_norm_quantize_
+    assert_refuses(lambda: add(x, x[:1], weight, torch.int8), "residual must have the shape of x")
+    assert_refuses(lambda: add(x, x, weight, torch.int8), "be another tensor than x")
+    assert_refuses(lambda: add(x, weight.expand(2, 9), weight, torch.int8), "not overlap itself")
     with torch.inference_mode(False), torch.enable_grad():
         grad = torch.ones(2, 8, device=device, requires_grad=True)
         assert_refuses(lambda: quantize_rows(grad, torch.int8), "x must not require grad")
@@ -112,7 +151,8 @@ def test_opcheck(device, dtype, to):
     x = torch.randn(3, 16, device=device).to(dtype)
     run_opcheck("quantize_rows", x, to)
     run_opcheck("rms_norm_quantize", x, x[0].clone(), to, 1e-5)
-    run_opcheck("silu_and_mul_quantize", x, to)
+    run_opcheck("silu_and_mul_quantize", x, to, 128)
+    run_opcheck("fused_add_rms_norm_quantize_", x, x.clone(), x[0].clone(), to, 1e-5, 0.0, 128)
 
 
 def test_reference(device):
@@ -138,10 +178,18 @@ def test_replay(device, dtype, to):
         assert_replays(run, inputs(), inputs())
     else:  # a recording has our launches alone, and none of torch's conversions
         assert_replays(lambda x, w: rms_norm_quantize(x, w, torch.int8), inputs(), inputs())
+    residual = torch.randn(5, 64, device=device).to(dtype)
+    add = fused_add_rms_norm_quantize_
+    assert_replays(
+        lambda x, y, w: add(x, y, w, torch.int8),
+        *((x, residual.clone(), w) for x, w in (inputs(), inputs())),
+    )
 
 
 def test_compile(device):
     weight = torch.ones(64, device=device)
     rows = [(torch.randn(m, 64, device=device),) for m in (2, 5, 20)]
     assert_compiles(lambda x: rms_norm_quantize(x, weight, torch.int8), rows)
-    assert_compiles(lambda x: silu_and_mul_quantize(x, torch.int8), rows)
+    assert_compiles(lambda x: silu_and_mul_quantize(x, torch.int8, 128), rows)
+    add = fused_add_rms_norm_quantize_
+    assert_compiles(lambda x: add(x, x + 1, weight, torch.int8), rows)

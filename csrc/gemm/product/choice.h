@@ -81,6 +81,16 @@ static inline constexpr ProductImpl choose_product(const ProductDescriptor& d) {
 // Operands of one byte have matrix instructions along k alone.
 static inline constexpr bool takes_rows(DType dtype) { return dtype_bytes(dtype) > 1; }
 
+// Scaled products of bytes for so few rows that the read of b is what they cost; tiles of
+// kTileRows would leave most multiprocessors idle (benchmarks/notes/gemm.md).
+constexpr int64_t kMostFewRows = 16;
+static inline bool has_few_rows(const ProductParams& p) {
+  const bool scaled = p.row_scales != nullptr || p.row_blocks != nullptr;
+  const bool served = p.impl == ProductImpl::kSm90 || p.impl == ProductImpl::kSm80;
+  return scaled && served && dtype_bytes(p.dtype) == 1 && p.m <= kMostFewRows && p.batch == 1 &&
+         p.k % kLoadBytes == 0;
+}
+
 // The CPU's kernel takes any strides.
 constexpr bool kPacksRows = kOnCuda;
 

@@ -8,6 +8,26 @@
 
 namespace llamatelemetry {
 
+// The scales of the blocks that a lane's two rows of a fragment, 8 apart, meet along k; rows past
+// the last have its.
+struct BlockScales {
+  const float* low;
+  const float* high;
+  const float* columns;
+
+  BlockScales() = default;
+  __device__ BlockScales(const ProductParams& p, int64_t row, int64_t column) {
+    const int64_t blocks = (p.k + kScaleBlock - 1) / kScaleBlock;
+    low = p.row_blocks + min(row, p.m - 1) * blocks;
+    high = p.row_blocks + min(row + 8, p.m - 1) * blocks;
+    columns = p.column_blocks + min(column, p.n - 1) / kScaleBlock * blocks;
+  }
+  __device__ float2 of(int64_t block) const {
+    const float of_columns = columns[block];
+    return {low[block] * of_columns, high[block] * of_columns};
+  }
+};
+
 // values to out[at ...]: 16 bytes at a time where that many lie together.
 template <int kCount>
 __device__ inline void store_columns(const ProductParams& p, int64_t at, int count,

@@ -37,11 +37,13 @@ Error start_layouts(const ProductParams& p, Stream stream) {
 }  // namespace
 
 Error launch_product_sm75(const ProductParams& p, Stream stream) {
+  if (p.row_blocks) return start<ProductMmaKernel<Half, true, true, 75, true>>(p, stream);
   return p.dtype == DType::kInt8 ? start_layouts<int8_t, 75>(p, stream)
                                  : start_layouts<Half, 75>(p, stream);
 }
 
 Error launch_product_sm80(const ProductParams& p, Stream stream) {
+  if (p.row_blocks) return start<ProductMmaKernel<Half, true, true, 80, true>>(p, stream);
   switch (p.dtype) {
     case DType::kInt8: return start_layouts<int8_t, 80>(p, stream);
     case DType::kBFloat16: return start_layouts<BFloat16, 80>(p, stream);

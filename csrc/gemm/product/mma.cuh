@@ -112,7 +112,8 @@ __device__ inline uint4 load_chunk(const OperandChunk& chunk) {
   return {words[0], words[1], words[2], words[3]};
 }
 
-template <typename T, bool kAAlongK, bool kBAlongK, int kArch>
+// kBlocks: of float16 that was e4m3, whether scales of blocks multiply the sums over kScaleBlock.
+template <typename T, bool kAAlongK, bool kBAlongK, int kArch, bool kBlocks = false>
 struct ProductMmaKernel {
   using Params = ProductParams;
   using Mma = ProductMma<T, kArch>;
@@ -138,6 +139,29 @@ struct ProductMmaKernel {
     uint32_t shared;
     int lane, warp_row, warp_column;
     Sum sums[kWarpRows / 16][kWarpColumns / 8][4];
+    Sum total[kBlocks ? kWarpRows / 16 : 1][kWarpColumns / 8][4];  // of the blocks so far
+
+    // After step `step` of `steps`: a block's sums go to the total, and the last time back.
+    __device__ void add_blocks(int64_t step, int64_t steps) {
+      constexpr int kStepsOfBlock = kScaleBlock / ATile::kDepth;
+      static_assert(kScaleBlock % ATile::kDepth == 0 && kMmaTile == kScaleBlock);
+      const bool last = step + 1 == steps;
+      if (step % kStepsOfBlock != kStepsOfBlock - 1 && !last) return;
+#pragma unroll
+      for (int i = 0; i < kWarpRows / 16; ++i) {
+        const BlockScales scales(p, place.row * kMmaTile + warp_row + 16 * i + lane / 4,
+                                 place.column * kMmaTile);
+        const float2 scale = scales.of(step / kStepsOfBlock);
+#pragma unroll
+        for (int j = 0; j < kWarpColumns / 8; ++j) {
+#pragma unroll
+          for (int e = 0; e < 4; ++e) {
+            total[i][j][e] += sums[i][j][e] * (e < 2 ? scale.x : scale.y);
+            sums[i][j][e] = last ? total[i][j][e] : 0.0f;
+          }
+        }
+      }
+    }
 
     // Chunk i of both operands: the first half are a's.
     __device__ OperandChunk chunk(int64_t step, int i) const {
@@ -196,6 +220,7 @@ struct ProductMmaKernel {
       __syncthreads();
       load(step + kStages - 1);
       block.multiply(block.shared + static_cast<int>(step % kStages) * kStageBytes);
+      if constexpr (kBlocks) block.add_blocks(step, steps);
     }
     ptx::cp_async_wait<0>();
   }
@@ -222,6 +247,7 @@ struct ProductMmaKernel {
       const bool more = step + 1 < steps;
       if (more) load(step + 1);
       block.multiply(block.shared + static_cast<int>(step % kStages) * kStageBytes);
+      if constexpr (kBlocks) block.add_blocks(step, steps);
       if (more) store(step + 1);
     }
   }
@@ -239,7 +265,8 @@ struct ProductMmaKernel {
                 .lane = static_cast<int>(threadIdx.x) % 32,
                 .warp_row = warp / 4 * kWarpRows,
                 .warp_column = warp % 4 * kWarpColumns,
-                .sums = {}};
+                .sums = {},
+                .total = {}};
     block.a = static_cast<const char*>(p.a.data) + block.place.batch * p.a.batch_stride * sizeof(T);
     block.b = static_cast<const char*>(p.b.data) + block.place.batch * p.b.batch_stride * sizeof(T);
     const int64_t steps = (p.k + ATile::kDepth - 1) / ATile::kDepth;

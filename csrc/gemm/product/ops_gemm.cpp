@@ -99,6 +99,8 @@ Tensor product(const char* op, const Tensor& a, const Tensor& b, bool trans_a, b
       .c_row_stride = 0,
       .row_scales = nullptr,
       .column_scales = nullptr,
+      .row_blocks = nullptr,
+      .column_blocks = nullptr,
       .bias = nullptr,
       .out = nullptr,
       .batch = left.batch,

@@ -10,19 +10,19 @@ namespace llamatelemetry {
 namespace {
 
 const float* check_scales(const char* op, const char* arg, const Tensor& scales, int64_t count,
-                          const Tensor& like, const char* like_arg) {
+                          const Tensor& like, const char* like_arg, const char* of = "rows") {
   check_dtype(op, arg, scales, ScalarType::Float);
   check_device(op, arg, scales, like_arg, like);
   check_contiguous(op, arg, scales);
   check(scales.numel() == count, op, arg,
-        "have a scale for each of the " + std::to_string(count) + " rows of " + like_arg,
+        "have a scale for each of the " + std::to_string(count) + " " + of + " of " + like_arg,
         "shape " + shape_text(scales));
   return static_cast<const float*>(scales.const_data_ptr());
 }
 
 Tensor scaled_linear(const Tensor& x, const Tensor& x_scales, const Tensor& weight,
-                     const Tensor& weight_scales, ScalarType out_dtype,
-                     std::optional<Tensor> bias) {
+                     const Tensor& weight_scales, ScalarType out_dtype, std::optional<Tensor> bias,
+                     std::optional<int64_t> block) {
   constexpr const char* op = "scaled_linear";
   check(x.scalar_type() == ScalarType::Char || x.scalar_type() == ScalarType::Float8_e4m3fn, op,
         "x", "be int8 or float8_e4m3fn", dtype_text(x.scalar_type()));
@@ -36,9 +36,17 @@ Tensor scaled_linear(const Tensor& x, const Tensor& x_scales, const Tensor& weig
         "have a depth of at most " + std::to_string(kMaxInt8Depth) + ", whose sums fit int32",
         std::to_string(k));
   const DType out = check_floating(op, "dtype", out_dtype);
-  const float* row_scales = check_scales(op, "x_scales", x_scales, rows.num_rows, x, "x");
+  check(!block || *block == kScaleBlock, op, "block", "be None or " + std::to_string(kScaleBlock),
+        std::to_string(block.value_or(0)));
+  check(!block || dtype == DType::kFloat8E4M3, op, "block", "be None for int8",
+        std::to_string(block.value_or(0)));
+  const auto blocks = [](int64_t size) { return (size + kScaleBlock - 1) / kScaleBlock; };
+  const int64_t x_count = rows.num_rows * (block ? blocks(k) : 1);
+  const int64_t weight_count = block ? blocks(n) * blocks(k) : n;
+  const char* of = block ? "blocks" : "rows";
+  const float* row_scales = check_scales(op, "x_scales", x_scales, x_count, x, "x", of);
   const float* column_scales =
-      check_scales(op, "weight_scales", weight_scales, n, weight, "weight");
+      check_scales(op, "weight_scales", weight_scales, weight_count, weight, "weight", of);
   if (bias) {
     check_shape(op, "bias", *bias, "[n]", {n});
     check_dtype(op, "bias", *bias, out_dtype);
@@ -56,8 +64,10 @@ Tensor scaled_linear(const Tensor& x, const Tensor& x_scales, const Tensor& weig
       .c = nullptr,
       .c_batch_stride = 0,
       .c_row_stride = 0,
-      .row_scales = row_scales,
-      .column_scales = column_scales,
+      .row_scales = block ? nullptr : row_scales,
+      .column_scales = block ? nullptr : column_scales,
+      .row_blocks = block && k > 0 ? row_scales : nullptr,
+      .column_blocks = block && k > 0 ? column_scales : nullptr,
       .bias = bias ? bias->const_data_ptr() : nullptr,
       .out = result.mutable_data_ptr(),
       .batch = 1,

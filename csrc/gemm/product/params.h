@@ -29,8 +29,11 @@ enum class ProductOut : int8_t { kFloat32, kFloat16, kBFloat16, kInt32 };
 // Which kernel: gemm/product/choice.h.
 enum class ProductImpl : int8_t { kSm90, kSm80, kSm75, kSimt, kCpu };
 
+constexpr int kScaleBlock = 128;  // of k and of n, that share a scale
+
 // out = alpha * (a . b^T) * row_scales * column_scales + bias + beta * c, rounded once. Sums are
-// float32, of int8 int32.
+// float32, of int8 int32. With scales of blocks, of e4m3 and of float16 that was e4m3, the sums
+// over kScaleBlock of k are multiplied before they are added.
 struct ProductParams {
   Operand a;
   Operand b;
@@ -39,6 +42,8 @@ struct ProductParams {
   int64_t c_row_stride;
   const float* row_scales;     // [m] or null
   const float* column_scales;  // [n] or null
+  const float* row_blocks;     // [m, blocks of k] or null, likewise column_blocks
+  const float* column_blocks;  // [blocks of n, blocks of k]
   const void* bias;            // [n] of the type of out, or null
   void* out;                   // [batch, m, n], contiguous
   int64_t batch;
@@ -54,6 +59,7 @@ struct ProductParams {
 Error launch_product(const ProductParams& params, Stream stream);
 
 // CUDA: what launch_product hands the others to.
+Error launch_product_few_rows(const ProductParams& params, Stream stream);
 Error launch_product_sm75(const ProductParams& params, Stream stream);
 Error launch_product_sm80(const ProductParams& params, Stream stream);
 Error launch_product_wgmma_f16(const ProductParams& params, Stream stream);

@@ -29,6 +29,7 @@ Error start_simt(const ProductParams& p, Stream stream) {
 }  // namespace
 
 Error launch_product(const ProductParams& p, Stream stream) {
+  if (has_few_rows(p)) return launch_product_few_rows(p, stream);
   switch (p.impl) {
     case ProductImpl::kSimt: {
       Error error = nullptr;

@@ -74,6 +74,17 @@ void multiply(const float* a, const float* b, int depth, float* sums) {
   }
 }
 
+// Sums over a block of k become what they stand for; kPanelColumns divides a block of n.
+void scale_part(const ProductParams& p, int64_t row, int64_t column, int64_t first_k, float* part) {
+  static_assert(kDepth == kScaleBlock && kScaleBlock % kPanelColumns == 0);
+  const int64_t blocks = (p.k + kScaleBlock - 1) / kScaleBlock, block = first_k / kScaleBlock;
+  const float of_columns = p.column_blocks[column / kScaleBlock * blocks + block];
+  for (int r = 0; r < kPanelRows && row + r < p.m; ++r) {
+    const float scale = p.row_blocks[(row + r) * blocks + block] * of_columns;
+    for (int c = 0; c < kPanelColumns; ++c) part[r * kPanelColumns + c] *= scale;
+  }
+}
+
 template <typename Out>
 void finish_row(const ProductParams& p, int64_t batch, int64_t row, int64_t column, int64_t count,
                 const float* sums, Out* out) {
@@ -133,6 +144,7 @@ void block(const ProductParams& p, int64_t batch, int64_t first_row, int64_t fir
       pack<kPanelColumns>(p.b, b, first_column + c, first_k, depth, b_panels + c * kDepth);
       for (int r = 0; r < rows; r += kPanelRows) {
         multiply(a_panels + r * kDepth, b_panels + c * kDepth, depth, part);
+        if (p.row_blocks) scale_part(p, first_row + r, first_column + c, first_k, part);
         for (int i = 0; i < kPanelRows && r + i < rows; ++i) {
           const int width = static_cast<int>(smaller(kPanelColumns, columns - c));
           for (int j = 0; j < width; ++j) {

@@ -66,7 +66,8 @@ struct WgmmaOperand {
   }
 };
 
-template <typename T, bool kAAlongK, bool kBAlongK, int kColumns>
+// kBlocks: of e4m3, whether the sums of a stage are multiplied by the scales of its blocks.
+template <typename T, bool kAAlongK, bool kBAlongK, int kColumns, bool kBlocks = false>
 struct ProductWgmma {
   using Params = ProductWgmmaArgs;
   using Sum = std::conditional_t<std::is_same_v<T, int8_t>, int, float>;
@@ -74,6 +75,7 @@ struct ProductWgmma {
   using B = WgmmaOperand<T, kBAlongK, kColumns>;
   // Sums over a stage of e4m3, 128 of k, are added in float32: those of wgmma keep fewer bits.
   static constexpr bool kPromotes = std::is_same_v<T, E4M3>;
+  static_assert(!kBlocks || (kPromotes && A::kDepth == kScaleBlock && kScaleBlock % kColumns == 0));
   static constexpr int kNumThreads = (kWgmmaGroups + 1) * 128;
   static constexpr int kMinBlocks = 1;
   static constexpr int kCapability = 90;
@@ -154,6 +156,7 @@ struct ProductWgmma {
     const int64_t steps = steps_of(p);
     const int group = static_cast<int>(threadIdx.x) / 128 - 1, lane = threadIdx.x % 32;
     const int warp = static_cast<int>(threadIdx.x) / 32 - 4;
+    const int first_row = 64 * group + warp % 4 * 16;  // of a warp's in a tile
     Staged staged{reinterpret_cast<Sum*>(s.staged[warp])};
     const auto release = [&](int slot) {
       if (lane == 0) ptx::mbarrier_arrive(ptx::shared_address(&s.empty[slot]));
@@ -161,6 +164,10 @@ struct ProductWgmma {
     Ring ring;
 #pragma unroll 1
     for (int64_t tile = blockIdx.x; tile < args.num_tiles; tile += gridDim.x) {
+      const TilePlace place = place_of(p, tile);
+      const int64_t row = place.row * kWgmmaTileRows + first_row;
+      [[maybe_unused]] BlockScales scales;
+      if constexpr (kBlocks) scales = BlockScales(p, row + lane / 4, place.column * kColumns);
       Sum sums[kColumns / 2];
       int last = 0;
 #pragma unroll 1
@@ -170,13 +177,17 @@ struct ProductWgmma {
         ptx::wgmma_fence();
         if constexpr (kPromotes) {
           float part[kColumns / 2];
+          [[maybe_unused]] const float2 scale = kBlocks ? scales.of(step) : float2{1.0f, 1.0f};
           multiply(part, stage, group, true);
           ptx::wgmma_commit();
           ptx::wgmma_wait<0>();
           ptx::wgmma_hold(part);
           release(ring.slot);
 #pragma unroll
-          for (int i = 0; i < kColumns / 2; ++i) sums[i] = step == 0 ? part[i] : sums[i] + part[i];
+          for (int i = 0; i < kColumns / 2; ++i) {
+            if constexpr (kBlocks) part[i] *= i % 4 < 2 ? scale.x : scale.y;
+            sums[i] = step == 0 ? part[i] : sums[i] + part[i];
+          }
         } else {
           multiply(sums, stage, group, step == 0);
           ptx::wgmma_commit();
@@ -191,8 +202,6 @@ struct ProductWgmma {
         ptx::wgmma_hold(sums);
         release(last);
       }
-      const TilePlace place = place_of(p, tile);
-      const int64_t row = place.row * kWgmmaTileRows + 64 * group + warp % 4 * 16;
 #pragma unroll
       for (int piece = 0; piece < kColumns / kPieceColumns; ++piece) {
 #pragma unroll

@@ -67,9 +67,9 @@ inline Error encode_operand(const Operand& x, const ProductParams& p, bool along
   return status == CUDA_SUCCESS ? nullptr : "no tensor map fits the sizes or strides of a or b";
 }
 
-template <typename T, bool kAAlongK, bool kBAlongK, int kColumns>
+template <typename T, bool kAAlongK, bool kBAlongK, int kColumns, bool kBlocks>
 Error launch_wgmma(const ProductParams& p, Stream stream) {
-  using Kernel = ProductWgmma<T, kAAlongK, kBAlongK, kColumns>;
+  using Kernel = ProductWgmma<T, kAAlongK, kBAlongK, kColumns, kBlocks>;
   if (cudaFuncSetAttribute(kernel_entry<Kernel>, cudaFuncAttributeMaxDynamicSharedMemorySize,
                            Kernel::kSharedBytes) != cudaSuccess) {
     return last_launch_error();
@@ -92,18 +92,18 @@ Error launch_wgmma(const ProductParams& p, Stream stream) {
   return last_launch_error();
 }
 
-template <typename T, bool kAAlongK, bool kBAlongK>
+template <typename T, bool kAAlongK, bool kBAlongK, bool kBlocks = false>
 Error launch_wgmma_width(const ProductParams& p, Stream stream) {
   // Of e4m3 the sums of a stage take as many registers as the others.
   constexpr int kMaxColumns = std::is_same_v<T, E4M3> ? 128 : 256;
   switch (wgmma_columns(p, current_device().num_sms, kMaxColumns)) {
     case 256:
       if constexpr (kMaxColumns >= 256) {
-        return launch_wgmma<T, kAAlongK, kBAlongK, 256>(p, stream);
+        return launch_wgmma<T, kAAlongK, kBAlongK, 256, kBlocks>(p, stream);
       }
       [[fallthrough]];
-    case 128: return launch_wgmma<T, kAAlongK, kBAlongK, 128>(p, stream);
-    default: return launch_wgmma<T, kAAlongK, kBAlongK, 64>(p, stream);
+    case 128: return launch_wgmma<T, kAAlongK, kBAlongK, 128, kBlocks>(p, stream);
+    default: return launch_wgmma<T, kAAlongK, kBAlongK, 64, kBlocks>(p, stream);
   }
 }
 

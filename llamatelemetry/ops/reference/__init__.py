@@ -29,6 +29,7 @@ from llamatelemetry.ops.reference.gemm import (
 from llamatelemetry.ops.reference.norm import (
     activation,
     fused_add_rms_norm_,
+    fused_add_rms_norm_quantize_,
     gelu_and_mul,
     gelu_tanh_and_mul,
     layer_norm,
@@ -58,6 +59,7 @@ __all__ = [
     "flash_attn",
     "flash_attn_varlen",
     "fused_add_rms_norm_",
+    "fused_add_rms_norm_quantize_",
     "gelu_and_mul",
     "gelu_tanh_and_mul",
     "gemm",

@@ -102,8 +102,15 @@ def scaled_linear(
     weight_scales: Tensor,
     dtype: torch.dtype,
     bias: Tensor | None = None,
+    block: int | None = None,
 ) -> Tensor:
     """Products and sums in float64, which int8 and e4m3 fit exactly; then as the kernels round."""
+    if block is not None:
+        (n, k), wide = weight.shape, weight_scales.double().repeat_interleave(block, 0)
+        columns = x_scales.double().repeat_interleave(block, -1)[..., :k]
+        dense = weight.double() * wide.repeat_interleave(block, 1)[:n, :k]
+        out = (x.double() * columns) @ dense.T
+        return (out if bias is None else out + bias.double()).to(dtype)
     sums = (x.double() @ weight.double().T).float()
     out = x_scales * sums * weight_scales.flatten()
     return (out if bias is None else out + bias.float()).to(dtype)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, weight_offset: float = 0.0) -> Tensor:
@@ -80,7 +81,12 @@ def softmax(x: Tensor, temperature: float) -> Tensor:
     return power / power.sum(-1, keepdim=True)
 
 
-def quantize_rows(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def quantize_rows(x: Tensor, dtype: torch.dtype, block: int | None = None) -> tuple[Tensor, Tensor]:
+    if block is not None:
+        size = x.shape[-1]
+        padded = functional.pad(x, (0, -size % block)).unflatten(-1, (-1, block))
+        q, scales = quantize_rows(padded, dtype)
+        return q.flatten(-2)[..., :size].contiguous(), scales.squeeze(-1)
     wide = x.float()
     limit = torch.tensor(127.0 if dtype == torch.int8 else 448.0, device=x.device)
     scales = (
@@ -96,10 +102,29 @@ def quantize_rows(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 
 def rms_norm_quantize(
-    x: Tensor, weight: Tensor, dtype: torch.dtype, eps: float = 1e-6, weight_offset: float = 0.0
+    x: Tensor,
+    weight: Tensor,
+    dtype: torch.dtype,
+    eps: float = 1e-6,
+    weight_offset: float = 0.0,
+    block: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    return quantize_rows(rms_norm(x, weight, eps, weight_offset), dtype)
+    return quantize_rows(rms_norm(x, weight, eps, weight_offset), dtype, block)
 
 
-def silu_and_mul_quantize(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    return quantize_rows(silu_and_mul(x), dtype)
+def fused_add_rms_norm_quantize_(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    dtype: torch.dtype,
+    eps: float = 1e-6,
+    weight_offset: float = 0.0,
+    block: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    return rms_norm_quantize(residual.add_(x), weight, dtype, eps, weight_offset, block)
+
+
+def silu_and_mul_quantize(
+    x: Tensor, dtype: torch.dtype, block: int | None = None
+) -> tuple[Tensor, Tensor]:
+    return quantize_rows(silu_and_mul(x), dtype, block)
