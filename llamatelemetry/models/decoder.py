@@ -22,6 +22,7 @@ from llamatelemetry.models.pieces.norm import NormFunction
 from llamatelemetry.models.pieces.watch import has_hooks
 from llamatelemetry.models.stack import Stack, stack_of
 from llamatelemetry.models.step_input import DecoderState, StepInput
+from llamatelemetry.quantization.rows import RowFormat
 
 
 @dataclass
@@ -30,9 +31,11 @@ class Block:
 
     layer: DecoderLayer
     attention: Attention
-    mlp: Callable[[Tensor], Tensor]
+    mlp: Callable[[Any], Tensor]
     next_norm: NormFunction | None  # the next layer's first, or the model's last
     rope: int | None  # which of the tables of rotary embeddings
+    takes: RowFormat | None  # quantised rows of the attention; none where a parallel MLP has them
+    mlp_takes: RowFormat | None
 
 
 class Decoder:
@@ -117,20 +120,21 @@ class Decoder:
         residual = step.embedded
         if residual is None:
             residual = self.embed(input_ids, step.positions)
-        x = residual if norm is None else norm(residual)
-        for block, cache in zip(self.blocks, state.caches, strict=True):
+        x: Any = residual if norm is None else norm.rows(residual, self.blocks[0].takes)
+        following = [block.takes for block in self.blocks[1:]] + [None]
+        for block, cache, takes in zip(self.blocks, state.caches, following, strict=True):
             attend = partial(
                 block.attention.step,
                 step=step,
                 rope=None if block.rope is None else state.rope[block.rope],
                 cache=cache,
             )
-            x = block.layer.run(x, residual, attend, block.mlp)
+            x = block.layer.run(x, residual, attend, block.mlp, block.mlp_takes)
             cut = step.kept is not None or (step.max_seqlen_q > 1 and not step.keeps_all)
             if block is last and cut:
                 ends = step.cu_seqlens_q[1:] - 1 if step.kept is None else step.kept
                 x, residual = x[ends], residual[ends]
-            x = add_norm(x, residual, block.next_norm)
+            x = add_norm(x, residual, block.next_norm, takes)
         return self._scaled(head_of(self.model.get_output_embeddings(), self.ops)(x))
 
     def embed(self, input_ids: Tensor, positions: Tensor) -> Tensor:
@@ -181,9 +185,12 @@ def decoder_of(
         assert isinstance(layer, DecoderLayer)
         assert isinstance(attention, Attention)
         mlp = pieces.get(stack.layer_name(i, spec.mlp)) if spec.mlp else None
-        step = mlp.step if isinstance(mlp, (GatedMlp, UngatedMlp)) else _as_batch(layer.mlp)
+        step: Callable[[Any], Tensor] = _as_batch(layer.mlp)
+        takes, mlp_takes = None if layer.is_parallel else attention.takes, None
+        if isinstance(mlp, (GatedMlp, UngatedMlp)):
+            step, mlp_takes = mlp.step, mlp.into.takes
         rope = kinds.index(stack.rope_kind(i)) if kinds else None
-        blocks.append(Block(layer, attention, step, norm, rope))
+        blocks.append(Block(layer, attention, step, norm, rope, takes, mlp_takes))
     return Decoder(model, stack, ops, blocks, pieces), None
 
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from llamatelemetry._native.coverage import backend_for
 from llamatelemetry.models.hf_attention import NAME
 from llamatelemetry.ops import advance_step_, reference, sample, slot_mapping
+from llamatelemetry.quantization.rows import NATIVE_QUANTISING, Quantising
 
 BACKENDS = ("native", "triton")
 
@@ -39,6 +40,7 @@ class OpSet:
         group_linear: x, a GroupLinear of one of group_formats, activation as linear has it; None
             leaves such layers to their own forward.
         linear_of_any_rows: whether linear is called for many rows too; other layers are refused.
+        quantising: for W8A8 linears; without them, these quantise what they are given.
         sample, advance_step_, slot_mapping: what the engine calls besides the model.
         name: of the set, where it has one to be pickled by.
     """
@@ -60,6 +62,7 @@ class OpSet:
     group_formats: Collection[str] = ()
     linear_of_any_rows: bool = False
     takes_8_bit_caches: bool = False
+    quantising: Quantising | None = None
     sample: Callable[..., Tensor] = sample
     advance_step_: Callable[..., None] = advance_step_
     slot_mapping: Callable[..., Tensor] = slot_mapping
@@ -204,6 +207,7 @@ NATIVE = OpSet(
     all_reduce=_alone,
     attn_implementation=NAME,
     takes_8_bit_caches=True,
+    quantising=NATIVE_QUANTISING,
 )
 
 

@@ -13,9 +13,9 @@ from llamatelemetry.models.pieces.attention import Attention
 from llamatelemetry.models.pieces.base import Piece
 from llamatelemetry.models.pieces.layer import DecoderLayer, norm_in
 from llamatelemetry.models.pieces.linear import is_dense
-from llamatelemetry.models.pieces.merge import TensorsOf
+from llamatelemetry.models.pieces.merge import TensorsOf, in_more_bits, plain_tensors
 from llamatelemetry.models.pieces.mlp import MLPS
-from llamatelemetry.models.pieces.norm import Norm, norm_piece
+from llamatelemetry.models.pieces.norm import norm_piece
 from llamatelemetry.models.pieces.watch import has_hooks
 from llamatelemetry.models.probe import disagreement, likeness
 from llamatelemetry.models.probe_setting import undisturbed
@@ -81,10 +81,9 @@ def refusals(
     for name, kind in wanted.items():
         try:
             module = model.get_submodule(name)
+            _refuse_strangers(module)
             for changed in filter(None, map(in_force, module.modules())):
                 raise ValueError(f"the module must be without {changed}; disable_flash_attention")
-            if not issubclass(kind, Norm):
-                _refuse_w8a8(module)
             i = stack.layer_of(name)
             key = (likeness(kind, module), stack.rope_kind(i))
             if key not in verdicts:
@@ -97,11 +96,14 @@ def refusals(
     return refused
 
 
-def _refuse_w8a8(module: nn.Module) -> None:
-    """No probe can tell: a rounding before a row is quantised moves its codes by whole steps."""
+def _refuse_strangers(module: nn.Module) -> None:
+    """What quantised a model as transformers loaded it has kernels of its own."""
     for name, part in module.named_modules():
-        if isinstance(part, W8A8Linear):
-            raise ValueError(f"patch does not serve W8A8 linears, got one as {name}")
+        if type(part).__module__.partition(".")[0] == "bitsandbytes":
+            raise ValueError(
+                f"{name} is bitsandbytes' {type(part).__name__}, which patch does not serve; "
+                "load_model reads bitsandbytes' directories"
+            )
 
 
 def _verdict(
@@ -115,6 +117,15 @@ def _verdict(
             if has_hooks(part._forward_hooks, part._forward_pre_hooks):
                 return f"{name} carries forward hooks, which the replacement would not run"
         with undisturbed(module):
+            if any(isinstance(part, W8A8Linear) for part in module.modules()):
+                # Roundings of activations to a byte would hide an error, so a copy with dense
+                # linears is held to it first.
+                with plain_tensors():
+                    dense = in_more_bits(module, stack.like().dtype, piece.config)
+                twin = kind(dense, stack.spec, stack.config, ops)
+                reason = disagreement(twin, stack.angles(layer), stack.like())
+                if reason is not None:
+                    return reason
             return disagreement(piece, stack.angles(layer), stack.like())
     except Exception as error:  # of whatever the module is made of
         return reason_of(error)

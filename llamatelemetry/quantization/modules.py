@@ -11,6 +11,7 @@ from llamatelemetry import ops
 from llamatelemetry.ops.formats import TILE_ROWS, QuantFormat
 from llamatelemetry.quantization.experts import QuantExperts
 from llamatelemetry.quantization.group_linear import GroupLinear
+from llamatelemetry.quantization.w8a8 import W8A8Linear
 
 
 class QuantLinear(nn.Module):
@@ -167,5 +168,5 @@ def _weights_per_row(weight: Tensor, format: QuantFormat) -> int:
 def expand(module: nn.Module, dtype: torch.dtype) -> None:
     """Puts dense modules of dtype in the place of the quantised ones inside module."""
     for name, part in list(module.named_modules()):
-        if isinstance(part, (QuantLinear, QuantEmbedding, QuantExperts, GroupLinear)):
+        if isinstance(part, (QuantLinear, QuantEmbedding, QuantExperts, GroupLinear, W8A8Linear)):
             module.set_submodule(name, part.dense(dtype))

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from llamatelemetry import ops
+from llamatelemetry.quantization.rows import RowFormat
 
+MOST_INT8_COLUMNS = 131071  # of ops.scaled_linear
 DTYPES = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
 
 
 class W8A8Linear(nn.Module):
-    """``x @ weightᵀ + bias`` with both quantised row by row, x at every call.
+    """``x @ weightᵀ + bias`` with both quantised, x at every call: a scale a row, or a block.
 
     Attributes:
         weight: [out_features, in_features] int8 or float8_e4m3fn
-        weight_scales: [out_features, 1] float32
+        weight_scales: [out_features, 1] float32; in blocks, a scale for each 128 x 128 weights and
+            1 x 128 values of x
+        takes: how x is quantised
 
     Example:
         >>> linear = torch.nn.Linear(64, 8, bias=False)
@@ -30,9 +34,14 @@ class W8A8Linear(nn.Module):
     bias: nn.Parameter | None
 
     def __init__(
-        self, weight: Tensor, weight_scales: Tensor, bias: nn.Parameter | None = None
+        self,
+        weight: Tensor,
+        weight_scales: Tensor,
+        bias: nn.Parameter | None = None,
+        block: int | None = None,
     ) -> None:
         super().__init__()
+        self.takes = RowFormat(weight.dtype, block)
         self.out_features, self.in_features = weight.shape
         self.register_buffer("weight", weight)
         self.register_buffer("weight_scales", weight_scales)
@@ -46,12 +55,27 @@ class W8A8Linear(nn.Module):
         return cls(weight, scales, linear.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.multiply(*ops.quantize_rows(x, self.weight.dtype), x.dtype)
+        return self.multiply(*ops.quantize_rows(x, *self.takes), x.dtype)
 
     def multiply(self, q: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
         """Of rows that are quantised already, as rms_norm_quantize gives them."""
         bias = None if self.bias is None else self.bias.to(dtype)
-        return ops.scaled_linear(q, scales, self.weight, self.weight_scales, dtype, bias)
+        return ops.scaled_linear(
+            q, scales, self.weight, self.weight_scales, dtype, bias, self.takes.block
+        )
+
+    def dense(self, dtype: torch.dtype) -> nn.Linear:
+        """nn.Linear with the weights that these stand for, expanded to dtype."""
+        linear = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
+        scales = self.weight_scales
+        if (block := self.takes.block) is not None:
+            scales = scales.repeat_interleave(block, 0)[: self.out_features]
+            scales = scales.repeat_interleave(block, 1)[:, : self.in_features]
+        linear.weight = nn.Parameter((self.weight.float() * scales).to(dtype), requires_grad=False)
+        if self.bias is not None:  # a copy: its dtype may differ from ours
+            bias = self.bias.detach().to(dtype, copy=True)
+            linear.register_parameter("bias", nn.Parameter(bias, requires_grad=False))
+        return linear
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> W8A8Linear:
         """Of .to(dtype) and the like: codes and scales keep the format's dtypes."""
@@ -67,7 +91,51 @@ class W8A8Linear(nn.Module):
         return self
 
     def extra_repr(self) -> str:
-        return f"{self.in_features}, {self.out_features}, {self.weight.dtype}"
+        block = "" if self.takes.block is None else f", block {self.takes.block}"
+        return f"{self.in_features}, {self.out_features}, {self.weight.dtype}{block}"
+
+
+def merge_w8a8_linears(linears: Sequence[W8A8Linear]) -> W8A8Linear | None:
+    """One linear whose output is the linears' outputs side by side; None if they are not alike.
+
+    Alike: codes, width and blocks, biases of one dtype in all or in none, and whole blocks of rows
+    in all but the last. Their tensors become views of the merged ones, as in merge_quant_linears.
+    """
+    first = linears[0]
+    block = first.takes.block or 1
+    for linear in linears:
+        if _kind(linear) != _kind(first) or (
+            linear is not linears[-1] and linear.out_features % block
+        ):
+            return None
+    weight = _joined(linears, "weight")
+    merged = W8A8Linear(weight, _joined(linears, "weight_scales"), None, first.takes.block)
+    biases = [linear.bias for linear in linears if linear.bias is not None]
+    if biases:
+        bias = torch.cat([part.data for part in biases])
+        for part, view in zip(biases, bias.split([len(part) for part in biases]), strict=True):
+            part.data = view
+        merged.bias = nn.Parameter(bias, requires_grad=False)
+    return merged
+
+
+def is_fast_on(device: torch.device) -> bool:
+    """Whether products of bytes have tensor cores and kernels there that beat 16-bit weights'."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
+
+
+def _kind(linear: W8A8Linear) -> tuple[object, ...]:
+    bias = None if linear.bias is None else (linear.bias.dtype, linear.bias.device)
+    return linear.takes, linear.in_features, linear.weight.device, bias
+
+
+def _joined(linears: Sequence[W8A8Linear], name: str) -> Tensor:
+    """Buffers of that name one under another; the linears keep views of it."""
+    parts = [getattr(linear, name) for linear in linears]
+    whole = torch.cat(parts)
+    for linear, view in zip(linears, whole.split([len(part) for part in parts]), strict=True):
+        setattr(linear, name, view)
+    return whole
 
 
 def quantize_w8a8(
@@ -75,8 +143,8 @@ def quantize_w8a8(
 ) -> nn.Module:
     """Puts W8A8Linear in the place of the model's linears: half the memory of 16-bit weights.
 
-    patch serves the norms of such a model; its attention, MLPs and layers it refuses by name, and
-    they run as they are.
+    patch serves such a model: norms and gates quantise what they give, and q, k and v are one
+    product, as are gate and up.
 
     Args:
         model: any module; it is changed. Its other modules stay, and so do linears whose weight

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,11 +13,12 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from llamatelemetry.models.opset import NATIVE, OpSet
 from llamatelemetry.models.pieces.arguments import KNOWN_TO_LAYERS, take_cache, without_encoder
 from llamatelemetry.models.pieces.base import Piece, eager_attention_of
-from llamatelemetry.models.pieces.linear import Joined
+from llamatelemetry.models.pieces.linear import Joined, Rows
 from llamatelemetry.models.pieces.merge import columns_of, merge_runs, rows_of, unmerge_linears
 from llamatelemetry.models.pieces.norm import EPS_NAMES, eps_of, offset_of
 from llamatelemetry.models.spec import LayerSpec
 from llamatelemetry.models.step_input import StepInput
+from llamatelemetry.quantization.rows import RowFormat
 
 Norm = tuple[Tensor, float, float]  # weight, eps, what is added to the weight
 
@@ -26,7 +27,7 @@ Norm = tuple[Tensor, float, float]  # weight, eps, what is added to the weight
 class _Projection:
     """Neighbours among q, k and v that are one linear, and the norms before the rotation."""
 
-    linear: Callable[[Tensor], Tensor]
+    linear: Joined
     heads: list[int]
     by_head: bool  # q, k and v of a head beside each other
     norms: list[Norm | None]
@@ -34,7 +35,7 @@ class _Projection:
     ops: OpSet
     head_dim: int
 
-    def parts(self, x: Tensor) -> list[Tensor]:
+    def parts(self, x: Rows) -> list[Tensor]:
         """[num_tokens, heads, head_dim] each."""
         rows = self.linear(x).view(x.shape[0], -1, self.head_dim)
         if self.by_head:
@@ -164,7 +165,13 @@ class Attention(Piece):
     def unbind(self) -> None:
         unmerge_linears(self.linears)
 
-    def project(self, x: Tensor) -> list[Tensor]:
+    @property
+    def takes(self) -> RowFormat | None:
+        """How step takes rows that are quantised already; None where it takes none."""
+        kinds = {one.linear.takes for one in self.projections}
+        return kinds.pop() if len(kinds) == 1 else None
+
+    def project(self, x: Rows) -> list[Tensor]:
         """q, k, v [num_tokens, heads, head_dim] of x [num_tokens, hidden_size]."""
         return [part for one in self.projections for part in one.parts(x)]
 
@@ -187,7 +194,7 @@ class Attention(Piece):
 
     def step(
         self,
-        x: Tensor,
+        x: Rows,
         step: StepInput,
         rope: tuple[Tensor, Tensor] | None,
         cache: Sequence[Tensor],

@@ -11,8 +11,10 @@ from transformers.activations import ACT2FN
 from llamatelemetry.models.opset import NATIVE, OpSet
 from llamatelemetry.models.pieces.arguments import KNOWN_TO_LAYERS, without_encoder
 from llamatelemetry.models.pieces.base import Piece
+from llamatelemetry.models.pieces.linear import Rows
 from llamatelemetry.models.pieces.norm import EPS_NAMES, NormFunction
 from llamatelemetry.models.spec import LayerSpec
+from llamatelemetry.quantization.rows import RowFormat
 
 
 class DecoderLayer(Piece):
@@ -51,25 +53,27 @@ class DecoderLayer(Piece):
 
     def run(
         self,
-        x: Tensor,
+        x: Any,
         residual: Tensor,
-        attend: Callable[[Tensor], Tensor],
-        mlp: Callable[[Tensor], Tensor],
+        attend: Callable[[Any], Tensor],
+        mlp: Callable[[Any], Tensor],
+        mlp_takes: RowFormat | None = None,
     ) -> Tensor:
         """The layer, up to what its end adds to residual, which is written in place.
 
         Args:
-            x: the layer's input after its first norm.
+            x: the layer's input after its first norm, quantised where attend takes it so.
             residual: the layer's input; afterwards with the attention's part, or as it was where
                 attention and MLP are parallel.
             attend: the attention, of x.
             mlp: the MLP.
+            mlp_takes: how it takes quantised rows, if it does.
         """
         attended = self._scaled(_normed(attend(x), self.attention_norm))
         if self.is_parallel:
             x = x if self.middle_norm is None else self.middle_norm(residual)
             return attended + self._scaled(_normed(mlp(x), self.mlp_norm))
-        x = add_norm(attended, residual, self.middle_norm)
+        x = add_norm(attended, residual, self.middle_norm, mlp_takes)
         return self._scaled(_normed(mlp(x), self.mlp_norm))
 
     def _scaled(self, x: Tensor) -> Tensor:
@@ -104,9 +108,15 @@ def _normed(x: Tensor, norm: NormFunction | None) -> Tensor:
     return x if norm is None else norm(x)
 
 
-def add_norm(x: Tensor, residual: Tensor, norm: NormFunction | None) -> Tensor:
-    """``residual += x``, and norm of it, maybe in x; the sum itself where there is no norm."""
-    return residual.add_(x) if norm is None else norm.after_add(x, residual)
+def add_norm(
+    x: Tensor, residual: Tensor, norm: NormFunction | None, takes: RowFormat | None = None
+) -> Rows:
+    """``residual += x``, and norm of it, maybe in x; the sum itself where there is no norm.
+
+    Args:
+        takes: how what comes after takes quantised rows, if it does.
+    """
+    return residual.add_(x) if norm is None else norm.after_add(x, residual, takes)
 
 
 def norm_of(owner: nn.Module, name: str, spec: LayerSpec, ops: OpSet) -> NormFunction | None:

@@ -12,6 +12,10 @@ from llamatelemetry.models.opset import OpSet
 from llamatelemetry.models.pieces.merge import is_plain
 from llamatelemetry.models.pieces.watch import EVERYWHERE, SERVED
 from llamatelemetry.quantization.group_linear import GroupLinear
+from llamatelemetry.quantization.rows import QuantisedRows, RowFormat
+from llamatelemetry.quantization.w8a8 import W8A8Linear
+
+Rows = Tensor | QuantisedRows  # what a linear takes: quantised ones where it says how
 
 # Of more rows ops.linear is torch's product, which a call without our op reaches sooner.
 MOST_ROWS = 16
@@ -25,6 +29,9 @@ class Joined:
         linears: over the same input; none for merged alone.
         after: the activation of merged's output.
         activation: its name in ops.linear; None where that has none.
+
+    Attributes:
+        takes: how it takes rows that are quantised already; None where it takes none.
     """
 
     def __init__(
@@ -32,7 +39,7 @@ class Joined:
         merged: Any,
         linears: Sequence[Any],
         ops: OpSet,
-        after: Callable[[Tensor], Tensor] | None = None,
+        after: Callable[[Tensor], Rows] | None = None,
         activation: str | None = None,
     ) -> None:
         self.merged, self.linears = merged, list(linears)
@@ -40,6 +47,7 @@ class Joined:
         self._ops, self._of_any_rows = ops, ops.linear_of_any_rows
         self._is_dense = ops.linear is not None and is_dense(merged)
         self._is_grouped = type(merged) is GroupLinear and merged.format in ops.group_formats
+        self.takes: RowFormat | None = merged.takes if type(merged) is W8A8Linear else None
         if self._of_any_rows and not (self._is_dense or self._is_grouped):
             kind = type(merged).__name__
             if isinstance(merged, GroupLinear):
@@ -50,10 +58,12 @@ class Joined:
                 "load the weights dense, or use the native ops"
             )
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Rows) -> Any:
         # A graph reads the linears' own weights, wherever they lie when it runs.
         if torch.compiler.is_compiling():
             return self._followed(self._apart(x))
+        if isinstance(x, QuantisedRows):
+            return self._followed(self.merged.multiply(*x))
         if self._of_any_rows or (self._is_dense and _is_small(x)):
             y = self._by_op(x.contiguous(), self.merged, self._activation)
             return y if self._activation is not None else self._followed(y)
@@ -66,7 +76,10 @@ class Joined:
         assert self._ops.linear is not None
         return self._ops.linear(x, linear.weight, linear.bias, None, activation)
 
-    def _apart(self, x: Tensor) -> Tensor:
+    def _apart(self, x: Rows) -> Tensor:
+        if isinstance(x, QuantisedRows):
+            parts = [one.multiply(*x) for one in self.linears or [self.merged]]
+            return torch.cat(parts, -1) if len(parts) > 1 else parts[0]
         if self._of_any_rows:
             x, linears = x.contiguous(), self.linears or [self.merged]
             parts = [self._by_op(x, one, None) for one in linears]
@@ -75,7 +88,7 @@ class Joined:
             return torch.cat([linear(x) for linear in self.linears], -1)
         return self._forward(x)
 
-    def _followed(self, y: Tensor) -> Tensor:
+    def _followed(self, y: Tensor) -> Rows:
         return y if self._after is None else self._after(y)
 
 
@@ -104,3 +117,13 @@ def is_dense(linear: Any) -> bool:
 
 def _is_small(x: Tensor) -> bool:
     return x.numel() <= MOST_ROWS * x.shape[-1]
+
+
+def rows_after(
+    after: Callable[[Tensor], Tensor], name: str | None, takes: RowFormat, ops: OpSet
+) -> Callable[[Tensor], Rows]:
+    """A gate and the quantisation of what it gives as one op, where there is one."""
+    if name != "silu_and_mul" or ops.quantising is None:
+        return after  # the linear quantises its rows itself
+    quantise = ops.quantising.silu_and_mul
+    return lambda y: QuantisedRows(*quantise(y, *takes), y.dtype)

@@ -14,6 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from llamatelemetry.quantization.group_linear import GroupLinear, merge_group_linears
 from llamatelemetry.quantization.modules import QuantLinear, expand, merge_quant_linears
+from llamatelemetry.quantization.w8a8 import W8A8Linear, merge_w8a8_linears
 
 
 def merge_linears(linears: Sequence[nn.Module]) -> nn.Module | None:
@@ -25,7 +26,7 @@ def merge_linears(linears: Sequence[nn.Module]) -> nn.Module | None:
     """
     if len(linears) == 1:
         return linears[0]
-    with _plain_tensors():
+    with plain_tensors():
         return _merge(linears)
 
 
@@ -34,6 +35,8 @@ def _merge(linears: Sequence[nn.Module]) -> nn.Module | None:
         return merge_quant_linears(cast("Sequence[QuantLinear]", linears))
     if all(type(linear) is GroupLinear for linear in linears):
         return merge_group_linears(cast("Sequence[GroupLinear]", linears))
+    if all(type(linear) is W8A8Linear for linear in linears):
+        return merge_w8a8_linears(cast("Sequence[W8A8Linear]", linears))
     if any(type(linear) is not nn.Linear for linear in linears):
         return None
     if not all(is_plain(p) for linear in linears for p in linear.parameters()):
@@ -104,9 +107,14 @@ def unmerge_linears(linears: Sequence[nn.Module]) -> None:
     """Gives each linear storages of its own again."""
     if len(linears) == 1:  # fused as it came
         return
-    with _plain_tensors():
+    with plain_tensors():
         for linear in linears:
-            if type(linear) not in (nn.Linear, QuantLinear, GroupLinear):  # never merged
+            if type(linear) not in (
+                nn.Linear,
+                QuantLinear,
+                GroupLinear,
+                W8A8Linear,
+            ):  # never merged
                 continue
             for parameter in linear.parameters():
                 if is_plain(parameter) and _is_part(parameter):
@@ -143,7 +151,7 @@ class TensorsOf:
         ]
 
     def restore(self) -> None:
-        with _plain_tensors():
+        with plain_tensors():
             for parameter, data in self._parameters:
                 if is_plain(parameter) and parameter.data_ptr() != data.data_ptr():
                     parameter.data = data
@@ -153,7 +161,7 @@ class TensorsOf:
 
 
 @contextmanager
-def _plain_tensors() -> Iterator[None]:
+def plain_tensors() -> Iterator[None]:
     """Tensors made here can be trained later, whatever mode the caller is in."""
     with torch.inference_mode(False), torch.no_grad():
         yield

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from llamatelemetry.models.opset import ACTIVATIONS, GATED, NATIVE, OpSet
 from llamatelemetry.models.pieces.base import Piece
-from llamatelemetry.models.pieces.linear import Joined
+from llamatelemetry.models.pieces.linear import Joined, Rows, is_dense, rows_after
 from llamatelemetry.models.pieces.merge import merge_linears, unmerge_linears
 from llamatelemetry.models.spec import LayerSpec
 
@@ -33,7 +33,7 @@ class _Mlp(Piece):
     def activations(self) -> Mapping[str, Callable[[Tensor], Tensor]]:
         raise NotImplementedError
 
-    def step(self, x: Tensor) -> Tensor:
+    def step(self, x: Rows) -> Tensor:
         return self.ops.all_reduce(self.down(self.into(x)))
 
     def forward(self, *args: Tensor, **kwargs: Tensor) -> Tensor:
@@ -57,9 +57,12 @@ class GatedMlp(_Mlp):
                 f"{' and '.join(self.spec.gate_up)} must be alike to become one linear"
             )
         self.merged = [merged] if len(self.linears) > 1 else []
-        after, name = self.ops.gated[self.activation], GATED.get(self.activation)
-        self.into = Joined(merged, self.linears, self.ops, after, name)
         self.down = Joined(getattr(self.module, self.spec.down), (), self.ops)
+        name = GATED.get(self.activation)
+        after: Callable[[Tensor], Rows] = self.ops.gated[self.activation]
+        if self.down.takes is not None and not is_dense(merged):
+            after = rows_after(self.ops.gated[self.activation], name, self.down.takes, self.ops)
+        self.into = Joined(merged, self.linears, self.ops, after, name)
 
     def merged_names(self) -> Sequence[str]:
         return self.spec.gate_up

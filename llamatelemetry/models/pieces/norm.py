@@ -8,7 +8,9 @@ from torch import Tensor, nn
 
 from llamatelemetry.models.opset import NATIVE, OpSet
 from llamatelemetry.models.pieces.base import Piece
+from llamatelemetry.models.pieces.linear import Rows
 from llamatelemetry.models.spec import LayerSpec
+from llamatelemetry.quantization.rows import QuantisedRows, RowFormat
 
 EPS_NAMES = ("variance_epsilon", "eps")
 
@@ -30,8 +32,21 @@ class NormFunction:
         bias = getattr(module, "bias", None)
         return self.ops.layer_norm(x, weight, bias, self.eps, self.offset)
 
-    def after_add(self, x: Tensor, residual: Tensor) -> Tensor:
-        """``residual += x``, and the norm of it, which may be in x."""
+    def rows(self, x: Tensor, takes: RowFormat | None) -> Rows:
+        """The norm as a linear that takes rows like that is best given it."""
+        if takes is None or not self.is_rms or self.ops.quantising is None:
+            return self(x)
+        settings = (takes.dtype, self.eps, self.offset, takes.block)
+        return QuantisedRows(
+            *self.ops.quantising.rms_norm(x, self.module.weight, *settings), x.dtype
+        )
+
+    def after_add(self, x: Tensor, residual: Tensor, takes: RowFormat | None = None) -> Rows:
+        """``residual += x``, and the norm of it, which may be in x, as rows has it."""
+        if takes is not None and self.is_rms and self.ops.quantising is not None:
+            quantise = self.ops.quantising.fused_add_rms_norm_
+            settings = (takes.dtype, self.eps, self.offset, takes.block)
+            return QuantisedRows(*quantise(x, residual, self.module.weight, *settings), x.dtype)
         if not self.is_rms:
             return self(residual.add_(x))
         self.ops.fused_add_rms_norm_(x, residual, self.module.weight, self.eps, self.offset)
