@@ -32,7 +32,7 @@ SHAPES = {  # name: n, k
         "down": (4096, 14336),
     },
 }
-ROWS = {"cpu": (128,), "cuda": (1, 16, 64, 2048)}
+ROWS = {"cpu": (128,), "cuda": (1, 64, 2048)}
 MADE_ROWS = {"cpu": 128, "cuda": 2048}
 KINDS = {"int8": torch.int8, "e4m3": torch.float8_e4m3fn}
 BLOCK = 128

@@ -130,8 +130,10 @@ def load_model(
 
     Args:
         device, dtype, exact, progress: as in load_gguf; a directory keeps its own dtype by default.
-            Weights of GPTQ, AWQ, compressed-tensors, FP8 and MXFP4 directories stay packed; such
-            ones are read of dense text models, and gpt-oss's experts
+            Weights of GPTQ, AWQ, compressed-tensors, FP8, MXFP4 and 8-bit bitsandbytes directories
+            stay packed, those of bitsandbytes in 4 bits become dense; such directories are read of
+            text models, dense or with routed experts that are quantised one by one or gpt-oss's.
+            On Hopper GPUs linears whose input is quantised too multiply bytes, but with exact
 
     Raises:
         ModelFileError: in one sentence

@@ -1,4 +1,4 @@
-"""A transformers model around the packed weights of a GPTQ, AWQ, FP8 or like directory."""
+"""A transformers model around the weights of a GPTQ, AWQ, FP8, bitsandbytes or like directory."""
 
 from __future__ import annotations
 
@@ -14,10 +14,14 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from llamatelemetry.loading.errors import ModelFileError, in_one_sentence
 from llamatelemetry.loading.files import tensor_names, weight_files
-from llamatelemetry.quantization.checkpoints import load_linear
+from llamatelemetry.quantization import w8a8
+from llamatelemetry.quantization.bitsandbytes import dense_linear
+from llamatelemetry.quantization.checkpoints import load_linear, load_w8a8
+from llamatelemetry.quantization.experts import PARTS, LinearExperts, expert_of, expert_sizes
 from llamatelemetry.quantization.group_linear import GroupLinear
 from llamatelemetry.quantization.layouts import METHODS, Layout, layout_of
 from llamatelemetry.quantization.mxfp4 import mxfp4_experts
+from llamatelemetry.quantization.w8a8 import W8A8Linear
 
 # Tensors that nothing here needs: tables that a model makes itself, and scales of activations and
 # of a cache in fewer bits, both of which stay as they are.
@@ -35,6 +39,8 @@ def quantization_of(config: dict[str, Any]) -> dict[str, Any] | None:
     return None
 
 
+@torch.inference_mode(False)  # what patch merges later is as any other tensor, in any mode
+@torch.no_grad()
 def build_quantised(
     path: Path,
     config: Any,
@@ -45,13 +51,17 @@ def build_quantised(
 ) -> Any:
     """The directory's model in eval mode; quantised linears stay packed, as GroupLinear.
 
+    Linears of bitsandbytes' 4-bit codes become dense ones of dtype: no kernel here reads them. On a
+    Hopper GPU, linears of formats that have their input quantised too are W8A8Linear.
+
     Args:
         path: of a directory with safetensors.
         config: transformers' of it.
         quantization: from quantization_of.
         dtype: of activations and of what is not quantised; None is that of config.json.
         device: where the weights go, and where they are unpacked.
-        exact: float32 activations in the quantised linears instead of int8 ones on the CPU.
+        exact: float32 activations in the quantised linears instead of int8 ones on the CPU, and no
+            W8A8Linear.
 
     Raises:
         ModelFileError: naming the tensor, if one is missing, unknown or not as it should be; for
@@ -118,6 +128,10 @@ class _Filling:
         self.dtype, self.device, self.exact = dtype, device, exact
         self._whole: dict[str, set[str]] = {}  # quantised linear -> the tensors it has
         self._parts: dict[str, dict[str, Tensor]] = {}  # those that were read
+        self._loose: dict[str, dict[tuple[int, str], nn.Module]] = {}  # experts, one by one
+        # Files of Mixtral's kind have another name for the module than transformers gives it.
+        has_it = any(name.endswith("block_sparse_moe") for name, _ in model.named_modules())
+        self._renamed = "" if has_it else ".block_sparse_moe."
 
     def fill(self) -> None:
         from safetensors import safe_open
@@ -125,7 +139,7 @@ class _Filling:
         files = list(weight_files(self.path))
         if not files:
             raise ModelFileError(f"{self.path}: quantised weights must be in safetensors files")
-        names = [_split(name) for file in files for name in tensor_names(file)]
+        names = [self._split(name) for file in files for name in tensor_names(file)]
         signs = {module for module, attribute in names if attribute in self.layout.signs}
         for module, attribute in names:
             if module in signs and attribute in self.layout.tensors:
@@ -137,7 +151,7 @@ class _Filling:
         self._finish()
 
     def _take(self, name: str, read: Any) -> None:
-        module, attribute = _split(name)
+        module, attribute = self._split(name)
         if attribute in self._whole.get(module, ()):
             parts = self._parts.setdefault(module, {})
             parts[attribute] = read(name)
@@ -184,8 +198,8 @@ class _Filling:
     def _refuse_experts(self, name: str) -> None:
         if re.search(r"\.experts\.\d+(\.|$)", name):
             raise ModelFileError(
-                f"{self.path}: {name}: experts that are quantised one by one are not read, only "
-                "gpt-oss's in MXFP4"
+                f"{self.path}: {name}: each routed expert must have gate, up and down quantised, "
+                "or they must be gpt-oss's in MXFP4"
             )
 
     def _owner(self, module: str) -> nn.Module | None:
@@ -200,6 +214,8 @@ class _Filling:
         if owner is not None and self.layout.method == "mxfp4":
             self._experts(name, owner, parts)
             return
+        if self._is_of_expert(name, parts):
+            return
         if type(owner) is not nn.Linear:
             self._refuse_experts(name)
             kind = "nothing" if owner is None else f"a {type(owner).__name__}"
@@ -207,18 +223,50 @@ class _Filling:
                 f"{self.path}: {name} is quantised and must be a Linear of transformers' "
                 f"{self.model.config.model_type}, which has {kind} there"
             )
+        linear = self._made(name, parts, (owner.out_features, owner.in_features))
+        linear.register_parameter("bias", owner.bias)
+        self.model.set_submodule(name, linear)
+
+    def _is_of_expert(self, name: str, parts: dict[str, Tensor]) -> bool:
+        """Takes a linear of one of several routed experts, which the model has as one module."""
+        found = expert_of(name)
+        like: Any = None if found is None else self._owner(found[0])
+        if found is None or not isinstance(getattr(like, "gate_up_proj", None), nn.Parameter):
+            return False
+        if getattr(like, "has_bias", False):
+            raise ModelFileError(f"{self.path}: {name}: experts with biases must be in MXFP4")
+        experts, expert, part = found
+        linears = self._loose.setdefault(experts, {})
+        linears[expert, part] = self._made(name, parts, expert_sizes(like, part))
+        if linears.keys() == {(i, part) for i in range(like.num_experts) for part in PARTS}:
+            self.model.set_submodule(experts, LinearExperts(like, self._loose.pop(experts)))
+        return True
+
+    def _made(
+        self, name: str, parts: dict[str, Tensor], sizes: tuple[int, int]
+    ) -> nn.Linear | GroupLinear | W8A8Linear:
+        """A linear of a file's tensors and these sizes [n, k], without its bias."""
         try:
             on_device = {part: tensor.to(self.device) for part, tensor in parts.items()}
-            weight, (n, k), perm = load_linear(self.layout, on_device)
-            if (n, k) != (owner.out_features, owner.in_features):
+            linear = self._linear_of(on_device)
+            if (linear.out_features, linear.in_features) != sizes:
                 raise ValueError(
-                    f"it must be {(owner.out_features, owner.in_features)} as config.json says, "
-                    f"got {(n, k)}"
+                    f"it must be {sizes} as config.json says, got "
+                    f"{(linear.out_features, linear.in_features)}"
                 )
         except ValueError as error:
             raise ModelFileError(f"{self.path}: {name}: {error}") from None
-        bias = owner.bias
-        self.model.set_submodule(name, GroupLinear(weight, k, n, bias, perm, self.exact))
+        return linear
+
+    def _linear_of(self, parts: dict[str, Tensor]) -> nn.Linear | GroupLinear | W8A8Linear:
+        if self.layout.method == "bitsandbytes" and self.layout.bits == 4:
+            return dense_linear(parts, self.dtype)
+        if self.layout.takes_rows and not self.exact and w8a8.is_fast_on(self.device):
+            linear = load_w8a8(self.layout, parts)
+            if linear is not None:
+                return linear
+        weight, (n, k), perm = load_linear(self.layout, parts)
+        return GroupLinear(weight, k, n, None, perm, self.exact)
 
     def _experts(self, name: str, owner: nn.Module, parts: dict[str, Tensor]) -> None:
         on_device = {part: tensor.to(self.device) for part, tensor in parts.items()}
@@ -234,8 +282,12 @@ class _Filling:
         if missing := sorted(n for n, p in self.model.named_parameters() if p.is_meta):
             raise ModelFileError(f"{self.path}: the weights hold no {missing[0]}")
 
-
-def _split(name: str) -> tuple[str, str]:
-    """A tensor's module and its name there."""
-    module, _, attribute = name.rpartition(".")
-    return module, attribute
+    def _split(self, name: str) -> tuple[str, str]:
+        """A tensor's module and its name there; of bitsandbytes' with what tells of a weight."""
+        if self._renamed:
+            name = name.replace(self._renamed, ".mlp.")
+        module, is_part, part = name.partition(".weight.")
+        if is_part:
+            return module, f"weight.{part}"
+        module, _, attribute = name.rpartition(".")
+        return module, attribute

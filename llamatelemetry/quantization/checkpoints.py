@@ -1,4 +1,4 @@
-"""Layouts of quantised linears in checkpoints: GPTQ, AWQ, compressed-tensors, and bytes of float8.
+"""Layouts of quantised linears in checkpoints: GPTQ, AWQ, compressed-tensors, and bytes of weights.
 
 Each is read to codes [n, k], scales [n, groups], zero points [n, groups] and the order of columns.
 Sources: AutoGPTQ's and GPTQModel's packing (bits of a code from the lowest on, zero points less one
@@ -14,8 +14,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from llamatelemetry.quantization import bitsandbytes
 from llamatelemetry.quantization.groups import GroupedWeight, pack_groups
 from llamatelemetry.quantization.layouts import Layout
+from llamatelemetry.quantization.w8a8 import MOST_INT8_COLUMNS, W8A8Linear
 
 _AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 _LARGEST_GROUP = 128  # of the kernels; larger ones are repeated
@@ -64,6 +66,8 @@ def _bytes(layout: Layout, found: Mapping[str, Tensor]) -> GroupedWeight:
     codes = _tensor(found, "weight")
     sign = next((name for name in layout.signs if name in found), layout.signs[0])
     scales = _tensor(found, sign).float()
+    if layout.method == "bitsandbytes":
+        scales = bitsandbytes.row_scales(found)
     if "weight_zero_point" in found and bool(found["weight_zero_point"].float().any()):
         raise ValueError("weight_zero_point must be zero (a symmetric quantiser) beside int8 codes")
     formats = {torch.int8: "S8", torch.float8_e4m3fn: "E4M3"}
@@ -83,6 +87,31 @@ def _bytes(layout: Layout, found: Mapping[str, Tensor]) -> GroupedWeight:
     else:
         scales = _of_rows(sign, scales, n)
     return pack_groups(codes, formats[codes.dtype], _of_known_groups(scales, k))
+
+
+def load_w8a8(layout: Layout, found: Mapping[str, Tensor]) -> W8A8Linear | None:
+    """A linear that multiplies bytes, without its bias, of a layout that takes rows.
+
+    Args:
+        layout, found: as of load_linear.
+
+    Returns:
+        None where its weights have other scales than W8A8Linear's.
+    """
+    codes, sign = _tensor(found, "weight"), next(n for n in layout.signs if n in found)
+    scales = found[sign].float()
+    kinds = (torch.int8, torch.float8_e4m3fn)
+    if codes.dtype not in kinds or codes.dim() != 2 or found.get("weight_zero_point") is not None:
+        return None
+    n, k = codes.shape
+    if layout.block is not None:
+        blocks = -(-n // layout.block[0]), -(-k // layout.block[1])
+        if scales.shape != blocks or codes.dtype == torch.int8:
+            return None
+        return W8A8Linear(codes.contiguous(), scales.contiguous(), None, layout.block[1])
+    if scales.numel() not in (1, n) or (codes.dtype == torch.int8 and k > MOST_INT8_COLUMNS):
+        return None
+    return W8A8Linear(codes.contiguous(), scales.reshape(-1, 1).expand(n, 1).contiguous())
 
 
 def _of_rows(name: str, scales: Tensor, n: int) -> Tensor:

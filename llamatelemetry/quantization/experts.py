@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,38 +13,27 @@ from llamatelemetry import ops
 from llamatelemetry.ops.formats import TILE_ROWS, QuantFormat
 
 PARTS = ("gate", "up", "down")
+# Of a linear of one expert among others, and what files call the parts, Mixtral's last.
+_ONE = re.compile(r"(.+\.experts)\.(\d+)\.(gate_proj|up_proj|down_proj|w1|w3|w2)")
+_NAMES = dict(zip(("gate_proj", "up_proj", "down_proj", "w1", "w3", "w2"), PARTS * 2, strict=True))
 
 
-class QuantExperts(nn.Module):
+class _Experts(nn.Module):
     """A layer's routed experts; each runs over the tokens that the router sent to it.
 
     Attributes:
-        gate, up, down: [experts, ceil(n / 16), 16 * row_bytes] uint8, each expert's from
-            ops.repack; or [experts, n, k] where the part is not quantised
-        gate_bias, up_bias, down_bias: [experts, n] or None
-        formats: part -> QuantFormat, or None where it is not quantised
         like: transformers' module, on meta: its activation, and how it lays out its parameters
-        exact: float32 activations instead of int8 ones on the CPU
     """
 
     like: Any
 
-    def __init__(
-        self,
-        like: Any,
-        parts: Mapping[str, Tensor],
-        formats: Mapping[str, QuantFormat | None],
-        exact: bool = False,
-    ) -> None:
-        """parts: "gate.weight", "gate.bias", ... -> tensor."""
+    def __init__(self, like: Any, num_experts: int) -> None:
         super().__init__()
         object.__setattr__(self, "like", like)  # no submodule: its parameters are not ours
-        self.formats, self.exact = dict(formats), exact
-        self.num_experts = int(parts["gate.weight"].shape[0])
-        self.sizes = {"gate": like.gate_up_proj.shape, "down": like.down_proj.shape}
-        for part in PARTS:
-            self.register_buffer(part, parts[f"{part}.weight"])
-            self.register_buffer(f"{part}_bias", parts.get(f"{part}.bias"))
+        self.num_experts = num_experts
+
+    def _linear(self, part: str, expert: int, x: Tensor) -> Tensor:
+        raise NotImplementedError
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """The weighted sum of what each token's experts give.
@@ -63,9 +53,69 @@ class QuantExperts(nn.Module):
             token, place = torch.where(top_k_index == expert)
             x = hidden_states[token]
             gate, up = self._linear("gate", expert, x), self._linear("up", expert, x)
-            x = self._linear("down", expert, self.like._apply_gate(self._join(gate, up, -1)))
+            joined = join(gate, up, -1, self.like.is_concatenated)
+            x = self._linear("down", expert, self.like._apply_gate(joined))
             out.index_add_(0, token, (x * top_k_weights[token, place, None]).to(out.dtype))
         return out
+
+
+class LinearExperts(_Experts):
+    """Experts of three linears each, of any kind: what directories quantised one by one become.
+
+    Attributes:
+        gate, up, down: a linear for each expert
+    """
+
+    def __init__(self, like: Any, linears: Mapping[tuple[int, str], nn.Module]) -> None:
+        """linears: (expert, part) -> linear, all of them."""
+        super().__init__(like, len(linears) // len(PARTS))
+        for part in PARTS:
+            of_part = [linears[expert, part] for expert in range(self.num_experts)]
+            self.add_module(part, nn.ModuleList(of_part))
+
+    def _linear(self, part: str, expert: int, x: Tensor) -> Tensor:
+        out: Tensor = self.get_submodule(part)[expert](x)  # type: ignore[index]
+        return out
+
+
+def expert_of(name: str) -> tuple[str, int, str] | None:
+    """(module of the experts, which one, part) of a linear's name; None where it is none of one."""
+    found = _ONE.fullmatch(name)
+    return None if found is None else (found[1], int(found[2]), _NAMES[found[3]])
+
+
+def expert_sizes(like: Any, part: str) -> tuple[int, int]:
+    """(out_features, in_features) of an expert's part in transformers' module of them."""
+    weight = like.down_proj if part == "down" else like.gate_up_proj
+    _, n, k = weight.mT.shape if like.is_transposed else weight.shape
+    return (n, k) if part == "down" else (n // 2, k)
+
+
+class QuantExperts(_Experts):
+    """A layer's routed experts in three tensors of packed weights.
+
+    Attributes:
+        gate, up, down: [experts, ceil(n / 16), 16 * row_bytes] uint8, each expert's from
+            ops.repack; or [experts, n, k] where the part is not quantised
+        gate_bias, up_bias, down_bias: [experts, n] or None
+        formats: part -> QuantFormat, or None where it is not quantised
+        exact: float32 activations instead of int8 ones on the CPU
+    """
+
+    def __init__(
+        self,
+        like: Any,
+        parts: Mapping[str, Tensor],
+        formats: Mapping[str, QuantFormat | None],
+        exact: bool = False,
+    ) -> None:
+        """parts: "gate.weight", "gate.bias", ... -> tensor."""
+        super().__init__(like, int(parts["gate.weight"].shape[0]))
+        self.formats, self.exact = dict(formats), exact
+        self.sizes = {"gate": like.gate_up_proj.shape, "down": like.down_proj.shape}
+        for part in PARTS:
+            self.register_buffer(part, parts[f"{part}.weight"])
+            self.register_buffer(f"{part}_bias", parts.get(f"{part}.bias"))
 
     def dense(self, dtype: torch.dtype) -> nn.Module:
         """transformers' module with the same weights, expanded to dtype."""
@@ -76,9 +126,6 @@ class QuantExperts(nn.Module):
             {f"{part}.weight": value for part, value in parts.items()}
             | {f"{part}.bias": b.to(dtype) for part, b in biases.items() if b is not None},
         )
-
-    def _join(self, gate: Tensor, up: Tensor, dim: int) -> Tensor:
-        return join(gate, up, dim, self.like.is_concatenated)
 
     def _linear(self, part: str, expert: int, x: Tensor) -> Tensor:
         weight, bias = getattr(self, part)[expert], getattr(self, f"{part}_bias")

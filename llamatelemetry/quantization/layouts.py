@@ -6,9 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from llamatelemetry.quantization import mxfp4
+from llamatelemetry.quantization import bitsandbytes, mxfp4
 
-METHODS = ("gptq", "awq", "compressed-tensors", "fp8", "mxfp4")  # quant_method in config.json
+# quant_method in config.json
+METHODS = ("gptq", "awq", "compressed-tensors", "fp8", "mxfp4", "bitsandbytes")
+_BLOCK = (128, 128)  # of W8A8Linear
 
 
 @dataclass(frozen=True)
@@ -21,6 +23,8 @@ class Layout:
         zero_added: what is added to a stored zero point: 1 in the first version of GPTQ's files
         bytes_apart: whether a weight is an int8 or float8_e4m3fn tensor, a code a byte
         block: (rows, columns) that share a scale, of such weights; None: a row or all
+        takes_rows: whether the format has a linear's input quantised at every call as W8A8Linear
+            does it: a scale a row, or with blocks of 128 x 128 for each 128 values of it
     """
 
     method: str
@@ -28,12 +32,15 @@ class Layout:
     zero_added: int = 0
     bytes_apart: bool = False
     block: tuple[int, int] | None = None
+    takes_rows: bool = False
 
     @property
     def signs(self) -> tuple[str, ...]:
         """Tensors any of which tells a quantised linear, the usual one first."""
         if self.method == "mxfp4":
             return (mxfp4.SIGN,)
+        if self.method == "bitsandbytes":
+            return bitsandbytes.SIGNS[self.bits]
         if self.method == "fp8":
             return ("weight_scale_inv", "weight_scale")  # AutoFP8 writes the latter
         if self.bytes_apart:
@@ -45,6 +52,8 @@ class Layout:
         """All that a linear may have but its bias; scales of its input are not used."""
         if self.method == "mxfp4":
             return mxfp4.TENSORS
+        if self.method == "bitsandbytes":
+            return frozenset(bitsandbytes.TENSORS[self.bits])
         if self.bytes_apart:
             others = ("weight_zero_point", "input_scale", "activation_scale")
             return frozenset(("weight", *self.signs, *others))
@@ -74,14 +83,20 @@ def layout_of(quantization: Mapping[str, Any]) -> Layout:
         return Layout("awq", _bits(quantization.get("bits", quantization.get("w_bit")), (4,)))
     if method == "mxfp4":
         return Layout(method, 4)
+    if method == "bitsandbytes":
+        bits = 8 if quantization.get("load_in_8bit") else 4
+        return Layout(method, bits, bytes_apart=bits == 8)
     if method == "fp8":
         block = _block("weight_block_size", quantization.get("weight_block_size"))
-        return Layout("fp8", 8, bytes_apart=True, block=block)
+        takes_rows = block == _BLOCK and quantization.get("activation_scheme") == "dynamic"
+        return Layout("fp8", 8, bytes_apart=True, block=block, takes_rows=takes_rows)
     if method == "compressed-tensors":
         format = quantization.get("format")
         if format in ("int-quantized", "float-quantized", "naive-quantized"):
             block = _compressed_block(quantization)
-            return Layout("compressed-tensors", 8, bytes_apart=True, block=block)
+            kind = "int" if format == "int-quantized" else "float"
+            takes_rows = _takes_rows(quantization, kind, block)
+            return Layout(method, 8, bytes_apart=True, block=block, takes_rows=takes_rows)
         return Layout("compressed-tensors", _compressed_bits(quantization))
     raise ValueError(f"quant_method must be one of {', '.join(METHODS)}, got {method!r}")
 
@@ -131,6 +146,19 @@ def _compressed_block(quantization: Mapping[str, Any]) -> tuple[int, int] | None
     if len(set(blocks)) > 1:
         raise ValueError(f"config_groups must have one block_structure, got {blocks}")
     return blocks[0] if blocks else None
+
+
+def _takes_rows(quantization: Mapping[str, Any], kind: str, block: tuple[int, int] | None) -> bool:
+    """Whether each of config_groups quantises its inputs as W8A8Linear does."""
+    strategy = {None: "token", _BLOCK: "group"}.get(block)
+    expected = {"num_bits": 8, "type": kind, "dynamic": True, "symmetric": True}
+    expected |= {"strategy": strategy} | ({"group_size": _BLOCK[1]} if block else {})
+    groups = _groups(quantization)
+    return bool(groups) and all(
+        isinstance(inputs, Mapping)
+        and all(inputs.get(key) == value for key, value in expected.items())
+        for _, inputs in groups
+    )
 
 
 def _groups(quantization: Mapping[str, Any]) -> list[tuple[Mapping[str, Any], Any]]:

@@ -185,8 +185,8 @@ def test_tensors_that_are_not_read(tmp_path):
     for name, sentence in [
         ("model.layers.0.mlp.act.scales", "is no part of the llama that config.json describes"),
         ("model.layers.0.mlp.extra.bias", "is no part of the llama"),
-        ("model.layers.0.mlp.experts.0.w1.weight", "experts that are quantised one by one"),
-        ("model.layers.0.mlp.experts.0.w1.qweight", "experts that are quantised one by one"),
+        ("model.layers.0.mlp.experts.0.w1.weight", "each routed expert must have gate, up"),
+        ("model.layers.0.mlp.experts.0.w1.qweight", "each routed expert must have gate, up"),
     ]:
         edited(tmp_path, lambda tensors, name=name: tensors.update({name: torch.ones(4)}))
         assert name.removesuffix(".qweight") in (words := refusal(tmp_path))

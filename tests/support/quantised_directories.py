@@ -26,6 +26,7 @@ class Kind:
     sorted_columns: bool = False
     second: bool = False  # checkpoint_format gptq_v2
     whole: torch.dtype | None = None  # of weights that are not packed
+    rows: bool = False  # whether inputs are quantised too
 
 
 KINDS = {
@@ -200,9 +201,14 @@ def _config(kind: Kind) -> dict[str, Any]:
         blocks = {"weight_block_size": [kind.group] * 2} if kind.group else {}
         return {"quant_method": "fp8", "activation_scheme": "dynamic", **blocks}
     weights = {"num_bits": kind.bits, "group_size": kind.group or None, "type": "int"}
+    group: dict[str, Any] = {"targets": ["Linear"], "weights": weights}
+    if kind.rows:
+        type = "int" if kind.whole == torch.int8 else "float"
+        inputs = {"num_bits": 8, "type": type, "strategy": "token"}
+        group["input_activations"] = inputs | {"dynamic": True, "symmetric": True}
     return {
         "quant_method": "compressed-tensors",
         "format": _FORMATS[kind.whole],
-        "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights}},
+        "config_groups": {"group_0": group},
         "ignore": ["lm_head"],
     }

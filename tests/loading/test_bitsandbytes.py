@@ -1,0 +1,141 @@
+"""Directories as bitsandbytes writes them: 4 bits, absmax plain and nested, int8 rows, refusals."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from directories import change, tiny_tokenizer
+from families import tiny_model
+from quantised_directories import linears_of
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from llamatelemetry.loading.find import ModelFileError, load_model
+from llamatelemetry.models.patching import patch
+from llamatelemetry.quantization.group_linear import GroupLinear
+
+IDS = torch.tensor([[5, 17, 3, 80, 41, 9]])
+CONFIG = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+BLOCK, NESTED_BLOCK = 64, 256
+
+
+def four_bits(linear, kind, nested):
+    """A linear's tensors of random codes; its weight becomes what they stand for."""
+    n, k = linear.weight.shape
+    codes, table = torch.randint(16, (n * k,)), torch.randn(16)
+    parts = {"weight.quant_map": table}
+    state = {"quant_type": kind, "blocksize": BLOCK, "dtype": "float16", "shape": [n, k]}
+    blocks = -(-n * k // BLOCK)
+    absmax = torch.rand(blocks) * 0.1
+    if nested:
+        bytes_, sizes = torch.randint(256, (blocks,)), torch.rand(-(-blocks // NESTED_BLOCK)) * 0.02
+        parts["weight.absmax"] = bytes_.to(torch.uint8)
+        parts["weight.nested_quant_map"] = torch.linspace(-1, 1, 256)
+        parts["weight.nested_absmax"] = sizes
+        state |= {"nested_blocksize": NESTED_BLOCK, "nested_offset": 0.05}
+        each = sizes.repeat_interleave(NESTED_BLOCK)[:blocks]
+        absmax = torch.linspace(-1, 1, 256)[bytes_] * each + 0.05
+    else:
+        parts["weight.absmax"] = absmax
+    pairs = codes.view(-1, 2).to(torch.uint8)
+    parts["weight"] = (pairs[:, 0] << 4 | pairs[:, 1])[:, None]
+    text = torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8)
+    parts[f"weight.quant_state.bitsandbytes__{kind}"] = text
+    linear.weight.data = (table[codes] * absmax.repeat_interleave(BLOCK)[: n * k]).view(n, k)
+    return parts
+
+
+def eight_bits(linear):
+    n, k = linear.weight.shape
+    codes = torch.randint(-127, 128, (n, k)).to(torch.int8)
+    largest = torch.rand(n) * 0.2
+    linear.weight.data = codes.float() * (largest / 127)[:, None]
+    return {"weight": codes, "SCB": largest, "weight_format": torch.tensor(0, dtype=torch.uint8)}
+
+
+def write(path, model, make, config=CONFIG):
+    model.config.save_pretrained(path)
+    tiny_tokenizer().save_pretrained(path)
+    tensors = dict(model.state_dict())
+    for name, linear in linears_of(model):
+        del tensors[f"{name}.weight"]
+        tensors |= {f"{name}.{part}": value for part, value in make(linear).items()}
+    tensors = {name: value.contiguous().clone() for name, value in tensors.items()}
+    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+    change(path / "config.json", quantization_config=config)
+    return model
+
+
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+def test_four_bits(tmp_path, device, kind, nested):
+    """The weights bit for bit, and a model that is patched as any dense one."""
+    make = lambda linear: four_bits(linear, kind, nested)  # noqa: E731
+    theirs = write(tmp_path, tiny_model("qwen2"), make).to(device)
+    model = load_model(tmp_path, device=device, dtype=torch.float32).model
+    for name, linear in linears_of(theirs):
+        ours = model.get_submodule(name)
+        assert type(ours) is nn.Linear
+        assert torch.equal(ours.weight, linear.weight)
+    ids = IDS.to(device)
+    expected = theirs(ids).logits
+    assert patch(model).refused == {}
+    torch.testing.assert_close(model(ids).logits, expected, rtol=1e-4, atol=1e-4)
+    half = load_model(tmp_path, device=device, dtype=torch.float16).model
+    name, linear = next(linears_of(theirs))
+    assert torch.equal(half.get_submodule(name).weight, linear.weight.half())
+
+
+def test_eight_bits(tmp_path, device):
+    config = {"quant_method": "bitsandbytes", "load_in_8bit": True}
+    theirs = write(tmp_path, tiny_model("llama"), eight_bits, config).to(device)
+    model = load_model(tmp_path, device=device, dtype=torch.float32, exact=True).model
+    for name, linear in linears_of(theirs):
+        ours = model.get_submodule(name)
+        assert type(ours) is GroupLinear
+        assert torch.equal(ours.dense(torch.float32).weight, linear.weight)
+    ids = IDS.to(device)
+    torch.testing.assert_close(model(ids).logits, theirs(ids).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_refusals(tmp_path):
+    write(tmp_path, tiny_model("llama"), lambda linear: four_bits(linear, "nf4", True))
+    file = tmp_path / "model.safetensors"
+    tensors = load_file(file)
+    start = "model.layers.1.mlp.up_proj.weight"
+    state = f"{start}.quant_state.bitsandbytes__nf4"
+
+    def refusal(**changes):
+        changed = tensors | {name: value for name, value in changes.items() if value is not None}
+        for name, value in changes.items():
+            if value is None:
+                del changed[name]
+        save_file(changed, file)
+        with pytest.raises(ModelFileError) as caught:
+            load_model(tmp_path)
+        assert "\n" not in str(caught.value)
+        return str(caught.value)
+
+    assert "must have one quant_state of nf4 or fp4" in refusal(**{state: None})
+    assert "must be JSON in bytes" in refusal(**{state: torch.ones(3, dtype=torch.uint8)})
+    text = torch.tensor(list(b'{"shape": [4], "blocksize": 64}'), dtype=torch.uint8)
+    assert "shape must be two sizes, got [4]" in refusal(**{state: text})
+    text = torch.tensor(list(b'{"shape": [160, 288], "blocksize": 0}'), dtype=torch.uint8)
+    assert "blocksize must be a size from 1, got 0" in refusal(**{state: text})
+    assert "weight.quant_map is missing" in refusal(**{f"{start}.quant_map": None})
+    short = tensors[start][:-1].clone()
+    assert "bytes of codes of a table of 16" in refusal(**{start: short})
+    short = tensors[f"{start}.absmax"][:-1].clone()
+    assert "weight.absmax must have" in refusal(**{f"{start}.absmax": short})
+
+
+def test_patch_names_a_model_that_transformers_loaded(monkeypatch):
+    model = tiny_model("llama")
+    strange = type("Linear4bit", (nn.Linear,), {"__module__": "bitsandbytes.nn.modules"})
+    model.model.layers[0].self_attn.q_proj.__class__ = strange
+    with pytest.warns(UserWarning, match="stay as they were"):
+        report = patch(model)
+    reason = report.refused["model.layers.0.self_attn"]
+    assert "q_proj is bitsandbytes' Linear4bit, which patch does not serve" in reason
