@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
+from functools import cache
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from llamatelemetry import ops
 from llamatelemetry.quantization.rows import RowFormat
 
+MOST_OWN_ROWS = 16  # of e4m3, where torch's product is faster
 MOST_INT8_COLUMNS = 131071  # of ops.scaled_linear
 DTYPES = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
 
@@ -58,10 +60,31 @@ class W8A8Linear(nn.Module):
         return self.multiply(*ops.quantize_rows(x, *self.takes), x.dtype)
 
     def multiply(self, q: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
-        """Of rows that are quantised already, as rms_norm_quantize gives them."""
+        """Of rows that are quantised already, as rms_norm_quantize gives them.
+
+        More than 16 rows of e4m3 with a scale each are torch's product on Hopper, for bfloat16: it
+        is up to 1.6 times as fast as ours. Its sums may be in another order for another number of
+        rows.
+        """
         bias = None if self.bias is None else self.bias.to(dtype)
+        if self._is_torchs(q, dtype):
+            rows, by_column = q.flatten(0, -2), self.weight_scales.T
+            out = torch._scaled_mm(
+                rows, self.weight.T, scales.view(-1, 1), by_column, bias, out_dtype=dtype
+            )
+            return out.view(*q.shape[:-1], self.out_features)
         return ops.scaled_linear(
             q, scales, self.weight, self.weight_scales, dtype, bias, self.takes.block
+        )
+
+    def _is_torchs(self, q: Tensor, dtype: torch.dtype) -> bool:
+        return (
+            self.takes == (torch.float8_e4m3fn, None)
+            and dtype == torch.bfloat16
+            and q.numel() > MOST_OWN_ROWS * self.in_features
+            and self.in_features % 16 == self.out_features % 16 == 0
+            and not torch.compiler.is_compiling()
+            and is_fast_on(q.device)
         )
 
     def dense(self, dtype: torch.dtype) -> nn.Linear:
@@ -119,6 +142,7 @@ def merge_w8a8_linears(linears: Sequence[W8A8Linear]) -> W8A8Linear | None:
     return merged
 
 
+@cache
 def is_fast_on(device: torch.device) -> bool:
     """Whether products of bytes have tensor cores and kernels there that beat 16-bit weights'."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from llamatelemetry.ops import quantize_rows
+from llamatelemetry.ops import quantize_rows, scaled_linear
 from llamatelemetry.quantization.w8a8 import W8A8Linear, quantize_w8a8
 
 KINDS = {"int8": 0.02, "fp8": 0.05}  # of a random layer's result, as a share of its norm
@@ -33,6 +33,22 @@ def test_a_layer(device, dtype, kind, most):
     q, scales = quantize_rows(x, layer.weight.dtype)
     assert torch.equal(layer.multiply(q, scales, dtype), ours)
     assert layer.weight.nbytes == 96 * 40
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rows", [16, 17, 130])
+def test_many_rows_of_e4m3(rows):
+    """By torch's product on Hopper; as ours, but for the order of sums."""
+    linear = nn.Linear(256, 48).to("cuda", torch.bfloat16)
+    layer = W8A8Linear.of(linear, "fp8")
+    q, scales = quantize_rows(
+        torch.randn(2, rows // 2, 256, device="cuda").bfloat16(), torch.float8_e4m3fn
+    )
+    weights = (layer.weight, layer.weight_scales)
+    ours = scaled_linear(q, scales, *weights, torch.bfloat16, linear.bias)
+    torch.testing.assert_close(
+        layer.multiply(q, scales, torch.bfloat16), ours, rtol=0.01, atol=0.01
+    )
 
 
 @pytest.mark.parametrize(("kind", "most"), KINDS.items())
