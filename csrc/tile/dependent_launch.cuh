@@ -3,8 +3,8 @@
 //
 // The rule that makes it safe: a kernel launched by launch_overlapped calls wait_for_predecessors
 // in every thread before it touches memory. It may then have started before the kernel ahead has
-// ended, but it ends after it, so whatever waits for it waits for all before it. Only prefetches to
-// L2, which read no value, and of the kernel's own parameters may come earlier.
+// ended, but it ends after it, so whatever waits for it waits for all before it. Earlier may come
+// its own parameters, prefetches to L2, and past L1 what says no more than what to prefetch.
 #pragma once
 
 #include <type_traits>

@@ -19,6 +19,10 @@ LENGTHS = [
     [33_000, *[128] * 15],
     [1, 0, 63, 64, 65, 4095, 4096, 4097],
     [(17 * i) % 300 for i in range(300)],
+    # Cut by segments: a wave of blocks, two, and as many segments as there are blocks.
+    [700, 0, 1500],
+    [4096] * 8,
+    [1000] * 32,
 ]
 
 
@@ -27,6 +31,7 @@ LENGTHS = [
     ("heads", "lengths"),
     [
         *product([(8, 2)], LENGTHS),
+        *product([(32, 8)], LENGTHS[4:]),
         *product([(3, 3)], LENGTHS[:3]),
         *product([(71, 1)], [[9000], LENGTHS[2]]),  # each head's keys once more in the reference
     ],

@@ -29,12 +29,13 @@ STACK: dict[str, tuple[int, str]] = {
     "attention/**/*192_sm90.cu": (24, SHORTER),
     "attention/**/*256_sm90.cu": (48, SHORTER),
     "attention/decode/decode.cu": (
-        32,
-        "head_dim 192 and 256: outside the loop over keys, whose accumulators take 128 registers",
+        80,
+        "sm_80, head_dim 192 and 256: not looked into yet; 16 on sm_90, outside the loop over "
+        "keys, whose accumulators take 128 registers",
     ),
     "attention/decode/decode_*.cu": (
-        152,
-        "sm_80, most at head_dim 192 and 256, not looked into yet; 8 on sm_90, outside the loop",
+        176,
+        "sm_80, most at head_dim 192 and 256, not looked into yet; 16 on sm_90, outside the loop",
     ),
     "attention/**/*paged*.cu": (
         40,

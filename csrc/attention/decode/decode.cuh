@@ -14,6 +14,7 @@
 #include "attention/decode/keys_16_bit.cuh"
 #include "attention/decode/keys_8_bit.cuh"
 #include "attention/decode/merge.cuh"
+#include "attention/decode/segment_parts.cuh"
 #include "ptx/math.cuh"
 #include "ptx/mma.cuh"
 #include "ptx/shared.cuh"
@@ -79,19 +80,34 @@ struct Decode {
     extern __shared__ __align__(128) char s_bytes[];
     Shared& shared = *reinterpret_cast<Shared*>(s_bytes);
     let_successors_start();
-    wait_for_predecessors();
-    const Plan<kFixed, kConfig.row_tile> plan(p);
-    const int total = plan.total_units();
-    const Runs runs(total, gridDim.x, kFixed ? 1 : shortest_run(total));
+    SegmentPart part{.exists = false};
+    if constexpr (kFixed || kConfig.is_wide()) {
+      wait_for_predecessors();
+    } else {
+      part = wait_for_part<kConfig, kNumThreads, Element>(p);
+    }
+    if (part.exists && part.is_idle) return;
     const int block = blockIdx.x;
-    if (block >= runs.num_runs) return;
-    const int begin = runs.first_of(block);
-    int end = runs.first_of(block + 1);
-    if (begin >= end) return;
+    Runs runs;
+    int index, begin, end;
+    int first_unit;  // of the sequence, among all; of a part among its own
+    if (part.exists) {
+      index = part.index;
+      first_unit = 0;
+      begin = part.which * part.num_tiles + part.tiles.begin;
+      end = part.which * part.num_tiles + part.tiles.end;
+    } else {
+      const Plan<kFixed, kConfig.row_tile> plan(p);
+      const int total = plan.total_units();
+      runs = Runs(total, gridDim.x, kFixed ? 1 : shortest_run(total));
+      if (block >= runs.num_runs) return;
+      begin = runs.first_of(block);
+      end = runs.first_of(block + 1);
+      if (begin >= end) return;
+      index = plan.find(end - 1, &first_unit);
+    }
     // The pieces of a run in reverse: the one that later blocks wait for comes first, the one that
     // waits for earlier blocks last.
-    int first_unit;  // of the sequence, among all
-    int index = plan.find(end - 1, &first_unit);
     while (true) {
       const Sequence sequence(p, index);
       while (end > begin && end > first_unit) {
@@ -100,7 +116,11 @@ struct Decode {
         const int from = max(begin, segment_begin);
         const Segment segment(p, sequence, which);
         const Merge merge{p, sequence, index, segment, shared.merge};
-        attend_piece(merge, runs, segment_begin, from, end, shared);
+        const auto block_of = [&](int unit) {
+          if (part.exists) return unit == 0 ? part.first_block : part.last_block;
+          return runs.block_of(segment_begin + unit);
+        };
+        attend_piece(merge, block_of, from - segment_begin, end - segment_begin, shared);
         __syncthreads();  // the stages are free again
         end = from;
       }
@@ -119,15 +139,15 @@ struct Decode {
                       kLongestShortRun));
   }
 
-  // Units [from, end) of the segment that begins at segment_begin.
-  static __device__ void attend_piece(const Merge& merge, const Runs& runs, int segment_begin,
-                                      int from, int end, Shared& shared) {
+  // Units [from, end) of a segment. block_of(unit): whose it is.
+  template <typename BlockOf>
+  static __device__ void attend_piece(const Merge& merge, const BlockOf& block_of, int from,
+                                      int end, Shared& shared) {
     const int num_units = merge.s.units;
     const int block = blockIdx.x;
-    const int last_block = runs.block_of(segment_begin + num_units - 1);
-    const auto block_of = [&](int unit) { return runs.block_of(segment_begin + unit); };
+    const int last_block = block_of(num_units - 1);
     if constexpr (kFixed) {
-      for (int unit = end - 1 - segment_begin; unit >= from - segment_begin; --unit) {
+      for (int unit = end - 1; unit >= from; --unit) {
         const TileRange tiles = merge.s.tiles_of(unit);
         attend(merge, tiles.begin, tiles.end - tiles.begin, shared);
         if (num_units == 1) return merge.finish();
@@ -136,7 +156,7 @@ struct Decode {
       }
       block == last_block ? merge.combine(block_of) : merge.announce();
     } else {
-      attend(merge, from - segment_begin, end - from, shared);
+      attend(merge, from, end - from, shared);
       if (block_of(0) == last_block) {
         merge.finish();
       } else if (block == last_block) {

@@ -179,7 +179,6 @@ struct Merging {
   }
   // What this block has left of the segment is there for others.
   __device__ void announce() const {
-    __threadfence();
     __syncthreads();
     if (threadIdx.x == 0) ptx::store_release(p.part_flags + blockIdx.x, p.launch_number);
   }

@@ -4,7 +4,8 @@
 // A sequence gives (kv heads * row tiles) segments, each of `tiles` tiles of keys. The tiles of all
 // segments, in order, are cut into runs that differ by at most one tile, so that a long sequence
 // beside short ones does not set the time. Where a run ends inside a segment the next block goes on
-// with it, and the last block of the segment combines the parts.
+// with it, and the last block of the segment combines the parts. Where segments are few they are
+// cut one by one instead: segment_parts.cuh.
 //
 // kFixed: the caller says where segments are cut, and runs are made of whole parts. Then what a
 // sequence gets depends on no other, bit for bit. So a unit of the plan is a tile, or such a part.
@@ -36,8 +37,8 @@ struct Sequence {
   // kFixed: a part's tiles, and how many of the first part's lie before the tile of `begin`.
   int part_tiles, tiles_before;
 
-  __device__ Sequence(const AttentionParams& p, int index) {
-    const SequenceSpan span = sequence_span(p, index);
+  __device__ Sequence(const AttentionParams& p, int index) : Sequence(p, sequence_span(p, index)) {}
+  __device__ Sequence(const AttentionParams& p, const SequenceSpan& span) {
     first_query = static_cast<int>(span.first_query);
     num_queries = static_cast<int>(span.num_queries);
     first_key = span.first_key;
@@ -74,6 +75,7 @@ struct Sequence {
 struct Runs {
   int num_runs, quotient, remainder;  // the first `remainder` runs have one unit more
 
+  Runs() = default;
   __device__ Runs(int total, int num_blocks, int shortest)
       : num_runs(max(1, min(num_blocks, total / shortest))),
         quotient(total / num_runs),
@@ -84,6 +86,15 @@ struct Runs {
     return unit < longer ? unit / (quotient + 1) : remainder + (unit - longer) / quotient;
   }
 };
+
+__device__ inline int inclusive_scan(int value) {
+#pragma unroll
+  for (int step = 1; step < kWarpSize; step *= 2) {
+    const int left = __shfl_up_sync(~0u, value, step);
+    if (threadIdx.x % kWarpSize >= step) value += left;
+  }
+  return value;
+}
 
 // Looks through the sequences, a lane each; every warp does so for itself.
 template <bool kFixed, int kRows>
@@ -117,14 +128,6 @@ class Plan {
   __device__ int work_of_lane(int first) const {
     const int index = first + static_cast<int>(threadIdx.x % kWarpSize);
     return index < p_.batch ? Sequence<kFixed, kRows>(p_, index).work(p_) : 0;
-  }
-  static __device__ int inclusive_scan(int value) {
-#pragma unroll
-    for (int step = 1; step < kWarpSize; step *= 2) {
-      const int left = __shfl_up_sync(~0u, value, step);
-      if (threadIdx.x % kWarpSize >= step) value += left;
-    }
-    return value;
   }
   const AttentionParams& p_;
 };
