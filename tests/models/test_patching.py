@@ -23,8 +23,11 @@ EAGER_WITH_WINDOW = ("gemma2", "vaultgemma")  # see "Right padding" in docs/mode
 
 
 def padded_batch(side, device="cpu"):
-    """ids and attention mask [3, LONGEST], rows of LENGTHS tokens padded on one side."""
-    ids = torch.randint(VOCAB, (len(LENGTHS), LONGEST), device=device)
+    """ids and attention mask [3, LONGEST], rows of LENGTHS tokens padded on one side.
+
+    The same on every device: of other ids one may be a tie of experts, which rounding decides.
+    """
+    ids = torch.randint(VOCAB, (len(LENGTHS), LONGEST)).to(device)
     index = torch.arange(LONGEST, device=device)
     lengths = torch.tensor(LENGTHS, device=device).unsqueeze(1)
     mask = index < lengths if side == "right" else index >= LONGEST - lengths
