@@ -103,39 +103,47 @@ def in_8_bits(case: Case, stored: torch.dtype) -> Case:
     )
 
 
-def decode_cases(device: torch.device, quick: bool) -> Iterator[Case]:
-    """Decode steps of a batch on a GPU, Llama-3-8B's heads."""
+def decode_case(device: torch.device, batch: int, num_keys: int, page_size: int) -> Case:
+    """A decode step of a batch on a GPU, Llama-3-8B's heads."""
     heads_q, heads_kv, head_dim = 32, 8, 128
+    pages = num_keys // page_size
+    shape = (batch * pages, page_size, heads_kv, head_dim)
+    q = torch.randn(batch, 1, heads_q, head_dim, device=device, dtype=torch.bfloat16)
+    keys, values = (torch.randn(shape, device=device, dtype=q.dtype) for _ in range(2))
+    order = torch.randperm(batch * pages, device=device)
+    contiguous = (
+        x[order].view(batch, num_keys, heads_kv, head_dim).transpose(1, 2).contiguous()
+        for x in (keys, values)
+    )
+    name = f"batch {batch}, 1 of {num_keys} {heads_q}/{heads_kv}x{head_dim} bfloat16"
+    return Case(
+        name if page_size == PAGE_SIZE else f"{name}, pages of {page_size}",
+        inputs=(
+            q,
+            keys,
+            values,
+            order.int().view(batch, pages),
+            torch.full((batch,), num_keys, dtype=torch.int32, device=device),
+            torch.arange(batch + 1, dtype=torch.int32, device=device),
+            *contiguous,
+        ),
+        ours=decode,
+        baselines={"sdpa": decode_sdpa},
+        bytes_moved=keys.nbytes + values.nbytes,
+    )
+
+
+def decode_cases(device: torch.device, quick: bool) -> Iterator[Case]:
     sizes = [(1, 4096), (32, 1024)]
     if not quick:
-        sizes = [(1, 1024), (1, 4096), (1, 32768), (8, 4096), (32, 1024), (32, 4096), (64, 8192)]
+        sizes = [(1, 1024), (1, 4096), (1, 32768), (4, 4096)]
+        sizes += [(8, 4096), (32, 1024), (32, 4096), (64, 8192)]
     for batch, num_keys in sizes:
-        pages = num_keys // PAGE_SIZE
-        shape = (batch * pages, PAGE_SIZE, heads_kv, head_dim)
-        q = torch.randn(batch, 1, heads_q, head_dim, device=device, dtype=torch.bfloat16)
-        keys, values = (torch.randn(shape, device=device, dtype=q.dtype) for _ in range(2))
-        order = torch.randperm(batch * pages, device=device)
-        table = order.int().view(batch, pages)
-        contiguous = (
-            x[order].view(batch, num_keys, heads_kv, head_dim).transpose(1, 2).contiguous()
-            for x in (keys, values)
-        )
-        case = Case(
-            f"batch {batch}, 1 of {num_keys} {heads_q}/{heads_kv}x{head_dim} bfloat16",
-            inputs=(
-                q,
-                keys,
-                values,
-                table,
-                torch.full((batch,), num_keys, dtype=torch.int32, device=device),
-                torch.arange(batch + 1, dtype=torch.int32, device=device),
-                *contiguous,
-            ),
-            ours=decode,
-            baselines={"sdpa": decode_sdpa},
-            bytes_moved=keys.nbytes + values.nbytes,
-        )
+        case = decode_case(device, batch, num_keys, PAGE_SIZE)
         yield case
+        if not quick and (batch, num_keys) in ((1, 4096), (32, 4096)):
+            for page_size in (1, 64, 256):
+                yield decode_case(device, batch, num_keys, page_size)
         if (batch, num_keys) == (32, 4096):
             yield replace(case, name=f"{case.name}, split_size 1024", ours=decode_cut)
             yield with_terms(case)
