@@ -7,8 +7,10 @@ what a step with drafts takes beside one without.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from statistics import median
 from weakref import WeakKeyDictionary
 
 from llamatelemetry.inference.scheduled_request import ScheduledRequest
@@ -17,9 +19,13 @@ _RATE = 0.1  # how much one step changes an estimate
 _FORGETS = 0.95  # what of older samples is left after one more
 _START = 0.5  # the share of drafts that is right, before there was any
 _RETURN = 0.02  # how fast an estimate goes back there while its drafts are left out
+_FADE = 0.005  # how fast a ratio does while no draft goes in
 _LEAST_GAIN = 1.02  # of tokens a second, from which on drafts go in
-_MEASURES = 4  # steps without drafts that a new number of rows waits for at most, to be timed
-_MAX_RATIO = 4.0  # a step that took longer was held up by something else
+_TIMED = 5  # steps without drafts whose median is what one takes
+_MEASURES = 8  # steps without drafts that a new number of rows waits for at most, to be timed
+_REACH = 0.5  # how far from the estimate a ratio counts: something else may hold a step up
+# Of drafted tokens and ratios near 1: sums of weight, x, x², y and xy, as two weak samples.
+_PRIOR = (2.0, 4.0, 16.0, 2.1, 4.3)
 _FIRST_REST, _LAST_REST = 8, 64  # steps without drafts
 _HOPE = 0.15  # tokens of drafts that a row is taken to win a step, after a rest
 
@@ -29,23 +35,24 @@ class _StepTimes:
     """What steps of one number of rows take: seconds without drafts, and the ratio with them as a
     line over the number of drafted tokens, by least squares that forget."""
 
-    plain: float = 0.0
-    num_plain: int = 0
+    # A median, for the step after one that was captured finds its tokens there already.
+    plain: deque[float] = field(default_factory=lambda: deque(maxlen=_TIMED))
     num_waited: int = 0
-    # Sums of weight, x, x², y and xy; to begin with two weak samples at a ratio near 1.
-    sums: list[float] = field(default_factory=lambda: [2.0, 4.0, 16.0, 2.1, 4.3])
+    sums: list[float] = field(default_factory=lambda: list(_PRIOR))
 
-    def note_plain(self, seconds: float) -> None:
-        self.num_plain += 1
-        if self.num_plain <= 2:  # the first one records or captures
-            self.plain = seconds
-        else:
-            self.plain += _RATE * (min(seconds, 2 * self.plain) - self.plain)
+    @property
+    def is_timed(self) -> bool:
+        return len(self.plain) == _TIMED
+
+    def forget(self) -> None:
+        """Drafts were left out: the ratio goes back to where it was at first."""
+        self.sums = [old + _FADE * (new - old) for old, new in zip(self.sums, _PRIOR, strict=True)]
 
     def note_drafted(self, count: int, seconds: float) -> None:
-        if self.num_plain < 2:
+        if not self.is_timed:
             return
-        ratio = min(seconds / self.plain, _MAX_RATIO)
+        near = self.ratio(count)
+        ratio = min(max(seconds / median(self.plain), near - _REACH), near + _REACH)
         sample = (1.0, count, count * count, ratio, count * ratio)
         self.sums = [_FORGETS * old + new for old, new in zip(self.sums, sample, strict=True)]
 
@@ -70,14 +77,14 @@ class DraftLengths:
         """Whether nothing is to be drafted for the next step, of so many rows; to be asked once a
         step."""
         times = self._times_of(num_rows)
-        if times.num_plain < 2 and times.num_waited < _MEASURES:
+        if not times.is_timed and times.num_waited < _MEASURES:
             times.num_waited += 1
             return True
         if self._left == 0:
             return False
         self._left -= 1
         if self._left == 0:
-            self._won = _HOPE
+            self._won = max(_HOPE, 1.5 * (times.ratio(1) - 1))
         return True
 
     def choose(self, drafts: Sequence[tuple[ScheduledRequest, int]], num_rows: int) -> list[int]:
@@ -102,6 +109,8 @@ class DraftLengths:
             gain += chance / num_rows
             if gain / times.ratio(used) > best:
                 best, count = gain / times.ratio(used), used
+        if not count:
+            times.forget()
         lengths = [0] * len(drafts)
         for _, index in chances[:count]:
             lengths[index] += 1
@@ -139,7 +148,7 @@ class DraftLengths:
         if drafted:
             times.note_drafted(drafted, seconds)
         else:
-            times.note_plain(seconds)
+            times.plain.append(seconds)
 
     def _times_of(self, num_rows: int) -> _StepTimes:
         times = self._times.get(num_rows)

@@ -39,7 +39,10 @@ def served(chance, extra, slope, rows=1, overlap=False, seed=0):
             lengths.note_step(rows, accepted, overlap)
         took = 1 + (extra if sum(counts) or (due and overlap) else 0) + slope * sum(counts)
         if sum(counts) or not (due and overlap):
-            lengths.note_time(rows, sum(counts), took * rng.uniform(0.95, 1.1))
+            held_up = {0: 60, 1: 0.2}.get(at) or (
+                5 if rng.random() < 0.02 else 1
+            )  # a capture first
+            lengths.note_time(rows, sum(counts), took * rng.uniform(0.95, 1.1) * held_up)
         tokens, seconds, drafted = tokens + rows + accepted, seconds + took, drafted + sum(counts)
     return tokens / seconds / rows, drafted / STEPS / rows
 
@@ -49,7 +52,7 @@ def served(chance, extra, slope, rows=1, overlap=False, seed=0):
 @pytest.mark.parametrize(("extra", "slope"), [(0.1, 0.01), (0.05, 0.3)])
 def test_useless_drafts_cost_little(extra, slope, rows, overlap):
     rate, _ = served(lambda at: 0.02, extra, slope / rows, rows, overlap)
-    assert rate > 0.96
+    assert rate > 0.95
 
 
 @pytest.mark.parametrize("overlap", [False, True])
@@ -60,7 +63,7 @@ def test_right_drafts_are_long_where_a_step_s_time_allows(rows, overlap):
     assert rate > 2.5
     rate, length = served(lambda at: 0.5, 0.05, 0.4 / rows, rows, overlap)
     assert length < 1.5
-    assert rate > 0.97
+    assert rate > 0.95
 
 
 def test_drafts_come_back_when_they_become_right():

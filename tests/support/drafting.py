@@ -24,7 +24,7 @@ def draft_from(monkeypatch, texts, wrong_each=3):
         for text in texts:
             if list(tokens) == text[: len(tokens)]:
                 found = range(len(tokens), min(len(tokens) + count, len(text)))
-                return [text[at] ^ (at % wrong_each == 0) for at in found]
+                return [abs(text[at] - (at % wrong_each == 0)) for at in found]
         return [1] * count
 
     monkeypatch.setattr(NgramIndex, "propose", propose)
