@@ -1,4 +1,5 @@
 #include "gemm/quant_linear.cuh"
+#include "gemm/quant_stream.h"
 
 namespace llamatelemetry {
 namespace {
@@ -38,6 +39,12 @@ int64_t quant_linear_workspace_bytes(const QuantLinearParams&) { return 0; }
 
 Error launch_quant_linear(const QuantLinearParams& p, Stream stream) {
   const FormatSet set = format_set(kFormats[p.format]);
+  const bool on_tensor_cores =
+      p.impl == QuantLinearImpl::kSkinny || p.impl == QuantLinearImpl::kWgmma;
+  if (on_tensor_cores && serves_stream(p, current_device())) {
+    return p.dtype == DType::kFloat16 ? launch_quant_stream_f16(p, stream)
+                                      : launch_quant_stream_bf16(p, stream);
+  }
   if (p.impl == QuantLinearImpl::kSkinny) return launch_skinny(p, set, stream);
 #ifdef LT_SM90
   if (p.impl == QuantLinearImpl::kWgmma) return launch_wgmma(p, set, stream);

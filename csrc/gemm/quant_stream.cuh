@@ -1,0 +1,401 @@
+// out[m, :] = x[m, :] . W^T + bias for few rows of x, W [n, k] of four-bit codes (format/layout.h),
+// on tensor cores: bound by reading W once.
+//
+// As in quant_skinny.cuh W is the A operand of mma.m16n8k16 and k is permuted such that a word of a
+// packed row is a lane's share of fragments. Here the words go from memory to registers, a ring of
+// kDepth items deep, without a stop in shared memory: a lane's share of a block is 8 bytes, a
+// warp's 256 in one piece. A code becomes a weight by one shift and one logical operation for two
+// of them, which leave it kBase too large: kBase + code, exact in T. Sums start from what that adds
+// to them, -(kBase + zero point) times the sum of x, so each product still counts with the code
+// that dequantize has; scales are applied in float32 to sums over the weights that share one, at
+// most 128. x past 1e34 leaves float32's range, and of x that is not finite its rows become NaN.
+//
+// The first weights are read before the wait for the kernel ahead, which tile/dependent_launch.cuh
+// forbids where that kernel may have written them. None that lets its successors start early
+// writes packed weights or their scales: repack does not, nor do torch's copies.
+//
+// A block has the tiles first_tile .. of 16 rows and a range of k, whose x lies in shared memory,
+// permuted as the codes are. Its items, 128 weights of a tile, are dealt out evenly in their order:
+// a warp has consecutive ones, ends of tiles or not, so few warps share a tile. Where splits > 1
+// the blocks of a cluster share k and add their sums up through each other's shared memory.
+// Grid [splits, ceil(tiles / tiles of a block)], clusters of splits, block kNumThreads.
+#pragma once
+
+#include <cstdint>
+#include <type_traits>
+
+#include "format/decode.cuh"
+#include "gemm/params.h"
+#include "gemm/stream_plan.h"
+#include "gemm/stream_sides.cuh"
+#include "ptx/cluster.cuh"
+#include "ptx/dependent_launch.cuh"
+#include "ptx/mma.cuh"
+#include "ptx/nibbles.cuh"
+#include "ptx/shared.cuh"
+#include "tile/dependent_launch.cuh"
+#include "tile/reduce.cuh"
+
+namespace llamatelemetry {
+
+struct QuantStreamArgs {
+  QuantLinearParams call;
+  StreamPlan plan;
+  StreamShared shared;
+  int num_tiles;   // of W
+  int num_chunks;  // of a row
+};
+
+// Codes of a word as pairs of T, kBase added: pairs 0 and 2 are the low nibbles, the group's
+// weights 0 and 2, and 1 and 3; pairs 1 and 3 likewise the high ones.
+template <typename T>
+struct NibblePairs;
+template <>
+struct NibblePairs<BFloat16> {
+  static constexpr int kBase = 128;  // a code is the low end of the mantissa
+  static __device__ uint32_t pair(uint32_t word, int i) {
+    return ptx::and_or(word >> (4 * i), 0x000f000f, 0x43004300);
+  }
+};
+template <>
+struct NibblePairs<Half> {
+  static constexpr int kBase = 16;  // a code is the high end: sums lose less than with 1024
+  static __device__ uint32_t pair(uint32_t word, int i) {
+    const uint32_t shifted = i < 2 ? word << (6 - 4 * i) : word >> (4 * i - 6);
+    return ptx::and_or(shifted, 0x03c003c0, 0x4c004c00);
+  }
+};
+
+// kTokenTiles: eights of rows of x. kScaleRuns: runs of 32 weights with one scale in an item, 1 or
+// 4.
+template <typename T, int kFormat, int kTokenTiles, int kScaleRuns>
+struct QuantStream {
+  using Params = QuantStreamArgs;
+  using Pairs = NibblePairs<T>;
+  using Word = PackedWord<kFormat, 2>;
+  static_assert(serves_stream_format(Word::kCodes, Word::kScaleRule));
+  static constexpr int kCapability = 80;
+  static constexpr int kColumnTiles = kTokenTiles;
+  static constexpr int kNumWarps = kStreamWarps;
+  static constexpr int kNumThreads = kNumWarps * kWarpSize;
+  static constexpr int kMinBlocks = 1;
+  static constexpr int kChunk = stream_chunk(Word::kScaleRule);
+  static constexpr int kRuns = kChunk / 32;
+  static constexpr int kSums = kRuns / kScaleRuns;  // scaled sums of an item
+  static constexpr int kItemBytes = kChunk / Word::kBlockSize * Word::kPackedBytes;
+  static constexpr bool kSubBlocks = Word::kScaleRule == ScaleRule::kSubBlock32;
+  static constexpr int kDepth = kSubBlocks ? 2 : kScaleRuns == 1 ? 3 : 4;
+
+  using Sides = std::conditional_t<
+      Word::kHasGroups, StreamGroups<kSums, Word::kHasZeros>,
+      std::conditional_t<kSubBlocks, StreamSubBlocks, StreamBlocks<kSums, Word::kHasMin>>>;
+  // An item's share of a lane: rows 2 * group and 2 * group + 1 of a tile.
+  struct Item {
+    uint2 words[kRuns];
+    Sides sides;
+  };
+
+  const QuantLinearParams& p;
+  const int warp, lane, group, lane_in_group;
+  const int rank, splits;
+  const int num_chunks;           // of a whole row
+  const int first_chunk, chunks;  // of this block
+  const int first_tile, tiles;    // likewise
+  const int items;                // of the block
+  const int begin, end;           // of this warp
+  const StreamShared& shared;     // where things lie in s_bytes
+  char* const s_bytes;
+  const int tile_of_begin, chunk_of_begin;  // in the block
+  // The item that is loaded next; scales and zeros of its tile.
+  const uint8_t* next_words;
+  const float* next_scales;
+  const uint8_t* next_zeros;
+  int next_chunk, num_loaded = 0;
+
+  static __device__ void run(const Params& args) {
+    extern __shared__ __align__(128) char s_bytes[];
+    let_successors_start();
+    QuantStream work(args, s_bytes);
+    Item ring[kDepth];
+#pragma unroll
+    for (int i = 0; i < kDepth; ++i) work.load_next(ring[i]);
+    if (work.lane == 0) work.first_tiles()[work.warp] = work.tile_of_begin;
+    wait_for_predecessors();
+    work.stage_tokens();
+    __syncthreads();
+    work.multiply(ring);
+    __syncthreads();
+    work.store();
+  }
+
+  __device__ QuantStream(const Params& args, char* s_bytes)
+      : p(args.call),
+        warp(threadIdx.x / kWarpSize),
+        lane(threadIdx.x % kWarpSize),
+        group(threadIdx.x % kWarpSize / 4),
+        lane_in_group(threadIdx.x % 4),
+        rank(static_cast<int>(blockIdx.x)),
+        splits(args.plan.splits),
+        num_chunks(args.num_chunks),
+        first_chunk(rank * num_chunks / splits),
+        chunks((rank + 1) * num_chunks / splits - first_chunk),
+        first_tile(static_cast<int>(blockIdx.y) * args.plan.tiles),
+        tiles(min(args.plan.tiles, args.num_tiles - first_tile)),
+        items(tiles * chunks),
+        begin(warp * items / kNumWarps),
+        end((warp + 1) * items / kNumWarps),
+        shared(args.shared),
+        s_bytes(s_bytes),
+        tile_of_begin(begin / chunks),
+        chunk_of_begin(begin - tile_of_begin * chunks),
+        next_chunk(chunk_of_begin) {
+    const int64_t tile = first_tile + tile_of_begin;
+    // Of this lane: its group's two rows, its own words.
+    next_words = p.packed + (tile * num_chunks + first_chunk + next_chunk) * kItemBytes +
+                 lane_in_group * 4 * kTileRows;
+    if constexpr (Word::kHasGroups) {
+      next_scales = p.groups.scales + (tile * p.groups.groups * kTileRows + 2 * group);
+    }
+    if constexpr (Word::kHasZeros) {
+      next_zeros = p.groups.zeros + (tile * p.groups.groups * kTileRows + 2 * group);
+    }
+  }
+
+  __device__ void load_next(Item& item) {
+    if (num_loaded == end - begin) return;
+    ++num_loaded;
+    constexpr int kWordsBytes = kSubBlocks ? 4 * 4 * kTileRows : Word::kPackedBytes;
+#pragma unroll
+    for (int run = 0; run < kRuns; ++run) {
+      item.words[run] =
+          ptx::load_streamed_8(next_words + run * kWordsBytes + Word::kQuants + 8 * group);
+    }
+    if constexpr (Word::kHasGroups) {
+      const int first_run = (first_chunk + next_chunk) * kRuns;
+      item.sides.load(next_scales, next_zeros, first_run, kScaleRuns, p.groups.shift);
+    } else {
+      item.sides.template load<Word>(next_words - lane_in_group * 4 * kTileRows, group);
+    }
+    next_words += kItemBytes;
+    if (++next_chunk == chunks) {
+      next_chunk = 0;
+      next_words += (num_chunks - chunks) * int64_t{kItemBytes};
+      if constexpr (Word::kHasGroups) next_scales += p.groups.groups * kTileRows;
+      if constexpr (Word::kHasZeros) next_zeros += p.groups.groups * kTileRows;
+    }
+  }
+
+  // Rows of x in shared memory: for each run of 32 weights and each lane of a group 16 bytes, what
+  // its words meet; and what sums start from.
+  __device__ void stage_tokens() {
+    constexpr int kAtOnce = 4;             // units of a thread whose loads overlap
+    const int units = chunks * kRuns * 2;  // of a row: 8 elements and the 8 that lie 16 on
+    const int total = static_cast<int>(p.m) * units;
+    const uint32_t over_units =
+        0xffffffffu / units + 1;  // at * this >> 32 is at / units: both small
+    for (int first = 0; first < total; first += kAtOnce * kNumThreads) {
+      uint4 low[kAtOnce] = {}, high[kAtOnce] = {};
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) {
+        const int at = first + i * kNumThreads + static_cast<int>(threadIdx.x);
+        if (at >= total) continue;
+        const int token = static_cast<int>(__umulhi(at, over_units)), unit = at - token * units;
+        const T* from = static_cast<const T*>(p.x) + token * p.x_row_stride +
+                        (first_chunk * kChunk + unit / 2 * 32 + unit % 2 * 8);
+        low[i] = *reinterpret_cast<const uint4*>(from);
+        high[i] = *reinterpret_cast<const uint4*>(from + 16);
+      }
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) {
+        if (first + i * kNumThreads + warp * kWarpSize >= total) break;
+        const int at = first + i * kNumThreads + static_cast<int>(threadIdx.x);
+        const int token = static_cast<int>(__umulhi(at, over_units));
+        stage_unit(token, at - token * units, low[i], high[i]);
+      }
+    }
+  }
+  __device__ void stage_unit(int token, int unit, const uint4& low, const uint4& high) {
+    float sum = sum_two(low.x) + sum_two(low.y) + (sum_two(low.z) + sum_two(low.w)) +
+                (sum_two(high.x) + sum_two(high.y) + (sum_two(high.z) + sum_two(high.w)));
+#pragma unroll
+    for (int offset = 1; offset < 2 * kScaleRuns; offset *= 2) {
+      sum += __shfl_xor_sync(0xffffffff, sum, offset);
+    }
+    if (token >= p.m) return;
+    auto* to = reinterpret_cast<uint4*>(s_bytes + token * shared.token_bytes + unit * 32);
+    to[0] = permuted(low.x, low.y, high.x, high.y);
+    to[1] = permuted(low.z, low.w, high.z, high.w);
+    if (unit % (2 * kScaleRuns) == 0) {
+      auto* starts = reinterpret_cast<float*>(s_bytes + shared.starts);
+      const int column = (token / 8 * chunks * kSums + unit / (2 * kScaleRuns)) * 16 +
+                         token % 8 / 2 * 4 + token % 2;
+      starts[column] = starts[column + 2] = -(Pairs::kBase + Word::kOffset) * sum;
+    }
+  }
+  // Elements 0 and 2, 1 and 3 of four in a group of 16 weights, then of those 16 on.
+  static __device__ uint4 permuted(uint32_t low0, uint32_t low1, uint32_t high0, uint32_t high1) {
+    return {__byte_perm(low0, low1, 0x5410), __byte_perm(low0, low1, 0x7632),
+            __byte_perm(high0, high1, 0x5410), __byte_perm(high0, high1, 0x7632)};
+  }
+  static __device__ float sum_two(uint32_t two) {
+    const T* pair = reinterpret_cast<const T*>(&two);
+    return to_float(pair[0]) + to_float(pair[1]);
+  }
+
+  using Sums = float[kTokenTiles][4];
+
+  __device__ void multiply(Item (&ring)[kDepth]) {
+    Sums sums = {};
+    int slot = 0, chunk = chunk_of_begin;
+    for (int item = begin; item < end; item += kDepth) {
+#pragma unroll
+      for (int i = 0; i < kDepth; ++i) {
+        if (item + i >= end) break;
+        multiply_item(ring[i], chunk, sums);
+        load_next(ring[i]);
+        if (++chunk == chunks) {
+          keep_sums(sums, slot++);
+          chunk = 0;
+        }
+      }
+    }
+    if (chunk != 0 && begin < end) keep_sums(sums, slot);
+  }
+
+  __device__ void multiply_item(const Item& item, int chunk, Sums& sums) const {
+    const char* starts = s_bytes + shared.starts + (chunk * kSums * 4 + lane_in_group) * 16;
+    float start[kTokenTiles][4], products[kTokenTiles][4];
+    const auto scales = item.sides.decoded();
+#pragma unroll
+    for (int run = 0; run < kRuns; ++run) {
+      const int i = run / kScaleRuns;
+      uint32_t a[2][4];
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        // In sub-blocks a word's nibbles are of two runs, else they are halves of one.
+        const uint2 words = item.words[kSubBlocks ? run / 2 * 2 + half : run];
+        const int nibble = kSubBlocks ? run % 2 : half;
+        a[half][0] = Pairs::pair(words.x, nibble);
+        a[half][1] = Pairs::pair(words.y, nibble);
+        a[half][2] = Pairs::pair(words.x, 2 + nibble);
+        a[half][3] = Pairs::pair(words.y, 2 + nibble);
+      }
+#pragma unroll
+      for (int n = 0; n < kTokenTiles; ++n) {
+        const uint4 x = tokens_of(n, chunk * kRuns + run);
+        if (run % kScaleRuns == 0) {
+          const float4 four =
+              *reinterpret_cast<const float4*>(starts + (n * chunks * kSums + i) * 64);
+          start[n][0] = four.x, start[n][1] = four.y, start[n][2] = four.z, start[n][3] = four.w;
+          ptx::mma_m16n8k16(products[n], a[0], x.x, x.y, start[n], T{});
+        } else {
+          ptx::mma_m16n8k16(products[n], a[0], x.x, x.y, products[n], T{});
+        }
+        ptx::mma_m16n8k16(products[n], a[1], x.z, x.w, products[n], T{});
+      }
+      if (run % kScaleRuns == kScaleRuns - 1) add_scaled(scales, i, start, products, sums);
+    }
+  }
+
+  __device__ uint4 tokens_of(int n, int run) const {
+    const int token = 8 * n + group;
+    const int row = token < p.m ? token : 0;  // columns past m are not stored
+    return *reinterpret_cast<const uint4*>(s_bytes + row * shared.token_bytes + run * 64 +
+                                           lane_in_group * 16);
+  }
+
+  // start is -kBase, a power of two, times the sum of x.
+  template <typename Scales>
+  static __device__ void add_scaled(const Scales& scales, int i, const Sums& start,
+                                    const Sums& products, Sums& sums) {
+#pragma unroll
+    for (int row = 0; row < 2; ++row) {
+      const float scale = scales.scale(i, row);
+      [[maybe_unused]] float zero, min;
+      if constexpr (Word::kHasZeros) zero = scales.zero(i, row) * (1.0f / Pairs::kBase);
+      if constexpr (Word::kHasMin) min = scales.min(i, row) * (1.0f / Pairs::kBase);
+#pragma unroll
+      for (int n = 0; n < kTokenTiles; ++n) {
+#pragma unroll
+        for (int e = 2 * row; e < 2 * row + 2; ++e) {
+          float product = products[n][e];
+          if constexpr (Word::kHasZeros) product = fmaf(zero, start[n][e], product);
+          sums[n][e] = fmaf(scale, product, sums[n][e]);
+          if constexpr (Word::kHasMin) sums[n][e] = fmaf(min, start[n][e], sums[n][e]);
+        }
+      }
+    }
+  }
+
+  // Of a tile that this warp has done with, its slot-th: [m][16] floats. Sums are 0 again.
+  __device__ void keep_sums(Sums& sums, int slot) const {
+    float* to = sums_of(warp, slot);
+#pragma unroll
+    for (int n = 0; n < kTokenTiles; ++n) {
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        const int token = 8 * n + 2 * lane_in_group + e;
+        if (token < p.m) {
+          *reinterpret_cast<float2*>(to + token * kTileRows + 2 * group) =
+              float2{sums[n][e], sums[n][2 + e]};
+        }
+        sums[n][e] = sums[n][2 + e] = 0;
+      }
+    }
+  }
+  __device__ float* sums_of(int of_warp, int slot) const {
+    return reinterpret_cast<float*>(s_bytes + shared.sums) +
+           (of_warp * shared.slots + slot) * static_cast<int>(p.m) * kTileRows;
+  }
+
+  __device__ int* first_tiles() const {  // of the warps
+    return reinterpret_cast<int*>(s_bytes + shared.first_tiles);
+  }
+
+  // Adds the warps' sums of each tile up, in their order, and then those of the cluster's blocks.
+  __device__ void store() const {
+    const int of_tile = static_cast<int>(p.m) * kTileRows;
+    auto* totals = reinterpret_cast<float*>(s_bytes + shared.totals);
+    for (int i = threadIdx.x; i < tiles * of_tile; i += kNumThreads) {
+      const int tile = i / of_tile, place = i % of_tile;
+      const int first = tile * chunks, last = first + chunks - 1;
+      const int last_warp = ((last + 1) * kNumWarps - 1) / items;
+      float total = 0;
+      for (int w = ((first + 1) * kNumWarps - 1) / items; w <= last_warp; ++w) {
+        if (w * items / kNumWarps == (w + 1) * items / kNumWarps) continue;  // has no item
+        total += sums_of(w, tile - first_tiles()[w])[place];
+      }
+      if (splits == 1) {
+        store_sum(tile, place, total);
+      } else {
+        totals[i] = total;
+      }
+    }
+    if (splits == 1) return;
+    ptx::cluster_sync();
+    for (int i = threadIdx.x; i < tiles * of_tile / 4; i += kNumThreads) {
+      if (i % splits != rank) continue;
+      float total[4] = {};
+      for (int r = 0; r < splits; ++r) {
+        const float4 part =
+            ptx::load_cluster(ptx::cluster_address(ptx::shared_address(totals + 4 * i), r));
+        total[0] += part.x, total[1] += part.y, total[2] += part.z, total[3] += part.w;
+      }
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        store_sum(4 * i / of_tile, 4 * i % of_tile + e, total[e]);
+      }
+    }
+    ptx::cluster_sync();  // nobody leaves while its sums are read
+  }
+
+  // place: of a row of x and a row of the tile.
+  __device__ void store_sum(int tile, int place, float total) const {
+    const int64_t column = int64_t{first_tile + tile} * kTileRows + place % kTileRows;
+    if (column >= p.n) return;
+    if (p.bias != nullptr) total += to_float(static_cast<const T*>(p.bias)[column]);
+    static_cast<T*>(p.out)[place / kTileRows * p.n + column] = from_float<T>(total);
+  }
+};
+
+}  // namespace llamatelemetry

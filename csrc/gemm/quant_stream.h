@@ -1,0 +1,36 @@
+// Of the calls that choice.h sends to tensor cores, kSkinny and kWgmma, those that the kernel of
+// quant_stream.cuh takes, and its launchers, by the dtype of x.
+#pragma once
+
+#include "common/device.h"
+#include "gemm/params.h"
+#include "gemm/stream_plan.h"
+
+namespace llamatelemetry {
+
+// Blocks that share k. Where shared memory is small, as on GeForce of Blackwell, there are none.
+static inline bool has_stream_clusters(const DeviceFacts& device) {
+  return device.capability >= 90 && device.code_capability >= 90 &&
+         device.max_shared_bytes >= kMaxStreamShared;
+}
+
+static inline bool serves_stream(const QuantLinearParams& p, const DeviceFacts& device) {
+  const FormatDescriptor& format = kFormats[p.format];
+  constexpr int64_t kMaxRows = int64_t{65535} * kTileRows;  // of a grid, if a block has one tile
+  if (!serves_stream_format(format.codes, format.scale_rule) ||
+      p.k % stream_chunk(format.scale_rule) != 0 || p.n > kMaxRows || p.m > kMaxStreamRows) {
+    return false;
+  }
+  // The rows of x that a block has lie in its shared memory, and at most as much beside them.
+  // For more than 8 rows clusters gain nothing.
+  const int64_t splits = has_stream_clusters(device) && p.m <= 8 ? kMaxStreamSplits : 1;
+  const int chunk = stream_chunk(format.scale_rule), sums = max_stream_sums(format.scale_rule);
+  const int64_t chunks = (p.k / chunk + splits - 1) / splits;
+  const int64_t rows = p.m == 1 ? 1 : p.m <= 8 ? 8 : 16;  // as they are planned for
+  return rows * (chunks * 2 * chunk + 4096) + 192 * sums * chunks <= device.max_shared_bytes;
+}
+
+Error launch_quant_stream_f16(const QuantLinearParams& params, Stream stream);
+Error launch_quant_stream_bf16(const QuantLinearParams& params, Stream stream);
+
+}  // namespace llamatelemetry

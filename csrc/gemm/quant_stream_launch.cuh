@@ -1,0 +1,80 @@
+// The launch of quant_stream.cuh for a dtype of x.
+#pragma once
+
+#include "gemm/quant_stream.cuh"
+#include "gemm/quant_stream.h"
+#include "tile/kernel_entry.cuh"
+
+namespace llamatelemetry {
+
+template <typename Kernel>
+Error launch_stream_kernel(const QuantLinearParams& p, Stream stream) {
+  const DeviceFacts& device = current_device();
+  if (cudaFuncSetAttribute(kernel_entry<Kernel>, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                           device.max_shared_bytes) != cudaSuccess) {
+    return last_launch_error();
+  }
+  const int places = device.num_sms;  // for blocks
+  const int slots[kMaxStreamSplits] = {places, has_stream_clusters(device) ? places / 2 : 0};
+  const int num_chunks = static_cast<int>(p.k / Kernel::kChunk);
+  // One plan for all numbers of rows but one that a kernel serves: a row's sums are then the same.
+  const int64_t planned_rows = p.m == 1 ? 1 : 8 * Kernel::kColumnTiles;
+  QuantStreamArgs args{
+      .call = p,
+      .plan = stream_plan(planned_rows, p.n, p.k, Kernel::kChunk, Kernel::kColumnTiles,
+                          Kernel::kSums, device.max_shared_bytes, slots),
+      .shared = {},
+      .num_tiles = static_cast<int>((p.n + kTileRows - 1) / kTileRows),
+      .num_chunks = num_chunks};
+  if (args.plan.tiles == 0) return "no block of it fits on the device";
+  args.shared = stream_shared(args.plan, static_cast<int>(p.m), Kernel::kChunk, num_chunks,
+                              Kernel::kColumnTiles, Kernel::kSums);
+  cudaLaunchAttribute attributes[2] = {};
+  attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attributes[0].val.programmaticStreamSerializationAllowed = 1;
+  attributes[1].id = cudaLaunchAttributeClusterDimension;
+  attributes[1].val.clusterDim = {static_cast<unsigned>(args.plan.splits), 1, 1};
+  cudaLaunchConfig_t config{};
+  config.gridDim =
+      dim3(static_cast<unsigned>(args.plan.splits),
+           static_cast<unsigned>((args.num_tiles + args.plan.tiles - 1) / args.plan.tiles));
+  config.blockDim = dim3(Kernel::kNumThreads);
+  config.dynamicSmemBytes = args.shared.bytes;
+  config.stream = stream;
+  config.attrs = attributes;
+  // Code for older GPUs has no wait in it: it must not start early on a newer one either.
+  config.numAttrs = device.capability < 90 || device.code_capability < 90 ? 0
+                    : args.plan.splits > 1                                ? 2
+                                                                          : 1;
+  cudaLaunchKernelEx(&config, kernel_entry<Kernel>, args);
+  return last_launch_error();
+}
+
+template <typename T, int kFormat, int kScaleRuns>
+Error launch_stream_format(const QuantLinearParams& p, Stream stream) {
+  if (p.m <= 8) return launch_stream_kernel<QuantStream<T, kFormat, 1, kScaleRuns>>(p, stream);
+  return launch_stream_kernel<QuantStream<T, kFormat, 2, kScaleRuns>>(p, stream);
+}
+
+template <typename T>
+Error launch_quant_stream(const QuantLinearParams& p, Stream stream) {
+  Error error = nullptr;
+  constexpr int kRuns = max_stream_sums(ScaleRule::kGroup);
+  dispatch_format<FormatSet::kWide>(p.format, [&](auto format) {
+    constexpr FormatDescriptor kDescriptor = kFormats[format()];
+    if constexpr (serves_stream_format(kDescriptor.codes, kDescriptor.scale_rule)) {
+      error = launch_stream_format<T, format(), 1>(p, stream);
+    }
+  });
+  dispatch_format<FormatSet::kGroups>(p.format, [&](auto format) {
+    constexpr FormatDescriptor kDescriptor = kFormats[format()];
+    if constexpr (serves_stream_format(kDescriptor.codes, kDescriptor.scale_rule)) {
+      error = (int64_t{1} << p.groups.shift) >= kRuns
+                  ? launch_stream_format<T, format(), kRuns>(p, stream)
+                  : launch_stream_format<T, format(), 1>(p, stream);
+    }
+  });
+  return error;
+}
+
+}  // namespace llamatelemetry

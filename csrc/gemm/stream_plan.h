@@ -1,0 +1,98 @@
+// How the kernel of quant_stream.cuh deals a weight out to blocks: a pure function of the call and
+// the machine.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+#include "format/format.h"
+
+namespace llamatelemetry {
+
+// Codes a nibble; one scale for a block of 32 or more, or for each 32 of a block.
+static inline constexpr bool serves_stream_format(CodeFamily codes, ScaleRule rule) {
+  return codes == CodeFamily::kU4 &&
+         (rule == ScaleRule::kBlock || rule == ScaleRule::kGroup || rule == ScaleRule::kSubBlock32);
+}
+// Weights of a row that a warp takes at once.
+static inline constexpr int stream_chunk(ScaleRule rule) {
+  return rule == ScaleRule::kSubBlock32 ? 256 : 128;
+}
+// The sums that have a scale of their own in a chunk: at most.
+static inline constexpr int max_stream_sums(ScaleRule rule) { return stream_chunk(rule) / 32; }
+
+constexpr int kMaxStreamSplits = 2;  // blocks that share k, where they can form clusters
+constexpr int kMaxStreamRows = 16;
+
+// How a weight is dealt out to blocks, which have kStreamWarps warps.
+struct StreamPlan {
+  int tiles;   // of a block: 16 rows of the weight each
+  int splits;  // blocks of a cluster, which share k
+};
+
+constexpr int kStreamWarps = 16;
+constexpr int kMaxStreamShared = 227 * 1024;  // of a block, where blocks form clusters
+
+// Where things lie in a block's shared memory, in bytes: x at 0, token_bytes a row.
+struct StreamShared {
+  int token_bytes;
+  int starts;       // what sums start from: [eights of rows][scales of a row][4] of 16 bytes
+  int sums;         // of each warp: [slots][m][16] float
+  int slots;        // tiles that a warp may meet
+  int totals;       // splits > 1: [tiles][m][16] float
+  int first_tiles;  // [kStreamWarps] int
+  int bytes;
+};
+// The tiles that a warp's items may be of, if a row has so many chunks.
+static inline constexpr int stream_slots(int tiles, int chunks) {
+  const int items = (tiles * chunks + kStreamWarps - 1) / kStreamWarps;
+  return (items + chunks - 2) / chunks + 1;
+}
+static inline constexpr StreamShared stream_shared(const StreamPlan& plan, int m, int chunk,
+                                                   int num_chunks, int token_tiles,
+                                                   int sums_of_item) {
+  const int chunks = (num_chunks + plan.splits - 1) / plan.splits;
+  const int fewer = num_chunks / plan.splits;  // of some blocks
+  StreamShared shared{};
+  shared.token_bytes = chunks * chunk * 2 + 64;  // rows of x in different banks
+  shared.starts = m * shared.token_bytes;
+  shared.sums = shared.starts + token_tiles * chunks * sums_of_item * 64;
+  shared.slots = std::max(stream_slots(plan.tiles, chunks), stream_slots(plan.tiles, fewer));
+  shared.totals = shared.sums + kStreamWarps * shared.slots * m * 64;
+  shared.first_tiles = shared.totals + (plan.splits > 1 ? plan.tiles * m * 64 : 0);
+  shared.bytes = shared.first_tiles + kStreamWarps * 4;
+  return shared;
+}
+
+// slots[i]: how many clusters of i + 1 blocks run at once, a block a multiprocessor. The time of
+// the last block to end, in items of one multiprocessor; tiles 0 if none fits.
+static inline constexpr StreamPlan stream_plan(int64_t m, int64_t n, int64_t k, int chunk,
+                                               int token_tiles, int sums_of_item,
+                                               int max_shared_bytes,
+                                               const int (&slots)[kMaxStreamSplits]) {
+  // Beside its items a block costs as much as so many of 128 weights, a cluster more; so do kTokens
+  // rows of x for each 128 of k.
+  constexpr int64_t kBlockCost = 40, kClusterCost = 128, kTokens = 8;
+  const int64_t tiles = (n + kTileRows - 1) / kTileRows, num_chunks = k / chunk;
+  StreamPlan best{0, 1};
+  int64_t least = 0;
+  for (int splits = 1; splits <= kMaxStreamSplits && splits <= num_chunks; ++splits) {
+    const int64_t at_once = slots[splits - 1];
+    const int64_t chunks = (num_chunks + splits - 1) / splits;
+    StreamPlan plan{0, splits};
+    for (int64_t waves = 1; at_once > 0 && plan.tiles != 1; waves += waves < 16 ? 1 : waves) {
+      plan.tiles = static_cast<int>((tiles + at_once * waves - 1) / (at_once * waves));
+      const StreamShared shared =
+          stream_shared(plan, static_cast<int>(m), chunk, static_cast<int>(num_chunks), token_tiles,
+                        sums_of_item);
+      if (shared.bytes > max_shared_bytes) continue;
+      const int64_t of_block =
+          (plan.tiles * chunks + m * chunks / kTokens) * chunk / 128 + kBlockCost;
+      const int64_t cost = waves * of_block + (splits > 1 ? kClusterCost : 0);
+      if (least == 0 || cost < least) best = plan, least = cost;
+    }
+  }
+  return best;
+}
+
+}  // namespace llamatelemetry
