@@ -41,8 +41,9 @@ def test_scaled_linear(device, dtype, m, n, k):
     exact = (args[0].double() * args[1].double()) @ (args[2].double() * args[3].double()).t()
     exact = exact + bias.double()
     if dtype == torch.float32:
-        # Tensor cores keep 14 bits of a sum.
-        assert (out - expected).abs().max() <= 2**-12 * exact.abs().max()
+        # Tensor cores keep 14 bits of a sum, and cut off at each step of k.
+        limit = 2**-10 if device.type == "cuda" else 2**-18
+        assert (out - expected).abs().max() <= limit * exact.abs().max()
     else:
         assert_close(out, expected.to(dtype), exact)
 
