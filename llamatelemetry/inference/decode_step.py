@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from itertools import accumulate
 from typing import Any
 
@@ -129,14 +129,14 @@ class DecodeStep:
         self.active.copy_(put(active, torch.bool, self.active.device))
         self.input.slot_mapping.masked_fill_(~self.active, -1)
 
-    def place_tables(self, tables: Mapping[int, Sequence[int]]) -> None:
-        """Gives rows longer tables, whose blocks for the tokens so far are those they had.
+    def add_blocks(self, added: Sequence[tuple[int, int, int]]) -> None:
+        """Gives rows more blocks behind those they have.
 
         Args:
-            tables: of each row that has another one now.
+            added: (row, column, block) of each, at least one.
         """
-        for row, table in tables.items():
-            self._table[row, : len(table)] = torch.tensor(table, dtype=torch.int32)
+        rows, columns, blocks = torch.tensor(added).unbind(1)
+        self._table[rows, columns] = blocks.to(torch.int32)
         own = self.input.block_table
         # Whole: rows of equal length need their blocks in the same step, and each copy has a price.
         own.copy_(self._table.pin_memory() if own.is_cuda else self._table, non_blocking=True)

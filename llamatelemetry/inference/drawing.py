@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -33,8 +35,7 @@ class TokenLogprobs:
     top: tuple[tuple[int, float], ...]
 
 
-@dataclass(frozen=True)
-class Drawn:
+class Drawn(NamedTuple):
     """A token, and its log-probabilities where the request asks for them."""
 
     token: int
@@ -55,7 +56,7 @@ class Asked:
     options: LogitOptions = NO_OPTIONS
     matcher: Matcher | None = None
 
-    @property
+    @cached_property
     def needs_logits(self) -> bool:
         return self.options.needs_logits or self.params.repetition_penalty != 1
 

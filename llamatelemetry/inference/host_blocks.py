@@ -43,7 +43,7 @@ class HostBlocks:
             nothing to keep or no room for all of it: then it is to be computed again.
         """
         # One token stays for a forward to run on.
-        count = min(request.num_computed, request.num_placed, len(request.tokens) - 1)
+        count = min(request.num_computed, len(request.tokens) - 1)
         table = self._blocks.table(request.name)[: self._blocks.blocks_for(count)]
         if not table or len(table) > len(self._free):
             return []

@@ -23,13 +23,11 @@ class Launched:
 
     Attributes:
         pieces: of the plan, in the order of its forwards.
-        places: of each request that draws the tensor on the device that holds its token, or -1 for
-            NaN, and where in it; good until the next plan is launched.
     """
 
     def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
         self.pieces: list[Piece] = []
-        self.places: dict[ScheduledRequest, tuple[Tensor, int]] = {}
+        self._drawn: list[tuple[list[Piece], Tensor]] = []  # pieces that draw, their tokens
         self._device, self._dtype = device, dtype
         self._copies: list[Tensor] = []
         self._rows: list[tuple[int, int] | None] = []  # of each piece which copy, which row
@@ -51,12 +49,21 @@ class Launched:
             else:  # on the CPU the next run overwrites it at once
                 drawn = drawn.clone()
                 self._copies.append(drawn)
-            self.places |= {piece.request: (drawn, i) for i, piece in enumerate(draws)}
+            self._drawn.append((draws, drawn))
         rows = iter(range(len(draws)))
-        self._rows += [
-            (len(self._copies) - 1, next(rows)) if piece.draws else None for piece in pieces
-        ]
+        copy_index = len(self._copies) - 1
+        self._rows += [(copy_index, next(rows)) if piece.draws else None for piece in pieces]
         self.pieces += pieces
+
+    @property
+    def places(self) -> dict[ScheduledRequest, tuple[Tensor, int]]:
+        """Of each request that draws the tensor on the device that holds its token, or -1 for NaN,
+        and where in it; good until the next plan is launched."""
+        return {
+            piece.request: (tokens, i)
+            for draws, tokens in self._drawn
+            for i, piece in enumerate(draws)
+        }
 
     def seal(self) -> None:
         """Nothing is added any more."""

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from llamatelemetry.inference.host_blocks import Pairs
 from llamatelemetry.inference.scheduled_request import ScheduledRequest
 
 
-@dataclass(frozen=True)
-class Piece:
+class Piece(NamedTuple):
     """Tokens [begin, end) of a request, on which one forward runs."""
 
     request: ScheduledRequest
     begin: int
     end: int
-    table: list[int]  # blocks of the request
+    table: list[int]  # blocks of the request; replaced by another list where they change
     draws: bool  # whether the next token is drawn from the last one's logits
     draft: tuple[int, ...] = ()  # tokens that may come next, on which the forward runs too
 

@@ -9,13 +9,9 @@ import torch
 from torch import Tensor
 
 from llamatelemetry.inference.decode_rows import (
-    LoadedRow,
-    Places,
+    added_blocks,
     buckets_of,
     drawn_counts,
-    longer_tables,
-    moved_on,
-    wanted_rows,
 )
 from llamatelemetry.inference.drawing import Asked, Drawn, draw, draw_for_pieces, of_piece
 from llamatelemetry.inference.launched import Launched, Result
@@ -70,8 +66,8 @@ class PlanRunner:
         self.decode_mode = "eager"
         self.width = MIN_WIDTH
         self._asked_of = asked_of
-        self._loaded: list[LoadedRow] = []
-        self._watched: list[LoadedRow] = []
+        self._loaded: list[Piece] = []  # that the decode step ran last
+        self._watched: list[Piece] = []
 
     def can_launch(self, plan: Plan) -> bool:
         """Whether the host need not look at anything before the tokens of a plan are drawn."""
@@ -93,11 +89,10 @@ class PlanRunner:
         """
         device, kinds = self.runner.pages.device, self._kinds(plan)
         launched = Launched(device, self.runner.pages.model_dtype)
-        places = {} if before is None else before.places
         with current(device), torch.autocast(device.type, enabled=False):
             try:
                 if pieces := kinds.get("decoding"):
-                    step = self._run_step(pieces, places)
+                    step = self._run_step(pieces, before)
                     launched.add(pieces, step.drawn())
                 for pieces in self._prompts(kinds):
                     launched.add(pieces, self._drawn_eagerly(pieces))
@@ -154,7 +149,10 @@ class PlanRunner:
         return "watched" if self._is_watched(piece) else "decoding"
 
     def _is_watched(self, piece: Piece) -> bool:
-        return bool(piece.request.forbidden) or self._asked_of(piece.request).needs_logits
+        request = piece.request
+        return (request.min_tokens > 0 and bool(request.forbidden)) or (
+            self._asked_of(request).needs_logits
+        )
 
     def _isolated(
         self, pieces: list[Piece], forward: Callable[[list[Piece]], list[list[Drawn] | Exception]]
@@ -211,51 +209,47 @@ class PlanRunner:
         return draw_for_pieces(self._prefill(pieces), pieces, self._asked_of)
 
     def _decode(self, pieces: list[Piece]) -> list[list[Drawn] | Exception]:
-        step = self._run_step(pieces, {})
+        step = self._run_step(pieces, None)
         tokens = step.drawn().tolist()[: len(pieces)]
         if min(tokens) < 0:
             raise nan_error(self.runner.pages.model_dtype)
         return [[Drawn(token)] for token in tokens]
 
-    def _run_step(self, pieces: list[Piece], places: Places) -> DecodeStep:
+    def _run_step(self, pieces: list[Piece], before: Launched | None) -> DecodeStep:
         """Runs the recorded step; its rows stay loaded as long as no other comes or goes."""
-        wanted = wanted_rows(pieces)
         step, _ = self.runner.draw(
-            lambda: self._step_with(pieces, wanted, places), looks_first=bool(places)
+            lambda: self._step_with(pieces, before), looks_first=before is not None
         )
         self.decode_mode = step.mode
         # The step itself has moved its rows on to the next token.
-        self._loaded = moved_on(wanted)
-        step.owner = self._loaded
+        step.owner = self._loaded = pieces
         return step
 
     def _decode_watched(self, pieces: list[Piece]) -> list[list[Drawn] | Exception]:
         """A recorded step that ends in logits, for requests whose draws are the host's."""
-        wanted = wanted_rows(pieces)
-        step = self._watched_step(pieces, wanted)
+        step = self._watched_step(pieces)
         if step.is_stale:
             self.runner.drop_steps()
-            step = self._watched_step(pieces, wanted)
+            step = self._watched_step(pieces)
         spare = len(step.input_ids) - len(pieces)
         ids = [piece.request.tokens[-1] for piece in pieces] + [0] * spare
         logits = step.step(put(ids, torch.int64, step.input_ids.device))[: len(pieces)]
         requests = [piece.request for piece in pieces]
         drawn = draw(logits, requests, list(map(self._asked_of, requests)))
         self.decode_mode = step.mode
-        self._watched = moved_on(wanted)
-        step.owner = self._watched
+        step.owner = self._watched = pieces
         return [of_piece([one]) for one in drawn]
 
-    def _watched_step(self, pieces: list[Piece], wanted: list[LoadedRow]) -> LogitsStep:
+    def _watched_step(self, pieces: list[Piece]) -> LogitsStep:
         step = self.runner.step_of(LogitsStep, self._rows_for(pieces), self.width)
         if (
             step.owner is not self._watched
-            or (longer := longer_tables(self._watched, wanted)) is None
+            or (added := added_blocks(self._watched, pieces)) is None
         ):
             chunks, active = self._placed(pieces, len(step.input_ids))
             step.load(None, chunks, step.sampling, [0] * len(active), active)
-        elif longer:
-            step.place_tables(longer)
+        elif added:
+            step.add_blocks(added)
         step.owner = None
         return step
 
@@ -271,15 +265,10 @@ class PlanRunner:
         chunks += [Chunk([0], 0, pieces[0].table[:1])] * spare
         return chunks, [True] * len(pieces) + [False] * spare
 
-    def _step_with(
-        self, pieces: list[Piece], wanted: list[LoadedRow], places: Places
-    ) -> DecodeStep:
+    def _step_with(self, pieces: list[Piece], before: Launched | None) -> DecodeStep:
         """The decode step for these pieces, with its rows in place."""
         step = self.runner.decode_step(self._rows_for(pieces), self.width)
-        if (
-            step.owner is not self._loaded
-            or (longer := longer_tables(self._loaded, wanted)) is None
-        ):
+        if step.owner is not self._loaded or (added := added_blocks(self._loaded, pieces)) is None:
             chunks, active = self._placed(pieces, len(step.input_ids))
             spare = len(active) - len(pieces)
             params = [self._asked_of(piece.request).params for piece in pieces]
@@ -288,8 +277,10 @@ class PlanRunner:
             step.load(None, chunks, sampling, counts + [0] * spare, active)
             ahead = [i for i, p in enumerate(pieces) if p.begin >= len(p.request.tokens)]
             if ahead:
+                assert before is not None  # it draws their tokens
+                places = before.places
                 step.take_ids(ahead, [places[pieces[i].request] for i in ahead])
-        elif longer:
-            step.place_tables(longer)
+        elif added:
+            step.add_blocks(added)
         step.owner = None  # until the run is over: an interrupted one leaves rows in between
         return step

@@ -89,6 +89,7 @@ class RequestHandle:
     Attributes:
         error: what ended it, if an exception did.
         asked: its SamplingParams and LogitOptions.
+        is_limited: whether its time may ever be over.
         logprobs: TokenLogprobs of each token so far, where its LogitOptions ask for them.
 
     Example:
@@ -115,7 +116,7 @@ class RequestHandle:
         self._text = cast("_Text | None", request.text)
         self._pieces: list[str] = []
         self._ends: list[int] = []  # tokens drawn when each piece was certain
-        self._limits = limits
+        self._limits, self.is_limited = limits, limits != TimeLimits()
         self._drive, self._withdraw = drive, withdraw
         self._enqueued = time.perf_counter()
         self._started = self._first = self._last = math.nan

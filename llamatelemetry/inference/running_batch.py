@@ -141,8 +141,7 @@ class RunningBatch:
             touched += self._land()
             plan = self._planned()
         self.plan = plan
-        for piece in plan.pieces:
-            self.open[piece.request.name].begins()
+        self._begins(plan)
         for piece, result in self._runner.run(plan):
             touched += self._put_down(piece, result)
         return self._noted(plan, touched)
@@ -172,9 +171,13 @@ class RunningBatch:
         self._is_uncopied = False
         return plan
 
-    def _launch(self, plan: Plan) -> None:
+    def _begins(self, plan: Plan) -> None:
         for piece in plan.pieces:
-            self.open[piece.request.name].begins()
+            if piece.begin < len(piece.request.prompt):  # where its first forward begins
+                self.open[piece.request.name].begins()
+
+    def _launch(self, plan: Plan) -> None:
+        self._begins(plan)
         self._is_torn = True
         if plan.pieces:
             before = self._flights[-1].launched if self._flights else None
@@ -210,13 +213,14 @@ class RunningBatch:
             return [handle]
         if preemptions in (None, request.preemptions):  # else its blocks are others now
             self.scheduler.computed(piece)
-        requests = request.draws_for if result else [request]
-        if result:
+        handles = [self.open[request.name]]
+        if result and request.siblings:
+            siblings = request.draws_for[1:]
             request.siblings = []
-        for sibling in requests[1:]:
-            self.open[sibling.name].begins()
-            self.scheduler.fork(request, sibling)
-        handles = [self.open[one.name] for one in requests]
+            for sibling in siblings:
+                handles.append(self.open[sibling.name])
+                handles[-1].begins()
+                self.scheduler.fork(request, sibling)
         for handle, drawn in zip(handles, result, strict=False):
             self._take(handle, drawn)
         return handles
@@ -248,7 +252,7 @@ class RunningBatch:
         """Ends those that were cancelled, and those whose time is over."""
         ended = []
         for handle in list(self.open.values()):
-            late = handle.lateness()
+            late = handle.lateness() if handle.is_limited else None
             if late is not None or handle.is_withdrawn:
                 if handle in self.incoming:
                     self.incoming.remove(handle)

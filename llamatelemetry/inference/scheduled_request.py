@@ -34,7 +34,10 @@ class ScheduledRequest:
         tokens: of the prompt, then those drawn.
         num_computed: leading tokens whose keys and values are in the cache, or will be once the
             forwards that were launched are over.
-        num_placed: leading tokens that have blocks; 0 while it has none.
+        num_placed: leading tokens that the block manager knows; 0 while it has no blocks. It is
+            told of drawn ones when they fill a block.
+        room: tokens that its blocks hold which it may write to; 0 where that is not known.
+        table: its blocks; another list where they change.
         speculates: whether tokens may be drafted for it.
         draft: tokens that may follow those in tokens, for the next plan to try.
         num_ahead: tokens that follow those in tokens, which forwards that were launched draw and
@@ -57,6 +60,8 @@ class ScheduledRequest:
     tokens: list[int] = field(init=False)
     num_computed: int = 0
     num_placed: int = 0
+    room: int = 0
+    table: list[int] = field(default_factory=list)
     num_ahead: int = 0
     num_cached: int | None = None
     preemptions: int = 0

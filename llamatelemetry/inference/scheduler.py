@@ -8,8 +8,7 @@ tokens stay, so its text does too.
 
 from __future__ import annotations
 
-import math
-
+from llamatelemetry.inference.admission import has_room
 from llamatelemetry.inference.block_manager import BlockManager, OutOfBlocks
 from llamatelemetry.inference.host_blocks import HostBlocks
 from llamatelemetry.inference.plan import Piece as Piece
@@ -98,12 +97,18 @@ class Scheduler:
         drafted for a request is planned once."""
         plan = Plan()
         for request in list(self.running):
-            length = len(request.tokens) + request.num_ahead
-            if request.num_placed and request.num_placed < length and not request.is_drawn_out:
+            length = len(request.tokens) + request.num_ahead + max(len(request.draft), 1)
+            is_full = request.room < length
+            if is_full and request.num_placed and not request.is_drawn_out:
                 self._place(request, plan)
-        budget = self.max_step_tokens
-        # Those that decode first: a long prompt never makes them wait. sorted keeps the ranks.
-        for request in sorted(self.running, key=lambda request: request.num_left > 1):
+        budget, prompts = self.max_step_tokens, []
+        # Those that decode first: a long prompt never makes them wait.
+        for request in self.running:
+            if request.num_left > 1:
+                prompts.append(request)
+            else:
+                budget -= self._plan(request, budget, plan)
+        for request in prompts:
             budget -= self._plan(request, budget, plan)
         while budget and self.waiting and not plan.preempted:
             request = self.waiting[0]
@@ -123,7 +128,9 @@ class Scheduler:
         called first."""
         request = piece.request
         request.num_computed = max(request.num_computed, piece.end)
-        if piece.end > request.num_placed:  # a token that was ahead: its block was reserved
+        if piece.end % self.blocks.page_size and piece.end - piece.begin == 1:
+            return  # it fills no block that others could share
+        if piece.end > request.num_placed:  # drawn tokens: their block was reserved
             self.blocks.append(request.name, request.tokens[request.num_placed : piece.end])
             request.num_placed = piece.end
         self.blocks.commit(request.name, piece.end)
@@ -140,6 +147,7 @@ class Scheduler:
             self.blocks.append(request.name, tokens)
             request.num_placed += len(tokens)
             self.blocks.truncate(request.name, request.num_placed)
+            self._note_blocks(request)
 
     def fork(self, request: ScheduledRequest, sibling: ScheduledRequest) -> None:
         """Puts a sibling at work, that shares the blocks of a request whose prompt was computed;
@@ -149,6 +157,8 @@ class Scheduler:
             return
         self.blocks.fork(request.name, sibling.name)
         sibling.num_computed, sibling.num_placed = request.num_computed, request.num_placed
+        sibling.table = self.blocks.table(sibling.name)
+        request.room = sibling.room = 0  # who writes first copies the last block
         sibling.num_cached = len(sibling.prompt)
         insert(self.running, sibling)
 
@@ -210,7 +220,12 @@ class Scheduler:
             else:
                 self.blocks.append(request.name, tokens)
                 request.num_placed += len(tokens)
+                self._note_blocks(request)
                 return
+
+    def _note_blocks(self, request: ScheduledRequest) -> None:
+        request.table = self.blocks.table(request.name)
+        request.room = len(request.table) * self.blocks.page_size
 
     def _plan(self, request: ScheduledRequest, budget: int, plan: Plan) -> int:
         """Puts as many of a request's tokens as the budget allows in the plan; returns how many."""
@@ -219,15 +234,17 @@ class Scheduler:
         if not 0 < count <= budget:
             return 0
         begin = request.num_computed
-        table = self.blocks.table(request.name)
         draft, request.draft = tuple(request.draft), ()
-        piece = Piece(request, begin, begin + count, table, count == left, draft)
+        piece = Piece(request, begin, begin + count, request.table, count == left, draft)
         plan.pieces.append(piece)
         return count + len(draft)
 
     def _admit(self, request: ScheduledRequest, plan: Plan) -> bool:
         """Gives the first that waits its blocks, if there is room for it to go on."""
-        if self.running and (request is self._refused or not self._has_room(request)):
+        if self.running and (
+            request is self._refused
+            or not has_room(self.blocks, self.running, request, self.expected_share)
+        ):
             self._refused = request
             return False
         try:
@@ -239,32 +256,16 @@ class Scheduler:
         plan.swaps_in += swaps
         self.waiting.remove(request)
         request.num_computed, request.num_placed = cached, len(request.tokens)
+        self._note_blocks(request)
         if request.num_cached is None:
             request.num_cached = cached
         insert(self.running, request)
         return True
 
-    def _has_room(self, request: ScheduledRequest) -> bool:
-        """Whether the blocks would suffice at each time when a request is expected to end."""
-        rows = [(len(one.tokens), self._expected(one)) for one in (*self.running, request)]
-        shared = sum(self.blocks.blocks_for(one.num_placed + 1) for one in self.running) - (
-            self.blocks.num_blocks - self.blocks.num_available
-        )
-        size = self.blocks.page_size
-        for steps in {steps for _, steps in rows}:
-            needed = sum(-(-(length + steps) // size) for length, left in rows if left >= steps)
-            if needed > self.blocks.num_blocks + max(shared, 0):
-                return False
-        return True
-
-    def _expected(self, request: ScheduledRequest) -> int:
-        """Tokens that a request will probably draw yet, at least one."""
-        most = math.ceil(self.expected_share * request.max_tokens)
-        return max(most - request.num_drawn, 1)
-
     def _free(self, request: ScheduledRequest) -> None:
         self.blocks.free(request.name)
-        request.num_computed = request.num_placed = 0
+        request.num_computed = request.num_placed = request.room = 0
+        request.table = []
         request.draft = ()
         self._refused = None
 
@@ -280,6 +281,11 @@ class Scheduler:
             ),
             "no request is ended": all(
                 one.finish_reason is None for one in (*self.running, *self.waiting)
+            ),
+            "tables are those of the blocks": all(
+                one.table == self.blocks.table(one.name)
+                and one.room in (0, len(one.table) * self.blocks.page_size)
+                for one in self.running
             ),
             "at least one token is left to run on": all(
                 one.num_left or one.is_drawn_out for one in self.running

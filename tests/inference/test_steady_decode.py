@@ -8,6 +8,7 @@ from batching import COUNTS, PAGE, PROMPTS, alone, assert_text, is_free
 from families import tiny_model
 
 from llamatelemetry.inference import running_batch
+from llamatelemetry.inference.block_manager import BlockManager
 from llamatelemetry.inference.continuous import ContinuousBatching
 from llamatelemetry.inference.runner import DecodeStep
 
@@ -28,6 +29,23 @@ def test_another_block_for_a_row_is_no_reason_to_load_all(device, monkeypatch):
         for prompt, handle in zip(PROMPTS, handles, strict=False):
             assert_text(model, prompt, handle.token_ids, alone(model, prompt, 30))
         assert is_free(batcher)
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_blocks_are_asked_for_where_one_is_full_and_not_with_every_token(monkeypatch, overlap):
+    model, asked = tiny_model("llama"), []
+    reserve = BlockManager.reserve
+    monkeypatch.setattr(
+        BlockManager, "reserve", lambda self, *args: (asked.append(args), reserve(self, *args))[1]
+    )
+    batcher = ContinuousBatching(3, model, overlap=overlap)
+    handles = [batcher.submit([i + 2, 7], max_tokens=90, ignore_eos=True) for i in range(3)]
+    batcher.run()
+    assert [len(handle.token_ids) for handle in handles] == [90] * 3
+    # Each fills one block of 64: for the next one, for tokens that it has drawn, and for those that
+    # were ahead when it asked.
+    assert len(asked) <= 3 * 3
+    assert is_free(batcher)
 
 
 def test_two_models_in_one_process_do_not_know_of_each_other(device):
