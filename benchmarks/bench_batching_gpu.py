@@ -11,48 +11,24 @@ import argparse
 import copy
 import gc
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from itertools import accumulate
 from statistics import mean
 
 import harness
 import torch
+from batches_gpu import CONTEXT, Rows, arrivals, batcher_of, begun, prompts_of
 from bench_decode import PACKED, pack_
 from bench_prefill import SHAPE, random_llama
 from transformers import GenerationConfig, LlamaForCausalLM
 
-from llamatelemetry.inference.continuous import ContinuousBatching
 from llamatelemetry.inference.request_handle import RequestHandle
 from llamatelemetry.inference.runner import PAGE_SIZE
 from llamatelemetry.models.patching import patch
 
-CONTEXT, STEPS = 1024, 16  # tokens of a prompt; steps of which a sample is the mean
+STEPS = 16  # of which a sample is the mean
 PREFIX = 2048
-Rows = Iterator[harness.Row]
-
-
-def prompts_of(lengths: list[int]) -> list[list[int]]:
-    rng = random.Random(sum(lengths))
-    return [[rng.randrange(SHAPE["vocab_size"]) for _ in range(length)] for length in lengths]
-
-
-def batcher_of(
-    model: LlamaForCausalLM, batch: int, tokens: int, *, shares: bool = False
-) -> ContinuousBatching:
-    """One whose cache holds so many tokens of each request, in memory that others have left."""
-    gc.collect()
-    torch.cuda.empty_cache()
-    blocks = batch * (-(-tokens // PAGE_SIZE) + 1)
-    return ContinuousBatching(
-        batch, model, num_blocks=blocks, share_prefixes=shares, max_step_tokens=8192
-    )
-
-
-def begun(batcher: ContinuousBatching, prompts: list[list[int]], more: int) -> list[RequestHandle]:
-    """Requests that decode, each for so many tokens more."""
-    handles = [batcher.submit(ids, None, more, ignore_eos=True) for ids in prompts]
-    while any(len(handle.token_ids) < 3 for handle in handles):
-        batcher.step()
-    return handles
+RATE = 30.0  # requests a second that arrive at random
 
 
 def kernels_us(several: Callable[[], None]) -> tuple[float, float]:
@@ -124,18 +100,28 @@ def seed_setting(model: LlamaForCausalLM) -> Rows:
 
 
 def whole(
-    model: LlamaForCausalLM, name: str, lengths: list[tuple[int, int]], at_once: int
+    model: LlamaForCausalLM,
+    name: str,
+    lengths: list[tuple[int, int]],
+    at_once: int,
+    rate: float = float("inf"),
 ) -> harness.Row:
-    """All requests at once, from their submission to the last one's end."""
+    """All requests from the first one's submission to the last one's end; they come at once, or at
+    random times, so many a second on average."""
     prompts = prompts_of([length for length, _ in lengths])
     batcher = batcher_of(model, at_once, max(map(sum, lengths)))
+    rng = random.Random(0)
+    waits = [0.0 if rate == float("inf") else rng.expovariate(rate) for _ in lengths]
+    handles: list[RequestHandle] = []
 
     def serve() -> None:
-        handles = [
-            batcher.submit(ids, None, count, ignore_eos=True)
-            for ids, (_, count) in zip(prompts, lengths, strict=True)
-        ]
-        batcher.run()
+        due, passed = list(accumulate(waits)), 0.0
+        while len(handles) < len(prompts) or batcher.active_requests:
+            while len(handles) < len(due) and passed >= due[len(handles)]:
+                i = len(handles)
+                options = {"max_tokens": lengths[i][1], "ignore_eos": True}
+                handles.append(batcher.submit(prompts[i], None, **options))
+            passed += harness.timed_us(batcher.step) / 1e6
         assert [len(handle.token_ids) for handle in handles] == [count for _, count in lengths]
 
     return harness.Row(
@@ -219,7 +205,9 @@ def parts(layers: int, rounds: int) -> dict[str, Callable[[], Rows]]:
         yield whole(model, name, [(1000, 1000)] * 256, 256)
 
     def many() -> Rows:
-        yield whole(model, "512 requests, 100 to 1024 in and out", at_random(512, 1024), 256)
+        lengths, name = at_random(512, 1024), "512 requests, 100 to 1024 in and out"
+        yield whole(model, name, lengths, 256)
+        yield whole(model, f"{name}, {RATE:g} arrive a second", lengths, 256, RATE)
 
     def small_batches() -> Rows:
         for batch in (1, 8, 32, 64):
@@ -229,6 +217,7 @@ def parts(layers: int, rounds: int) -> dict[str, Callable[[], Rows]]:
         "seed": lambda: seed_setting(model),
         "steady": small_batches,
         "packed": packed,
+        "arrivals": lambda: arrivals(model, min(rounds, 2)),
         "prefix": lambda: shared_prefix(model, rounds),
         "captures": lambda: captures(model),
         "transformers": lambda: beside_transformers(model, plain, 48, 128),

@@ -16,14 +16,11 @@ from llamatelemetry.inference.sampling import SamplingParams
 from llamatelemetry.inference.served import served_by
 from llamatelemetry.inference.speculation import Speculation
 from llamatelemetry.inference.speculation_config import SpeculationConfig, checked_speculation
+from llamatelemetry.inference.step_limits import StepLimits
 from llamatelemetry.inference.submission import Submission, checked_params
 from llamatelemetry.inference.telemetry import Telemetry
 from llamatelemetry.inference.turns import Turns
 from llamatelemetry.models.patching import ops_of
-
-# Tokens of a step, by device: how long a prompt may keep those that decode from their next token.
-STEP_TOKENS = {"cpu": 256, "cuda": 4096}
-SPLIT_MULTIPLE = 64  # keys
 
 
 class ContinuousBatching:
@@ -42,6 +39,8 @@ class ContinuousBatching:
         max_batch_size: requests at work at once; others wait.
         engine: an InferenceEngine, or a transformers model (patched here) for prompts of token ids.
         max_step_tokens: tokens of one step at most; default 256 on the CPU and 4096 on a GPU.
+        prefill_chunk: of these at most so many of prompts where others decode, which wait for them;
+            default 512 on a GPU, where both run in one forward, and no other limit on the CPU.
         num_blocks: blocks of 64 tokens in the cache. None grows it to what max_batch_size of the
             open requests may need at most; with a number, requests wait for blocks, or give
             theirs up and compute them again.
@@ -93,17 +92,12 @@ class ContinuousBatching:
         cache_dtype: Any = None,
         split_size: int = 0,
         speculation: SpeculationConfig | None = None,
+        prefill_chunk: int | None = None,
     ) -> None:
-        at_least("ContinuousBatching: max_batch_size", max_batch_size, 1)
-        for name, value in (("max_step_tokens", max_step_tokens), ("num_blocks", num_blocks)):
-            if value is not None:
-                at_least(f"ContinuousBatching: {name}", value, 1)
+        limits = StepLimits(max_batch_size, max_step_tokens, prefill_chunk, split_size)
+        if num_blocks is not None:
+            at_least("ContinuousBatching: num_blocks", num_blocks, 1)
         at_least("ContinuousBatching: num_host_blocks", num_host_blocks, 0)
-        if at_least("ContinuousBatching: split_size", split_size, 0) % SPLIT_MULTIPLE:
-            raise ValueError(
-                f"ContinuousBatching: split_size must be a multiple of {SPLIT_MULTIPLE}, got "
-                f"{split_size}"
-            )
         check_cache_dtype("ContinuousBatching", cache_dtype)
         self.max_batch_size = max_batch_size
         self.engine = engine
@@ -121,9 +115,9 @@ class ContinuousBatching:
         self.model = self._served.model
         if split_size and ops_of(self.model).name == "triton":
             raise ValueError("ContinuousBatching: split_size must be 0 with the Triton backend")
-        tokens = STEP_TOKENS.get(self.model.device.type, STEP_TOKENS["cuda"])
-        self.max_step_tokens = max_step_tokens or max(tokens, max_batch_size)
-        overlap = self.model.device.type == "cuda" if overlap is None else overlap
+        device = self.model.device.type
+        self.max_step_tokens = limits.step_tokens(device)
+        overlap = device == "cuda" if overlap is None else overlap
         self._turns = Turns(
             RunningBatch(
                 *(self.model, max_batch_size, self.max_step_tokens, num_blocks),
@@ -133,6 +127,7 @@ class ContinuousBatching:
                 cache_dtype,
                 split_size,
                 None if speculation is None else Speculation(speculation, overlap),
+                limits.chunk(device),
             )
         )
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from llamatelemetry.inference.plan import Piece
 from llamatelemetry.inference.scheduled_request import ScheduledRequest
+from llamatelemetry.inference.step import Chunk
 
 # Rows of the recorded or captured decode steps. Rows too many cost time on the CPU, where a
 # recording costs little; a graph costs a capture, and a few rows more next to nothing.
@@ -30,6 +31,16 @@ def added_blocks(
                 return None  # a block was copied
             found += [(row, first + i, block) for i, block in enumerate(new.table[first:])]
     return found
+
+
+def is_ahead(piece: Piece) -> bool:
+    """Whether its token is one that the host has not seen."""
+    return piece.begin >= len(piece.request.tokens)
+
+
+def chunk_of(piece: Piece) -> Chunk:
+    """Its tokens for a forward; 0 in the place of one that the host has not seen."""
+    return Chunk(piece.request.tokens[piece.begin : piece.end] or [0], piece.begin, piece.table)
 
 
 def drawn_counts(requests: Sequence[ScheduledRequest]) -> list[int]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from itertools import accumulate
 from typing import Any
 
 import torch
@@ -140,23 +139,6 @@ class DecodeStep:
         own = self.input.block_table
         # Whole: rows of equal length need their blocks in the same step, and each copy has a price.
         own.copy_(self._table.pin_memory() if own.is_cuda else self._table, non_blocking=True)
-
-    def take_ids(self, rows: Sequence[int], places: Sequence[tuple[Tensor, int]]) -> None:
-        """Puts tokens in place that the host has not seen.
-
-        Args:
-            rows: where they go.
-            places: of each the tensor on the device that holds it, and where in it.
-        """
-        sources = {id(tensor): tensor for tensor, _ in places}
-        begins = dict(
-            zip(sources, accumulate((len(s) for s in sources.values()), initial=0), strict=False)
-        )
-        found = [begins[id(tensor)] + index for tensor, index in places]
-        where = put([rows, found], torch.int64, self.input_ids.device)
-        # A row without a token, which -1 stands for, goes on until the host has seen it.
-        ids = torch.cat(list(sources.values())).index_select(0, where[1]).clamp_(min=0)
-        self.input_ids.index_copy_(0, where[0], ids)
 
     def drawn(self) -> Tensor:
         """What the last run drew, [batch] int64; -1 for a row whose logits are NaN. The next run

@@ -15,6 +15,7 @@ from llamatelemetry.inference.logit_options import NO_OPTIONS, LogitOptions, Mat
 from llamatelemetry.inference.plan import Piece
 from llamatelemetry.inference.sampling import SamplingParams, nan_error, sampling_tensors
 from llamatelemetry.inference.scheduled_request import ScheduledRequest
+from llamatelemetry.inference.step import put
 from llamatelemetry.ops import apply_token_bitmask_
 
 
@@ -133,6 +134,28 @@ def draw_for_pieces(
     for (i, _), one in zip(rows, drawn, strict=True):
         found[i].append(one)
     return [of_piece(group) for group in found]
+
+
+def draw_on_device(
+    logits: Tensor, pieces: Sequence[Piece], asked_of: Callable[[ScheduledRequest], Asked]
+) -> Tensor | None:
+    """The tokens [rows] int64 of those pieces that draw, at which the host need not look, -1 where
+    logits are NaN; None where none draws.
+
+    Args:
+        logits: [len(pieces), vocab_size]
+    """
+    rows = [i for i, piece in enumerate(pieces) if piece.draws]
+    if not rows:
+        return None
+    device = logits.device
+    if len(rows) < len(pieces):
+        logits = logits.index_select(0, put(rows, torch.int64, device))
+    requests = [pieces[i].request for i in rows]
+    sampling = sampling_tensors([asked_of(one).params for one in requests], device)
+    offsets = [one.num_drawn + one.num_ahead for one in requests]
+    tokens = sampling.sample(logits, put(offsets, torch.int64, device))
+    return tokens.masked_fill(logits.isnan().any(-1), -1)
 
 
 def of_piece(drawn: Sequence[Drawn | Exception]) -> list[Drawn] | Exception:

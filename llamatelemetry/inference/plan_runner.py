@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -11,18 +12,29 @@ from torch import Tensor
 from llamatelemetry.inference.decode_rows import (
     added_blocks,
     buckets_of,
+    chunk_of,
     drawn_counts,
+    is_ahead,
 )
-from llamatelemetry.inference.drawing import Asked, Drawn, draw, draw_for_pieces, of_piece
+from llamatelemetry.inference.drawing import (
+    Asked,
+    Drawn,
+    draw,
+    draw_for_pieces,
+    draw_on_device,
+    of_piece,
+)
 from llamatelemetry.inference.launched import Launched, Result
 from llamatelemetry.inference.logits_step import LogitsStep
 from llamatelemetry.inference.plan import Piece, Plan
 from llamatelemetry.inference.runner import DecodeStep, StepRunner
 from llamatelemetry.inference.sampling import GREEDY, nan_error, sampling_tensors
 from llamatelemetry.inference.scheduled_request import ScheduledRequest
-from llamatelemetry.inference.step import Chunk, current, put
+from llamatelemetry.inference.step import Chunk, current, put, take_ids
 from llamatelemetry.inference.verify import MAX_VERIFY_STEPS, Verifier
 
+# Of pieces: who decodes, likewise with logits that the host looks at, prompts that go on, others.
+_KINDS = ("decoding", "watched", "continued", "whole")
 MIN_WIDTH = 8  # blocks in a table; wider ones come in powers of two
 
 
@@ -43,6 +55,8 @@ class PlanRunner:
     Attributes:
         runner: StepRunner, with the cache.
         verifier: Verifier of its rows.
+        packs: whether prompts and those that decode run in one forward, which reads the weights
+            once; else the latter by the recorded step, which on the CPU costs less.
         decode_mode: how the last decode step was run: "recorded" (CPU), "graph" (CUDA), "eager".
     """
 
@@ -59,6 +73,7 @@ class PlanRunner:
         buckets = buckets_of(model.device.type, max_rows)
         self.buckets = buckets[-1:] if split_size else buckets
         self._are_apart = split_size > 0
+        self.packs = model.device.type == "cuda" and not self._are_apart
         # Of each size one that draws, and one whose logits the host looks at.
         sizes = page_size, 2 * len(self.buckets) + MAX_VERIFY_STEPS * (longest > 0)
         self.runner = StepRunner(model, *sizes, cache_dtype, split_size)
@@ -91,11 +106,11 @@ class PlanRunner:
         launched = Launched(device, self.runner.pages.model_dtype)
         with current(device), torch.autocast(device.type, enabled=False):
             try:
-                if pieces := kinds.get("decoding"):
-                    step = self._run_step(pieces, before)
-                    launched.add(pieces, step.drawn())
-                for pieces in self._prompts(kinds):
-                    launched.add(pieces, self._drawn_eagerly(pieces))
+                packed = self._packed(kinds)
+                if not packed and (pieces := kinds.get("decoding", [])):
+                    launched.add(pieces, self._run_step(pieces, before).drawn())
+                for pieces in [packed] if packed else self._prompts(kinds):
+                    launched.add(pieces, self._drawn_eagerly(pieces, before))
             except BaseException:
                 self._loaded = []
                 raise
@@ -110,6 +125,8 @@ class PlanRunner:
         alone that causes it.
         """
         kinds = self._kinds(plan)
+        if pieces := self._packed(kinds):
+            return (yield from self._isolated(pieces, self._eager))
         # Apart, for each kind runs through kernels of its own: no token depends on which others
         # there are in a step.
         yield from self._isolated(kinds.get("decoding", []), self._decode)
@@ -131,9 +148,16 @@ class PlanRunner:
             kinds["verified"] = [piece for pieces in one_token for piece in pieces]
         return kinds
 
+    def _packed(self, kinds: dict[str, list[Piece]]) -> list[Piece]:
+        """All pieces in the order of their kinds, if one forward is to run on them; else none."""
+        has_prompts = "continued" in kinds or "whole" in kinds
+        if not (self.packs and has_prompts and len(kinds) > 1) or "verified" in kinds:
+            return []
+        return [piece for kind in _KINDS for piece in kinds.get(kind, [])]
+
     def _prompts(self, kinds: dict[str, list[Piece]]) -> Iterator[list[Piece]]:
         """Pieces of prompts, those of one forward at a time."""
-        for kind in ("continued", "whole"):
+        for kind in _KINDS[2:]:
             pieces = kinds.get(kind, [])
             if self._are_apart:
                 yield from ([piece] for piece in pieces)
@@ -181,28 +205,20 @@ class PlanRunner:
             self.decode_mode = step.mode
             yield from self.verifier.results(pieces, step)
 
-    def _prefill(self, pieces: list[Piece]) -> Tensor:
+    def _prefill(self, pieces: list[Piece], before: Launched | None = None) -> Tensor:
         """Logits of the last token of each piece."""
-        chunks = [
-            Chunk(piece.request.tokens[piece.begin : piece.end], piece.begin, piece.table)
-            for piece in pieces
-        ]
-        return self.runner.prefill(chunks, self.width)
+        chunks, ahead = [chunk_of(piece) for piece in pieces], {}
+        if are_ahead := [i for i, piece in enumerate(pieces) if is_ahead(piece)]:
+            assert before is not None  # it draws their tokens
+            places, ends = before.places, list(accumulate(len(chunk.tokens) for chunk in chunks))
+            ahead = {ends[i] - 1: places[pieces[i].request] for i in are_ahead}
+        more: Any = {"ahead": ahead, "in_parts": True} if self.packs else {}
+        return self.runner.prefill(chunks, self.width, **more)
 
-    def _drawn_eagerly(self, pieces: list[Piece]) -> Tensor | None:
+    def _drawn_eagerly(self, pieces: list[Piece], before: Launched | None = None) -> Tensor | None:
         """A forward of pieces that the host does not look at: a token for each that draws, -1 where
         its logits are NaN."""
-        logits = self._prefill(pieces)
-        rows = [i for i, piece in enumerate(pieces) if piece.draws]
-        if not rows:
-            return None
-        device = logits.device
-        if len(rows) < len(pieces):
-            logits = logits.index_select(0, put(rows, torch.int64, device))
-        requests = [pieces[i].request for i in rows]
-        sampling = sampling_tensors([self._asked_of(one).params for one in requests], device)
-        tokens = sampling.sample(logits, put(drawn_counts(requests), torch.int64, device))
-        return tokens.masked_fill(logits.isnan().any(-1), -1)
+        return draw_on_device(self._prefill(pieces, before), pieces, self._asked_of)
 
     def _eager(self, pieces: list[Piece]) -> list[list[Drawn] | Exception]:
         """A forward of any pieces."""
@@ -259,8 +275,7 @@ class PlanRunner:
     def _placed(self, pieces: list[Piece], rows: int) -> tuple[list[Chunk], list[bool]]:
         """Rows of a decode step, and which of them are active."""
         spare = rows - len(pieces)
-        # No token where the host has not seen it: take_ids puts it there.
-        chunks = [Chunk(p.request.tokens[p.begin : p.end] or [0], p.begin, p.table) for p in pieces]
+        chunks = [chunk_of(piece) for piece in pieces]
         # A spare row reads a key that there is, whatever it holds, and writes nothing.
         chunks += [Chunk([0], 0, pieces[0].table[:1])] * spare
         return chunks, [True] * len(pieces) + [False] * spare
@@ -275,11 +290,10 @@ class PlanRunner:
             counts = drawn_counts([piece.request for piece in pieces])
             sampling = sampling_tensors(params + [GREEDY] * spare, self.runner.pages.device)
             step.load(None, chunks, sampling, counts + [0] * spare, active)
-            ahead = [i for i, p in enumerate(pieces) if p.begin >= len(p.request.tokens)]
-            if ahead:
+            if ahead := [i for i, piece in enumerate(pieces) if is_ahead(piece)]:
                 assert before is not None  # it draws their tokens
                 places = before.places
-                step.take_ids(ahead, [places[pieces[i].request] for i in ahead])
+                take_ids(step.input_ids, ahead, [places[pieces[i].request] for i in ahead])
         elif added:
             step.add_blocks(added)
         step.owner = None  # until the run is over: an interrupted one leaves rows in between

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -13,8 +13,9 @@ from llamatelemetry.inference.decode_step import DecodeStep, modules_of
 from llamatelemetry.inference.frozen import Frozen
 from llamatelemetry.inference.kv_pages import KvPages
 from llamatelemetry.inference.packed import NotPackedError
-from llamatelemetry.inference.step import Chunk, prepare, put
+from llamatelemetry.inference.step import Chunk, prepare, put, take_ids
 from llamatelemetry.inference.step_graphs import StepGraphs
+from llamatelemetry.inference.step_parts import part_by_kind
 from llamatelemetry.models.patching import forward_tokens, ops_of, rope_state, rope_tables
 from llamatelemetry.models.step_input import DecoderState
 
@@ -125,15 +126,35 @@ class StepRunner:
         self._steps.clear()
 
     def prefill(
-        self, chunks: Sequence[Chunk], width: int, kept: Sequence[int] | None = None
+        self,
+        chunks: Sequence[Chunk],
+        width: int,
+        kept: Sequence[int] | None = None,
+        *,
+        ahead: Mapping[int, tuple[Tensor, int]] | None = None,
+        in_parts: bool = False,
     ) -> Tensor:
-        """Logits [batch, vocab_size] of the last token of each chunk, or of the tokens whose places
-        among those of all chunks are kept."""
+        """One forward over packed chunks.
+
+        Args:
+            chunks: of different sequences.
+            width: of the block table.
+            kept: places among the tokens of all chunks; None for each chunk's last.
+            ahead: of places the tensor on the device that holds the token there, and where in it.
+            in_parts: whether attention is of each kind of chunk apart, as part_by_kind has them.
+
+        Returns:
+            Logits [batch, vocab_size] of the tokens that are kept.
+        """
         self._follow_angles()
         device = self.pages.device
         slots_of = ops_of(self.model).slot_mapping
         ids, step = prepare(chunks, self.pages.page_size, width, device, slots_of)
         step.split_size = self._split_size
+        if ahead:
+            take_ids(ids, list(ahead), list(ahead.values()))
+        if in_parts:
+            part_by_kind(step, chunks)
         if kept is not None:
             step.kept = put(kept, torch.int64, device)
         return forward_tokens(self.model, ids, step, self.state)

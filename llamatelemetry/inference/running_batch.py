@@ -35,6 +35,7 @@ class RunningBatch:
         overlap: whether a step's tokens are looked at once the next step was launched.
         cache_dtype: as in StepRunner.
         speculation: Speculation; None drafts nothing.
+        prefill_chunk: as in Scheduler.
 
     Attributes:
         open: handles of the requests that have not ended, by name, in order of submission.
@@ -57,9 +58,11 @@ class RunningBatch:
         cache_dtype: torch.dtype | None = None,
         split_size: int = 0,
         speculation: Speculation | None = None,
+        prefill_chunk: int | None = None,
     ) -> None:
         self.model, self.max_rows, self.overlap = model, max_rows, overlap
-        self._split_size, self._speculation = split_size, speculation
+        self._split_size, self._prefill_chunk = split_size, prefill_chunk
+        self._speculation = speculation
         self.open: dict[object, RequestHandle] = {}
         self.incoming: deque[RequestHandle] = deque()
         self._step_tokens, self._fixed, self._share = step_tokens, num_blocks, share_prefixes
@@ -79,6 +82,7 @@ class RunningBatch:
             self.max_rows,
             num_host_blocks=self._num_host_blocks,
             is_fixed=self._split_size > 0,
+            prefill_chunk=self._prefill_chunk,
         )
         self._host = HostPages(self._num_host_blocks)
         self._runner = PlanRunner(

@@ -36,6 +36,8 @@ class Scheduler:
         num_host_blocks: of the host's memory, to which blocks that are given up are copied.
         is_fixed: whether a prompt is cut into the same chunks whatever others there are: of
             max_step_tokens less max_running, one a step.
+        prefill_chunk: tokens of prompts at most in a step in which others decode and wait for
+            them; None is as many as max_step_tokens allows.
 
     Attributes:
         running: requests that have blocks, in order of rank.
@@ -50,6 +52,7 @@ class Scheduler:
         expected_share: float = 1.0,
         num_host_blocks: int = 0,
         is_fixed: bool = False,
+        prefill_chunk: int | None = None,
     ) -> None:
         if max_running < 1:
             raise ValueError(f"Scheduler: max_running must be at least 1, got {max_running}")
@@ -68,6 +71,7 @@ class Scheduler:
             raise ValueError(f"Scheduler: expected_share must lie in [0, 1], got {expected_share}")
         self.blocks, self.host = blocks, HostBlocks(blocks, num_host_blocks)
         self.max_step_tokens, self.max_running = max_step_tokens, max_running
+        self.prefill_chunk = max_step_tokens if prefill_chunk is None else prefill_chunk
         self.expected_share = expected_share
         self.running: list[ScheduledRequest] = []
         self.waiting: list[ScheduledRequest] = []
@@ -98,8 +102,7 @@ class Scheduler:
         plan = Plan()
         for request in list(self.running):
             length = len(request.tokens) + request.num_ahead + max(len(request.draft), 1)
-            is_full = request.room < length
-            if is_full and request.num_placed and not request.is_drawn_out:
+            if request.room < length and request.num_placed and not request.is_drawn_out:
                 self._place(request, plan)
         budget, prompts = self.max_step_tokens, []
         # Those that decode first: a long prompt never makes them wait.
@@ -108,6 +111,8 @@ class Scheduler:
                 prompts.append(request)
             else:
                 budget -= self._plan(request, budget, plan)
+        if plan.pieces:
+            budget = min(budget, self.prefill_chunk)
         for request in prompts:
             budget -= self._plan(request, budget, plan)
         while budget and self.waiting and not plan.preempted:
@@ -235,8 +240,8 @@ class Scheduler:
             return 0
         begin = request.num_computed
         draft, request.draft = tuple(request.draft), ()
-        piece = Piece(request, begin, begin + count, request.table, count == left, draft)
-        plan.pieces.append(piece)
+        end, draws = begin + count, count == left
+        plan.pieces.append(Piece(request, begin, end, request.table, draws, draft))
         return count + len(draft)
 
     def _admit(self, request: ScheduledRequest, plan: Plan) -> bool:

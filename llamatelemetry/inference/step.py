@@ -43,6 +43,25 @@ def moved(tensor: Tensor, device: torch.device | str) -> Tensor:
     return tensor.pin_memory().to(device, non_blocking=True)
 
 
+def take_ids(input_ids: Tensor, rows: Sequence[int], places: Sequence[tuple[Tensor, int]]) -> None:
+    """Puts tokens in place that the host has not seen.
+
+    Args:
+        input_ids: [num_tokens] int64.
+        rows: where they go.
+        places: of each the tensor on the device that holds it, and where in it.
+    """
+    sources = {id(tensor): tensor for tensor, _ in places}
+    begins = dict(
+        zip(sources, accumulate((len(s) for s in sources.values()), initial=0), strict=False)
+    )
+    found = [begins[id(tensor)] + index for tensor, index in places]
+    where = put([rows, found], torch.int64, input_ids.device)
+    # A row without a token, which -1 stands for, goes on until the host has seen it.
+    ids = torch.cat(list(sources.values())).index_select(0, where[1]).clamp_(min=0)
+    input_ids.index_copy_(0, where[0], ids)
+
+
 def table_of(chunks: Sequence[Chunk], width: int) -> Tensor:
     """The blocks of each chunk on the host, [batch, width] int32, with -1 after the last."""
     rows = [[*chunk.table, *[-1] * (width - len(chunk.table))] for chunk in chunks]

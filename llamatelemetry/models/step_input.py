@@ -26,6 +26,9 @@ class StepInput:
         split_size: where attention's kernels of few queries cut the keys, as in paged_attention; 0
             leaves it to them
         keeps_all: whether the logits of all tokens are asked for
+        parts: where the tokens of some sequences begin and end, and what attention reads of those
+            alone, in order: kernels that suit one decoded token do not suit a prompt; empty for
+            all alike
     """
 
     positions: Tensor
@@ -39,6 +42,7 @@ class StepInput:
     embedded: Tensor | None = None
     split_size: int = 0
     keeps_all: bool = False
+    parts: Sequence[tuple[int, int, StepInput]] = ()
 
 
 @dataclass(frozen=True)

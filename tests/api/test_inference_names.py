@@ -28,6 +28,7 @@ FUNCTIONS = {
             ("cache_dtype", None),
             ("split_size", 0),
             ("speculation", None),
+            ("prefill_chunk", None),
         ],
         "ContinuousBatching.submit": [
             "prompt",

@@ -29,10 +29,10 @@ def test_a_request_that_fails_ends_alone(device, monkeypatch):
     wanted = [alone(model, *pair) for pair in zip(PROMPTS, COUNTS, strict=True)]
     prefill = StepRunner.prefill
 
-    def poisoned(self, chunks, width):
+    def poisoned(self, chunks, width, **more):
         if any(96 in chunk.tokens for chunk in chunks):
             raise RuntimeError("poison")
-        return prefill(self, chunks, width)
+        return prefill(self, chunks, width, **more)
 
     monkeypatch.setattr(StepRunner, "prefill", poisoned)
     handles = [batcher.submit(p, max_tokens=n) for p, n in zip(PROMPTS, COUNTS, strict=True)]

@@ -108,9 +108,9 @@ def test_a_group_is_its_answers_one_by_one(device, length, rows):
     batcher = ContinuousBatching(rows, model, share_prefixes=False)
     forwards = []
     prefill = batcher._batch._runner.runner.prefill
-    batcher._batch._runner.runner.prefill = lambda chunks, *rest: (
+    batcher._batch._runner.runner.prefill = lambda chunks, *rest, **more: (
         forwards.extend(len(chunk.tokens) for chunk in chunks),
-        prefill(chunks, *rest),
+        prefill(chunks, *rest, **more),
     )[1]
     other = batcher.submit([7, 7], WARM, 30)
     group = batcher.submit_group(prompt, params, 11)

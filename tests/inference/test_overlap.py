@@ -176,8 +176,8 @@ def test_logits_of_nan_end_their_request_alone(device, monkeypatch):
     ]
     prefill = StepRunner.prefill
 
-    def damaged(self, chunks, width):
-        logits = prefill(self, chunks, width)
+    def damaged(self, chunks, width, **more):
+        logits = prefill(self, chunks, width, **more)
         for row, chunk in enumerate(chunks):
             if 96 in chunk.tokens:
                 logits[row] = torch.nan

@@ -211,18 +211,33 @@ class Attention(Piece):
             q, k, v = self.project(x)
             q, k = self.turn(q, k, rope, step.positions)
             self.ops.append_kv_(k, v, k_cache, v_cache, step.slot_mapping, *scales)
+        if not step.parts:
+            out = self._attended(q, k, v, step, cache)
+        else:
+            out = torch.cat(
+                [
+                    self._attended(q[begin:end], k[begin:end], v[begin:end], part, cache)
+                    for begin, end, part in step.parts
+                ]
+            )
+        return self.ops.all_reduce(self.o(out.view(x.shape[0], -1)))
+
+    def _attended(
+        self, q: Tensor, k: Tensor, v: Tensor, step: StepInput, cache: Sequence[Tensor]
+    ) -> Tensor:
+        """Attention of tokens [num_tokens, heads, head_dim] whose keys and values are in the cache
+        already."""
+        k_cache, v_cache, *scales = cache
         starts, longest = step.cu_seqlens_q, step.max_seqlen_q
         more = {"sinks": getattr(self.module, self.spec.sinks)} if self.spec.sinks else {}
         if step.is_whole:
-            out = self.ops.flash_attn_varlen(q, k, v, starts, longest, *self.scores, **more)
-        else:
-            where = (k_cache, v_cache, step.block_table, step.cache_seqlens)
-            if scales:
-                more["scales"] = scales
-            if step.split_size:
-                more["split_size"] = step.split_size
-            out = self.ops.paged_attention(q, *where, starts, longest, *self.scores, **more)
-        return self.ops.all_reduce(self.o(out.view(x.shape[0], -1)))
+            return self.ops.flash_attn_varlen(q, k, v, starts, longest, *self.scores, **more)
+        where = (k_cache, v_cache, step.block_table, step.cache_seqlens)
+        if scales:
+            more["scales"] = scales
+        if step.split_size:
+            more["split_size"] = step.split_size
+        return self.ops.paged_attention(q, *where, starts, longest, *self.scores, **more)
 
     def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
         if self.stands_aside(args, kwargs):
