@@ -86,6 +86,9 @@ class KvPages:
     def grow(self, num_blocks: int, *, keep: bool) -> None:
         """Makes room for num_blocks, layer by layer; with keep, what the blocks hold stays."""
         count = self.num_blocks if keep else 0
+        if self.device.type == "cuda":  # it may read them when their memory is given away
+            for x in (one for layer in self.layers for one in layer):
+                x.record_stream(torch.cuda.current_stream(self.device))
         if not keep:
             self.layers[:] = [self._new(0) for _ in self.layers]  # frees the old ones first
         try:

@@ -71,12 +71,6 @@ class Launched:
             self._end = torch.cuda.Event()
             self._end.record(torch.cuda.current_stream(self._device))
 
-    def goes_first(self) -> None:
-        """What the caller's stream is given from now on waits for these forwards, which another
-        stream may still run."""
-        if self._end is not None:
-            torch.cuda.current_stream(self._device).wait_event(self._end)
-
     def results(self) -> list[Result]:
         """Each piece with what was drawn after it; waits until the forwards are over."""
         if self._end is not None:

@@ -12,6 +12,7 @@ from llamatelemetry.inference.block_manager import BlockManager
 from llamatelemetry.inference.cache_room import CacheRoom
 from llamatelemetry.inference.drawing import Drawn
 from llamatelemetry.inference.host_pages import HostPages
+from llamatelemetry.inference.interrupts import as_one, uninterrupted
 from llamatelemetry.inference.kv_pages import floating_parameter
 from llamatelemetry.inference.launched import Flight
 from llamatelemetry.inference.plan_runner import PlanRunner
@@ -19,6 +20,7 @@ from llamatelemetry.inference.request_handle import RequestHandle
 from llamatelemetry.inference.runner import PAGE_SIZE
 from llamatelemetry.inference.scheduler import Piece, Plan, Scheduler
 from llamatelemetry.inference.speculation import Speculation
+from llamatelemetry.inference.stream_order import StreamOrder
 
 
 class RunningBatch:
@@ -61,8 +63,7 @@ class RunningBatch:
         prefill_chunk: int | None = None,
     ) -> None:
         self.model, self.max_rows, self.overlap = model, max_rows, overlap
-        self._split_size, self._prefill_chunk = split_size, prefill_chunk
-        self._speculation = speculation
+        self._split_size, self._chunk, self._speculation = split_size, prefill_chunk, speculation
         self.open: dict[object, RequestHandle] = {}
         self.incoming: deque[RequestHandle] = deque()
         self._step_tokens, self._fixed, self._share = step_tokens, num_blocks, share_prefixes
@@ -82,9 +83,10 @@ class RunningBatch:
             self.max_rows,
             num_host_blocks=self._num_host_blocks,
             is_fixed=self._split_size > 0,
-            prefill_chunk=self._prefill_chunk,
+            prefill_chunk=self._chunk,
         )
         self._host = HostPages(self._num_host_blocks)
+        self._order = StreamOrder(self._like.device)
         self._runner = PlanRunner(
             self.model,
             lambda request: self.open[request.name].asked,
@@ -101,6 +103,7 @@ class RunningBatch:
     def decode_mode(self) -> str:
         return self._runner.decode_mode
 
+    @as_one
     def submit(self, handles: Sequence[RequestHandle]) -> None:
         """Answers to one prompt, which the first of them computes for all; from any thread,
         without a lock."""
@@ -116,11 +119,11 @@ class RunningBatch:
         work already, which has the rows' tokens on the device: of a request that ended meanwhile it
         draws one token in vain, into a block of which nothing is read any more.
         """
-        if self._flights:
-            self._flights[-1].launched.goes_first()
+        self._order.follow()
         if self._is_uncopied:  # before anything lands, which would be committed in such blocks
-            self.scheduler.compute_anew()
-            self._is_torn, self._is_uncopied = True, False
+            with uninterrupted():
+                self.scheduler.compute_anew()
+                self._is_torn, self._is_uncopied = True, False
         touched = self.reap()
         pages = self._runner.runner.pages
         if (self._like.dtype, self._like.device) != (pages.model_dtype, pages.device):
@@ -150,6 +153,7 @@ class RunningBatch:
             touched += self._put_down(piece, result)
         return self._noted(plan, touched)
 
+    @as_one
     def _draft(self) -> list[RequestHandle]:
         """Drafts tokens for the next plan, where that may bring something."""
         touched, speculation = [], self._speculation
@@ -160,6 +164,7 @@ class RunningBatch:
             speculation.begin(len(self._flights))
         return touched
 
+    @as_one
     def _noted(self, plan: Plan, touched: list[RequestHandle]) -> list[RequestHandle]:
         """touched, each once, for one may have drawn several tokens in a step."""
         if self._speculation is not None:
@@ -170,7 +175,8 @@ class RunningBatch:
     def _planned(self) -> Plan:
         """The next plan, its copies of blocks made."""
         self._is_uncopied = True  # the scheduler's books have them as made already
-        plan = self.scheduler.schedule()
+        with uninterrupted():
+            plan = self.scheduler.schedule()
         self._host.make_copies(plan, self._runner.runner.pages)
         self._is_uncopied = False
         return plan
@@ -182,15 +188,18 @@ class RunningBatch:
 
     def _launch(self, plan: Plan) -> None:
         self._begins(plan)
+        if not plan.pieces:
+            return
         self._is_torn = True
-        if plan.pieces:
-            before = self._flights[-1].launched if self._flights else None
-            launched = self._runner.launch(plan, before)
+        before = self._flights[-1].launched if self._flights else None
+        launched = self._runner.launch(plan, before)
+        with uninterrupted():
             for piece in plan.pieces:
                 self.scheduler.launched(piece)
             self._flights.append(Flight(launched, plan.pieces))
-        self._is_torn = False
+            self._is_torn = False
 
+    @as_one
     def _land(self, but: int = 0) -> list[RequestHandle]:
         """Takes what the plans that were launched have drawn, the last few left out."""
         touched: list[RequestHandle] = []
@@ -201,6 +210,7 @@ class RunningBatch:
             self._flights.popleft()
         return touched
 
+    @as_one
     def _put_down(
         self, piece: Piece, result: list[Drawn] | Exception, preemptions: int | None = None
     ) -> list[RequestHandle]:
@@ -252,6 +262,7 @@ class RunningBatch:
         handle.end(error)
         self.open.pop(request.name, None)
 
+    @as_one
     def reap(self) -> list[RequestHandle]:
         """Ends those that were cancelled, and those whose time is over."""
         ended = []
@@ -264,6 +275,7 @@ class RunningBatch:
                 ended.append(handle)
         return ended
 
+    @as_one
     def _take_all_in(self) -> list[RequestHandle]:
         """Gives the scheduler the new requests; returns those which that ends."""
         ended: list[RequestHandle] = []
@@ -286,6 +298,7 @@ class RunningBatch:
                 ended.append(handle)
         return ended
 
+    @as_one
     def _move(self) -> None:
         """The model has another device or dtype: everything at work is computed anew."""
         requests = [*self.scheduler.running, *self.scheduler.waiting]

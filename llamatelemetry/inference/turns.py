@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from llamatelemetry.inference.interrupts import uninterrupted
 from llamatelemetry.inference.request_handle import RequestHandle
 from llamatelemetry.inference.running_batch import RunningBatch
 from llamatelemetry.inference.telemetry import Telemetry
@@ -58,12 +59,7 @@ class Turns:
         while not until():
             if end is not None and time.monotonic() >= end:
                 raise TimeoutError(f"the request must end within {timeout} s, it has not")
-            if self._lock.acquire(blocking=False):
-                try:
-                    if not until():
-                        self._step()
-                finally:
-                    self._lock.release()
+            if self._tried(lambda: None if until() else self._step()):
                 self._tell()
             else:
                 with self._progress:
@@ -71,12 +67,21 @@ class Turns:
 
     def sweep(self) -> None:
         """Ends what was cancelled now, or before the next step where one is in progress."""
-        if self._lock.acquire(blocking=False):
-            try:
-                self.telemetry.note_ends(self.batch, self.batch.reap())
-            finally:
-                self._lock.release()
+        if self._tried(lambda: self.telemetry.note_ends(self.batch, self.batch.reap())):
             self._tell()
+
+    def _tried(self, action: Callable[[], object]) -> bool:
+        """Whether an action was run, because no other thread has the lock."""
+        is_taken = False
+        try:
+            with uninterrupted():  # or the lock were taken and nobody knew
+                is_taken = self._lock.acquire(blocking=False)
+            if is_taken:
+                action()
+        finally:
+            if is_taken:
+                self._lock.release()
+        return is_taken
 
     def _tell(self) -> None:
         with self._progress:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 
 import pytest
@@ -17,6 +18,7 @@ from llamatelemetry.inference.launched import Launched
 from llamatelemetry.inference.plan_runner import PlanRunner
 from llamatelemetry.inference.runner import DecodeStep, StepRunner
 from llamatelemetry.inference.sampling import GREEDY, SamplingParams
+from llamatelemetry.inference.stream_order import StreamOrder
 
 
 @pytest.fixture(autouse=True)
@@ -104,40 +106,31 @@ def test_a_stop_seen_late_says_and_writes_nothing_more(tmp_path, device):
     assert is_free(late)
 
 
-def test_a_step_waits_on_its_own_stream_for_the_one_before(monkeypatch):
+@pytest.mark.parametrize("overlap", [False, True])
+def test_a_step_of_another_stream_waits_for_the_one_before(monkeypatch, overlap):
     """As where two threads, each with a stream of its own, run the steps by turns."""
     order = []
 
-    class Event:
-        def synchronize(self):
-            order.append("seen")
-
     class Stream:
-        def wait_event(self, event):
-            order.append(events.index(event))
+        def wait_stream(self, other):
+            order.append((names[self], names[other]))
 
-    events = []
-
-    def seal(self):
-        events.append(Event())
-        self._end = events[-1]
-
-    batcher = ContinuousBatching(2, tiny_model("llama"), overlap=True)
+    streams = [Stream(), Stream()]
+    names, turns = dict(zip(streams, "ab", strict=True)), itertools.cycle(streams)
+    batcher = ContinuousBatching(2, tiny_model("llama"), overlap=overlap)
+    batcher._batch._order = StreamOrder(torch.device("cuda", 0))
     launch, copies = PlanRunner.launch, HostPages.swap
-    monkeypatch.setattr(Launched, "seal", seal)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: next(turns))
     monkeypatch.setattr(
         PlanRunner, "launch", lambda *args: (order.append("launch"), launch(*args))[1]
     )
     monkeypatch.setattr(HostPages, "swap", lambda *args: (order.append("copies"), copies(*args))[1])
     batcher.submit(PROMPTS[0], max_tokens=3)
     batcher.run()
-    first, second, third = (
-        [0, "copies", "launch", "seen"],
-        [1, "copies", "launch", "seen"],
-        [2, "copies", "seen"],
-    )
-    assert order == ["copies", "launch", *first, *second, *third]
+    launched = ["launch"] if overlap else []
+    last = [("b", "a"), "copies"] if overlap else []
+    wanted = ["copies", *launched, ("b", "a"), "copies", *launched, ("a", "b"), "copies", *launched]
+    assert order == wanted + last
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])

@@ -1,0 +1,105 @@
+"""Ctrl-C, wherever in the books of a batch it comes: no request is lost, and no text is another."""
+
+from __future__ import annotations
+
+import random
+import signal
+import sys
+import threading
+
+import pytest
+from batching import PAGE, PROMPTS, is_free
+from families import tiny_model
+
+from llamatelemetry.inference import running_batch
+from llamatelemetry.inference.continuous import ContinuousBatching
+from llamatelemetry.inference.interrupts import uninterrupted
+from llamatelemetry.inference.sampling import SamplingParams
+
+BOOKS = (
+    *("running_batch.py", "scheduler.py", "block_manager.py", "host_blocks.py", "launched.py"),
+    *("request_handle.py", "scheduled_request.py", "turns.py", "cache_room.py"),
+)
+
+
+class Interrupts:
+    """Sends one to this process after so many lines of the books."""
+
+    def __init__(self, lines):
+        self.left = lines
+
+    def __enter__(self):
+        sys.settrace(self.trace)
+        return self
+
+    def __exit__(self, *_):
+        sys.settrace(None)
+
+    def trace(self, frame, event, _):
+        if not frame.f_code.co_filename.endswith(BOOKS):
+            return None
+        if event == "line":
+            self.left -= 1
+            if self.left == 0:
+                signal.raise_signal(signal.SIGINT)
+        return self.trace
+
+
+def served(model, overlap, lines):
+    """Tokens of requests that share prompts and give their blocks up, how often they were
+    interrupted, and what is left of the lines."""
+    batcher = ContinuousBatching(3, model, overlap=overlap, num_blocks=9, num_host_blocks=4)
+    batcher._batch.scheduler.expected_share = 0.0  # overcommits
+    handles, count = [], 0
+    params = [SamplingParams(temperature=1.2, seed=seed) for seed in range(2)]
+    with Interrupts(lines) as interrupts:
+        for prompt, length in zip(PROMPTS[:2], (5, 6), strict=True):
+            try:
+                handles += batcher.submit_group(prompt, params, length)
+            except KeyboardInterrupt:
+                count += 1
+                handles = batcher.active_requests  # those that were submitted
+        while batcher.active_requests:
+            try:
+                batcher.run()
+            except KeyboardInterrupt:
+                count += 1
+    assert is_free(batcher)
+    return [tuple(handle.token_ids) for handle in handles], count, interrupts.left
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_no_request_is_lost_wherever_it_comes(monkeypatch, overlap):
+    monkeypatch.setattr(running_batch, "PAGE_SIZE", PAGE)
+    model = tiny_model("llama")
+    wanted, count, left = served(model, overlap, 0)
+    assert count == 0
+    assert len(wanted) == 4
+    rng = random.Random(overlap)
+    for line in rng.sample(range(1, -left), 12):
+        texts, count, _ = served(model, overlap, line)
+        assert count == 1
+        assert set(texts) <= set(wanted)  # a submission may have been interrupted
+        assert len(texts) in (2, 4)
+
+
+def test_it_is_raised_at_the_end_and_handlers_stay_as_they_were():
+    before, order = signal.getsignal(signal.SIGINT), []
+
+    def interrupted():
+        with uninterrupted():
+            with uninterrupted():
+                signal.raise_signal(signal.SIGINT)
+                order.append("inner")
+            order.append("outer")
+        order.append("after")
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert order == ["inner", "outer"]
+    assert signal.getsignal(signal.SIGINT) is before
+    others = []
+    thread = threading.Thread(target=lambda: others.append(uninterrupted().__enter__()))
+    thread.start()
+    thread.join()
+    assert others == [None]
