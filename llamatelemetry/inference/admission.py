@@ -14,6 +14,7 @@ def has_room(
     running: Sequence[ScheduledRequest],
     request: ScheduledRequest,
     expected_share: float,
+    window: int | None = None,
 ) -> bool:
     """Whether the blocks would suffice at each time when a request is expected to end.
 
@@ -22,15 +23,26 @@ def has_room(
         running: requests that have blocks.
         request: that is to have some too.
         expected_share: of max_tokens, that each is expected to draw.
+        window: as Scheduler has it: with one, no more than is held now or than the window spans.
     """
-    rows = [(len(one.tokens), _expected(one, expected_share)) for one in (*running, request)]
-    held = blocks.num_blocks - blocks.num_available
-    shared = sum(len(one.table) for one in running) - held
-    size, most = blocks.page_size, blocks.num_blocks + max(shared, 0)
-    if sum(-(-(length + left) // size) for length, left in rows) <= most:
+    size = blocks.page_size
+    held = [len(one.table) - blocks.num_hidden(one.name) for one in running]
+    shared = sum(held) - (blocks.num_blocks - blocks.num_available)
+    limit = blocks.num_blocks + max(shared, 0)
+    rows = []
+    for one, count in zip((*running, request), (*held, 0), strict=True):
+        length = len(one.tokens)
+        # A window begins and ends within blocks, and one more is reserved.
+        span = math.inf if window is None else blocks.blocks_for(window) + 2
+        most = max(count or blocks.blocks_for(length + 1), span)
+        rows.append((length, _expected(one, expected_share), most))
+    if sum(min(-(-(length + left) // size), most) for length, left, most in rows) <= limit:
         return True  # even if all of them ended at once
-    for steps in {steps for _, steps in rows}:
-        if sum(-(-(length + steps) // size) for length, left in rows if left >= steps) > most:
+    for steps in {steps for _, steps, _ in rows}:
+        needed = sum(
+            min(-(-(length + steps) // size), most) for length, left, most in rows if left >= steps
+        )
+        if needed > limit:
             return False
     return True
 

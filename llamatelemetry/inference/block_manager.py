@@ -8,33 +8,17 @@ free, the least recently used first.
 from __future__ import annotations
 
 import itertools
-from collections import Counter, OrderedDict
+from collections import OrderedDict
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 
-# A full block's key: the prefix before it and its own tokens. A dict compares the tokens wherever
-# hashes are equal, and no number of a prefix is given twice, so equal keys mean equal tokens from
-# the sequence's first on.
-_Key = tuple[int, tuple[int, ...]]
+from llamatelemetry.inference.block_books import Cached, Key, Placed, broken_rules
+
 _NO_PREFIX = 0
 
 
 class OutOfBlocks(RuntimeError):
     """The paged cache has too few blocks left; nothing was changed."""
-
-
-@dataclass
-class _Sequence:
-    tokens: list[int]
-    blocks: list[int]
-    num_committed: int  # tokens whose keys and values are written
-    prefix: int  # number of the prefix that the committed full blocks make
-
-
-@dataclass(frozen=True)
-class _Cached:
-    block: int
-    prefix: int  # number of the prefix that ends with this block
 
 
 class BlockManager:
@@ -57,10 +41,10 @@ class BlockManager:
         self._references: list[int] = []
         self._free: list[int] = []  # the last one is given away first
         self._idle: OrderedDict[int, None] = OrderedDict()  # least recently used first
-        self._cached: dict[_Key, _Cached] = {}
-        self._key_of: dict[int, _Key] = {}  # of each block in _cached
+        self._cached: dict[Key, Cached] = {}
+        self._key_of: dict[int, Key] = {}  # of each block in _cached
         self._prefixes = itertools.count(_NO_PREFIX + 1)
-        self._sequences: dict[Hashable, _Sequence] = {}
+        self._sequences: dict[Hashable, Placed] = {}
         self.add_blocks(num_blocks)
 
     @property
@@ -107,7 +91,7 @@ class BlockManager:
         blocks = [one.block for one in shared] + [self._take() for _ in range(count)]
         num_cached = len(shared) * self.page_size
         prefix = shared[-1].prefix if shared else _NO_PREFIX
-        self._sequences[sequence] = _Sequence(list(tokens), blocks, num_cached, prefix)
+        self._sequences[sequence] = Placed(list(tokens), blocks, num_cached, prefix)
         return num_cached
 
     def reserve(self, sequence: Hashable, count: int) -> list[tuple[int, int]]:
@@ -159,22 +143,36 @@ class BlockManager:
                 one.prefix = self._remember(one.blocks[i], (one.prefix, tokens))
         one.num_committed = num_tokens
 
+    def hide(self, sequence: Hashable, num_tokens: int) -> None:
+        """Gives back the blocks of a sequence that hold none but its first num_tokens, committed
+        ones that no later token looks at, as behind a sliding window. Their numbers stay in its
+        table, where nothing is read any more."""
+        one = self._get(sequence)
+        last = min(num_tokens, one.num_committed) // self.page_size
+        for i in range(one.num_hidden, last):
+            self._release(one.blocks[i])
+            one.num_hidden = i + 1
+
+    def num_hidden(self, sequence: Hashable) -> int:
+        """Leading blocks of a table that the sequence has given back."""
+        return self._get(sequence).num_hidden
+
     def fork(self, sequence: Hashable, child: Hashable) -> None:
         """A second sequence with the same tokens in the same blocks, without what is reserved."""
         one = self._get(sequence)
         if child in self._sequences:
             raise ValueError(f"fork: child must be a new sequence, got {child!r} again")
         blocks = one.blocks[: self.blocks_for(len(one.tokens))]
-        for block in blocks:
+        for block in blocks[one.num_hidden :]:
             self._references[block] += 1
-        self._sequences[child] = _Sequence(list(one.tokens), blocks, one.num_committed, one.prefix)
+        self._sequences[child] = replace(one, tokens=list(one.tokens), blocks=blocks)
 
     def free(self, sequence: Hashable) -> None:
         """Ends a sequence. Its cached blocks may become idle, the last ones the least recently used
         among them: a prefix goes after what continues it."""
         one = self._get(sequence)
         del self._sequences[sequence]
-        for block in reversed(one.blocks):
+        for block in reversed(one.held):
             self._release(block)
 
     def table(self, sequence: Hashable) -> list[int]:
@@ -197,49 +195,19 @@ class BlockManager:
 
     def check(self) -> None:
         """Walks every invariant; raises RuntimeError that names those that do not hold."""
-        held = Counter(b for one in self._sequences.values() for b in one.blocks)
-        states = Counter([*self._free, *self._idle, *held.keys()])
-        rules = {
-            "every block is free, idle or referenced, and only one of these": (
-                states == Counter(range(self.num_blocks))
-            ),
-            "a block has as many references as tables hold it": (
-                self._references == [held[block] for block in range(self.num_blocks)]
-            ),
-            "no sequence holds a block twice": all(
-                len(set(one.blocks)) == len(one.blocks) for one in self._sequences.values()
-            ),
-            "a sequence has blocks for all its tokens": all(
-                len(one.blocks) >= self.blocks_for(len(one.tokens))
-                and one.num_committed <= len(one.tokens)
-                for one in self._sequences.values()
-            ),
-            "reserved blocks are the sequence's own": all(
-                self._references[block] == 1
-                for one in self._sequences.values()
-                for block in one.blocks[self.blocks_for(len(one.tokens)) :]
-            ),
-            "cached blocks and their keys are one to one": (
-                self._key_of == {one.block: key for key, one in self._cached.items()}
-                and len(self._key_of) == len(self._cached)
-            ),
-            "cached blocks are idle or referenced": (
-                self._idle.keys() <= self._key_of.keys()
-                and not self._key_of.keys() & set(self._free)
-            ),
-            "cached blocks are full ones": all(
-                len(tokens) == self.page_size for _, tokens in self._cached
-            ),
-        }
-        if broken := [rule for rule, holds in rules.items() if not holds]:
+        broken = broken_rules(
+            *(self._references, self._free, self._idle, self._sequences.values()),
+            *(self._cached, self._key_of, self.page_size),
+        )
+        if broken:
             raise RuntimeError(f"BlockManager: broken invariants: {'; '.join(broken)}")
 
-    def _get(self, sequence: Hashable) -> _Sequence:
+    def _get(self, sequence: Hashable) -> Placed:
         if sequence not in self._sequences:
             raise ValueError(f"BlockManager: sequence must be allocated first, got {sequence!r}")
         return self._sequences[sequence]
 
-    def _of_count(self, method: str, sequence: Hashable, num_tokens: int) -> _Sequence:
+    def _of_count(self, method: str, sequence: Hashable, num_tokens: int) -> Placed:
         one = self._get(sequence)
         if not one.num_committed <= num_tokens <= len(one.tokens):
             raise ValueError(
@@ -248,8 +216,8 @@ class BlockManager:
             )
         return one
 
-    def _cached_prefix(self, tokens: Sequence[int]) -> list[_Cached]:
-        found: list[_Cached] = []
+    def _cached_prefix(self, tokens: Sequence[int]) -> list[Cached]:
+        found: list[Cached] = []
         size, prefix = self.page_size, _NO_PREFIX
         for i in range((len(tokens) - 1) // size if self._cached else 0):
             one = self._cached.get((prefix, tuple(tokens[i * size : (i + 1) * size])))
@@ -259,11 +227,11 @@ class BlockManager:
             prefix = one.prefix
         return found
 
-    def _remember(self, block: int, key: _Key) -> int:
+    def _remember(self, block: int, key: Key) -> int:
         """Caches a block, unless it is or an equal one is; returns the number of its prefix."""
         known = self._cached.get(self._key_of.get(block, key))
         if known is None:
-            known = self._cached[key] = _Cached(block, next(self._prefixes))
+            known = self._cached[key] = Cached(block, next(self._prefixes))
             self._key_of[block] = key
         return known.prefix
 

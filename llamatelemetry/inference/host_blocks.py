@@ -14,7 +14,8 @@ Pairs = list[tuple[int, int]]  # (source, destination) of blocks, for swap_block
 
 @dataclass(frozen=True)
 class _Kept:
-    blocks: list[int]  # of the host, for the leading tokens
+    num_hidden: int  # leading blocks of which nothing is kept, for nothing is read of them
+    blocks: list[int]  # of the host, for the tokens behind those
     num_tokens: int  # whose keys and values they hold
 
 
@@ -44,11 +45,12 @@ class HostBlocks:
         """
         # One token stays for a forward to run on.
         count = min(request.num_computed, len(request.tokens) - 1)
-        table = self._blocks.table(request.name)[: self._blocks.blocks_for(count)]
+        hidden = self._blocks.num_hidden(request.name)
+        table = self._blocks.table(request.name)[hidden : self._blocks.blocks_for(count)]
         if not table or len(table) > len(self._free):
             return []
         own = [self._free.pop() for _ in table]
-        self._kept[request.name] = _Kept(own, count)
+        self._kept[request.name] = _Kept(hidden, own, count)
         return list(zip(table, own, strict=True))
 
     def swap_in(self, request: ScheduledRequest, num_cached: int) -> tuple[int, Pairs]:
@@ -68,10 +70,10 @@ class HostBlocks:
         self._free += reversed(kept.blocks)
         if kept.num_tokens <= num_cached:
             return num_cached, []
-        first = num_cached // self._blocks.page_size
-        table = self._blocks.table(request.name)[: len(kept.blocks)]
+        first = max(num_cached // self._blocks.page_size - kept.num_hidden, 0)
+        own = self._blocks.table(request.name)[kept.num_hidden :][: len(kept.blocks)]
         self._blocks.commit(request.name, kept.num_tokens, shared=False)
-        return kept.num_tokens, list(zip(kept.blocks[first:], table[first:], strict=True))
+        return kept.num_tokens, list(zip(kept.blocks[first:], own[first:], strict=True))
 
     def drop(self, request: ScheduledRequest) -> None:
         """Frees what is kept of a request, if anything is."""

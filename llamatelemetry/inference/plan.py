@@ -45,6 +45,10 @@ class Plan:
     preempted: list[ScheduledRequest] = field(default_factory=list)
     num_accepted: int = 0
 
+    def beginning(self) -> list[ScheduledRequest]:
+        """Requests of which this may be the first forward: it runs on tokens of their prompts."""
+        return [one.request for one in self.pieces if one.begin < len(one.request.prompt)]
+
     @property
     def num_tokens(self) -> int:
         return sum(piece.end - piece.begin for piece in self.pieces)

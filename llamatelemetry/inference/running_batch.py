@@ -21,6 +21,7 @@ from llamatelemetry.inference.runner import PAGE_SIZE
 from llamatelemetry.inference.scheduler import Piece, Plan, Scheduler
 from llamatelemetry.inference.speculation import Speculation
 from llamatelemetry.inference.stream_order import StreamOrder
+from llamatelemetry.inference.window import window_of
 
 
 class RunningBatch:
@@ -32,12 +33,10 @@ class RunningBatch:
         step_tokens: tokens of a step at most.
         num_blocks: of the cache; None grows it to what max_rows requests may need.
         share_prefixes: as in BlockManager.
-        num_host_blocks: as in Scheduler.
-        split_size: as in PlanRunner.
+        num_host_blocks, prefill_chunk: as in Scheduler.
+        split_size, cache_dtype: as in PlanRunner.
         overlap: whether a step's tokens are looked at once the next step was launched.
-        cache_dtype: as in StepRunner.
         speculation: Speculation; None drafts nothing.
-        prefill_chunk: as in Scheduler.
 
     Attributes:
         open: handles of the requests that have not ended, by name, in order of submission.
@@ -127,9 +126,9 @@ class RunningBatch:
         touched = self.reap()
         pages = self._runner.runner.pages
         if (self._like.dtype, self._like.device) != (pages.model_dtype, pages.device):
-            touched += self._land()
-            self._move()
+            touched += self._move()
         touched += self._take_all_in()
+        self._is_torn |= self.scheduler.follow_window(window_of(self.model))
         if self._is_torn:  # rows on the device stand nobody knows where
             touched += self._land()
             self._is_torn = False
@@ -148,7 +147,6 @@ class RunningBatch:
             touched += self._land()
             plan = self._planned()
         self.plan = plan
-        self._begins(plan)
         for piece, result in self._runner.run(plan):
             touched += self._put_down(piece, result)
         return self._noted(plan, touched)
@@ -179,15 +177,11 @@ class RunningBatch:
             plan = self.scheduler.schedule()
         self._host.make_copies(plan, self._runner.runner.pages)
         self._is_uncopied = False
+        for request in plan.beginning():
+            self.open[request.name].begins()
         return plan
 
-    def _begins(self, plan: Plan) -> None:
-        for piece in plan.pieces:
-            if piece.begin < len(piece.request.prompt):  # where its first forward begins
-                self.open[piece.request.name].begins()
-
     def _launch(self, plan: Plan) -> None:
-        self._begins(plan)
         if not plan.pieces:
             return
         self._is_torn = True
@@ -229,8 +223,7 @@ class RunningBatch:
             self.scheduler.computed(piece)
         handles = [self.open[request.name]]
         if result and request.siblings:
-            siblings = request.draws_for[1:]
-            request.siblings = []
+            siblings, request.siblings = request.draws_for[1:], []
             for sibling in siblings:
                 handles.append(self.open[sibling.name])
                 handles[-1].begins()
@@ -256,8 +249,7 @@ class RunningBatch:
             self.scheduler.end(request, reason)
         request.finish_reason = request.finish_reason or reason
         if left := request.draws_for[1:]:  # who are to go on without it
-            request.siblings = []
-            left[0].siblings = left[1:]
+            request.siblings, left[0].siblings = [], left[1:]
             self.incoming.append(self.open[left[0].name])
         handle.end(error)
         self.open.pop(request.name, None)
@@ -280,8 +272,7 @@ class RunningBatch:
         """Gives the scheduler the new requests; returns those which that ends."""
         ended: list[RequestHandle] = []
         if self.incoming and not self._runner.runner.serves(self.model):
-            ended += self._land()
-            self._move()  # its parameters are others
+            ended += self._move()  # its parameters are others
         has_room = False
         for _ in range(len(self.incoming)):  # what comes meanwhile waits for the next step
             handle = self.incoming.popleft()
@@ -299,9 +290,11 @@ class RunningBatch:
         return ended
 
     @as_one
-    def _move(self) -> None:
+    def _move(self) -> list[RequestHandle]:
         """The model has another device or dtype: everything at work is computed anew."""
+        touched = self._land()
         requests = [*self.scheduler.running, *self.scheduler.waiting]
         self.scheduler.compute_anew()
         self._begin()
         self.incoming.extendleft(self.open[request.name] for request in reversed(requests))
+        return touched

@@ -11,9 +11,11 @@ from __future__ import annotations
 from llamatelemetry.inference.admission import has_room
 from llamatelemetry.inference.block_manager import BlockManager, OutOfBlocks
 from llamatelemetry.inference.host_blocks import HostBlocks
+from llamatelemetry.inference.interrupts import as_one
 from llamatelemetry.inference.plan import Piece as Piece
 from llamatelemetry.inference.plan import Plan as Plan
-from llamatelemetry.inference.scheduled_request import ScheduledRequest, in_order, insert
+from llamatelemetry.inference.scheduled_request import ScheduledRequest, insert
+from llamatelemetry.inference.scheduler_books import broken_rules
 
 # How much a request that ends changes the share of max_tokens that others are expected to use.
 SHARE_RATE = 0.1
@@ -42,7 +44,11 @@ class Scheduler:
     Attributes:
         running: requests that have blocks, in order of rank.
         waiting: the others, likewise.
+        window: keys before a token that it and later ones look at in any layer, its own included:
+            blocks of none but earlier ones are given back; None is all.
     """
+
+    window: int | None = None
 
     def __init__(
         self,
@@ -139,6 +145,8 @@ class Scheduler:
             self.blocks.append(request.name, request.tokens[request.num_placed : piece.end])
             request.num_placed = piece.end
         self.blocks.commit(request.name, piece.end)
+        if self.window is not None:
+            self.blocks.hide(request.name, max(piece.end - self.window + 1, 0))
 
     def seen(self, piece: Piece) -> None:
         """Says that the host knows what a launched piece has drawn, and that the request takes it
@@ -205,6 +213,15 @@ class Scheduler:
         for request in self.waiting:
             self.host.drop(request)
 
+    @as_one
+    def follow_window(self, window: int | None) -> bool:
+        """Another window, as a model's config may say. Returns whether everything is computed anew
+        for it: it shows keys that were given back."""
+        old, self.window = self.window, window
+        if is_wider := old is not None and (window is None or window > old):
+            self.compute_anew()
+        return is_wider
+
     def _place(self, request: ScheduledRequest, plan: Plan) -> None:
         """Blocks for tokens that were drawn, from those that go last where none is left."""
         tokens = request.tokens[request.num_placed :]
@@ -248,7 +265,7 @@ class Scheduler:
         """Gives the first that waits its blocks, if there is room for it to go on."""
         if self.running and (
             request is self._refused
-            or not has_room(self.blocks, self.running, request, self.expected_share)
+            or not has_room(self.blocks, self.running, request, self.expected_share, self.window)
         ):
             self._refused = request
             return False
@@ -278,23 +295,6 @@ class Scheduler:
         """Walks every invariant; raises RuntimeError that names those that do not hold."""
         self.blocks.check()
         self.host.check()
-        rules = {
-            "both queues are in order": in_order(self.running) and in_order(self.waiting),
-            "no more requests are at work than may be": len(self.running) <= self.max_running,
-            "those at work and no others have blocks": (
-                set(self.blocks.sequences()) == {one.name for one in self.running}
-            ),
-            "no request is ended": all(
-                one.finish_reason is None for one in (*self.running, *self.waiting)
-            ),
-            "tables are those of the blocks": all(
-                one.table == self.blocks.table(one.name)
-                and one.room in (0, len(one.table) * self.blocks.page_size)
-                for one in self.running
-            ),
-            "at least one token is left to run on": all(
-                one.num_left or one.is_drawn_out for one in self.running
-            ),
-        }
-        if broken := [rule for rule, holds in rules.items() if not holds]:
+        broken = broken_rules(self.running, self.waiting, self.blocks, self.max_running)
+        if broken:
             raise RuntimeError(f"Scheduler: broken invariants: {'; '.join(broken)}")

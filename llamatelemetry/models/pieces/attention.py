@@ -71,17 +71,22 @@ class Attention(Piece):
         self.bind()
 
     def read_window(self) -> None:
-        self.window: int | None = None
+        self.window = self.window_now()
         self.interface_kwargs: dict[str, Any] = {}
-        if name := self.spec.window:
-            owner = self.module if hasattr(self.module, name) else self.config
-            is_sliding = getattr(self.module, "is_sliding", True)
-            self.window = getattr(owner, name) if is_sliding else None
+        if self.spec.window:
             self.interface_kwargs["sliding_window"] = self.window
         if self.spec.softcap:
             self.interface_kwargs["softcap"] = self.softcap or None
         left = -1 if self.window is None else self.window - 1
         self.scores = (self.scale, True, left, -1, self.softcap)  # causal, nothing to the right
+
+    def window_now(self) -> int | None:
+        """Keys that a query sees at most, by the module as it is now; None for all."""
+        if not (name := self.spec.window):
+            return None
+        owner = self.module if hasattr(self.module, name) else self.config
+        window: int | None = getattr(owner, name)
+        return window if getattr(self.module, "is_sliding", True) else None
 
     def _turns(self) -> bool:
         spec = self.spec
