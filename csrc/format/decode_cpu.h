@@ -16,6 +16,23 @@ constexpr int kGroups = kSubBlock / 4;  // words of codes in a sub-block
 
 #define LT_MEMBER inline __attribute__((always_inline))  // of a class of this level's namespace
 
+// The largest code read as unsigned: how many products of it an integer of 16 bits holds.
+static constexpr int largest_code(CodeFamily codes) {
+  switch (codes) {
+    case CodeFamily::kU4: return 15;
+    case CodeFamily::kU5: return 31;
+    case CodeFamily::kU6: return 63;
+    case CodeFamily::kU2: return 3;
+    case CodeFamily::kU3: return 7;
+    case CodeFamily::kE2m1: return 24;
+    case CodeFamily::kTernary: return 2;
+    case CodeFamily::kS8:
+    case CodeFamily::kIq4:
+    case CodeFamily::kE4m3: break;
+  }
+  return 255;
+}
+
 // Digit d of base 3 of each byte.
 LT_INLINE Words words_ternary_digit(Words a, int d) {
   const Words even_bytes = words_set(0x00ff00ff);
@@ -42,7 +59,7 @@ struct PackedBlock {
   static constexpr int kScalesPerSubBlock = has_scale_per_16(kScaleRule) ? 2 : 1;
   static constexpr int kScales = has_one_scale(kScaleRule) ? 1 : kSubBlocks * kScalesPerSubBlock;
   static constexpr int kZeroPoint = unsigned_zero_point(kDescriptor);
-  static constexpr int kCodeBits = code_offset(kCodes) == 128 ? 8 : 6;  // at most
+  static constexpr int kLargestCode = largest_code(kCodes);
 
   const uint8_t* bytes;
   Floats scales[kScales];

@@ -48,13 +48,20 @@ LT_INLINE Floats floats_fma(Floats a, Floats b, Floats c) {
 }
 
 // One register of words, per level: load, sums, bit operations, sign-extended byte, bytes of a
-// table of 16 (each byte of the word an index), conversion to float. dot_part<kBits>(sum, codes,
-// quad): sum + the dot product of the four unsigned codes of kBits bits of each row with the four
-// signed bytes of quad, less kDotSubtracts<kBits> * (quad's sum).
+// table of 16 (each byte of the word an index), conversion to float. dots_part<kLargest, kCount>(
+// sum, code, q): sum + the dot products of kCount words of four unsigned codes of each row, none
+// above kLargest, with 4 * kCount signed bytes of q, none below -127, less
+// kDotSubtracts<kLargest> * (the sum of q).
+LT_INLINE int32_t load_quad(const int8_t* q) {
+  int32_t quad;
+  std::memcpy(&quad, q, sizeof quad);
+  return quad;
+}
+
 #if defined(LT_ISA_AVX512)
 
 using WordPart = __m512i;
-template <int kBits>
+template <int kLargest>
 constexpr int kDotSubtracts = 0;
 
 LT_INLINE WordPart part_load(const uint8_t* p) { return _mm512_loadu_si512(p); }
@@ -77,17 +84,21 @@ LT_INLINE WordPart part_signed_byte(WordPart a, int byte) {
   return _mm512_srai_epi32(part_shift_left(a, 24 - 8 * byte), 24);
 }
 LT_INLINE Vec part_to_float(WordPart a) { return {_mm512_cvtepi32_ps(a)}; }
-template <int kBits>
-LT_INLINE WordPart dot_part(WordPart sum, WordPart codes, int32_t quad) {
-  return _mm512_dpbusd_epi32(sum, codes, _mm512_set1_epi32(quad));
+template <int kLargest, int kCount>
+LT_INLINE WordPart dots_part(WordPart sum, const WordPart (&code)[kCount], const int8_t* q) {
+#pragma GCC unroll 8
+  for (int g = 0; g < kCount; ++g) {
+    sum = _mm512_dpbusd_epi32(sum, code[g], _mm512_set1_epi32(load_quad(q + 4 * g)));
+  }
+  return sum;
 }
 
 #elif defined(LT_ISA_AVX2)
 
 using WordPart = __m256i;
-// maddubs saturates for codes of 8 bits, so they go signed: |code - 128| times quad with its sign.
-template <int kBits>
-constexpr int kDotSubtracts = kBits == 8 ? 128 : 0;
+// maddubs saturates for codes of 8 bits, so they go signed: |code - 128| times q with its sign.
+template <int kLargest>
+constexpr int kDotSubtracts = kLargest > 127 ? 128 : 0;
 
 LT_INLINE WordPart part_load(const uint8_t* p) {
   return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
@@ -111,23 +122,35 @@ LT_INLINE WordPart part_signed_byte(WordPart a, int byte) {
   return _mm256_srai_epi32(part_shift_left(a, 24 - 8 * byte), 24);
 }
 LT_INLINE Vec part_to_float(WordPart a) { return {_mm256_cvtepi32_ps(a)}; }
-template <int kBits>
-LT_INLINE WordPart dot_part(WordPart sum, WordPart codes, int32_t quad) {
-  __m256i bytes = _mm256_set1_epi32(quad);
-  if constexpr (kBits == 8) {
-    const __m256i signed_codes = _mm256_xor_si256(codes, _mm256_set1_epi8(-128));
-    bytes = _mm256_sign_epi8(bytes, signed_codes);
-    codes = _mm256_abs_epi8(signed_codes);
+template <int kLargest, int kCount>
+LT_INLINE WordPart dots_part(WordPart sum, const WordPart (&code)[kCount], const int8_t* q) {
+  // As many words as 16 bits hold the products of are added there: madd widens them together.
+  constexpr int kPairsThatFit = 32767 / (2 * 127 * kLargest);
+  constexpr int kRun = kPairsThatFit >= 8 ? 8 : kPairsThatFit >= 4 ? 4 : kPairsThatFit >= 2 ? 2 : 1;
+#pragma GCC unroll 8
+  for (int first = 0; first < kCount; first += kRun) {
+    __m256i pairs = _mm256_setzero_si256();
+    for (int g = first; g < first + kRun && g < kCount; ++g) {
+      __m256i bytes = _mm256_set1_epi32(load_quad(q + 4 * g));
+      __m256i codes = code[g];
+      if constexpr (kLargest > 127) {
+        const __m256i signed_codes = _mm256_xor_si256(codes, _mm256_set1_epi8(-128));
+        bytes = _mm256_sign_epi8(bytes, signed_codes);
+        codes = _mm256_abs_epi8(signed_codes);
+      }
+      const __m256i products = _mm256_maddubs_epi16(codes, bytes);
+      pairs = g == first ? products : _mm256_add_epi16(pairs, products);
+    }
+    sum = _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
   }
-  const __m256i pairs = _mm256_maddubs_epi16(codes, bytes);
-  return _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+  return sum;
 }
 
 #else
 
 typedef uint32_t WordPart __attribute__((vector_size(Vec::kLanes * sizeof(uint32_t))));
 typedef int32_t SignedPart __attribute__((vector_size(Vec::kLanes * sizeof(int32_t))));
-template <int kBits>
+template <int kLargest>
 constexpr int kDotSubtracts = 0;
 
 LT_INLINE WordPart part_load(const uint8_t* p) {
@@ -155,11 +178,12 @@ LT_INLINE WordPart part_signed_byte(WordPart a, int byte) {
 LT_INLINE Vec part_to_float(WordPart a) {
   return {__builtin_convertvector((SignedPart)a, VecRegister)};
 }
-template <int kBits>
-LT_INLINE WordPart dot_part(WordPart sum, WordPart codes, int32_t quad) {
-  for (int byte = 0; byte < 4; ++byte) {
-    sum += (codes >> (8 * byte) & 0xff) *
-           static_cast<uint32_t>(static_cast<int8_t>(quad >> (8 * byte)));
+template <int kLargest, int kCount>
+LT_INLINE WordPart dots_part(WordPart sum, const WordPart (&code)[kCount], const int8_t* q) {
+  for (int g = 0; g < kCount; ++g) {
+    for (int byte = 0; byte < 4; ++byte) {
+      sum += (code[g] >> (8 * byte) & 0xff) * static_cast<uint32_t>(q[4 * g + byte]);
+    }
   }
   return sum;
 }
@@ -221,9 +245,13 @@ LT_INLINE Floats words_to_float(Words a) {
 LT_INLINE Floats byte_to_float(Words a, int byte) {
   return words_to_float(a >> (8 * byte) & words_set(0xff));
 }
-template <int kBits>
-LT_INLINE Words dot(Words sum, Words codes, int32_t quad) {
-  LT_PARTS sum.v[i] = dot_part<kBits>(sum.v[i], codes.v[i], quad);
+template <int kLargest, int kCount>
+LT_INLINE Words dots_of(Words sum, const Words* code, const int8_t* q) {
+  LT_PARTS {
+    WordPart part[kCount];
+    for (int g = 0; g < kCount; ++g) part[g] = code[g].v[i];
+    sum.v[i] = dots_part<kLargest>(sum.v[i], part, q);
+  }
   return sum;
 }
 

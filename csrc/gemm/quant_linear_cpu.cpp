@@ -15,9 +15,9 @@ Error launch_quant_linear(const QuantLinearParams& p, Stream stream) {
 
 #if defined(LT_ISA_SCALAR)
 int64_t quant_linear_workspace_bytes(const QuantLinearParams& p) {  // the same at every level
-  using scalar::ActivationBlock, scalar::kSubBlock;
   const int64_t per_token =
-      p.exact ? p.k * sizeof(float) : p.k / kSubBlock * sizeof(ActivationBlock);
+      p.exact ? p.k * sizeof(float)
+              : p.k / scalar::kSubBlock * scalar::activation_block_bytes(p.format);
   return p.m * per_token;
 }
 #endif

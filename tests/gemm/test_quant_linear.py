@@ -95,10 +95,24 @@ def test_misaligned_rows(device, dtype, format, exact, m):
 
 def test_a_row_depends_on_no_other(format, exact):
     packed = repack(gguf_rows(format, 40, 512), format)
-    x = torch.randn(max(BATCHES), 512)
+    x = torch.randn(140, 512)
     alone = torch.cat([quant_linear(row, packed, format, 40, exact=exact) for row in x.split(1)])
-    for m in BATCHES:
+    for m in (*BATCHES, 4, 5, 12, 66, 71, 140):
         assert torch.equal(quant_linear(x[:m], packed, format, 40, exact=exact), alone[:m])
+
+
+@pytest.mark.parametrize("byte", [0x00, 0x77, 0x80, 0xFF])
+def test_the_largest_products_fit(device, format, byte):
+    """Codes and activations at their limits: sums of 16 bits on the way would wrap or saturate."""
+    data = gguf_rows(format, 16, 256, device)
+    for field in ("quants", "high_bits"):
+        offset, size = format.facts.fields.get(field, (0, 0))
+        data.view(16, -1, format.block_bytes)[..., offset : offset + size] = byte
+    x = torch.ones(13, 256, device=device)
+    x[1::3] = -1
+    x[2::3, ::2] = -1
+    for m in (1, 2, 13):
+        assert_values(x[:m], data, format, None, exact=False)
 
 
 @pytest.mark.parametrize("scale", [0.0, 1e-42, 1e-38, 1e-30, 1e30])
