@@ -61,7 +61,13 @@ def dense_linear(found: Mapping[str, Tensor], dtype: torch.dtype) -> nn.Linear:
 
 
 def row_scales(found: Mapping[str, Tensor]) -> Tensor:
-    """What int8 codes are multiplied by, [n, 1]: SCB is a row's largest size."""
+    """What int8 codes are multiplied by, [n, 1]: SCB is a row's largest size.
+
+    Raises:
+        ValueError: codes that do not lie row by row, as old versions have them.
+    """
+    if (order := found.get("weight_format")) is not None and bool(order.any()):
+        raise ValueError(f"weight_format must be 0 (row by row), got {order.tolist()}")
     return _tensor(found, "SCB").float().reshape(-1, 1) / 127
 
 

@@ -150,7 +150,9 @@ def _compressed_block(quantization: Mapping[str, Any]) -> tuple[int, int] | None
 
 def _takes_rows(quantization: Mapping[str, Any], kind: str, block: tuple[int, int] | None) -> bool:
     """Whether each of config_groups quantises its inputs as W8A8Linear does."""
-    strategy = {None: "token", _BLOCK: "group"}.get(block)
+    if block not in (None, _BLOCK):
+        return False
+    strategy = "token" if block is None else "group"
     expected = {"num_bits": 8, "type": kind, "dynamic": True, "symmetric": True}
     expected |= {"strategy": strategy} | ({"group_size": _BLOCK[1]} if block else {})
     groups = _groups(quantization)

@@ -98,6 +98,11 @@ def test_eight_bits(tmp_path, device):
         assert torch.equal(ours.dense(torch.float32).weight, linear.weight)
     ids = IDS.to(device)
     torch.testing.assert_close(model(ids).logits, theirs(ids).logits, rtol=1e-4, atol=1e-4)
+    file = tmp_path / "model.safetensors"
+    other = {"model.layers.0.mlp.up_proj.weight_format": torch.tensor(2, dtype=torch.uint8)}
+    save_file(load_file(file) | other, file)
+    with pytest.raises(ModelFileError, match="weight_format must be 0"):
+        load_model(tmp_path)
 
 
 def test_refusals(tmp_path):
