@@ -28,6 +28,7 @@ from llamatelemetry.models.patching import patch
 
 STEPS = 16  # of which a sample is the mean
 PREFIX = 2048
+LOAD = "batching_load"  # the results of whole loads, beside "batching"
 RATE = 30.0  # requests a second that arrive at random
 
 
@@ -201,13 +202,15 @@ def parts(layers: int, rounds: int) -> dict[str, Callable[[], Rows]]:
 
     def large() -> Rows:
         yield from steady(model, 256, rounds, profiles=True)
-        name = "256 requests, 1000 in, 1000 out"
-        yield whole(model, name, [(1000, 1000)] * 256, 256)
+
+    def long() -> Rows:
+        yield whole(model, "256 requests, 1000 in, 1000 out", [(1000, 1000)] * 256, 256)
 
     def many() -> Rows:
-        lengths, name = at_random(512, 1024), "512 requests, 100 to 1024 in and out"
-        yield whole(model, name, lengths, 256)
-        yield whole(model, f"{name}, {RATE:g} arrive a second", lengths, 256, RATE)
+        what = "100 to 1024 in and out"
+        yield whole(model, f"512 requests, {what}", at_random(512, 1024), 256)
+        name = f"256 requests, {what}, {RATE:g} arrive a second"
+        yield whole(model, name, at_random(256, 1024), 256, RATE)
 
     def small_batches() -> Rows:
         for batch in (1, 8, 32, 64):
@@ -217,10 +220,11 @@ def parts(layers: int, rounds: int) -> dict[str, Callable[[], Rows]]:
         "seed": lambda: seed_setting(model),
         "steady": small_batches,
         "packed": packed,
-        "arrivals": lambda: arrivals(model, min(rounds, 2)),
+        "arrivals": lambda: arrivals(model, 1),
         "prefix": lambda: shared_prefix(model, rounds),
         "captures": lambda: captures(model),
         "transformers": lambda: beside_transformers(model, plain, 48, 128),
+        "long": long,
         "large": large,
         "many": many,
     }
@@ -234,14 +238,15 @@ def main() -> None:
     if not torch.cuda.is_available():
         print("batching: needs a GPU, measured nothing")
         return
-    quick, rows = arguments.quick, []
+    quick, rows = arguments.quick, {"batching": [], LOAD: []}
     made = parts(2 if quick else SHAPE["num_hidden_layers"], 1 if quick else 3)
     for name in arguments.parts or made:
+        table = LOAD if name in ("arrivals", "large", "many") else "batching"
         for row in made[name]():
-            rows.append(row)
+            rows[table].append(row)
             harness.print_rows([row])
             if not quick:  # after each, so that what was measured stays
-                harness.save("batching", torch.device("cuda"), rows)
+                harness.save(table, torch.device("cuda"), rows[table])
 
 
 if __name__ == "__main__":
