@@ -1,23 +1,14 @@
 #include "norm/layer_norm.cuh"
-#include "norm/layer_norm_warp.cuh"
 
 namespace llamatelemetry {
 
 Error launch_layer_norm(const LayerNormParams& p, Stream stream) {
+  // By the row's size alone, so that a row's bits do not depend on how many rows there are.
+  if (launch_layer_norm_warp(p, stream)) return last_launch_error();
   dispatch_dtype(p.dtype, [&](auto type) {
     using T = typename decltype(type)::type;
     const bool wide =
         fits_wide_vectors<T>({p.x, p.weight, p.bias, p.out}, p.hidden_size, p.x_row_stride);
-    // By the row's size alone, so that a row's bits do not depend on how many rows there are.
-    const int64_t held = (p.hidden_size / WideVector<T>::kElements + kWarpSize - 1) / kWarpSize;
-    if (wide && held <= kMaxWarpVectors) {
-      const dim3 grid(static_cast<unsigned>((p.num_tokens + kWarpRows - 1) / kWarpRows));
-      IntMenu<1, 2, 3, 4, kMaxWarpVectors>::dispatch(held, [&](auto kHeld) {
-        launch_overlapped(layer_norm_warp_kernel<WideVector<T>, kHeld()>, grid,
-                          kWarpRows * kWarpSize, stream, p);
-      });
-      return;
-    }
     with_block_row<T>(p.hidden_size, wide, [&](auto vector, auto held, unsigned num_threads) {
       using V = typename decltype(vector)::type;
       const auto launch = [&](auto kernel, int64_t rows) {

@@ -62,6 +62,9 @@ __device__ __forceinline__ float reciprocal(float size) {
   return fmaf(fmaf(-size, about, 1.0f), about, about);
 }
 
+// Of short rows, layer_norm_warp.cuh: false where it does not serve p.
+bool launch_layer_norm_warp(const LayerNormParams& p, Stream stream);
+
 template <typename V, int kHeld, int kRows>
 __global__ void __launch_bounds__(BlockRow<V, kHeld, (kRows > 1)>::kWarps* kWarpSize)
     layer_norm_kernel(const __grid_constant__ LayerNormParams p) {
