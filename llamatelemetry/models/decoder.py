@@ -34,8 +34,12 @@ class Block:
     mlp: Callable[[Any], Tensor]
     next_norm: NormFunction | None  # the next layer's first, or the model's last
     rope: int | None  # which of the tables of rotary embeddings
-    takes: RowFormat | None  # quantised rows of the attention; none where a parallel MLP has them
-    mlp_takes: RowFormat | None
+    gate: GatedMlp | UngatedMlp | None  # the MLP's piece; None where the layer's module is called
+
+    def takes(self) -> tuple[RowFormat | None, RowFormat | None]:
+        """How attention and MLP take quantised rows; a parallel MLP is given the attention's."""
+        mlp = None if self.gate is None else self.gate.into.takes
+        return None if self.layer.is_parallel else self.attention.takes, mlp
 
 
 class Decoder:
@@ -117,24 +121,23 @@ class Decoder:
     def forward(self, input_ids: Tensor, step: StepInput, state: DecoderState) -> Tensor:
         """Logits [batch, vocab_size] of the last token of each sequence, or of those kept."""
         last, norm = self.blocks[-1], self.first_norm
-        residual = step.embedded
-        if residual is None:
-            residual = self.embed(input_ids, step.positions)
-        x: Any = residual if norm is None else norm.rows(residual, self.blocks[0].takes)
-        following = [block.takes for block in self.blocks[1:]] + [None]
-        for block, cache, takes in zip(self.blocks, state.caches, following, strict=True):
+        given = step.embedded
+        residual = self.embed(input_ids, step.positions) if given is None else given
+        takes = [block.takes() for block in self.blocks] + [(None, None)]
+        x: Any = residual if norm is None else norm.rows(residual, takes[0][0])
+        for i, (block, cache) in enumerate(zip(self.blocks, state.caches, strict=True)):
             attend = partial(
                 block.attention.step,
                 step=step,
                 rope=None if block.rope is None else state.rope[block.rope],
                 cache=cache,
             )
-            x = block.layer.run(x, residual, attend, block.mlp, block.mlp_takes)
+            x = block.layer.run(x, residual, attend, block.mlp, takes[i][1])
             cut = step.kept is not None or (step.max_seqlen_q > 1 and not step.keeps_all)
             if block is last and cut:
                 ends = step.cu_seqlens_q[1:] - 1 if step.kept is None else step.kept
                 x, residual = x[ends], residual[ends]
-            x = add_norm(x, residual, block.next_norm, takes)
+            x = add_norm(x, residual, block.next_norm, takes[i + 1][0])
         return self._scaled(head_of(self.model.get_output_embeddings(), self.ops)(x))
 
     def embed(self, input_ids: Tensor, positions: Tensor) -> Tensor:
@@ -180,17 +183,14 @@ def decoder_of(
     norms.append(None if stack.norm is None else NormFunction(stack.norm, spec.norm, ops))
     kinds, blocks = stack.rope_kinds(), []
     for i, norm in enumerate(norms):
-        layer = pieces[stack.layer_name(i)]
-        attention = pieces[stack.layer_name(i, spec.attention)]
+        layer, attention = (pieces[stack.layer_name(i, name)] for name in ("", spec.attention))
         assert isinstance(layer, DecoderLayer)
         assert isinstance(attention, Attention)
         mlp = pieces.get(stack.layer_name(i, spec.mlp)) if spec.mlp else None
-        step: Callable[[Any], Tensor] = _as_batch(layer.mlp)
-        takes, mlp_takes = None if layer.is_parallel else attention.takes, None
-        if isinstance(mlp, (GatedMlp, UngatedMlp)):
-            step, mlp_takes = mlp.step, mlp.into.takes
+        gate = mlp if isinstance(mlp, (GatedMlp, UngatedMlp)) else None
+        step = _as_batch(layer.mlp) if gate is None else gate.step
         rope = kinds.index(stack.rope_kind(i)) if kinds else None
-        blocks.append(Block(layer, attention, step, norm, rope, takes, mlp_takes))
+        blocks.append(Block(layer, attention, step, norm, rope, gate))
     return Decoder(model, stack, ops, blocks, pieces), None
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from families import LAYERS, OpCounter, PackedRun, tiny_model
@@ -87,6 +89,17 @@ def test_no_kernel_quantises_alone_but_the_output_projections(device):
     assert calls["silu_and_mul_quantize"] == LAYERS
     assert calls["scaled_linear"] == 4 * LAYERS  # q, k and v as one, and gate and up
     assert calls["fused_add_rms_norm_"] == 1  # before the head, which is not quantised
+
+
+@torch.no_grad()
+def test_a_copy_packs_by_itself(device):
+    """Its pieces are bound to its own modules at their first call."""
+    model = quantize_w8a8(tiny_model("llama", device))
+    patch(model)
+    ids = torch.arange(6, device=device)[None]
+    with torch.inference_mode(False):
+        twin = copy.deepcopy(model)
+    assert torch.equal(PackedRun(twin, 1).step(list(ids)), PackedRun(model, 1).step(list(ids)))
 
 
 @torch.no_grad()
