@@ -7,6 +7,7 @@ from typing import Any
 
 from llamatelemetry.inference.block_manager import OutOfBlocks
 from llamatelemetry.inference.fingerprint import Fingerprint
+from llamatelemetry.inference.model_drafts import ModelDrafts
 from llamatelemetry.inference.plan_runner import PlanRunner
 from llamatelemetry.inference.scheduled_request import ScheduledRequest
 from llamatelemetry.inference.scheduler import Scheduler
@@ -21,6 +22,8 @@ class CacheRoom:
         max_rows: requests at work at once.
         num_blocks: of the cache; None grows it to what max_rows requests may need.
         shares: whether prefixes are shared, which are of the weights as they are now.
+        scheduler, runner: whose blocks and pages these are.
+        drafts: whose pages have the same numbers; None where no model drafts.
     """
 
     def __init__(
@@ -31,10 +34,11 @@ class CacheRoom:
         shares: bool,
         scheduler: Scheduler,
         runner: PlanRunner,
+        drafts: ModelDrafts | None = None,
     ) -> None:
         self._model, self._max_rows = model, max_rows
         self._fixed, self._shares = num_blocks, shares
-        self._scheduler, self._runner = scheduler, runner
+        self._scheduler, self._runner, self._drafts = scheduler, runner, drafts
         self._fingerprint: Fingerprint | None = None  # of what the shared prefixes are of
 
     def make(self, request: ScheduledRequest, everyone: Iterable[ScheduledRequest]) -> bool:
@@ -73,6 +77,8 @@ class CacheRoom:
         wanted = self._fixed or max(sum(counts[-self._max_rows :]), blocks.num_blocks)
         is_used = blocks.num_available < blocks.num_blocks or self._shares
         same = runner.runner.ready(positions, wanted, keep=is_used and blocks.num_blocks > 0)
+        if self._drafts is not None:
+            self._drafts.ready(positions, wanted)
         runner.width = width
         blocks.add_blocks(wanted - blocks.num_blocks)
         if self._shares and not (same and self._fingerprint and self._fingerprint.holds()):

@@ -13,7 +13,7 @@ from llamatelemetry.inference.logit_options import LogitOptions
 from llamatelemetry.inference.request_handle import RequestHandle
 from llamatelemetry.inference.running_batch import RunningBatch
 from llamatelemetry.inference.sampling import SamplingParams
-from llamatelemetry.inference.served import served_by
+from llamatelemetry.inference.served import check_draft_model, served_by
 from llamatelemetry.inference.speculation import Speculation
 from llamatelemetry.inference.speculation_config import SpeculationConfig, checked_speculation
 from llamatelemetry.inference.step_limits import StepLimits
@@ -113,6 +113,8 @@ class ContinuousBatching:
             return
         self._served = served_by(engine)
         self.model = self._served.model
+        if speculation is not None and speculation.draft_model is not None:
+            check_draft_model(speculation.draft_model, self.model)
         if split_size and ops_of(self.model).name == "triton":
             raise ValueError("ContinuousBatching: split_size must be 0 with the Triton backend")
         device = self.model.device.type

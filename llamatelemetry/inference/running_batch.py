@@ -10,14 +10,16 @@ import torch
 
 from llamatelemetry.inference.block_manager import BlockManager
 from llamatelemetry.inference.cache_room import CacheRoom
-from llamatelemetry.inference.drawing import Drawn
+from llamatelemetry.inference.drawing import Asked, Drawn
 from llamatelemetry.inference.host_pages import HostPages
 from llamatelemetry.inference.interrupts import as_one, uninterrupted
 from llamatelemetry.inference.kv_pages import floating_parameter
 from llamatelemetry.inference.launched import Flight
+from llamatelemetry.inference.model_drafts import drafts_of
 from llamatelemetry.inference.plan_runner import PlanRunner
 from llamatelemetry.inference.request_handle import RequestHandle
 from llamatelemetry.inference.runner import PAGE_SIZE
+from llamatelemetry.inference.scheduled_request import ScheduledRequest
 from llamatelemetry.inference.scheduler import Piece, Plan, Scheduler
 from llamatelemetry.inference.speculation import Speculation
 from llamatelemetry.inference.stream_order import StreamOrder
@@ -66,10 +68,9 @@ class RunningBatch:
         self.open: dict[object, RequestHandle] = {}
         self.incoming: deque[RequestHandle] = deque()
         self._step_tokens, self._fixed, self._share = step_tokens, num_blocks, share_prefixes
-        self._num_host_blocks = num_host_blocks
+        self._num_host_blocks, self._cache_dtype = num_host_blocks, cache_dtype
         self._flights: deque[Flight] = deque()
         self._is_torn = self._is_uncopied = False
-        self._cache_dtype = cache_dtype
         self._begin()
 
     def _begin(self) -> None:
@@ -77,26 +78,23 @@ class RunningBatch:
         self._like = floating_parameter(self.model)
         blocks = BlockManager(self._fixed or 0, PAGE_SIZE, share_prefixes=self._share)
         self.scheduler = Scheduler(
-            blocks,
-            self._step_tokens,
-            self.max_rows,
+            *(blocks, self._step_tokens, self.max_rows),
             num_host_blocks=self._num_host_blocks,
             is_fixed=self._split_size > 0,
             prefill_chunk=self._chunk,
         )
         self._host = HostPages(self._num_host_blocks)
         self._order = StreamOrder(self._like.device)
-        self._runner = PlanRunner(
-            self.model,
-            lambda request: self.open[request.name].asked,
-            self.max_rows,
-            PAGE_SIZE,
-            self._cache_dtype,
-            self._split_size,
-            0 if self._speculation is None else self._speculation.config.num_speculative_tokens,
-        )
+        config = None if self._speculation is None else self._speculation.config
+        longest = 0 if config is None else config.num_speculative_tokens
+        rows = self._asked_of, self.max_rows, PAGE_SIZE
+        self._runner = PlanRunner(self.model, *rows, self._cache_dtype, self._split_size, longest)
+        self._drafts = drafts_of(config, *rows)
         room = self.model, self.max_rows, self._fixed, self._share
-        self._room = CacheRoom(*room, self.scheduler, self._runner)
+        self._room = CacheRoom(*room, self.scheduler, self._runner, self._drafts)
+
+    def _asked_of(self, request: ScheduledRequest) -> Asked:
+        return self.open[request.name].asked
 
     @property
     def decode_mode(self) -> str:
@@ -146,6 +144,8 @@ class RunningBatch:
         if self._flights:
             touched += self._land()
             plan = self._planned()
+        if self._drafts is not None:
+            self._drafts.fill(plan, self._runner.width)
         self.plan = plan
         for piece, result in self._runner.run(plan):
             touched += self._put_down(piece, result)

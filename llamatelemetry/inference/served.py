@@ -45,10 +45,40 @@ def served_by(engine: Any) -> Served:
         served = Served(engine, None, eos_of(engine), GREEDY)
         patch(engine)
     model = served.model
+    _check_packed("the model", model)
+    return served
+
+
+def check_draft_model(draft: Any, target: Any) -> None:
+    """Patches a model that is to draft for another.
+
+    Raises:
+        ValueError: for a model that packed steps do not serve, another vocabulary or device.
+    """
+    if not hasattr(getattr(draft, "config", None), "get_text_config"):
+        raise ValueError(
+            "SpeculationConfig: draft_model must be a transformers model, got "
+            f"{type(draft).__name__}"
+        )
+    patch(draft)
+    _check_packed("draft_model", draft)
+    sizes = [model.config.get_text_config().vocab_size for model in (target, draft)]
+    if sizes[0] != sizes[1]:
+        raise ValueError(
+            f"SpeculationConfig: draft_model must have the target's vocabulary of {sizes[0]} "
+            f"tokens, got {sizes[1]}"
+        )
+    if draft.device != target.device:
+        raise ValueError(
+            f"SpeculationConfig: draft_model must be on the target's device {target.device}, got "
+            f"{draft.device}"
+        )
+
+
+def _check_packed(name: str, model: Any) -> None:
     if "_llamatelemetry" not in model.__dict__ or why_not_packed(model):
         reason = why_not_packed(model) or "patch does not know it"
         raise ValueError(
-            f"ContinuousBatching: the model must be one that packed steps serve, got "
+            f"ContinuousBatching: {name} must be one that packed steps serve, got "
             f"{type(model).__name__}: {reason}"
         )
-    return served

@@ -11,6 +11,7 @@ from llamatelemetry.inference.plan import Plan
 from llamatelemetry.inference.scheduled_request import ScheduledRequest
 from llamatelemetry.inference.scheduler import Scheduler
 from llamatelemetry.inference.speculation_config import SpeculationConfig
+from llamatelemetry.loading.find import context_length_of
 
 
 class Speculation:
@@ -20,10 +21,16 @@ class Speculation:
         config: SpeculationConfig.
         overlap: whether steps are launched before the tokens of the last one are seen, which a
             draft has to wait for.
+
+    Attributes:
+        max_context: of the draft model, where there is one.
     """
 
     def __init__(self, config: SpeculationConfig, overlap: bool = False) -> None:
         self.config, self._overlap = config, overlap
+        self.max_context = 0
+        if config.draft_model is not None:
+            self.max_context = context_length_of(config.draft_model.config)
         self._lengths = DraftLengths() if config.adaptive else None
         self._indexes: WeakKeyDictionary[ScheduledRequest, NgramIndex] = WeakKeyDictionary()
         self._was_due = False
@@ -47,7 +54,7 @@ class Speculation:
             is_at_work = request.num_left == 1 and not request.num_ahead
             if request.speculates and is_at_work and (most := _most(request)) > 0:
                 count = min(most, self.config.num_speculative_tokens, spare)
-                if draft := self._index(request).propose(request.tokens, count):
+                if draft := self._propose(request, count):
                     found.append((request, draft))
                     spare -= len(draft)
         lengths = [len(draft) for _, draft in found]
@@ -56,6 +63,11 @@ class Speculation:
             lengths = self._lengths.choose(drafts, len(scheduler.running))
         for (request, draft), length in zip(found, lengths, strict=True):
             request.draft = draft[:length]
+
+    def _propose(self, request: ScheduledRequest, count: int) -> list[int]:
+        if self.config.draft_model is not None:  # what it drafts comes once there are blocks for it
+            return [0] * min(count, self.max_context - len(request.tokens))
+        return self._index(request).propose(request.tokens, count)
 
     def _index(self, request: ScheduledRequest) -> NgramIndex:
         index = self._indexes.get(request)

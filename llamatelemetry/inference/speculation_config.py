@@ -20,6 +20,8 @@ class SpeculationConfig:
             request's own text, the longest first; what followed them there is the draft
         adaptive: whether drafts become shorter, or are left out for a while, where they win less
             time than they cost; False drafts whatever there is to draft
+        draft_model: a smaller transformers model of the target's vocabulary, patched by
+            ContinuousBatching, which drafts in the place of prompt lookup; None is prompt lookup
 
     Raises:
         ValueError: naming the argument, the rule and the value
@@ -33,6 +35,7 @@ class SpeculationConfig:
     prompt_lookup_max: int = 4
     prompt_lookup_min: int = 2
     adaptive: bool = True
+    draft_model: Any = None
 
     def __post_init__(self) -> None:
         for name in ("num_speculative_tokens", "prompt_lookup_min", "prompt_lookup_max"):

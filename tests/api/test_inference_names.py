@@ -187,6 +187,7 @@ DATACLASSES = {
             ("prompt_lookup_max", 4),
             ("prompt_lookup_min", 2),
             ("adaptive", True),
+            ("draft_model", None),
         ]
     },
     "speculative": {
