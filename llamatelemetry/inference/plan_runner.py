@@ -26,6 +26,7 @@ from llamatelemetry.inference.drawing import (
 )
 from llamatelemetry.inference.launched import Launched, Result
 from llamatelemetry.inference.logits_step import LogitsStep
+from llamatelemetry.inference.piece_kinds import KINDS, kinds_of
 from llamatelemetry.inference.plan import Piece, Plan
 from llamatelemetry.inference.runner import DecodeStep, StepRunner
 from llamatelemetry.inference.sampling import GREEDY, nan_error, sampling_tensors
@@ -33,8 +34,6 @@ from llamatelemetry.inference.scheduled_request import ScheduledRequest
 from llamatelemetry.inference.step import Chunk, current, put, take_ids
 from llamatelemetry.inference.verify import MAX_VERIFY_STEPS, Verifier
 
-# Of pieces: who decodes, likewise with logits that the host looks at, prompts that go on, others.
-_KINDS = ("decoding", "watched", "continued", "whole")
 MIN_WIDTH = 8  # blocks in a table; wider ones come in powers of two
 
 
@@ -102,7 +101,7 @@ class PlanRunner:
         Raises:
             Exception: of a forward; no result counts. The results of before are good.
         """
-        device, kinds = self.runner.pages.device, self._kinds(plan)
+        device, kinds = self.runner.pages.device, kinds_of(plan, self._is_watched)
         launched = Launched(device, self.runner.pages.model_dtype)
         with current(device), torch.autocast(device.type, enabled=False):
             try:
@@ -124,7 +123,7 @@ class PlanRunner:
         A forward of several that raises is run again one by one, so that an error is of the request
         alone that causes it.
         """
-        kinds = self._kinds(plan)
+        kinds = kinds_of(plan, self._is_watched)
         if pieces := self._packed(kinds):
             return (yield from self._isolated(pieces, self._eager))
         # Apart, for each kind runs through kernels of its own: no token depends on which others
@@ -139,38 +138,21 @@ class PlanRunner:
         """Columns of the block tables once a sequence may have so many blocks."""
         return max(self.width, 1 << max(num_blocks - 1, 0).bit_length())
 
-    def _kinds(self, plan: Plan) -> dict[str, list[Piece]]:
-        kinds: dict[str, list[Piece]] = {}
-        for piece in plan.pieces:
-            kinds.setdefault(self._kind(piece), []).append(piece)
-        if any(piece.draft for piece in plan.pieces):
-            one_token = [kinds.pop(kind, []) for kind in ("decoding", "watched")]
-            kinds["verified"] = [piece for pieces in one_token for piece in pieces]
-        return kinds
-
     def _packed(self, kinds: dict[str, list[Piece]]) -> list[Piece]:
         """All pieces in the order of their kinds, if one forward is to run on them; else none."""
         has_prompts = "continued" in kinds or "whole" in kinds
         if not (self.packs and has_prompts and len(kinds) > 1) or "verified" in kinds:
             return []
-        return [piece for kind in _KINDS for piece in kinds.get(kind, [])]
+        return [piece for kind in KINDS for piece in kinds.get(kind, [])]
 
     def _prompts(self, kinds: dict[str, list[Piece]]) -> Iterator[list[Piece]]:
         """Pieces of prompts, those of one forward at a time."""
-        for kind in _KINDS[2:]:
+        for kind in KINDS[2:]:
             pieces = kinds.get(kind, [])
             if self._are_apart:
                 yield from ([piece] for piece in pieces)
             elif pieces:
                 yield pieces
-
-    def _kind(self, piece: Piece) -> str:
-        """What forward a piece has part in: the logits of those that are watched are looked at."""
-        if piece.begin == 0:
-            return "whole"
-        if not piece.draws or piece.end - piece.begin > 1:
-            return "continued"
-        return "watched" if self._is_watched(piece) else "decoding"
 
     def _is_watched(self, piece: Piece) -> bool:
         request = piece.request

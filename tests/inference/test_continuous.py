@@ -185,6 +185,22 @@ def test_priorities(device):
     assert started == [3, 1, 0, 2]
 
 
+@pytest.mark.parametrize(
+    "options", [{}, {"max_step_tokens": PAGE * 2, "share_prefixes": False}], ids=["cached", "cut"]
+)
+def test_several_answers_to_a_prompt_of_which_one_token_is_left(device, options):
+    model, prompt = tiny_model("llama", device), PROMPTS[2][: PAGE * 2 + 1]
+    batcher = ContinuousBatching(4, model, **options)
+    wanted = batcher.submit(prompt, GREEDY, 5).result().token_ids
+    handles = batcher.submit_group(prompt, [GREEDY, WARM], 5)  # all but the last token is there
+    for _ in range(10):
+        batcher.step()
+        batcher._batch.scheduler.check()
+    assert [len(handle.token_ids) for handle in handles] == [5, 5]
+    assert handles[0].token_ids == wanted
+    assert is_free(batcher)
+
+
 def test_examples():
     found = doctest.testmod(continuous)
     assert (found.failed, found.attempted) == (0, 2)
