@@ -68,7 +68,8 @@ def row_scales(found: Mapping[str, Tensor]) -> Tensor:
     """
     if (order := found.get("weight_format")) is not None and bool(order.any()):
         raise ValueError(f"weight_format must be 0 (row by row), got {order.tolist()}")
-    return _tensor(found, "SCB").float().reshape(-1, 1) / 127
+    largest = _tensor(found, "SCB").float().reshape(-1, 1)
+    return largest / torch.full_like(largest, 127)  # by a number CUDA multiplies by 1 / 127
 
 
 def _absmax(found: Mapping[str, Tensor], state: Mapping[str, Any]) -> Tensor:

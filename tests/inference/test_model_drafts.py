@@ -84,10 +84,10 @@ def test_a_draft_model_that_raises_costs_its_drafts_alone(device, monkeypatch, c
     wanted = ContinuousBatching(1, target).submit(PROMPTS[0], GREEDY, 20).result().token_ids
     prefill = StepRunner.prefill
 
-    def failing(self, chunks, width, kept=None):
+    def failing(self, *args, **kwargs):
         if self.model is twin:
             raise RuntimeError("of the draft")
-        return prefill(self, chunks, width, kept)
+        return prefill(self, *args, **kwargs)
 
     monkeypatch.setattr(StepRunner, "prefill", failing)
     batcher = ContinuousBatching(1, target, speculation=drafted_by(twin))
