@@ -24,7 +24,7 @@ _LEAST_GAIN = 1.02  # of tokens a second, from which on drafts go in
 _TIMED = 5  # steps without drafts whose median is what one takes
 _MEASURES = 8  # steps without drafts that a new number of rows waits for at most, to be timed
 _REACH = 0.5  # how far from the estimate a ratio counts: something else may hold a step up
-# Of drafted tokens and ratios near 1: sums of weight, x, x², y and xy, as two weak samples.
+# Of drafted tokens a row and ratios near 1: sums of weight, x, x², y and xy, as two weak samples.
 _PRIOR = (2.0, 4.0, 16.0, 2.1, 4.3)
 _FIRST_REST, _LAST_REST = 8, 64  # steps without drafts
 _HOPE = 0.15  # tokens of drafts that a row is taken to win a step, after a rest
@@ -33,7 +33,9 @@ _HOPE = 0.15  # tokens of drafts that a row is taken to win a step, after a rest
 @dataclass
 class _StepTimes:
     """What steps of one number of rows take: seconds without drafts, and the ratio with them as a
-    line over the number of drafted tokens, by least squares that forget."""
+    line over the number of drafted tokens a row, by least squares that forget."""
+
+    num_rows: int
 
     # A median, for the step after one that was captured finds its tokens there already.
     plain: deque[float] = field(default_factory=lambda: deque(maxlen=_TIMED))
@@ -51,9 +53,9 @@ class _StepTimes:
     def note_drafted(self, count: int, seconds: float) -> None:
         if not self.is_timed:
             return
-        near = self.ratio(count)
+        near, each = self.ratio(count), count / self.num_rows
         ratio = min(max(seconds / median(self.plain), near - _REACH), near + _REACH)
-        sample = (1.0, count, count * count, ratio, count * ratio)
+        sample = (1.0, each, each * each, ratio, each * ratio)
         self.sums = [_FORGETS * old + new for old, new in zip(self.sums, sample, strict=True)]
 
     def ratio(self, count: int) -> float:
@@ -61,7 +63,8 @@ class _StepTimes:
         weight, x, xx, y, xy = self.sums
         spread = weight * xx - x * x
         slope = max((weight * xy - x * y) / spread, 0.0) if spread > 1e-6 * xx else 0.0
-        return max((y - slope * x) / weight + slope * count, 1.0) if count else 1.0
+        each = count / self.num_rows
+        return max((y - slope * x) / weight + slope * each, 1.0) if count else 1.0
 
 
 class DraftLengths:
@@ -73,11 +76,15 @@ class DraftLengths:
         self._won = _HOPE  # tokens of drafts that a row wins in a step
         self._rest, self._left = _FIRST_REST, 0
 
-    def rests(self, num_rows: int) -> bool:
-        """Whether nothing is to be drafted for the next step, of so many rows; to be asked once a
-        step."""
+    def rests(self, num_rows: int, is_mixed: bool = False) -> bool:
+        """Whether nothing is to be drafted for the next step; to be asked once a step.
+
+        Args:
+            num_rows: requests that decode in it.
+            is_mixed: whether it computes prompts too, so that its time tells nothing.
+        """
         times = self._times_of(num_rows)
-        if not times.is_timed and times.num_waited < _MEASURES:
+        if not (is_mixed or times.is_timed) and times.num_waited < _MEASURES:
             times.num_waited += 1
             return True
         if self._left == 0:
@@ -153,12 +160,13 @@ class DraftLengths:
     def _times_of(self, num_rows: int) -> _StepTimes:
         times = self._times.get(num_rows)
         if times is None:
-            times = self._times[num_rows] = _StepTimes()
+            times = self._times[num_rows] = _StepTimes(num_rows)
             near = min(
                 (rows for rows in self._times if rows != num_rows),
                 key=lambda rows: abs(rows - num_rows),
                 default=None,
             )
             if near is not None:
-                times.sums = [value / 4 for value in self._times[near].sums]
+                sums = self._times[near].sums
+                times.sums = [value * _PRIOR[0] / sums[0] for value in sums]
         return times

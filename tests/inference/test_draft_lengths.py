@@ -48,7 +48,7 @@ def served(chance, extra, slope, rows=1, overlap=False, seed=0):
 
 
 @pytest.mark.parametrize("overlap", [False, True])
-@pytest.mark.parametrize("rows", [1, 8])
+@pytest.mark.parametrize("rows", [1, 8, 64])
 @pytest.mark.parametrize(("extra", "slope"), [(0.1, 0.01), (0.05, 0.3)])
 def test_useless_drafts_cost_little(extra, slope, rows, overlap):
     rate, _ = served(lambda at: 0.02, extra, slope / rows, rows, overlap)
@@ -56,7 +56,7 @@ def test_useless_drafts_cost_little(extra, slope, rows, overlap):
 
 
 @pytest.mark.parametrize("overlap", [False, True])
-@pytest.mark.parametrize("rows", [1, 8])
+@pytest.mark.parametrize("rows", [1, 8, 64])
 def test_right_drafts_are_long_where_a_step_s_time_allows(rows, overlap):
     rate, length = served(lambda at: 0.9, 0.1, 0.02 / rows, rows, overlap)
     assert length > 3
@@ -78,3 +78,18 @@ def test_rows_have_lengths_of_their_own():
         lengths.note_draft(good, 4, 4)
         lengths.note_draft(bad, 4, 0)
     assert lengths.choose([(bad, 4), (good, 4)], 2) == [0, 4]
+
+
+def test_any_numbers_of_rows_may_follow_one_another():
+    lengths, request = DraftLengths(), ScheduledRequest(0, [1], 99)
+    for rows in range(1, 700):  # each learns from the one before
+        assert lengths.rests(rows)
+    while lengths.rests(699):
+        pass
+    assert lengths.choose([(request, 4)] * 699, 699) == [4] * 699
+
+
+def test_a_step_with_prompts_is_not_waited_for():
+    lengths = DraftLengths()
+    assert not lengths.rests(3, is_mixed=True)
+    assert [lengths.rests(3) for _ in range(9)] == [True] * 8 + [False]
