@@ -75,6 +75,11 @@ class DecodeStep:
         return self.input.block_table.shape[1]
 
     @property
+    def has_run(self) -> bool:
+        """Whether it is past its first run, which may record or capture it."""
+        return self._replay is not None
+
+    @property
     def replays(self) -> bool:
         """Whether a run is a replay, which looks at nothing but its tensors."""
         return self.mode in ("recorded", "graph")

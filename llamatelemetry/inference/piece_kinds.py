@@ -20,7 +20,7 @@ def kinds_of(plan: Plan, is_watched: Callable[[Piece], bool]) -> dict[str, list[
     kinds: dict[str, list[Piece]] = {}
     for piece in plan.pieces:
         kinds.setdefault(_kind_of(piece, is_watched), []).append(piece)
-    if any(piece.draft for piece in plan.pieces):
+    if plan.has_drafts:
         one_token = [kinds.pop(kind, []) for kind in KINDS[:2]]
         kinds["verified"] = [piece for pieces in one_token for piece in pieces]
     return kinds

@@ -35,7 +35,10 @@ class Plan:
             one of the two is empty.
         copies: (source, destination) of blocks to be copied before.
         preempted: requests that gave their blocks up for this step.
-        num_accepted: drafted tokens that were right, once the step is over.
+        num_drafted, num_accepted: once the step is over, drafted tokens that were checked, and
+            those of them that the model drew too.
+        num_won: tokens that were drawn beside one of each piece; fewer than were right by one where
+            the last of these ended its request.
     """
 
     pieces: list[Piece] = field(default_factory=list)
@@ -43,7 +46,9 @@ class Plan:
     swaps_in: Pairs = field(default_factory=list)
     copies: list[tuple[int, int]] = field(default_factory=list)
     preempted: list[ScheduledRequest] = field(default_factory=list)
+    num_drafted: int = 0
     num_accepted: int = 0
+    num_won: int = 0
 
     def beginning(self) -> list[ScheduledRequest]:
         """Requests of which this may be the first forward: it runs on tokens of their prompts."""
@@ -54,5 +59,5 @@ class Plan:
         return sum(piece.end - piece.begin for piece in self.pieces)
 
     @property
-    def num_drafted(self) -> int:
-        return sum(len(piece.draft) for piece in self.pieces)
+    def has_drafts(self) -> bool:
+        return any(piece.draft for piece in self.pieces)

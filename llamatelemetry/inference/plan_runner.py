@@ -175,17 +175,21 @@ class PlanRunner:
         return [result for piece in pieces for result in self._isolated([piece], self._eager)]
 
     def _verified(self, pieces: list[Piece]) -> Iterator[Result]:
-        """Pieces of which some have drafts, and what each draws, token by token."""
-        if not pieces:
-            return
+        """Pieces of which some have drafts, and what each draws, token by token. Where that fails,
+        those that have drawn nothing are run again one by one, without their drafts."""
+        given: set[ScheduledRequest] = set()
         try:
-            step = self.verifier.run(pieces, self.width)
+            if pieces:
+                step = self.verifier.run(pieces, self.width)
+                self.decode_mode = step.mode
+                for piece, result in self.verifier.results(pieces, step):
+                    given.add(piece.request)
+                    yield piece, result
         except Exception:
             self.runner.drop_steps()
-            yield from (one for p in pieces for one in self._isolated([p], self._eager))
-        else:
-            self.decode_mode = step.mode
-            yield from self.verifier.results(pieces, step)
+            self.verifier.was_typical = False
+            left = [p for p in pieces if p.request not in given and not p.request.finish_reason]
+            yield from (one for p in left for one in self._isolated([p], self._eager))
 
     def _prefill(self, pieces: list[Piece], before: Launched | None = None) -> Tensor:
         """Logits of the last token of each piece."""

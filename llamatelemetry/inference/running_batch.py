@@ -166,8 +166,8 @@ class RunningBatch:
     def _noted(self, plan: Plan, touched: list[RequestHandle]) -> list[RequestHandle]:
         """touched, each once, for one may have drawn several tokens in a step."""
         if self._speculation is not None:
-            is_first = plan.num_drafted > 0 and self._runner.verifier.was_first
-            self._speculation.note(plan, self.scheduler, len(self._flights), is_first)
+            flights, verifier = len(self._flights), self._runner.verifier
+            self._speculation.note(plan, self.scheduler, flights, verifier)
         return list(dict.fromkeys(touched))
 
     def _planned(self) -> Plan:

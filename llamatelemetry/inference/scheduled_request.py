@@ -44,7 +44,7 @@ class ScheduledRequest:
             which the host has not seen.
         num_cached: leading tokens whose keys and values were in the cache already, at first.
         preemptions: how often its blocks were taken from it.
-        num_drafted, num_accepted: drafted tokens that a forward ran on, and those that were right.
+        num_drafted, num_accepted: drafted tokens that were checked, and those that were right.
         finish_reason: "stop", "length", "cancelled" or "error"; None while it is open.
     """
 

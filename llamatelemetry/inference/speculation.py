@@ -11,6 +11,7 @@ from llamatelemetry.inference.plan import Plan
 from llamatelemetry.inference.scheduled_request import ScheduledRequest
 from llamatelemetry.inference.scheduler import Scheduler
 from llamatelemetry.inference.speculation_config import SpeculationConfig
+from llamatelemetry.inference.verify import Verifier
 from llamatelemetry.loading.find import context_length_of
 
 
@@ -39,20 +40,25 @@ class Speculation:
     def is_due(self, scheduler: Scheduler) -> bool:
         """Whether something is to be drafted for the next plan, for which the host has to have seen
         all tokens; to be asked once a step."""
-        speaking = [one for one in scheduler.running if one.speculates and _most(one) > 0]
-        self._was_due = bool(speaking) and not (
-            self._lengths is not None and self._lengths.rests(len(scheduler.running))
-        )
+        decoding = [one for one in scheduler.running if _decodes(one)]
+        self._was_due = any(one.speculates and _most(one) > 0 for one in decoding)
+        if self._was_due and self._lengths is not None:
+            self._was_due = not self._lengths.rests(len(decoding), _has_prompts(scheduler))
         return self._was_due
 
     def draft(self, scheduler: Scheduler) -> None:
-        """Drafts for the next plan, as much as fits beside a token of everyone at work."""
+        """Drafts for the next plan, as much as fits beside a token of everyone at work; half as
+        much where prompts are to be computed, which need the budget too."""
         spare = scheduler.max_step_tokens - len(scheduler.running)
+        # Who computes a prompt, or everything again, draws nothing that could be drafted.
+        decoding = [one for one in scheduler.running if _decodes(one)]
+        may_come = scheduler.waiting and len(scheduler.running) < scheduler.max_running
+        if may_come or _has_prompts(scheduler):
+            spare //= 2
         found: list[tuple[ScheduledRequest, list[int]]] = []
-        for request in scheduler.running:
-            # Who computes a prompt, or everything again, draws nothing that could be drafted.
-            is_at_work = request.num_left == 1 and not request.num_ahead
-            if request.speculates and is_at_work and (most := _most(request)) > 0:
+        for request in decoding:
+            is_seen = request.num_ahead == 0
+            if request.speculates and is_seen and (most := _most(request)) > 0:
                 count = min(most, self.config.num_speculative_tokens, spare)
                 if draft := self._propose(request, count):
                     found.append((request, draft))
@@ -60,7 +66,7 @@ class Speculation:
         lengths = [len(draft) for _, draft in found]
         if self._lengths is not None and found:
             drafts = [(request, len(draft)) for request, draft in found]
-            lengths = self._lengths.choose(drafts, len(scheduler.running))
+            lengths = self._lengths.choose(drafts, len(decoding))
         for (request, draft), length in zip(found, lengths, strict=True):
             request.draft = draft[:length]
 
@@ -80,35 +86,47 @@ class Speculation:
         """A step begins, with so many before it whose tokens the host has not seen."""
         self._begun = time.perf_counter(), num_flights
 
-    def note(self, plan: Plan, scheduler: Scheduler, num_flights: int, is_first: bool) -> None:
+    def note(self, plan: Plan, scheduler: Scheduler, num_flights: int, verifier: Verifier) -> None:
         """A step is over: counts what of its drafts was right; their blocks are given back where
         they were not.
 
         Args:
-            plan: of the step; gets the number of drafted tokens that were right.
+            plan: of the step; gets the numbers of its drafted tokens.
             scheduler: whose blocks they are.
             num_flights: as begin's, now.
-            is_first: whether the step was the first of its kind, which takes longer.
+            verifier: which checked the drafts, if there were any.
         """
+        right, is_typical = verifier.right, verifier.was_typical or not plan.has_drafts
         for piece in plan.pieces:
             if piece.draft:
                 request, drafted = piece.request, len(piece.draft)
-                accepted = max(len(request.tokens) - piece.end - 1, 0)
-                request.num_drafted += drafted
-                request.num_accepted += accepted
-                plan.num_accepted += accepted
-                if self._lengths is not None:
-                    self._lengths.note_draft(request, drafted, accepted)
+                if request in right:
+                    plan.num_drafted += drafted
+                    plan.num_accepted += right[request]
+                    plan.num_won += max(len(request.tokens) - piece.end - 1, 0)
+                    if self._lengths is not None:
+                        self._lengths.note_draft(request, drafted, right[request])
                 scheduler.give_back(request)
         rows = sum(piece.is_decode for piece in plan.pieces)
         if self._lengths is None or not rows:
             return
-        if self._was_due:
-            self._lengths.note_step(rows, plan.num_accepted, self._overlap)
+        if self._was_due and (right or not plan.has_drafts):
+            self._lengths.note_step(rows, plan.num_won, self._overlap)
         began, flights_before = self._begun
-        if rows == len(plan.pieces) and flights_before == num_flights and not is_first:
+        if rows == len(plan.pieces) and flights_before == num_flights and is_typical:
             seconds = time.perf_counter() - began
             self._lengths.note_time(rows, plan.num_drafted, seconds)
+
+
+def _decodes(request: ScheduledRequest) -> bool:
+    """Whether its next piece is one drawn token."""
+    is_drawn = request.num_computed >= len(request.prompt)
+    return request.num_left == 1 and is_drawn and not request.is_drawn_out
+
+
+def _has_prompts(scheduler: Scheduler) -> bool:
+    """Whether a request at work computes its prompt, or everything again."""
+    return not all(_decodes(one) or one.is_drawn_out for one in scheduler.running)
 
 
 def _most(request: ScheduledRequest) -> int:

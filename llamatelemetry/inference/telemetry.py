@@ -171,7 +171,7 @@ class Telemetry:
                 begin,
                 end,
                 plan.num_tokens - len(drawn_before),
-                len(drawn_before) + plan.num_accepted,
+                len(drawn_before) + plan.num_won,
                 preemptions=len(plan.preempted),
                 drafted_tokens=plan.num_drafted,
                 accepted_tokens=plan.num_accepted,

@@ -38,7 +38,10 @@ class Verifier:
         longest: drafted tokens of a row at most.
 
     Attributes:
-        was_first: whether the last run was the first of its step, which records or captures it.
+        was_typical: whether the last run took what its step takes; the first, which records or
+            captures it, takes longer, and so does one that failed.
+        right: of the last run's requests whose drafts were checked so far, how many tokens of them
+            the model drew too.
     """
 
     def __init__(
@@ -51,10 +54,12 @@ class Verifier:
     ) -> None:
         self._runner, self._asked_of, self._is_watched = runner, asked_of, is_watched
         self._buckets, self._longest = buckets, longest + 1
-        self.was_first = False
+        self.was_typical = False
+        self.right: dict[ScheduledRequest, int] = {}
 
     def run(self, pieces: Sequence[Piece], width: int) -> VerifyStep:
         """Runs the step of these pieces, tables of width blocks."""
+        self.was_typical, self.right = False, {}
         rows = next(size for size in self._buckets if size >= len(pieces))
         spare = rows - len(pieces)
         chunks = [
@@ -68,7 +73,7 @@ class Verifier:
         def load() -> VerifyStep:
             step = self._runner.step_of(VerifyStep, rows, width, count, self._longest)
             step.place(chunks, params, offsets, len(pieces))
-            self.was_first = step.mode == "eager"
+            self.was_typical = step.has_run
             return step
 
         with torch.autocast(self._runner.pages.device.type, enabled=False):  # the cache's dtype
@@ -101,6 +106,7 @@ class Verifier:
             if token < 0:
                 yield _part(piece, index), nan_error(self._runner.pages.model_dtype)
             else:
+                self._count(piece, index, token)
                 yield _part(piece, index), [Drawn(token)]
             if not _is_right(piece, index):
                 return
@@ -116,9 +122,21 @@ class Verifier:
                 logits = step.logits.index_select(0, places)
                 drawn = draw(logits, requests, [self._asked_of(one) for one in requests])
             for (piece, _), one in zip(rows, drawn, strict=True):
+                if isinstance(one, Drawn):
+                    self._count(piece, index, one.token)
                 yield _part(piece, index), of_piece([one])
             rows = [(piece, begin) for piece, begin in rows if _is_right(piece, index)]
             index += 1
+
+    def _count(self, piece: Piece, index: int, token: int) -> None:
+        """Counts before the token is taken: other threads may look at the request once it ends."""
+        request = piece.request
+        if index == 0 and piece.draft:
+            request.num_drafted += len(piece.draft)
+            self.right[request] = 0
+        if index < len(piece.draft) and token == piece.draft[index]:
+            request.num_accepted += 1
+            self.right[request] += 1
 
 
 def _part(piece: Piece, index: int) -> Piece:

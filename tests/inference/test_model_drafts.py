@@ -57,7 +57,7 @@ def test_the_text_is_the_same(device, monkeypatch, options):
         drafted = sum(one.drafted_tokens for one in stats)
         right = sum(one.accepted_tokens for one in stats)
         if not adaptive:
-            assert drafted > 50
+            assert drafted > 40
             # The draft draws with the target's random bits.
             assert right > 0.9 * drafted if model is twin else right < 0.5 * drafted
             assert model is not twin or steps < 0.8 * plain_steps

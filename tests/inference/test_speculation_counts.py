@@ -10,6 +10,8 @@ from drafting import SPECULATION, draft_from, served, texts_of
 from families import tiny_model
 
 from llamatelemetry.inference.continuous import ContinuousBatching
+from llamatelemetry.inference.draft_lengths import DraftLengths
+from llamatelemetry.inference.request_handle import RequestHandle
 from llamatelemetry.inference.sampling import GREEDY
 
 
@@ -36,6 +38,38 @@ def test_counts_of_steps_and_requests(device, monkeypatch):
     assert found["accepted_tokens"] == sum(one.accepted_tokens for one in stats) > 0
     assert found["decode_tokens"] == sum(one.num_tokens - 1 for one in stats)
     assert found["requests"] == len(handles)
+
+
+def test_a_right_draft_that_ends_the_text_is_right_and_counted_before_the_end(device, monkeypatch):
+    model, prompt = tiny_model("llama", device), PROMPTS[0]
+    wanted = ContinuousBatching(1, model).submit(prompt, GREEDY, 9).result().token_ids
+    draft_from(monkeypatch, [prompt + wanted], 99)
+    seen, end = [], RequestHandle.end
+    monkeypatch.setattr(
+        RequestHandle, "end", lambda self, error: (seen.append(self.stats), end(self, error))[1]
+    )
+    batcher = ContinuousBatching(1, model, speculation=SPECULATION)
+    stop = wanted[wanted.index(wanted[2])]
+    handle = batcher.submit(prompt, GREEDY, 9, stop_token_ids=[stop])
+    count = len(handle.result().token_ids)
+    assert count > 1
+    for stats in (seen[0], handle.stats):
+        assert (stats.drafted_tokens, stats.accepted_tokens) == (4, count - 1)
+    assert batcher.telemetry.summary()["decode_tokens"] == count - 1
+
+
+def test_steps_of_a_model_that_records_nothing_are_timed_with_drafts(device, monkeypatch):
+    model, prompt = tiny_model("mixtral", device), PROMPTS[0]
+    wanted = ContinuousBatching(1, model).submit(prompt, GREEDY, 60).result().token_ids
+    draft_from(monkeypatch, [prompt + wanted], 99)
+    timed, note_time = [], DraftLengths.note_time
+    monkeypatch.setattr(
+        DraftLengths, "note_time", lambda self, *args: (timed.append(args), note_time(self, *args))
+    )
+    batcher = ContinuousBatching(1, model, speculation=replace(SPECULATION, adaptive=True))
+    assert batcher.submit(prompt, GREEDY, 60).result().token_ids == wanted
+    assert batcher.decode_mode == "eager"
+    assert any(drafted > 0 for _, drafted, _ in timed)
 
 
 def test_the_server_counts_them_under_vllm_s_names(device, monkeypatch):
