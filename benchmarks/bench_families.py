@@ -147,6 +147,9 @@ def main() -> None:
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda")
     parser.add_argument("--quick", action="store_true", help="two narrow layers, no JSON")
     arguments = parser.parse_args()
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        print("families: needs a GPU, measured nothing")
+        return
     transformers.logging.set_verbosity_error()
     torch.manual_seed(0)
     rows = []

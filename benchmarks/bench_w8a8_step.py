@@ -41,6 +41,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="two layers, one round, no JSON")
     quick = parser.parse_args().quick
+    if not torch.cuda.is_available():
+        print("w8a8_step: needs a GPU, measured nothing")
+        return
     device = torch.device("cuda")
     dense: Any = random_llama(2 if quick else SHAPE["num_hidden_layers"])
     dense.generation_config.eos_token_id = None

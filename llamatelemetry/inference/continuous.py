@@ -55,7 +55,7 @@ class ContinuousBatching:
         split_size: a multiple of 64, at which attention's keys are cut: then no bit of a request's
             tokens depends on the others, but where it gave its blocks up. Steps have max_batch_size
             rows, a prompt a forward of its own, and no prefix is shared; 0 is faster.
-        speculation: SpeculationConfig; None drafts nothing. The text is the same.
+        speculation: SpeculationConfig; None drafts nothing. The text is the same but for near-ties.
 
     Raises:
         ValueError: for a number below 1, another cache_dtype, a model packed steps do not serve.

@@ -41,14 +41,18 @@ class GrammarMatcher:
         import xgrammar
 
         self._matcher = xgrammar.GrammarMatcher(compiled, terminate_without_stop_token=ends_itself)
+        self._ends_itself = ends_itself
         size = compiled.tokenizer_info.vocab_size
         self._words = torch.full((1, -(-size // 32)), -1, dtype=torch.int32)
 
     @property
     def is_complete(self) -> bool:
         """Whether nothing may follow."""
-        if not self._matcher.is_terminated():  # xgrammar's "may end here"
+        if not self._matcher.is_terminated():
             return False
+        if not self._ends_itself:  # the token that ends the text was the last
+            return True
+        # Without such a token xgrammar means that the text may end here.
         self._words.fill_(-1)
         self._matcher.fill_next_token_bitmask(self._words, 0)
         return not self._words.any()

@@ -190,6 +190,8 @@ def quantize_w8a8(
         )
     """
     _dtype_of(kind)
+    if not isinstance(model, nn.Module):
+        raise RuntimeError(f"quantize_w8a8: model must be an nn.Module, got {type(model).__name__}")
     if isinstance(skip, str):
         raise RuntimeError(f"quantize_w8a8: skip must be a collection of names, got {skip!r}")
     holders: dict[int, int] = {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 
@@ -13,6 +14,7 @@ pytest.importorskip("fastapi")
 from http_servers import tiny_engine
 
 from llamatelemetry.inference.continuous import ContinuousBatching
+from llamatelemetry.inference.engine import InferenceEngine
 from llamatelemetry.inference.logit_options import LogitOptions
 from llamatelemetry.inference.sampling import GREEDY, SamplingParams
 from llamatelemetry.inference.structured import Structures
@@ -51,6 +53,16 @@ def test_a_choice(engine, structures):
     found = texts(engine, structures.choice(words))
     assert {text for text, _ in found} <= set(words)
     assert len(set(found)) > 1
+    assert {reason for _, reason in found} == {"stop"}
+
+
+def test_a_token_that_ends_the_text(engine):
+    loaded = engine.loaded
+    end = loaded.model.config.vocab_size - 1
+    ending = InferenceEngine(dataclasses.replace(loaded, eos_ids=(end,)))
+    found = texts(ending, Structures(ending).choice(["yes", "maybe"]))
+    last = ending.tokenizer.decode([end])  # is no special token here, so that texts show it
+    assert {text.removesuffix(last) for text, _ in found} <= {"yes", "maybe"}
     assert {reason for _, reason in found} == {"stop"}
 
 
