@@ -21,6 +21,7 @@ from llamatelemetry.cuda.tensor_core_config import (
     why_unsupported,
 )
 from llamatelemetry.inference.arguments import instance
+from llamatelemetry.loading.model_lists import names_in_float32
 
 _log = logging.getLogger("llamatelemetry")
 _CAST = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -111,7 +112,7 @@ def plan_optimization(
                 *capability
             )
         )
-    kept = tuple(_names_kept(model, plan.dtype))
+    kept = tuple(names_in_float32(model, plan.dtype))
     for name, module in model.named_modules():
         parts = name.split(".")
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
@@ -218,14 +219,6 @@ def _patch(model: nn.Module, plan: OptimizationPlan) -> None:
     plan.notes.append(f"fused ops for {replaced or 'nothing'}")
     if report.refused:
         plan.notes.append(f"not replaced: {fp16_safety.some_of(report.refused)}")
-
-
-def _names_kept(model: Any, dtype: torch.dtype) -> list[str]:
-    """What a transformers model lists as float32 for this dtype."""
-    names = list(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
-    if dtype == torch.float16:
-        names += list(getattr(model, "_keep_in_fp32_modules", None) or ())
-    return names
 
 
 def _exceeds_float16(module: nn.Module) -> bool:

@@ -14,21 +14,21 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from llamatelemetry.loading.errors import ModelFileError, in_one_sentence
 from llamatelemetry.loading.files import tensor_names, weight_files
+from llamatelemetry.loading.model_lists import is_ignored, is_of_ignored_layer, loaded_dtype
 from llamatelemetry.quantization import w8a8
 from llamatelemetry.quantization.bitsandbytes import dense_linear
 from llamatelemetry.quantization.checkpoints import load_linear, load_w8a8
-from llamatelemetry.quantization.experts import PARTS, LinearExperts, expert_of, expert_sizes
+from llamatelemetry.quantization.experts import (
+    PARTS,
+    LinearExperts,
+    expert_of,
+    expert_sizes,
+    is_known,
+)
 from llamatelemetry.quantization.group_linear import GroupLinear
 from llamatelemetry.quantization.layouts import METHODS, Layout, layout_of
 from llamatelemetry.quantization.mxfp4 import mxfp4_experts
 from llamatelemetry.quantization.w8a8 import W8A8Linear
-
-# Tensors that nothing here needs: tables that a model makes itself, and scales of activations and
-# of a cache in fewer bits, both of which stay as they are.
-_NOT_NEEDED = (
-    *("inv_freq", "k_scale", "v_scale", "kv_scale"),
-    *("activation_scale", "input_scale", "input_global_scale"),
-)
 
 
 def quantization_of(config: dict[str, Any]) -> dict[str, Any] | None:
@@ -49,23 +49,25 @@ def build_quantised(
     device: torch.device,
     exact: bool,
 ) -> Any:
-    """The directory's model in eval mode; quantised linears stay packed, as GroupLinear.
+    """The directory's model in eval mode; most quantised linears stay packed, as GroupLinear.
 
     Linears of bitsandbytes' 4-bit codes become dense ones of dtype: no kernel here reads them. On a
-    Hopper GPU, linears of formats that have their input quantised too are W8A8Linear.
+    Hopper GPU, linears of formats that have their input quantised too are W8A8Linear. Routed
+    experts become LinearExperts of these, gpt-oss's QuantExperts.
 
     Args:
         path: of a directory with safetensors.
         config: transformers' of it.
         quantization: from quantization_of.
-        dtype: of activations and of what is not quantised; None is that of config.json.
+        dtype: of activations and of what is not quantised, but what the model lists as float32;
+            None is that of config.json.
         device: where the weights go, and where they are unpacked.
         exact: float32 activations in the quantised linears instead of int8 ones on the CPU, and no
             W8A8Linear.
 
     Raises:
         ModelFileError: naming the tensor, if one is missing, unknown or not as it should be; for
-            models that are not of text alone, or whose experts are quantised other than gpt-oss's.
+            models that are not of text alone, or routed experts that are quantised in another way.
     """
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM
 
@@ -140,6 +142,7 @@ class _Filling:
         if not files:
             raise ModelFileError(f"{self.path}: quantised weights must be in safetensors files")
         names = [self._split(name) for file in files for name in tensor_names(file)]
+        names = [n for n in names if not is_of_ignored_layer(self.model, ".".join(n))]
         signs = {module for module, attribute in names if attribute in self.layout.signs}
         for module, attribute in names:
             if module in signs and attribute in self.layout.tensors:
@@ -170,12 +173,12 @@ class _Filling:
                 f"{self.path}: {name} must be {tuple(known.shape)} as config.json says, got "
                 f"{tuple(values.shape)}"
             )
-        floating = values.is_floating_point()
         if known.is_floating_point() and values.element_size() == 1:
             raise ModelFileError(
                 f"{self.path}: {name} is {values.dtype} and has no {self.layout.signs[0]} beside it"
             )
-        values = values.to(self.device, self.dtype if floating else values.dtype, copy=True)
+        dtype = loaded_dtype(self.model, f"{module}.{attribute}", values.dtype, self.dtype)
+        values = values.to(self.device, dtype, copy=True)
         if attribute in owner._buffers:  # type: ignore[union-attr]
             owner._buffers[attribute] = values  # type: ignore[union-attr]
         else:
@@ -184,10 +187,7 @@ class _Filling:
     def _leave_out(self, name: str, read: Any) -> None:
         """Refuses a tensor that the model has no place for, unless nothing is lost with it."""
         # GPTQ's files have a bias of zeros for each linear, whether the model has one or not.
-        if name.endswith(_NOT_NEEDED) or (name.endswith(".bias") and not read(name).any()):
-            return
-        ignored = getattr(self.model, "_keys_to_ignore_on_load_unexpected", None) or ()
-        if any(re.search(pattern, name) for pattern in ignored):
+        if is_ignored(self.model, name) or (name.endswith(".bias") and not read(name).any()):
             return
         self._refuse_experts(name)
         raise ModelFileError(
@@ -198,8 +198,8 @@ class _Filling:
     def _refuse_experts(self, name: str) -> None:
         if re.search(r"\.experts\.\d+(\.|$)", name):
             raise ModelFileError(
-                f"{self.path}: {name}: each routed expert must have gate, up and down quantised, "
-                "or they must be gpt-oss's in MXFP4"
+                f"{self.path}: {name}: each routed expert must have gate, up and down quantised "
+                "and be laid out as Mixtral's, or they must be gpt-oss's in MXFP4"
             )
 
     def _owner(self, module: str) -> nn.Module | None:
@@ -209,7 +209,7 @@ class _Filling:
             return None
 
     def _linear(self, name: str, parts: dict[str, Tensor]) -> None:
-        """Puts a GroupLinear in the place of the linear of that name."""
+        """Puts what the parts make in the place of the linear, or the experts, of that name."""
         owner = self._owner(name)
         if owner is not None and self.layout.method == "mxfp4":
             self._experts(name, owner, parts)
@@ -231,7 +231,7 @@ class _Filling:
         """Takes a linear of one of several routed experts, which the model has as one module."""
         found = expert_of(name)
         like: Any = None if found is None else self._owner(found[0])
-        if found is None or not isinstance(getattr(like, "gate_up_proj", None), nn.Parameter):
+        if found is None or not is_known(like):
             return False
         if getattr(like, "has_bias", False):
             raise ModelFileError(f"{self.path}: {name}: experts with biases must be in MXFP4")

@@ -84,6 +84,13 @@ def expert_of(name: str) -> tuple[str, int, str] | None:
     return None if found is None else (found[1], int(found[2]), _NAMES[found[3]])
 
 
+def is_known(like: Any) -> bool:
+    """Whether a module of routed experts is laid out and gated in transformers' common way."""
+    told = ("is_transposed", "is_concatenated", "_apply_gate")  # Llama 4's tells none of them
+    has_weight = isinstance(getattr(like, "gate_up_proj", None), nn.Parameter)
+    return has_weight and all(hasattr(like, name) for name in told)
+
+
 def expert_sizes(like: Any, part: str) -> tuple[int, int]:
     """(out_features, in_features) of an expert's part in transformers' module of them."""
     weight = like.down_proj if part == "down" else like.gate_up_proj
