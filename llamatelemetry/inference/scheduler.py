@@ -15,7 +15,7 @@ from llamatelemetry.inference.interrupts import as_one
 from llamatelemetry.inference.plan import Piece as Piece
 from llamatelemetry.inference.plan import Plan as Plan
 from llamatelemetry.inference.scheduled_request import ScheduledRequest, insert
-from llamatelemetry.inference.scheduler_books import broken_rules
+from llamatelemetry.inference.scheduler_books import broken_rules, check_limits
 
 # How much a request that ends changes the share of max_tokens that others are expected to use.
 SHARE_RATE = 0.1
@@ -60,21 +60,8 @@ class Scheduler:
         is_fixed: bool = False,
         prefill_chunk: int | None = None,
     ) -> None:
-        if max_running < 1:
-            raise ValueError(f"Scheduler: max_running must be at least 1, got {max_running}")
-        if max_step_tokens < max_running:
-            raise ValueError(
-                f"Scheduler: max_step_tokens must be at least max_running ({max_running}), so that "
-                f"every request at work can decode in a step, got {max_step_tokens}"
-            )
-        if is_fixed and max_step_tokens == max_running:
-            raise ValueError(
-                "Scheduler: max_step_tokens must be above max_running where chunks are fixed, got "
-                f"{max_step_tokens} for both"
-            )
+        check_limits(max_step_tokens, max_running, expected_share, is_fixed)
         self._chunk = max_step_tokens - max_running if is_fixed else 0
-        if not 0 <= expected_share <= 1:
-            raise ValueError(f"Scheduler: expected_share must lie in [0, 1], got {expected_share}")
         self.blocks, self.host = blocks, HostBlocks(blocks, num_host_blocks)
         self.max_step_tokens, self.max_running = max_step_tokens, max_running
         self.prefill_chunk = max_step_tokens if prefill_chunk is None else prefill_chunk
@@ -231,7 +218,7 @@ class Scheduler:
                 count = len(tokens) + request.num_ahead + max(len(request.draft), 1)
                 plan.copies += self.blocks.reserve(request.name, count)
             except OutOfBlocks:
-                if request.draft:
+                if request.draft or self._drop_drafts():  # nobody gives way to another's draft
                     request.draft = ()
                     continue
                 last = self.running[-1]
@@ -244,6 +231,19 @@ class Scheduler:
                 request.num_placed += len(tokens)
                 self._note_blocks(request)
                 return
+
+    def _drop_drafts(self) -> bool:
+        """Frees what is reserved for drafts; returns whether there were any."""
+        drafting = [one for one in self.running if one.draft]
+        for one in drafting:
+            if one.room >= len(one.tokens) + one.num_ahead + len(one.draft):
+                self.blocks.append(one.name, one.tokens[one.num_placed :])
+                one.num_placed = len(one.tokens)
+                self.blocks.truncate(one.name, one.num_placed)
+                self.blocks.reserve(one.name, one.num_ahead + 1)  # as many as _place reserves
+                self._note_blocks(one)
+            one.draft = ()
+        return bool(drafting)
 
     def _note_blocks(self, request: ScheduledRequest) -> None:
         request.table = self.blocks.table(request.name)

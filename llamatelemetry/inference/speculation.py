@@ -56,13 +56,15 @@ class Speculation:
         if may_come or _has_prompts(scheduler):
             spare //= 2
         found: list[tuple[ScheduledRequest, list[int]]] = []
-        for request in decoding:
-            is_seen = request.num_ahead == 0
-            if request.speculates and is_seen and (most := _most(request)) > 0:
-                count = min(most, self.config.num_speculative_tokens, spare)
-                if draft := self._propose(request, count):
-                    found.append((request, draft))
-                    spare -= len(draft)
+        speaking = [
+            one for one in decoding if one.speculates and not one.num_ahead and _most(one) > 0
+        ]
+        for index, request in enumerate(speaking):
+            share = -(-spare // (len(speaking) - index))  # of what those before it have left
+            count = min(_most(request), self.config.num_speculative_tokens, share)
+            if draft := self._propose(request, count):
+                found.append((request, draft))
+                spare -= len(draft)
         lengths = [len(draft) for _, draft in found]
         if self._lengths is not None and found:
             drafts = [(request, len(draft)) for request, draft in found]

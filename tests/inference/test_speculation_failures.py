@@ -49,6 +49,30 @@ def test_what_fails_is_drawn_without_drafts(device, monkeypatch, owner, name):
     assert is_free(batcher)
 
 
+def test_nobody_gives_up_blocks_for_a_draft(device, monkeypatch):
+    monkeypatch.setattr(NgramIndex, "propose", lambda self, tokens, count: [1] * count)
+    model = tiny_model("llama", device)
+    text = ContinuousBatching(1, model).submit([7, 8, 9], GREEDY, 30).result().token_ids
+    preemptions, drafted = [], []
+    for speculation in (None, LONG):
+        batcher = ContinuousBatching(
+            2, model, num_blocks=10, share_prefixes=False, speculation=speculation
+        )
+        batcher._batch.scheduler.expected_share = 0.0
+        handles = [
+            batcher.submit(PROMPTS[0], GREEDY, 30),
+            batcher.submit([7, 8, 9], GREEDY, 30, stop_token_ids=[text[9]]),  # ends early
+        ]
+        while batcher.active_requests:
+            batcher.step()
+            batcher._batch.scheduler.check()
+        assert is_free(batcher)
+        preemptions += [handle.stats.preemptions for handle in handles]
+        drafted.append(sum(handle.stats.drafted_tokens for handle in handles))
+    assert preemptions == [0, 0, 0, 0]
+    assert drafted[1] > 100
+
+
 def test_who_comes_need_not_wait_for_drafts(device, monkeypatch):
     monkeypatch.setattr(NgramIndex, "propose", lambda self, tokens, count: [1] * count)
     model = tiny_model("llama", device)
@@ -64,3 +88,13 @@ def test_who_comes_need_not_wait_for_drafts(device, monkeypatch):
     assert not first.done()
     batcher.run()
     assert is_free(batcher)
+
+
+def test_drafts_share_what_the_budget_has_left(device, monkeypatch):
+    monkeypatch.setattr(NgramIndex, "propose", lambda self, tokens, count: [1] * count)
+    model = tiny_model("llama", device)
+    batcher = ContinuousBatching(4, model, max_step_tokens=13, speculation=LONG)
+    handles = [batcher.submit(PROMPTS[0], GREEDY, 20) for _ in range(4)]
+    while not any(handle.stats.drafted_tokens for handle in handles):
+        batcher.step()
+    assert [handle.stats.drafted_tokens for handle in handles] == [3, 2, 2, 2]
