@@ -55,7 +55,7 @@ def test_an_empty_directory_is_refused(capsys, tmp_path):
         ("--top-k", 2**40, "top_k must be below 2**31"),
         ("--repetition-penalty", 0, "repetition_penalty must be positive"),
         ("--seed", 2**64, "seed must fit in 64 bits"),
-        ("--num-speculative-tokens", 16, "num_speculative_tokens must be at most 15"),
+        ("--num-speculative-tokens", -1, "--num-speculative-tokens must lie in [0, 15], got -1"),
     ],
 )
 def test_bad_sampling_parameters_are_named(capsys, option, value, named):
@@ -146,6 +146,7 @@ def test_drafts_are_counted_and_change_nothing(capsys, tmp_path):
         assert main([*asked, "--exact", *more]) == 0
         out, err = capsys.readouterr()
         assert ("drafted tokens" in err) == bool(more)
+        assert "0 of 0 right" not in err
         assert "generated 40 tokens" in err
         texts.append(out)
     assert texts[0] == texts[1]

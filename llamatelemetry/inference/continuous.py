@@ -26,10 +26,11 @@ from llamatelemetry.models.patching import ops_of
 class ContinuousBatching:
     """Generates for many requests at once over one paged cache.
 
-    Each step draws a token for every request at work, and prompts are computed beside them, in
-    chunks where they are long. Greedy text is what the request gives alone, but for near-ties
-    that the rounding of other shapes decides. Threads may share it: a step at a time is run, by
-    whoever waits for a result, calls step or run. An exception in one request ends that one alone.
+    Each step draws a token for every request at work, more where drafts are right, and prompts are
+    computed beside them, in chunks where they are long. Greedy text is what the request gives
+    alone, but for near-ties that the rounding of other shapes decides. Threads may share it: a step
+    at a time is run, by whoever waits for a result, calls step or run. An exception in one request
+    ends that one alone.
 
     Prefixes of equal tokens are computed once. Weights changed in place are noticed, but for a few
     elements written through ``.data``: call ``forget_prefixes`` then. Steps run in the model's own
@@ -219,7 +220,8 @@ class ContinuousBatching:
             wait_limit_s: seconds from now until which its first forward has to begin.
             shown_tokens: names of control tokens that the text shows; of others it shows nothing.
             num_beams: 1; model.generate searches beams.
-            speculate: whether tokens may be drafted for them, where the batch has a speculation.
+            speculate: whether tokens may be drafted for them, where the batch has a speculation;
+                the kernels of a step with others' drafts are theirs in any case.
 
         Raises:
             ValueError, OutOfBlocks: as submit does.
@@ -259,7 +261,7 @@ class ContinuousBatching:
         return handles
 
     def step(self) -> list[RequestHandle]:
-        """One step: at most one token more for each request.
+        """One step: at most one token more for each request, and its drafted ones that are right.
 
         Returns:
             Handles of the requests that a forward ran on, or that ended.

@@ -127,7 +127,7 @@ class PlanRunner:
         if pieces := self._packed(kinds):
             return (yield from self._isolated(pieces, self._eager))
         # Apart, for each kind runs through kernels of its own: no token depends on which others
-        # there are in a step.
+        # there are in a step, but that one draft sends all that decode through a VerifyStep's.
         yield from self._isolated(kinds.get("decoding", []), self._decode)
         yield from self._isolated(kinds.get("watched", []), self._decode_watched)
         yield from self._verified(kinds.get("verified", []))

@@ -8,6 +8,7 @@ from typing import Any
 from llamatelemetry.inference.arguments import at_least
 
 MAX_DRAFT = 15  # tokens; a draft and the token before it are few queries to the attention kernels
+MAX_NGRAM = 32  # tokens; each token of a text is kept in an n-gram of every length
 
 
 @dataclass(frozen=True)
@@ -16,8 +17,8 @@ class SpeculationConfig:
 
     Attributes:
         num_speculative_tokens: drafted for a request and a step at most, up to 15
-        prompt_lookup_max, prompt_lookup_min: so many last tokens are looked for earlier in the
-            request's own text, the longest first; what followed them there is the draft
+        prompt_lookup_max, prompt_lookup_min: so many last tokens, up to 32, are looked for earlier
+            in the request's own text, the longest first; what followed them there is the draft
         adaptive: whether drafts become shorter, or are left out for a while, where they win less
             time than they cost; False drafts whatever there is to draft
         draft_model: a smaller transformers model of the target's vocabulary, patched by
@@ -50,6 +51,15 @@ class SpeculationConfig:
                 "SpeculationConfig: prompt_lookup_max must be at least prompt_lookup_min "
                 f"({self.prompt_lookup_min}), got {self.prompt_lookup_max}"
             )
+        if self.prompt_lookup_max > MAX_NGRAM:
+            raise ValueError(
+                f"SpeculationConfig: prompt_lookup_max must be at most {MAX_NGRAM}, got "
+                f"{self.prompt_lookup_max}"
+            )
+        if not isinstance(self.adaptive, bool):
+            raise ValueError(
+                f"SpeculationConfig: adaptive must be True or False, got {self.adaptive!r}"
+            )
 
 
 def checked_speculation(config: Any) -> SpeculationConfig | None:
@@ -71,6 +81,10 @@ def prompt_lookup(num_speculative_tokens: int) -> SpeculationConfig | None:
     Raises:
         ValueError: for a number below 0 or above 15.
     """
+    if not 0 <= num_speculative_tokens <= MAX_DRAFT:
+        raise ValueError(
+            f"--num-speculative-tokens must lie in [0, {MAX_DRAFT}], got {num_speculative_tokens}"
+        )
     if num_speculative_tokens == 0:
         return None
     return SpeculationConfig(num_speculative_tokens=num_speculative_tokens)

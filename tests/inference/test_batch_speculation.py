@@ -131,6 +131,7 @@ def test_stop_strings_and_several_answers(tmp_path, device, monkeypatch):
     ids = engine.encode("the cat")
     draft_from(monkeypatch, [[*ids, *one.token_ids] for one in free], 7)
     found = answers(SPECULATION, stop)
+    assert sum(one.stats.drafted_tokens for one in found) > 0
     assert [(one.text, one.token_ids, one.finish_reason) for one in found] == [
         (one.text, one.token_ids, one.finish_reason) for one in wanted
     ]
@@ -142,8 +143,9 @@ def test_a_cancelled_request_and_those_beside_it(device, monkeypatch):
     draft_from(monkeypatch, [PROMPTS[0] + wanted], 4)
     batcher = ContinuousBatching(2, model, speculation=SPECULATION)
     kept, gone = (batcher.submit(PROMPTS[i], GREEDY, 30) for i in (0, 2))
-    for _ in range(4):
+    while min(one.stats.drafted_tokens for one in (kept, gone)) == 0:
         batcher.step()
+    assert not gone.done()
     gone.cancel()
     assert kept.result().token_ids == wanted
     assert is_free(batcher)
@@ -246,6 +248,8 @@ def test_the_distribution_is_the_target_s(device, monkeypatch, wrong_each):
         ({"num_speculative_tokens": 0}, "num_speculative_tokens must be at least 1, got 0"),
         ({"num_speculative_tokens": 16}, "num_speculative_tokens must be at most 15, got 16"),
         ({"prompt_lookup_min": 5}, "prompt_lookup_max must be at least prompt_lookup_min"),
+        ({"prompt_lookup_max": 10**6}, "prompt_lookup_max must be at most 32, got 1000000"),
+        ({"adaptive": "no"}, "adaptive must be True or False, got 'no'"),
         ({"prompt_lookup_min": 1.5}, "prompt_lookup_min must be a whole number, got 1.5"),
     ],
 )

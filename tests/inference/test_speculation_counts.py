@@ -20,13 +20,14 @@ def test_drafts_that_are_never_right_are_left_out(device, monkeypatch):
     prompt, count = PROMPTS[0], 90
     wanted = ContinuousBatching(1, model).submit(prompt, GREEDY, count).result().token_ids
     draft_from(monkeypatch, [prompt + wanted], 1)
+    monkeypatch.setattr(DraftLengths, "note_time", lambda *_: None)  # of a busy machine
     drafted = {}
     for config in (SPECULATION, replace(SPECULATION, adaptive=True)):
         handle = ContinuousBatching(1, model, speculation=config).submit(prompt, GREEDY, count)
         assert handle.result().token_ids == wanted
         drafted[config.adaptive] = handle.stats.drafted_tokens
         assert handle.stats.accepted_tokens == 0
-    assert drafted[True] < drafted[False] / 4
+    assert 0 < drafted[True] < drafted[False] / 4
 
 
 def test_counts_of_steps_and_requests(device, monkeypatch):

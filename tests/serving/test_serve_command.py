@@ -24,7 +24,10 @@ COMMAND = [sys.executable, "-m", "llamatelemetry", "serve"]
         (["smollm2", "--max-open", "0"], "--max-open"),
         (["smollm2", "--timeout", "nan"], "--timeout"),
         (["smollm2", "--max-batch-size", "0"], "--max-batch-size"),
-        (["smollm2", "--num-speculative-tokens", "16"], "num_speculative_tokens"),
+        (
+            ["smollm2", "--num-speculative-tokens", "16"],
+            "--num-speculative-tokens must lie in [0, 15]",
+        ),
         (["smollm2", "--host", "nothing.invalid"], "nothing.invalid"),
         (["nothing-there"], "nothing there"),
     ],
