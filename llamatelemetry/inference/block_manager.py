@@ -143,15 +143,16 @@ class BlockManager:
                 one.prefix = self._remember(one.blocks[i], (one.prefix, tokens))
         one.num_committed = num_tokens
 
-    def hide(self, sequence: Hashable, num_tokens: int) -> None:
+    def hide(self, sequence: Hashable, num_tokens: int) -> int:
         """Gives back the blocks of a sequence that hold none but its first num_tokens, committed
         ones that no later token looks at, as behind a sliding window. Their numbers stay in its
-        table, where nothing is read any more."""
+        table, where nothing is read any more. Returns how many; they become idle as free has it."""
         one = self._get(sequence)
-        last = min(num_tokens, one.num_committed) // self.page_size
-        for i in range(one.num_hidden, last):
-            self._release(one.blocks[i])
-            one.num_hidden = i + 1
+        first, last = one.num_hidden, min(num_tokens, one.num_committed) // self.page_size
+        for block in reversed(one.blocks[first:last]):
+            self._release(block)
+        one.num_hidden = max(first, last)
+        return one.num_hidden - first
 
     def num_hidden(self, sequence: Hashable) -> int:
         """Leading blocks of a table that the sequence has given back."""

@@ -133,7 +133,8 @@ class Scheduler:
             request.num_placed = piece.end
         self.blocks.commit(request.name, piece.end)
         if self.window is not None:
-            self.blocks.hide(request.name, max(piece.end - self.window + 1, 0))
+            hidden = self.blocks.hide(request.name, max(piece.end - self.window + 1, 0))
+            self._refused = None if hidden else self._refused
 
     def seen(self, piece: Piece) -> None:
         """Says that the host knows what a launched piece has drawn, and that the request takes it
@@ -201,13 +202,12 @@ class Scheduler:
             self.host.drop(request)
 
     @as_one
-    def follow_window(self, window: int | None) -> bool:
-        """Another window, as a model's config may say. Returns whether everything is computed anew
-        for it: it shows keys that were given back."""
+    def follow_window(self, window: int | None) -> None:
+        """Another window, as a model's config may say. Everything is computed anew for one that
+        shows keys that were given back."""
         old, self.window = self.window, window
-        if is_wider := old is not None and (window is None or window > old):
+        if old is not None and (window is None or window > old):
             self.compute_anew()
-        return is_wider
 
     def _place(self, request: ScheduledRequest, plan: Plan) -> None:
         """Blocks for tokens that were drawn, from those that go last where none is left."""
@@ -287,8 +287,7 @@ class Scheduler:
     def _free(self, request: ScheduledRequest) -> None:
         self.blocks.free(request.name)
         request.num_computed = request.num_placed = request.room = 0
-        request.table = []
-        request.draft = ()
+        request.table, request.draft = [], ()
         self._refused = None
 
     def check(self) -> None:

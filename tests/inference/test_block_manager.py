@@ -65,6 +65,20 @@ def test_the_least_recently_used_prefix_goes_first_and_from_its_end():
     manager.check()
 
 
+def test_a_prefix_that_was_hidden_goes_from_its_end_too():
+    manager = BlockManager(4, PAGE)
+    tokens = list(range(4 * PAGE))
+    written(manager, "a", tokens)
+    assert manager.hide("a", 3 * PAGE + 1) == 3
+    assert manager.hide("a", 2 * PAGE) == 0
+    assert manager.num_hidden("a") == 3
+    manager.allocate("b", [99])
+    for name in "ab":
+        manager.free(name)
+    manager.check()
+    assert manager.allocate("c", tokens) == 2 * PAGE
+
+
 def test_a_block_that_was_given_away_is_not_found():
     manager = BlockManager(3, PAGE)
     written(manager, "a", [1] * 7)
