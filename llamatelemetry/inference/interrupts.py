@@ -10,13 +10,15 @@ from functools import wraps
 from typing import Any, TypeVar
 
 _Method = TypeVar("_Method", bound=Callable[..., Any])
+_is_open = False  # whether the main thread is within uninterrupted, which puts off all it calls
 
 
 @contextmanager
 def uninterrupted() -> Iterator[None]:
     """An interrupt of the main thread that comes meanwhile is raised at the end; others do not come
     to a thread. For what takes no longer than a step."""
-    if threading.current_thread() is not threading.main_thread():
+    global _is_open
+    if _is_open or threading.current_thread() is not threading.main_thread():
         yield
         return
     handler = signal.getsignal(signal.SIGINT)
@@ -25,9 +27,11 @@ def uninterrupted() -> Iterator[None]:
         return
     came: list[tuple[Any, Any]] = []
     signal.signal(signal.SIGINT, lambda number, frame: came.append((number, frame)))
+    _is_open = True
     try:
         yield
     finally:
+        _is_open = False
         signal.signal(signal.SIGINT, handler)
         if came:
             handler(*came[0])
@@ -38,6 +42,8 @@ def as_one(method: _Method) -> _Method:
 
     @wraps(method)
     def whole(*args: Any, **kwargs: Any) -> Any:
+        if _is_open:  # of the main thread; others need none
+            return method(*args, **kwargs)
         with uninterrupted():
             return method(*args, **kwargs)
 

@@ -83,8 +83,8 @@ class RunningBatch:
             is_fixed=self._split_size > 0,
             prefill_chunk=self._chunk,
         )
-        self._host = HostPages(self._num_host_blocks)
-        self._order = StreamOrder(self._like.device)
+        self._host, self._order = HostPages(self._num_host_blocks), StreamOrder(self._like.device)
+        self._order.follow()  # in the middle of a step it may be made anew
         config = None if self._speculation is None else self._speculation.config
         longest = 0 if config is None else config.num_speculative_tokens
         rows = self._asked_of, self.max_rows, PAGE_SIZE
@@ -126,9 +126,9 @@ class RunningBatch:
         if (self._like.dtype, self._like.device) != (pages.model_dtype, pages.device):
             touched += self._move()
         touched += self._take_all_in()
-        self._is_torn |= self.scheduler.follow_window(window_of(self.model))
-        if self._is_torn:  # rows on the device stand nobody knows where
-            touched += self._land()
+        self.scheduler.follow_window(window_of(self.model))
+        if self._is_torn or any(one.num_ahead for one in self.scheduler.waiting):
+            touched += self._land()  # rows stand nobody knows where, or gave their blocks up
             self._is_torn = False
         touched += self._draft()
         plan = self._planned()

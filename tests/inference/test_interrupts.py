@@ -8,13 +8,15 @@ import sys
 import threading
 
 import pytest
-from batching import PAGE, PROMPTS, is_free
+from batching import PAGE, PROMPTS, WARM, alone, is_free
 from families import tiny_model
 
 from llamatelemetry.inference import running_batch
 from llamatelemetry.inference.continuous import ContinuousBatching
-from llamatelemetry.inference.interrupts import uninterrupted
+from llamatelemetry.inference.interrupts import as_one, uninterrupted
+from llamatelemetry.inference.running_batch import RunningBatch
 from llamatelemetry.inference.sampling import SamplingParams
+from llamatelemetry.inference.scheduler import Scheduler
 
 BOOKS = (
     *("running_batch.py", "scheduler.py", "block_manager.py", "host_blocks.py", "launched.py"),
@@ -81,6 +83,62 @@ def test_no_request_is_lost_wherever_it_comes(monkeypatch, overlap):
         assert count == 1
         assert set(texts) <= set(wanted)  # a submission may have been interrupted
         assert len(texts) in (2, 4)
+
+
+def test_one_whose_token_is_ahead_gave_its_blocks_up_before_it(monkeypatch):
+    """It may be admitted again at once, and is to have that token first."""
+    monkeypatch.setattr(running_batch, "PAGE_SIZE", PAGE)
+    model, prompts = tiny_model("llama"), [[5, 9, 2], [7, 8], [11, 3, 8, 1]]
+    batcher = ContinuousBatching(3, model, overlap=True, num_blocks=12, share_prefixes=False)
+    batcher._batch.scheduler.expected_share = 0.0
+    handles = [batcher.submit(prompt, WARM, 20) for prompt in prompts]
+    planned, lost = RunningBatch._planned, []
+
+    def interrupted(self):
+        plan = planned(self)
+        lost.extend(one for one in plan.preempted if one.num_ahead)
+        if lost:
+            raise KeyboardInterrupt
+        return plan
+
+    monkeypatch.setattr(RunningBatch, "_planned", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        batcher.run()
+    monkeypatch.undo()
+    next(handle for handle in handles if handle.request not in lost).cancel()  # room for it
+    batcher.run()
+    for handle, prompt in zip(handles, prompts, strict=True):
+        if handle.request in lost:
+            assert handle.token_ids == alone(model, prompt, 20, WARM)
+
+
+def test_a_wider_window_is_followed_before_it(monkeypatch):
+    model = tiny_model("mistral")
+    batcher = ContinuousBatching(2, model, overlap=True)
+    handle = batcher.submit(PROMPTS[4], WARM, 30)
+    while len(handle.token_ids) < 10:
+        batcher.step()
+    compute_anew = Scheduler.compute_anew
+    monkeypatch.setattr(running_batch, "window_of", lambda model: None)
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            Scheduler,
+            "compute_anew",
+            lambda self: (compute_anew(self), signal.raise_signal(signal.SIGINT)),
+        )
+        with pytest.raises(KeyboardInterrupt):
+            batcher.run()
+    batcher.run()
+    assert handle.token_ids == alone(model, PROMPTS[4], 30, WARM)
+
+
+def test_within_another_it_sets_no_handler(monkeypatch):
+    handlers, put = [], signal.signal
+    monkeypatch.setattr(signal, "signal", lambda *args: (handlers.append(args), put(*args))[1])
+    inner = as_one(lambda: len(handlers))
+    outer = as_one(lambda: [inner() for _ in range(3)])
+    assert outer() == [1, 1, 1]
+    assert len(handlers) == 2
 
 
 def test_it_is_raised_at_the_end_and_handlers_stay_as_they_were():

@@ -133,6 +133,28 @@ def test_a_step_of_another_stream_waits_for_the_one_before(monkeypatch, overlap)
     assert order == wanted + last
 
 
+def test_a_cache_of_another_dtype_follows_the_stream_too(monkeypatch):
+    calls, model = [], tiny_model("llama")
+
+    class Order(StreamOrder):
+        def __init__(self, device):
+            calls.append("made")
+            super().__init__(device)
+
+        def follow(self):
+            calls.append("followed")
+            super().follow()
+
+    monkeypatch.setattr(running_batch, "StreamOrder", Order)
+    batcher = ContinuousBatching(2, model)
+    batcher.submit(PROMPTS[0], max_tokens=5)
+    batcher.step()
+    calls.clear()
+    model.double()
+    batcher.step()
+    assert calls == ["followed", "made", "followed"]
+
+
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
 def test_a_launch_that_fails_loses_nothing(tmp_path, device, monkeypatch, error):
     engine, _ = make_engine(tmp_path, device)
