@@ -9,15 +9,36 @@
 namespace llamatelemetry {
 namespace {
 
-const float* check_scales(const char* op, const char* arg, const Tensor& scales, int64_t count,
-                          const Tensor& like, const char* like_arg, const char* of = "rows") {
+const float* check_scales(const char* op, const char* arg, const Tensor& scales, const Tensor& like,
+                          const char* like_arg) {
   check_dtype(op, arg, scales, ScalarType::Float);
   check_device(op, arg, scales, like_arg, like);
   check_contiguous(op, arg, scales);
-  check(scales.numel() == count, op, arg,
-        "have a scale for each of the " + std::to_string(count) + " " + of + " of " + like_arg,
-        "shape " + shape_text(scales));
   return static_cast<const float*>(scales.const_data_ptr());
+}
+
+// A scale a row, of whatever shape.
+void check_row_scales(const char* op, const char* arg, const Tensor& scales, int64_t count,
+                      const char* like_arg) {
+  check(scales.numel() == count, op, arg,
+        "have a scale for each of the " + std::to_string(count) + " rows of " + like_arg,
+        "shape " + shape_text(scales));
+}
+
+int64_t scale_blocks(int64_t size) { return (size + kScaleBlock - 1) / kScaleBlock; }
+
+// Scales of blocks lie as the blocks do: as many in another order would be multiplied wrongly.
+void check_block_scales(const char* op, const Tensor& x, const Tensor& x_scales,
+                        const Tensor& weight, const Tensor& weight_scales) {
+  const int64_t last = x.dim() - 1, of_row = scale_blocks(x.size(last));
+  bool alike = x_scales.dim() == x.dim() && x_scales.size(last) == of_row;
+  for (int64_t d = 0; alike && d < last; ++d) alike = x_scales.size(d) == x.size(d);
+  check(alike, op, "x_scales",
+        "be [..., ceil(k / 128)], the leading sizes of x (" + shape_text(x) + ") and " +
+            std::to_string(of_row) + " blocks",
+        "shape " + shape_text(x_scales));
+  check_shape(op, "weight_scales", weight_scales, "[ceil(n / 128), ceil(k / 128)]",
+              {scale_blocks(weight.size(0)), of_row});
 }
 
 Tensor scaled_linear(const Tensor& x, const Tensor& x_scales, const Tensor& weight,
@@ -40,13 +61,14 @@ Tensor scaled_linear(const Tensor& x, const Tensor& x_scales, const Tensor& weig
         std::to_string(block.value_or(0)));
   check(!block || dtype == DType::kFloat8E4M3, op, "block", "be None for int8",
         std::to_string(block.value_or(0)));
-  const auto blocks = [](int64_t size) { return (size + kScaleBlock - 1) / kScaleBlock; };
-  const int64_t x_count = rows.num_rows * (block ? blocks(k) : 1);
-  const int64_t weight_count = block ? blocks(n) * blocks(k) : n;
-  const char* of = block ? "blocks" : "rows";
-  const float* row_scales = check_scales(op, "x_scales", x_scales, x_count, x, "x", of);
-  const float* column_scales =
-      check_scales(op, "weight_scales", weight_scales, weight_count, weight, "weight", of);
+  const float* row_scales = check_scales(op, "x_scales", x_scales, x, "x");
+  const float* column_scales = check_scales(op, "weight_scales", weight_scales, weight, "weight");
+  if (block) {
+    check_block_scales(op, x, x_scales, weight, weight_scales);
+  } else {
+    check_row_scales(op, "x_scales", x_scales, rows.num_rows, "x");
+    check_row_scales(op, "weight_scales", weight_scales, n, "weight");
+  }
   if (bias) {
     check_shape(op, "bias", *bias, "[n]", {n});
     check_dtype(op, "bias", *bias, out_dtype);
