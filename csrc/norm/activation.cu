@@ -30,7 +30,7 @@ void start(const ActivationParams& p, Stream stream) {
 
 Error launch_activation(const ActivationParams& p, Stream stream) {
   switch (p.activation) {
-    case Activation::kNone: break;  // no op asks for it
+    case Activation::kNone: return "an activation must be named";
     case Activation::kRelu: start<Relu>(p, stream); break;
     case Activation::kRelu2: start<Relu2>(p, stream); break;
     case Activation::kSilu: start<Silu>(p, stream); break;

@@ -31,7 +31,7 @@ void activation_items(const ActivationParams& p, int64_t begin, int64_t end) {
   dispatch_dtype(p.dtype, [&](auto type) {
     using T = typename decltype(type)::type;
     switch (p.activation) {
-      case Activation::kNone: break;  // the op refuses it
+      case Activation::kNone: break;  // launch_activation refuses it
       case Activation::kRelu: return activation_runs<Relu, T>(p, begin, end);
       case Activation::kRelu2: return activation_runs<Relu2, T>(p, begin, end);
       case Activation::kSilu: return activation_runs<Silu, T>(p, begin, end);
@@ -44,6 +44,7 @@ void activation_items(const ActivationParams& p, int64_t begin, int64_t end) {
 }  // namespace
 
 Error launch_activation(const ActivationParams& params, Stream) {
+  if (params.activation == Activation::kNone) return "an activation must be named";
   const int64_t runs_per_row = (params.row_size + kItemSize - 1) / kItemSize;
   const auto columns = static_cast<double>(smaller(kItemSize, params.row_size));
   const Work work{params.num_rows * runs_per_row, 20.0 + 1.0 * columns};

@@ -3,7 +3,8 @@
 namespace llamatelemetry {
 
 Error launch_layer_norm(const LayerNormParams& p, Stream stream) {
-  // By the row's size alone, so that a row's bits do not depend on how many rows there are.
+  // By the row's size and alignment, never by how many rows there are: a row's bits do not depend
+  // on the others.
   if (launch_layer_norm_warp(p, stream)) return last_launch_error();
   dispatch_dtype(p.dtype, [&](auto type) {
     using T = typename decltype(type)::type;

@@ -5,6 +5,7 @@
 #include "binding/checks.h"
 #include "binding/launch.h"
 #include "norm/params.h"
+#include "norm/residual_checks.h"
 
 namespace llamatelemetry {
 namespace {
@@ -56,11 +57,10 @@ void fused_add_rms_norm_(Tensor x, Tensor residual, const Tensor& weight, double
   const Rows residual_rows = rows_of(op, "residual", residual);
   check_apart(op, "x", rows.num_rows, rows.row_stride, rows.row_size);
   check_apart(op, "residual", rows.num_rows, residual_rows.row_stride, rows.row_size);
+  check_apart_from_x(op, residual, residual_rows, x, rows);
   const void* weight_data = checked_vector(op, "weight", weight, x, rows.row_size);
   const DeviceGuard guard(x);
   if (x.numel() == 0) return;
-  check(x.const_data_ptr() != residual.const_data_ptr(), op, "residual", "be another tensor than x",
-        "the same memory");
   const RmsNormParams params{
       .x = x.const_data_ptr(),
       .residual = residual.mutable_data_ptr(),

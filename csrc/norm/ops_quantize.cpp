@@ -9,6 +9,7 @@
 #include "binding/launch.h"
 #include "norm/params.h"
 #include "norm/quantize_params.h"
+#include "norm/residual_checks.h"
 
 namespace llamatelemetry {
 namespace {
@@ -101,8 +102,7 @@ Quantised normed(const char* op, const Tensor& x, const Tensor* residual, const 
     check_like(op, "residual", *residual, "x", x);
     const Rows apart = rows_of(op, "residual", *residual);
     check_apart(op, "residual", rows.num_rows, apart.row_stride, rows.row_size);
-    check(x.numel() == 0 || x.const_data_ptr() != residual->const_data_ptr(), op, "residual",
-          "be another tensor than x", "the same memory");
+    check_apart_from_x(op, *residual, apart, x, rows);
     params.residual = const_cast<void*>(residual->const_data_ptr());
     params.residual_row_stride = apart.row_stride;
   }

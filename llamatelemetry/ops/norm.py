@@ -42,8 +42,8 @@ def fused_add_rms_norm_(
 
     Args:
         x, residual: [..., hidden_size], float32, float16 or bfloat16, both written in place; rows
-            contiguous, evenly spaced, each at its own distance. The sum is rounded to the dtype
-            before it is normed
+            contiguous, evenly spaced, each at its own distance, none sharing memory. The sum is
+            rounded to the dtype before it is normed
         weight: [hidden_size], dtype and device of x
         weight_offset: as in rms_norm
 

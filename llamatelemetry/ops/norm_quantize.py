@@ -102,7 +102,7 @@ def fused_add_rms_norm_quantize_(
 
     Args:
         x: [..., hidden_size], float32, float16 or bfloat16; rows contiguous, evenly spaced.
-        residual: Shape, dtype and device of x, rows likewise; written. Another tensor than x.
+        residual: Shape, dtype and device of x, rows likewise; written. No memory of x.
         weight: [hidden_size], dtype and device of x.
         dtype: int8 or float8_e4m3fn.
         eps: Added to the mean of squares.

@@ -68,13 +68,33 @@ def test_refusals(device):
     assert_refuses(lambda: f(x, residual.half(), weight), "residual must have the dtype of x")
     assert_refuses(lambda: f(x, residual, weight[:3]), "weight must be [hidden_size] = [8]")
     assert_refuses(lambda: f(x.int(), residual, weight), "x must be float32, float16 or bfloat16")
-    assert_refuses(lambda: f(x, x, weight), "residual must be another tensor than x")
+    assert_refuses(lambda: f(x, x, weight), "residual must not overlap x, got memory 0 elements")
     assert_refuses(lambda: f(x[:1].expand(2, 8), residual, weight), "x must not overlap itself")
     assert_refuses(lambda: f(x, residual[:1].expand(2, 8), weight), "residual must not overlap")
     with torch.inference_mode(False), torch.enable_grad():
         grad = torch.randn(2, 8, device=device, requires_grad=True)
         plain = torch.randn(2, 8, device=device)
         assert_refuses(lambda: f(plain, grad, plain[0]), "residual must not require grad")
+
+
+def test_x_and_residual_in_one_buffer(device):
+    """Refused where rows of one are rows of the other, and served where they lie side by side."""
+    weight = torch.ones(8, device=device)
+    base = torch.randn(4, 8, device=device)
+    x, residual = base[:3], base[1:]
+    f = fused_add_rms_norm_
+    assert_refuses(lambda: f(x, residual, weight), "residual must not overlap x", "memory 8 elem")
+    assert_refuses(lambda: f(residual, x, weight), "residual must not overlap x", "memory -8 elem")
+    wide = torch.randn(4, 20, device=device)
+    assert_refuses(lambda: f(wide[:, :8], wide[:, 4:12], weight), "not overlap x", "memory 4 elem")
+    for first, second in [(4, 12), (12, 0)]:
+        side = wide[:, first : first + 8], wide[:, second : second + 8]
+        apart = side[0].clone(), side[1].clone()
+        f(*side, weight)
+        f(*apart, weight)
+        assert torch.equal(side[0], apart[0])
+        assert torch.equal(side[1], apart[1])
+    f(base[:2], base[2:], weight)  # one after the other
 
 
 def test_opcheck(device, dtype):

@@ -140,7 +140,10 @@ def test_refusals(device):
     assert_refuses(lambda: quantize_rows(x, torch.int8, 64), "block must be None or 128, got 64")
     add = fused_add_rms_norm_quantize_
     assert_refuses(lambda: add(x, x[:1], weight, torch.int8), "residual must have the shape of x")
-    assert_refuses(lambda: add(x, x, weight, torch.int8), "be another tensor than x")
+    assert_refuses(lambda: add(x, x, weight, torch.int8), "residual must not overlap x")
+    base = torch.randn(4, 9, device=device)
+    assert_refuses(lambda: add(base[:3], base[1:], weight, torch.int8), "must not overlap x")
+    assert_refuses(lambda: add(base[1:], base[:3], weight, torch.int8), "must not overlap x")
     assert_refuses(lambda: add(x, weight.expand(2, 9), weight, torch.int8), "not overlap itself")
     with torch.inference_mode(False), torch.enable_grad():
         grad = torch.ones(2, 8, device=device, requires_grad=True)
