@@ -280,7 +280,10 @@ CASES = {
         )
         for options in ({}, {"split_size": 64}, {"num_splits": 2}, {"window_size": (70, 0)})
     },
-    "scaled_linear": lambda: (bytes_a_value, randn(5, 78), randn(21, 78), randn(78)),
+    **{
+        f"scaled_linear, {k}": lambda k=k: (bytes_a_value, randn(5, k), randn(21, k), randn(k))
+        for k in (78, 80)  # in tiles, and by the kernel for few rows
+    },
     "gemm": lambda: (products, randn(13, 77), randn(21, 77)),
     **{
         f"paged decode, cache of {stored}, {head_dim}": partial(eight_bit_decode, stored, head_dim)

@@ -7,8 +7,13 @@ import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from llamatelemetry.ops import quantize_rows, scaled_linear
-from llamatelemetry.quantization.w8a8 import W8A8Linear, quantize_w8a8
+from llamatelemetry.ops import quantize_rows, reference, scaled_linear
+from llamatelemetry.quantization.w8a8 import (
+    MOST_OWN_ROWS,
+    W8A8Linear,
+    is_fast_on,
+    quantize_w8a8,
+)
 
 KINDS = {"int8": 0.02, "fp8": 0.05}  # of a random layer's result, as a share of its norm
 
@@ -37,18 +42,21 @@ def test_a_layer(device, dtype, kind, most):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("rows", [16, 17, 130])
-def test_many_rows_of_e4m3(rows):
-    """By torch's product on Hopper; as ours, but for the order of sums."""
+def test_many_rows_of_e4m3(rows, monkeypatch):
+    """By torch's product on Hopper, from 17 rows on."""
+    calls, torchs = [], torch._scaled_mm
+    monkeypatch.setattr(
+        torch, "_scaled_mm", lambda *args, **kwargs: calls.append(1) or torchs(*args, **kwargs)
+    )
     linear = nn.Linear(256, 48).to("cuda", torch.bfloat16)
     layer = W8A8Linear.of(linear, "fp8")
-    q, scales = quantize_rows(
-        torch.randn(2, rows // 2, 256, device="cuda").bfloat16(), torch.float8_e4m3fn
-    )
-    weights = (layer.weight, layer.weight_scales)
-    ours = scaled_linear(q, scales, *weights, torch.bfloat16, linear.bias)
-    torch.testing.assert_close(
-        layer.multiply(q, scales, torch.bfloat16), ours, rtol=0.01, atol=0.01
-    )
+    x = torch.randn(rows, 256, device="cuda").bfloat16()
+    q, scales = quantize_rows(x, torch.float8_e4m3fn)
+    args = (q, scales, layer.weight, layer.weight_scales, torch.bfloat16, linear.bias)
+    expected = reference.scaled_linear(*args)
+    for out in (layer.multiply(q, scales, torch.bfloat16), scaled_linear(*args)):
+        torch.testing.assert_close(out, expected, rtol=0.01, atol=0.01)
+    assert len(calls) == (rows > MOST_OWN_ROWS and is_fast_on(q.device))
 
 
 @pytest.mark.parametrize(("kind", "most"), KINDS.items())
