@@ -10,9 +10,9 @@
 // that dequantize has; scales are applied in float32 to sums over the weights that share one, at
 // most 128. x past 1e34 leaves float32's range, and of x that is not finite its rows become NaN.
 //
-// The first weights are read before the wait for the kernel ahead, which tile/dependent_launch.cuh
-// forbids where that kernel may have written them. None that lets its successors start early
-// writes packed weights or their scales: repack does not, nor do torch's copies.
+// Against the rule of tile/dependent_launch.cuh the first weights are read before the wait, which
+// alone promises to show earlier writes. It rests on the hardware, as tests measure: a grid starts
+// when the blocks ahead have ended, or let it start early: of such kernels none writes weights.
 //
 // A block has the tiles first_tile .. of 16 rows and a range of k, whose x lies in shared memory,
 // permuted as the codes are. Its items, 128 weights of a tile, are dealt out evenly in their order:

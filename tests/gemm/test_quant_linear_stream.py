@@ -10,7 +10,7 @@ import pytest
 import torch
 from tolerance import assert_within_2x
 
-from llamatelemetry.ops import QuantFormat, dequantize, quant_linear, repack
+from llamatelemetry.ops import QuantFormat, dequantize, quant_linear, repack, rms_norm
 from llamatelemetry.quantization.groups import GroupedWeight, pack_groups, unpack_groups
 
 pytestmark = pytest.mark.gpu
@@ -112,3 +112,32 @@ def test_weights_made_by_the_kernel_ahead():
         target.packed.copy_(w.packed)
         target.scales.copy_(w.scales)
         assert torch.equal(product(x, target, 4096, bias), expected)
+
+
+@pytest.mark.parametrize("between", [False, True], ids=["repack", "repack, rms_norm"])
+def test_weights_repacked_ahead(between):
+    """Other weights at each call, where the last ones lay; rms_norm lets its successor start early.
+
+    Only the wait promises that earlier writes are seen, and weights are read before it.
+    """
+    format = QuantFormat.Q4_0
+    weights = [
+        torch.randint(0, 64, (4096, format.row_bytes(4096)), device="cuda", dtype=torch.uint8)
+        for _ in range(3)
+    ]
+    x = torch.randn(1, 4096, device="cuda", dtype=torch.bfloat16)
+    scale = torch.ones_like(x[0])
+    normed = rms_norm(x, scale)
+    truths = [
+        quant_linear(normed, packed, format, 4096)
+        for packed in [repack(rows, format) for rows in weights]
+    ]
+    assert not torch.equal(*truths[:2])
+    places = set()
+    for i in range(21):
+        packed = repack(weights[i % 3], format)
+        out = quant_linear(rms_norm(x, scale) if between else normed, packed, format, 4096)
+        places.add(packed.data_ptr())
+        del packed  # the next call's lie there
+        assert torch.equal(out, truths[i % 3])
+    assert len(places) <= 2  # in turns, so that three weights never find their own there

@@ -33,9 +33,13 @@ struct ProductFewRows {
   static constexpr int kChunks = kUnit / 64;  // of 16 bytes a lane and row
   static constexpr int kLineBytes = 128;
 
-  // 16 bytes of k from `at` on, zeros where there is no more of it, which ends with a chunk.
-  static __device__ uint4 load(const uint8_t* row, int64_t at, int64_t k) {
+  // 16 bytes of k from `at` on, zeros where there is no more of it, which ends with a chunk. x is
+  // what the kernel ahead may have written while this one ran: no __ldg, which is for constants.
+  static __device__ uint4 load_weight(const uint8_t* row, int64_t at, int64_t k) {
     return at < k ? __ldg(reinterpret_cast<const uint4*>(row + at)) : uint4{};
+  }
+  static __device__ uint4 load_x(const uint8_t* row, int64_t at, int64_t k) {
+    return at < k ? *reinterpret_cast<const uint4*>(row + at) : uint4{};
   }
   static __device__ uint32_t half_pair(uint32_t two) {
     const __half2_raw pair =
@@ -85,8 +89,8 @@ struct ProductFewRows {
       uint4 rows[2][kChunks];
 #pragma unroll
       for (int c = 0; c < kChunks; ++c) {
-        rows[0][c] = load(low, at + 64 * c, p.k);
-        rows[1][c] = load(high, at + 64 * c, p.k);
+        rows[0][c] = load_weight(low, at + 64 * c, p.k);
+        rows[1][c] = load_weight(high, at + 64 * c, p.k);
       }
 #pragma unroll
       for (int tile = 0; tile < kTiles; ++tile) {
@@ -96,7 +100,7 @@ struct ProductFewRows {
         Sum(&d)[4] = kBlocks ? of_unit : sums[tile];
 #pragma unroll
         for (int c = 0; c < kChunks; ++c) {
-          const uint4 four = load(token, at + 64 * c, p.k);
+          const uint4 four = load_x(token, at + 64 * c, p.k);
           const uint32_t b[4] = {four.x, four.y, four.z, four.w};
           const uint32_t a_low[4] = {rows[0][c].x, rows[0][c].y, rows[0][c].z, rows[0][c].w};
           const uint32_t a_high[4] = {rows[1][c].x, rows[1][c].y, rows[1][c].z, rows[1][c].w};
