@@ -81,10 +81,10 @@ struct PackedBlock {
   }
 
   // Of half `half` of a sub-block, where 16 weights share a scale; else half is 0.
-  LT_MEMBER Floats scale(int sub_block, int half) const {
+  LT_MEMBER const Floats& scale(int sub_block, int half) const {
     return scales[kScales == 1 ? 0 : sub_block * kScalesPerSubBlock + half];
   }
-  LT_MEMBER Floats min(int sub_block, int half) const {
+  LT_MEMBER const Floats& min(int sub_block, int half) const {
     return mins[kScales == 1 ? 0 : sub_block * kScalesPerSubBlock + half];
   }
 

@@ -63,6 +63,8 @@ LT_INLINE int32_t load_quad(const int8_t* q) {
 using WordPart = __m512i;
 template <int kLargest>
 constexpr int kDotSubtracts = 0;
+template <int kLargest>
+constexpr int kDotRun = 8;
 
 LT_INLINE WordPart part_load(const uint8_t* p) { return _mm512_loadu_si512(p); }
 LT_INLINE WordPart part_set(int32_t x) { return _mm512_set1_epi32(x); }
@@ -99,6 +101,14 @@ using WordPart = __m256i;
 // maddubs saturates for codes of 8 bits, so they go signed: |code - 128| times q with its sign.
 template <int kLargest>
 constexpr int kDotSubtracts = kLargest > 127 ? 128 : 0;
+// As many words as 16 bits hold the products of are added there: madd widens them together.
+template <int kLargest>
+constexpr int kPairsThatFit = 32767 / (2 * 127 * kLargest);
+template <int kLargest>
+constexpr int kDotRun = kPairsThatFit<kLargest> >= 8   ? 8
+                        : kPairsThatFit<kLargest> >= 4 ? 4
+                        : kPairsThatFit<kLargest> >= 2 ? 2
+                                                       : 1;
 
 LT_INLINE WordPart part_load(const uint8_t* p) {
   return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
@@ -124,9 +134,7 @@ LT_INLINE WordPart part_signed_byte(WordPart a, int byte) {
 LT_INLINE Vec part_to_float(WordPart a) { return {_mm256_cvtepi32_ps(a)}; }
 template <int kLargest, int kCount>
 LT_INLINE WordPart dots_part(WordPart sum, const WordPart (&code)[kCount], const int8_t* q) {
-  // As many words as 16 bits hold the products of are added there: madd widens them together.
-  constexpr int kPairsThatFit = 32767 / (2 * 127 * kLargest);
-  constexpr int kRun = kPairsThatFit >= 8 ? 8 : kPairsThatFit >= 4 ? 4 : kPairsThatFit >= 2 ? 2 : 1;
+  constexpr int kRun = kDotRun<kLargest>;
 #pragma GCC unroll 8
   for (int first = 0; first < kCount; first += kRun) {
     __m256i pairs = _mm256_setzero_si256();
@@ -152,6 +160,8 @@ typedef uint32_t WordPart __attribute__((vector_size(Vec::kLanes * sizeof(uint32
 typedef int32_t SignedPart __attribute__((vector_size(Vec::kLanes * sizeof(int32_t))));
 template <int kLargest>
 constexpr int kDotSubtracts = 0;
+template <int kLargest>
+constexpr int kDotRun = 8;
 
 LT_INLINE WordPart part_load(const uint8_t* p) {
   WordPart r;
@@ -247,10 +257,15 @@ LT_INLINE Floats byte_to_float(Words a, int byte) {
 }
 template <int kLargest, int kCount>
 LT_INLINE Words dots_of(Words sum, const Words* code, const int8_t* q) {
-  LT_PARTS {
-    WordPart part[kCount];
-    for (int g = 0; g < kCount; ++g) part[g] = code[g].v[i];
-    sum.v[i] = dots_part<kLargest>(sum.v[i], part, q);
+  constexpr int kRun = kDotRun<kLargest> < kCount ? kDotRun<kLargest> : kCount;
+#pragma GCC unroll 8
+  for (int first = 0; first < kCount; first += kRun) {  // all parts meet a quad when it is loaded
+    LT_PARTS {
+      WordPart part[kRun];
+#pragma GCC unroll 8
+      for (int g = 0; g < kRun; ++g) part[g] = code[first + g].v[i];
+      sum.v[i] = dots_part<kLargest>(sum.v[i], part, q + 4 * first);
+    }
   }
   return sum;
 }

@@ -23,7 +23,8 @@ constexpr int kMaxPanel = 4;  // 16 registers in all
 static constexpr int64_t many_tokens(const FormatDescriptor& format) {
 #if defined(LT_ISA_AVX2)
   if (has_scale_per_16(format.scale_rule)) return 2;
-  return format.fields.block_size > kSubBlock || largest_code(format.codes) > 15 ? 5 : 12;
+  if (format.fields.block_size > kSubBlock) return 4;
+  return largest_code(format.codes) > 15 ? 5 : 12;
 #else
   static_cast<void>(format);
   return 0;
@@ -142,15 +143,14 @@ void quantize_tokens(const QuantLinearParams& p, int64_t begin, int64_t end) {
   for (int64_t token = begin; token < end; ++token) {
     const Panel panel = panel_of(token, p);
     const T* x = static_cast<const T*>(p.x) + token * p.x_row_stride;
-    const int64_t column = token - panel.first;
+    const bool wide = takes_wide_blocks<Block>(panel);
+    auto* blocks = blocks_of<ActivationBlock>(p, panel) + (token - panel.first);
+    auto* wide_blocks = blocks_of<WideActivationBlock>(p, panel) + (token - panel.first);
+    ActivationBlock narrow;
     for (int64_t i = 0; i < num_blocks; ++i) {
-      ActivationBlock block;
+      ActivationBlock& block = wide ? narrow : blocks[i * panel.size];
       quantize_block(x + i * kSubBlock, block, kZeroPoint, Block::kScalesPerSubBlock == 2);
-      if (takes_wide_blocks<Block>(panel)) {
-        widen_block(block, blocks_of<WideActivationBlock>(p, panel)[i * panel.size + column]);
-      } else {
-        blocks_of<ActivationBlock>(p, panel)[i * panel.size + column] = block;
-      }
+      if (wide) widen_block(block, wide_blocks[i * panel.size]);
     }
   }
 }

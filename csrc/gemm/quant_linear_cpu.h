@@ -68,7 +68,7 @@ LT_INLINE void sum_quantized(const QuantLinearParams& p, int64_t tile_index, con
   using Block = PackedBlock<kFormat>;
   for (int64_t i = 0; i < num_blocks; ++i, tile += Block::kBytes) {
     const Block block(tile, side_of<Block>(p, tile_index, i));
-    if constexpr (kTokens == 1 && kUnrollSubBlocks) {
+    if constexpr (kTokens <= 2 && kUnrollSubBlocks) {
 #pragma GCC unroll 8
       for (int sub_block = 0; sub_block < Block::kSubBlocks; ++sub_block, x += kTokens) {
         add_sub_block(block, sub_block, x, sum);
@@ -143,7 +143,10 @@ __attribute__((noinline)) void linear_panel(const QuantLinearParams& p, int64_t 
   } else if constexpr (!is_floating(PackedBlock<kFormat>::kCodes)) {
     sum_quantized<kFormat>(p, tile, packed, num_blocks, blocks_of<ActivationBlock>(p, panel), sum);
   }
-  store(p, tile, panel, sum);
+  // A copy, for sum to stay in registers: whatever the call reads is written to memory each time.
+  Floats total[kTokens];
+  for (int t = 0; t < kTokens; ++t) total[t] = sum[t];
+  store(p, tile, panel, total);
 }
 
 template <int kFormat>
