@@ -99,6 +99,11 @@ class DecodeStep:
         """Whether a replay that reads the weights where they are is not the model's as it is."""
         return self.replays and (self._frozen is None or not self._frozen.is_alike())
 
+    def buffers(self) -> list[Tensor]:
+        """What runs read and write, but for the logits, which a graph's own memory holds."""
+        held = {**vars(self.input), **vars(self.sampling), **vars(self), "logits": None}
+        return [one for one in held.values() if isinstance(one, Tensor)]
+
     def load(
         self,
         owner: object,

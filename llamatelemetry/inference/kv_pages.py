@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from llamatelemetry.inference.kv_cache_config import EIGHT_BIT
-from llamatelemetry.inference.step import put
+from llamatelemetry.inference.step import keep_until_read, put
 from llamatelemetry.ops import copy_blocks_
 
 
@@ -86,9 +86,7 @@ class KvPages:
     def grow(self, num_blocks: int, *, keep: bool) -> None:
         """Makes room for num_blocks, layer by layer; with keep, what the blocks hold stays."""
         count = self.num_blocks if keep else 0
-        if self.device.type == "cuda":  # it may read them when their memory is given away
-            for x in (one for layer in self.layers for one in layer):
-                x.record_stream(torch.cuda.current_stream(self.device))
+        keep_until_read(one for layer in self.layers for one in layer)
         if not keep:
             self.layers[:] = [self._new(0) for _ in self.layers]  # frees the old ones first
         try:

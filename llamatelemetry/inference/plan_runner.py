@@ -101,7 +101,7 @@ class PlanRunner:
         Raises:
             Exception: of a forward; no result counts. The results of before are good.
         """
-        device, kinds = self.runner.pages.device, kinds_of(plan, self._is_watched)
+        device, kinds = self.runner.pages.device, kinds_of(plan, self._is_watched, self._are_apart)
         launched = Launched(device, self.runner.pages.model_dtype)
         with current(device), torch.autocast(device.type, enabled=False):
             try:
@@ -123,7 +123,7 @@ class PlanRunner:
         A forward of several that raises is run again one by one, so that an error is of the request
         alone that causes it.
         """
-        kinds = kinds_of(plan, self._is_watched)
+        kinds = kinds_of(plan, self._is_watched, self._are_apart)
         if pieces := self._packed(kinds):
             return (yield from self._isolated(pieces, self._eager))
         # Apart, for each kind runs through kernels of its own: no token depends on which others

@@ -13,7 +13,7 @@ from llamatelemetry.inference.decode_step import DecodeStep, modules_of
 from llamatelemetry.inference.frozen import Frozen
 from llamatelemetry.inference.kv_pages import KvPages
 from llamatelemetry.inference.packed import NotPackedError
-from llamatelemetry.inference.step import Chunk, prepare, put, take_ids
+from llamatelemetry.inference.step import Chunk, keep_until_read, prepare, put, take_ids
 from llamatelemetry.inference.step_graphs import StepGraphs
 from llamatelemetry.inference.step_parts import part_by_kind
 from llamatelemetry.models.patching import forward_tokens, ops_of, rope_state, rope_tables
@@ -86,7 +86,7 @@ class StepRunner:
         same_weights = versions == self._versions and self._frozen.holds()
         num_positions = max(num_positions, self._num_positions)
         if modules != self._modules:
-            self._steps.clear()
+            self.drop_steps()
             self._modules = modules
         angles = rope_state(self.model)
         if (pointers, num_positions, angles) != (
@@ -94,14 +94,15 @@ class StepRunner:
             self._num_positions,
             self._angles,
         ):
-            self._steps.clear()
+            self.drop_steps()
+            keep_until_read(table for pair in self._rope for table in pair)
             try:
                 self._rope[:] = rope_tables(self.model, num_positions)
             except ValueError as error:
                 raise NotPackedError(str(error)) from error
             self._pointers, self._num_positions, self._angles = pointers, num_positions, angles
         if num_blocks > self.pages.num_blocks:
-            self._steps.clear()
+            self.drop_steps()
             self.pages.grow(num_blocks, keep=keep)
         if not same_weights:  # last: after an error the next call is to say so too
             self._frozen, self._versions = Frozen(self.model), versions
@@ -111,7 +112,8 @@ class StepRunner:
         """Makes the tables anew where the rotary embedding has changed since ready."""
         angles = rope_state(self.model)
         if angles != self._angles:
-            self._steps.clear()
+            self.drop_steps()
+            keep_until_read(table for pair in self._rope for table in pair)
             try:
                 self._rope[:] = rope_tables(self.model, self._num_positions)
             except ValueError as error:
@@ -123,6 +125,8 @@ class StepRunner:
 
     def drop_steps(self) -> None:
         """Forgets the decode steps, as after an error in one."""
+        for step in self._steps.values():
+            keep_until_read(step.buffers())
         self._steps.clear()
 
     def prefill(
@@ -199,9 +203,10 @@ class StepRunner:
         key = (kind, batch, *more)
         step = self._steps.get(key)
         if not isinstance(step, kind) or step.width < width:
-            self._steps.pop(key, None)
+            dropped = [self._steps.pop(key)] if key in self._steps else []
             while len(self._steps) >= self.max_steps:
-                self._steps.popitem(last=False)
+                dropped.append(self._steps.popitem(last=False)[1])
+            keep_until_read(buffer for one in dropped for buffer in one.buffers())
             sizes = batch, width, self.pages.page_size
             step = kind(self.model, self.state, *sizes, self._graphs, *more)
             step.input.split_size = self._split_size

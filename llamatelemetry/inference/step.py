@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import accumulate
@@ -43,6 +43,14 @@ def moved(tensor: Tensor, device: torch.device | str) -> Tensor:
     return tensor.pin_memory().to(device, non_blocking=True)
 
 
+def keep_until_read(tensors: Iterable[Tensor]) -> None:
+    """The memory of tensors that were perhaps made on another stream of a GPU is not given away
+    before the current one is through with what it was given."""
+    for tensor in tensors:
+        if tensor.is_cuda:
+            tensor.record_stream(torch.cuda.current_stream(tensor.device))
+
+
 def take_ids(input_ids: Tensor, rows: Sequence[int], places: Sequence[tuple[Tensor, int]]) -> None:
     """Puts tokens in place that the host has not seen.
 
@@ -56,6 +64,7 @@ def take_ids(input_ids: Tensor, rows: Sequence[int], places: Sequence[tuple[Tens
         zip(sources, accumulate((len(s) for s in sources.values()), initial=0), strict=False)
     )
     found = [begins[id(tensor)] + index for tensor, index in places]
+    keep_until_read(sources.values())
     where = put([rows, found], torch.int64, input_ids.device)
     # A row without a token, which -1 stands for, goes on until the host has seen it.
     ids = torch.cat(list(sources.values())).index_select(0, where[1]).clamp_(min=0)

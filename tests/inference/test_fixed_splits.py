@@ -63,6 +63,24 @@ def test_every_bit_is_that_of_the_requests_alone(device, monkeypatch, overlap):
     assert is_free(batcher)
 
 
+def test_a_prompts_last_token_goes_the_way_that_siblings_have_it_go(device, monkeypatch):
+    """A prompt of 24 + 1 tokens, whose last one alone would be a decode step's."""
+    batcher = ContinuousBatching(6, tiny_model("llama", device), split_size=64, max_step_tokens=30)
+    prefill, counts = StepRunner.prefill, []
+
+    def counted(self, chunks, width):
+        counts.append([len(chunk.tokens) for chunk in chunks])
+        return prefill(self, chunks, width)
+
+    monkeypatch.setattr(StepRunner, "prefill", counted)
+    found = [batcher.submit(PROMPT[:25], WARM, 9).result().token_ids]
+    assert counts == [[24], [1]]
+    handles = batcher.submit_group(PROMPT[:25], [WARM, SamplingParams(seed=1)], 9)
+    found.append(handles[0].result().token_ids)
+    assert counts == [[24], [1]] * 2
+    assert found[0] == found[1]
+
+
 def test_refusals():
     model = tiny_model("llama", torch.device("cpu"))
     with pytest.raises(ValueError, match="split_size must be a multiple of 64, got 100"):

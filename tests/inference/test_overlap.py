@@ -11,7 +11,7 @@ from batching import COUNTS, PAGE, PROMPTS, is_free
 from engines import make_engine
 from families import tiny_model
 
-from llamatelemetry.inference import running_batch
+from llamatelemetry.inference import runner, running_batch, step
 from llamatelemetry.inference.continuous import ContinuousBatching
 from llamatelemetry.inference.host_pages import HostPages
 from llamatelemetry.inference.launched import Launched
@@ -131,6 +131,40 @@ def test_a_step_of_another_stream_waits_for_the_one_before(monkeypatch, overlap)
     last = [("b", "a"), "copies"] if overlap else []
     wanted = ["copies", *launched, ("b", "a"), "copies", *launched, ("a", "b"), "copies", *launched]
     assert order == wanted + last
+
+
+def test_what_is_dropped_is_kept_until_the_stream_has_read_it(monkeypatch):
+    batcher = ContinuousBatching(2, tiny_model("llama"), overlap=True)
+    batcher.submit(PROMPTS[0], max_tokens=5).result()
+    one, kept = batcher._batch._runner.runner, []
+    for module in (runner, step):
+        monkeypatch.setattr(
+            module, "keep_until_read", lambda tensors: kept.extend(map(id, tensors))
+        )
+    steps, rope = one.steps(), [id(table) for pair in one._rope for table in pair]
+    assert steps
+    assert rope
+    one.ready(10 * one._num_positions, one.pages.num_blocks, keep=True)
+    assert one.steps() == []
+    assert {*rope, *(id(x) for old in steps for x in (old.input_ids, old.input.positions))} <= {
+        *kept
+    }
+    source = torch.tensor([7])
+    step.take_ids(torch.tensor([0, 0]), [1], [(source, 0)])
+    assert kept[-1] == id(source)
+
+
+def test_streams_that_read_are_recorded(monkeypatch):
+    class OnGpu:
+        is_cuda, device, streams = True, "cuda:0", ()
+
+        def record_stream(self, stream):
+            self.streams += (stream,)
+
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: f"of {device}")
+    tensor = OnGpu()
+    step.keep_until_read([torch.zeros(1), tensor])
+    assert tensor.streams == ("of cuda:0",)
 
 
 def test_a_cache_of_another_dtype_follows_the_stream_too(monkeypatch):
