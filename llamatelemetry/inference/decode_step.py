@@ -53,14 +53,20 @@ class DecodeStep:
     ) -> None:
         device = state.caches[0][0].device
         blank = [Chunk([0], 0, [])] * batch
+        self._init_run(model, state, size, graphs)
         self._table = table_of(blank, width)  # on the host, as the input has it
-        self._ops = ops_of(model)
         self.input_ids, self.input = prepare(blank, size, width, device, self._ops.slot_mapping)
         self.input.is_whole = False
         self.sampling = sampling_tensors([GREEDY] * batch, device)
         self.offsets = torch.zeros_like(self.input_ids)
         self.active = torch.zeros_like(self.input_ids, dtype=torch.bool)
         self._drawn = torch.zeros_like(self.input_ids)  # on CUDA, with -1 for NaN
+
+    def _init_run(
+        self, model: Any, state: DecoderState, size: int, graphs: StepGraphs | None
+    ) -> None:
+        """What runs look at beside the tensors."""
+        self._ops = ops_of(model)
         self.mode = "eager"
         self.recording: Recording | None = None
         self.owner: object = None

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
 from llamatelemetry.inference.acceptance import draw, probabilities
+from llamatelemetry.inference.ngrams import NgramIndex
 from llamatelemetry.inference.sampling import SamplingParams
 
 
@@ -30,7 +31,8 @@ class Draft(Protocol):
 
 
 class PromptLookup:
-    """What followed the last earlier place of the sequence's last few tokens.
+    """What followed the last earlier place of the sequence's last few tokens; where that ends, it
+    goes on with itself.
 
     Args:
         max_ngram: so many last tokens are looked for first, then fewer, down to one.
@@ -40,6 +42,7 @@ class PromptLookup:
         if max_ngram < 1:
             raise ValueError(f"PromptLookup: max_ngram must be at least 1, got {max_ngram}")
         self.max_ngram = max_ngram
+        self._index, self._known = NgramIndex(1, max_ngram), list[int]()
 
     def propose(
         self,
@@ -49,12 +52,10 @@ class PromptLookup:
         generator: torch.Generator,
     ) -> tuple[list[int], None]:
         tokens = list(tokens)
-        for size in range(min(self.max_ngram, len(tokens) - 1), 0, -1):
-            tail = tokens[-size:]
-            for begin in range(len(tokens) - size - 1, -1, -1):
-                if tokens[begin] == tail[0] and tokens[begin : begin + size] == tail:
-                    return tokens[begin + size : begin + size + count], None
-        return [], None
+        if tokens[: len(self._known)] != self._known:  # another sequence
+            self._index = NgramIndex(1, self.max_ngram)
+        self._known = tokens
+        return self._index.propose(tokens, count), None
 
 
 class ModelDraft:

@@ -10,11 +10,9 @@ import torch
 from torch import Tensor
 
 from llamatelemetry.inference.decode_step import DecodeStep
-from llamatelemetry.inference.recording import Recording
 from llamatelemetry.inference.sampling import GREEDY, SamplingParams, SamplingTensors
 from llamatelemetry.inference.step import Chunk
 from llamatelemetry.inference.step_graphs import StepGraphs
-from llamatelemetry.models.patching import ops_of
 from llamatelemetry.models.step_input import DecoderState, StepInput
 
 _BLANK = Chunk([0], 0, [])
@@ -23,8 +21,8 @@ _BLANK = Chunk([0], 0, [])
 class VerifyStep(DecodeStep):
     """DecodeStep of up to ``longest`` tokens a row, which draws a token after each of them.
 
-    Rows do not move on by themselves: place says where they stand before every run. All inputs lie
-    in three tensors, for each copy to a GPU has a price.
+    Rows do not move on by themselves: place, and not load, hold or add_blocks, says where they
+    stand before every run. All inputs lie in three tensors, for each copy to a GPU has a price.
 
     Args:
         num_tokens: of all rows together; at most so many are placed, and at least one a row.
@@ -68,14 +66,8 @@ class VerifyStep(DecodeStep):
             is_whole=False,
             keeps_all=True,
         )
-        self._batch, self._ops = batch, ops_of(model)
         self._drawn = torch.zeros_like(self.input_ids)  # on CUDA, with -1 for NaN
-        self.mode = "eager"
-        self.recording: Recording | None = None
-        self.owner = None
-        self._model, self._state, self._page_size = model, state, size
-        self._graphs = StepGraphs() if graphs is None else graphs
-        self._replay = self._frozen = self._embed = None
+        self._init_run(model, state, size, graphs)
         self._real_values: list[list[float]] = []
         self.place([_BLANK] * batch, [GREEDY] * batch, [0] * batch, 0)
 

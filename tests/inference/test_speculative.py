@@ -173,12 +173,15 @@ def test_greedy_tokens_are_the_target_s(device, family, kind):
 
 
 def test_what_is_looked_up():
+    lookup = PromptLookup(1)  # of one sequence after the other
+    found = [lookup.propose(tokens, 2, GREEDY, None)[0] for tokens in ([5, 5], [5, 5, 8], [7, 8])]
+    assert found == [[5, 5], [], []]
     for size, tokens, count, wanted in [
         (3, [1, 2, 3, 4, 1, 2, 3], 2, [4, 1]),
         (2, [1, 2, 9, 2, 7, 1, 2], 3, [9, 2, 7]),  # the longer tail, not the later one
         (1, [1, 2, 9, 2, 7, 1, 2], 3, [7, 1, 2]),
         (3, [1, 2, 3], 2, []),
-        (3, [6, 6, 6], 4, [6]),
+        (3, [6, 6, 6], 4, [6, 6, 6, 6]),
     ]:
         assert PromptLookup(size).propose(tokens, count, GREEDY, None) == (wanted, None)
 
