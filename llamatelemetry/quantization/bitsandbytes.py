@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from llamatelemetry.quantization.fields import tensor_of, two_sizes
+
 _STATES = ("nf4", "fp4")
 # A linear's tensors besides its bias, of 4 bits and of 8.
 TENSORS = {
@@ -39,9 +41,10 @@ def dense_linear(found: Mapping[str, Tensor], dtype: torch.dtype) -> nn.Linear:
         ValueError: a tensor that is missing or not of its shape.
     """
     state = _state(found)
-    codes, table = _tensor(found, "weight"), _tensor(found, "weight.quant_map").float()
-    n, k = _sizes(state)
-    block = _size(state, "blocksize")
+    codes = tensor_of(found, "weight")
+    table = tensor_of(found, "weight.quant_map").float().flatten()
+    n, k = two_sizes("quant_state's shape", state.get("shape"))
+    block = min(_size(state, "blocksize"), n * k)
     if codes.dtype != torch.uint8 or codes.numel() != (n * k + 1) // 2 or table.numel() != 16:
         raise ValueError(
             f"weight must be {(n * k + 1) // 2} bytes of codes of a table of 16, got "
@@ -60,32 +63,39 @@ def dense_linear(found: Mapping[str, Tensor], dtype: torch.dtype) -> nn.Linear:
     return linear
 
 
-def row_scales(found: Mapping[str, Tensor]) -> Tensor:
-    """What int8 codes are multiplied by, [n, 1]: SCB is a row's largest size.
+def row_scales(found: Mapping[str, Tensor], n: int) -> Tensor:
+    """What n rows of int8 codes are multiplied by, [n, 1]: SCB is a row's largest size.
 
     Raises:
-        ValueError: codes that do not lie row by row, as old versions have them.
+        ValueError: codes that do not lie row by row, as old versions have them; another number of
+            sizes.
     """
     if (order := found.get("weight_format")) is not None and bool(order.any()):
         raise ValueError(f"weight_format must be 0 (row by row), got {order.tolist()}")
-    largest = _tensor(found, "SCB").float().reshape(-1, 1)
+    largest = tensor_of(found, "SCB").float().reshape(-1, 1)
+    if len(largest) != n:
+        raise ValueError(f"SCB must have {n} values, one for each row, got {len(largest)}")
     return largest / torch.full_like(largest, 127)  # by a number CUDA multiplies by 1 / 127
 
 
 def _absmax(found: Mapping[str, Tensor], state: Mapping[str, Any]) -> Tensor:
-    absmax = _tensor(found, "weight.absmax").flatten()
-    if absmax.dtype != torch.uint8:
+    absmax = tensor_of(found, "weight.absmax").flatten()
+    if absmax.is_floating_point():
         return absmax.float()
-    table = _tensor(found, "weight.nested_quant_map").float()
-    block, sizes = _size(state, "nested_blocksize"), _tensor(found, "weight.nested_absmax").float()
+    if absmax.dtype != torch.uint8:
+        raise ValueError(f"weight.absmax must be uint8 or floating, got {absmax.dtype}")
+    table = tensor_of(found, "weight.nested_quant_map").float()
+    block = min(_size(state, "nested_blocksize"), max(absmax.numel(), 1))
+    sizes = tensor_of(found, "weight.nested_absmax").float()
     if table.numel() != 256 or sizes.numel() != -(-absmax.numel() // block):
         raise ValueError(
             f"weight.nested_absmax must have {-(-absmax.numel() // block)} values and its table "
             f"256, got {sizes.numel()} and {table.numel()}"
         )
-    offset = state.get("nested_offset")
-    if not isinstance(offset, (int, float)):
-        raise ValueError(f"quant_state's nested_offset must be a number, got {offset!r}")
+    offset: Any = state.get("nested_offset")
+    is_number = isinstance(offset, (int, float)) and not isinstance(offset, bool)
+    if not is_number or not abs(offset) < torch.finfo(torch.float32).max:  # nor is NaN
+        raise ValueError(f"quant_state's nested_offset must be a finite number, got {offset!r}")
     each = sizes.flatten().repeat_interleave(block)[: absmax.numel()]
     return table.flatten()[absmax.int()] * each + offset
 
@@ -95,7 +105,7 @@ def _state(found: Mapping[str, Tensor]) -> Mapping[str, Any]:
     if len(names) != 1:
         raise ValueError(f"weight must have one quant_state of {' or '.join(_STATES)}, got {names}")
     try:
-        state = json.loads(bytes(found[names[0]].tolist()))
+        state = json.loads(bytes(found[names[0]].flatten().tolist()))
     except (ValueError, TypeError) as error:
         raise ValueError(f"weight's quant_state must be JSON in bytes, got {error}") from None
     if not isinstance(state, dict):
@@ -103,21 +113,8 @@ def _state(found: Mapping[str, Tensor]) -> Mapping[str, Any]:
     return state
 
 
-def _sizes(state: Mapping[str, Any]) -> tuple[int, int]:
-    shape = state.get("shape")
-    if not isinstance(shape, list) or [type(size) for size in shape] != [int, int]:
-        raise ValueError(f"quant_state's shape must be two sizes, got {shape}")
-    return shape[0], shape[1]
-
-
 def _size(state: Mapping[str, Any], name: str) -> int:
     size = state.get(name)
-    if not isinstance(size, int) or size < 1:
+    if type(size) is not int or size < 1:  # true is an int too
         raise ValueError(f"quant_state's {name} must be a size from 1, got {size!r}")
     return size
-
-
-def _tensor(found: Mapping[str, Tensor], name: str) -> Tensor:
-    if name not in found:
-        raise ValueError(f"{name} is missing")
-    return found[name]

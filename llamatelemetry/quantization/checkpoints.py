@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from llamatelemetry.quantization import bitsandbytes
+from llamatelemetry.quantization.fields import tensor_of, two_sizes
 from llamatelemetry.quantization.groups import GroupedWeight, pack_groups
 from llamatelemetry.quantization.layouts import Layout
 from llamatelemetry.quantization.w8a8 import MOST_INT8_COLUMNS, W8A8Linear
@@ -63,17 +64,17 @@ def load_linear(
 
 
 def _bytes(layout: Layout, found: Mapping[str, Tensor]) -> GroupedWeight:
-    codes = _tensor(found, "weight")
-    sign = next((name for name in layout.signs if name in found), layout.signs[0])
-    scales = _tensor(found, sign).float()
-    if layout.method == "bitsandbytes":
-        scales = bitsandbytes.row_scales(found)
-    if "weight_zero_point" in found and bool(found["weight_zero_point"].float().any()):
-        raise ValueError("weight_zero_point must be zero (a symmetric quantiser) beside int8 codes")
+    codes = tensor_of(found, "weight")
     formats = {torch.int8: "S8", torch.float8_e4m3fn: "E4M3"}
     if codes.dtype not in formats or codes.dim() != 2:
         raise ValueError(f"weight must be two-dimensional int8 or float8_e4m3fn, got {codes.dtype}")
     n, k = codes.shape
+    sign = next((name for name in layout.signs if name in found), layout.signs[0])
+    scales = tensor_of(found, sign).float()
+    if layout.method == "bitsandbytes":
+        scales = bitsandbytes.row_scales(found, n)
+    if "weight_zero_point" in found and bool(found["weight_zero_point"].float().any()):
+        raise ValueError("weight_zero_point must be zero (a symmetric quantiser) beside int8 codes")
     if layout.block is not None:
         rows, columns = layout.block
         blocks = -(-n // rows), -(-k // columns)
@@ -98,7 +99,7 @@ def load_w8a8(layout: Layout, found: Mapping[str, Tensor]) -> W8A8Linear | None:
     Returns:
         None where its weights have other scales than W8A8Linear's.
     """
-    codes, sign = _tensor(found, "weight"), next(n for n in layout.signs if n in found)
+    codes, sign = tensor_of(found, "weight"), next(n for n in layout.signs if n in found)
     scales = found[sign].float()
     kinds = (torch.int8, torch.float8_e4m3fn)
     if codes.dtype not in kinds or codes.dim() != 2 or found.get("weight_zero_point") is not None:
@@ -176,9 +177,9 @@ def _of_known_groups(values: Tensor, k: int) -> Tensor:
 
 
 def _gptq(layout: Layout, found: Mapping[str, Tensor]) -> Codes:
-    qweight, scales = _tensor(found, "qweight"), _matrix(found, "scales")
+    qweight, scales = tensor_of(found, "qweight"), _matrix(found, "scales")
     codes = _unpacked(qweight, layout.bits, 0).T
-    zeros = _unpacked(_tensor(found, "qzeros"), layout.bits, 1)
+    zeros = _unpacked(tensor_of(found, "qzeros"), layout.bits, 1)
     # Of four or eight bits: a zero point of 0 was stored as the largest.
     zeros = (zeros + layout.zero_added) & ((1 << layout.bits) - 1)
     return _checked(Codes(codes, scales.T, zeros.T, _groups_of(found.get("g_idx"))))
@@ -188,7 +189,7 @@ def _awq(layout: Layout, found: Mapping[str, Tensor]) -> Codes:
     place = torch.tensor(_AWQ_ORDER).argsort()
 
     def columns(name: str) -> Tensor:
-        values = _unpacked(_tensor(found, name), layout.bits, 1)
+        values = _unpacked(tensor_of(found, name), layout.bits, 1)
         return values.unflatten(1, (-1, len(_AWQ_ORDER)))[..., place].flatten(1)
 
     scales = _matrix(found, "scales")
@@ -196,12 +197,9 @@ def _awq(layout: Layout, found: Mapping[str, Tensor]) -> Codes:
 
 
 def _compressed(layout: Layout, found: Mapping[str, Tensor]) -> Codes:
-    shape = _tensor(found, "weight_shape").tolist()
-    if not isinstance(shape, list) or [type(size) for size in shape] != [int, int]:
-        raise ValueError(f"weight_shape must be two sizes, got {shape}")
-    n, k = shape
-    scales = _of_rows("weight_scale", _tensor(found, "weight_scale"), n)
-    codes = _unpacked(_tensor(found, "weight_packed"), layout.bits, 1)[:, :k]
+    n, k = two_sizes("weight_shape", tensor_of(found, "weight_shape").tolist())
+    scales = _of_rows("weight_scale", tensor_of(found, "weight_scale"), n)
+    codes = _unpacked(tensor_of(found, "weight_packed"), layout.bits, 1)[:, :k]
     if (packed := found.get("weight_zero_point")) is not None:
         zeros = _unpacked(packed, layout.bits, 0)[:n]
     else:
@@ -254,14 +252,8 @@ def _checked(found: Codes) -> Codes:
     return found
 
 
-def _tensor(found: Mapping[str, Tensor], name: str) -> Tensor:
-    if name not in found:
-        raise ValueError(f"{name} is missing")
-    return found[name]
-
-
 def _matrix(found: Mapping[str, Tensor], name: str) -> Tensor:
-    tensor = _tensor(found, name)
+    tensor = tensor_of(found, name)
     if tensor.dim() != 2:
         raise ValueError(f"{name} must be two-dimensional, got {tuple(tensor.shape)}")
     return tensor

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from llamatelemetry.quantization import bitsandbytes, mxfp4
+from llamatelemetry.quantization.fields import two_sizes
 
 # quant_method in config.json
 METHODS = ("gptq", "awq", "compressed-tensors", "fp8", "mxfp4", "bitsandbytes")
@@ -107,13 +108,7 @@ def _first(quantization: Mapping[str, Any], names: tuple[str, ...], otherwise: s
 
 
 def _block(name: str, sizes: Any) -> tuple[int, int] | None:
-    if sizes is None:
-        return None
-    if not isinstance(sizes, (list, tuple)) or [type(size) for size in sizes] != [int, int]:
-        raise ValueError(f"{name} must be two sizes, got {sizes}")
-    if min(sizes) < 1:
-        raise ValueError(f"{name} must be of sizes from 1, got {sizes}")
-    return sizes[0], sizes[1]
+    return None if sizes is None else two_sizes(name, sizes)
 
 
 def _bits(bits: Any, known: tuple[int, ...]) -> int:

@@ -14,6 +14,7 @@ from torch import nn
 
 from llamatelemetry.loading.find import ModelFileError, load_model
 from llamatelemetry.models.patching import patch
+from llamatelemetry.quantization.bitsandbytes import dense_linear, row_scales
 from llamatelemetry.quantization.group_linear import GroupLinear
 
 IDS = torch.tensor([[5, 17, 3, 80, 41, 9]])
@@ -103,6 +104,36 @@ def test_eight_bits(tmp_path, device):
     save_file(load_file(file) | other, file)
     with pytest.raises(ModelFileError, match="weight_format must be 0"):
         load_model(tmp_path)
+    tensors = load_file(file) | {name: torch.tensor(0, dtype=torch.uint8) for name in other}
+    save_file(tensors | {"model.layers.0.mlp.up_proj.SCB": torch.ones(1)}, file)
+    with pytest.raises(ModelFileError, match="SCB must have 160 values, one for each row, got 1"):
+        load_model(tmp_path)
+
+
+NF4 = [
+    *(-1.0, -0.6961928, -0.5250731, -0.3949175, -0.2844414, -0.1847734, -0.0910500, 0.0),
+    *(0.0795803, 0.1609302, 0.2461123, 0.3379152, 0.4407098, 0.5626170, 0.7229568, 1.0),
+]  # as the paper on QLoRA prints them
+
+
+@pytest.mark.parametrize("shape", [(16,), (1, 16), (16, 1)])
+def test_bytes_written_out(shape):
+    """Two blocks of four, the first code of a byte in its high bits; values worked out by hand."""
+    text = b'{"quant_type": "nf4", "blocksize": 4, "dtype": "float16", "shape": [2, 4]}'
+    found = {
+        "weight": torch.tensor([[0x0F], [0x73], [0x8E], [0xF1]], dtype=torch.uint8),
+        "weight.absmax": torch.tensor([2.0, 0.5]),
+        "weight.quant_map": torch.tensor(NF4).view(shape),
+        "weight.quant_state.bitsandbytes__nf4": torch.tensor(list(text), dtype=torch.uint8),
+    }
+    expected = [[-2.0, 2.0, 0.0, -0.7898350], [0.0397901, 0.3614784, 0.5, -0.3480964]]
+    weight = dense_linear(found, torch.float32).weight
+    torch.testing.assert_close(weight.data, torch.tensor(expected), rtol=0, atol=1e-6)
+
+
+def test_rows_written_out():
+    scales = row_scales({"SCB": torch.tensor([2.54, 127.0])}, 2)
+    torch.testing.assert_close(scales, torch.tensor([[0.02], [1.0]]))
 
 
 def test_refusals(tmp_path):
@@ -129,6 +160,22 @@ def test_refusals(tmp_path):
     assert "shape must be two sizes, got [4]" in refusal(**{state: text})
     text = torch.tensor(list(b'{"shape": [160, 288], "blocksize": 0}'), dtype=torch.uint8)
     assert "blocksize must be a size from 1, got 0" in refusal(**{state: text})
+    told = json.loads(bytes(tensors[state].tolist()))
+
+    def with_field(name, value):
+        changed = json.dumps(told | {name: value}).encode()
+        return refusal(**{state: torch.tensor(list(changed), dtype=torch.uint8)})
+
+    negative = [-size for size in told["shape"]]
+    assert "shape must be of sizes from 1, got [-" in with_field("shape", negative)
+    assert "blocksize must be a size from 1, got True" in with_field("blocksize", True)
+    assert "nested_blocksize must be a size from 1, got 0" in with_field("nested_blocksize", 0)
+    sentence = "nested_offset must be a finite number, got"
+    assert f"{sentence} nan" in with_field("nested_offset", float("nan"))
+    assert f"{sentence} None" in with_field("nested_offset", None)
+    signed = tensors[f"{start}.absmax"].view(torch.int8)
+    assert "must be uint8 or floating, got torch.int8" in refusal(**{f"{start}.absmax": signed})
+    assert "a table of 15" in refusal(**{f"{start}.quant_map": torch.ones(15)})
     assert "weight.quant_map is missing" in refusal(**{f"{start}.quant_map": None})
     short = tensors[start][:-1].clone()
     assert "bytes of codes of a table of 16" in refusal(**{start: short})
