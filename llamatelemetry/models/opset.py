@@ -39,7 +39,8 @@ class OpSet:
         attn_implementation: transformers' name for this set's attention; None leaves the model's.
         group_linear: x, a GroupLinear of one of group_formats, activation as linear has it; None
             leaves such layers to their own forward.
-        linear_of_any_rows: whether linear is called for many rows too; other layers are refused.
+        linear_of_any_rows: whether linear is called for many rows too; layers other than
+            nn.Linear and those of group_formats are refused.
         quantising: for W8A8 linears; without them, these quantise what they are given.
         sample, advance_step_, slot_mapping: what the engine calls besides the model.
         name: of the set, where it has one to be pickled by.

@@ -23,6 +23,7 @@ from llamatelemetry.triton_ops.launch import (
     num_multiprocessors,
     on_device,
     precision_of,
+    width_of,
 )
 from llamatelemetry.triton_ops.norm import ACTIVATIONS
 from llamatelemetry.triton_ops.tuning import linear_config
@@ -80,7 +81,8 @@ def group_linear(
 
     Returns:
         [..., n], or of a gated layer [..., n / 2], in x's dtype. Up to 64 rows of x are multiplied
-        by scaled codes in float32 sums; of more, weights are rounded to x's dtype first.
+        by codes, whose scales follow in float32 sums, where groups are a multiple of 128 columns in
+        4 bits and of 64 in 8; else, and of more rows, weights are rounded to x's dtype first.
 
     Raises:
         RuntimeError: Naming the argument, the rule and the value.
@@ -131,7 +133,8 @@ def _check(
     bias: Tensor | None,
     activation: str | None,
 ) -> None:
-    op, k = "group_linear", x.shape[-1]
+    op = "group_linear"
+    k = width_of(op, x)
     check(op, "x", x)
     if format not in FORMATS:
         raise RuntimeError(f"{op}: format must be one of {sorted(FORMATS)}, got {format!r}")

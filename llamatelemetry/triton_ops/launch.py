@@ -55,6 +55,17 @@ def check_shape(op: str, name: str, x: Tensor, shape: Sequence[int]) -> None:
         raise RuntimeError(f"{op}: {name} must have shape {list(shape)}, got {list(x.shape)}")
 
 
+def width_of(op: str, x: Tensor) -> int:
+    """k of x, [..., k].
+
+    Raises:
+        RuntimeError: x has no dimension.
+    """
+    if not x.dim():
+        raise RuntimeError(f"{op}: x must be [..., k], got {list(x.shape)}")
+    return x.shape[-1]
+
+
 def on_device(x: Tensor) -> AbstractContextManager[object]:
     """Triton launches on the current device."""
     if not x.is_cuda or x.device.index == torch.cuda.current_device():

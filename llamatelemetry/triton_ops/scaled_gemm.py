@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from llamatelemetry.triton_ops import gemm
-from llamatelemetry.triton_ops.launch import FLOATS, check_shape, on_device, why_not_on
+from llamatelemetry.triton_ops.launch import FLOATS, check_shape, on_device, why_not_on, width_of
 from llamatelemetry.triton_ops.tuning import linear_config
 
 
@@ -22,7 +22,7 @@ def scaled_linear(
     """``llamatelemetry.ops.scaled_linear`` of e4m3 in Triton.
 
     Args:
-        x: [..., k] float8_e4m3fn, k a multiple of 16.
+        x: [..., k] float8_e4m3fn, k a multiple of 16, from 16 on.
         x_scales: float32, one for each row of x, contiguous.
         weight: [n, k], dtype and device of x.
         weight_scales: float32, one for each row of weight, contiguous.
@@ -77,9 +77,11 @@ def _check(
         raise RuntimeError(f"{op}: e4m3 needs compute capability 8.9, got an older GPU")
     if dtype not in FLOATS:
         raise RuntimeError(f"{op}: dtype must be float32, float16 or bfloat16, got {dtype}")
-    k = x.shape[-1]
-    if k % 16:
-        raise RuntimeError(f"{op}: k must be a multiple of 16, got {k}")
+    k = width_of(op, x)
+    if k % 16 or not k:
+        raise RuntimeError(f"{op}: k must be a multiple of 16, from 16 on, got {k}")
+    if not weight.dim():
+        raise RuntimeError(f"{op}: weight must be [n, {k}], got {list(weight.shape)}")
     check_shape(op, "weight", weight, (weight.shape[0], k))
     n, m = weight.shape[0], x.numel() // max(k, 1)
     wanted = [

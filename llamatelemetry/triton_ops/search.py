@@ -29,9 +29,7 @@ _LAUNCHES = 12  # in one graph
 _SHARED_BYTES = 227 * 1024
 
 
-def candidates(
-    shape: LinearShape, multiprocessors: int, has_tma: bool = False
-) -> list[LinearConfig]:
+def candidates(shape: LinearShape, multiprocessors: int, tma: bool = False) -> list[LinearConfig]:
     """Launches worth a try; the first is the start value."""
     few = shape.m <= 32
     if few:
@@ -41,7 +39,7 @@ def candidates(
     else:
         sizes = product((64, 128, 256), (64, 128, 256), (64,), (1,), (4, 8), (3, 4))
     found = [start_value(shape, 2, multiprocessors)]
-    if has_tma and shape.m > 256:
+    if tma and shape.m > 256:
         found.insert(0, tma_value(shape, multiprocessors))
     for m, n, k, splits, warps, stages in sizes:
         block_m = max(m, shape.m) if few else m
@@ -57,7 +55,7 @@ def candidates(
         if not few and warps == 4 and sums > 128 * 128:
             continue
         found.append(LinearConfig(block_m, n, k, splits, 8, warps, stages))
-        if has_tma and not few and splits == 1:
+        if tma and not few and splits == 1:
             found.append(replace(found[-1], tma=True))
     return list(dict.fromkeys(found))
 
@@ -118,12 +116,12 @@ class Search:
         return sorted(times)[1]
 
 
-def compile_all(searches: Sequence[Search], multiprocessors: int, has_tma: bool) -> None:
+def compile_all(searches: Sequence[Search], multiprocessors: int, tma: bool) -> None:
     """Compiles every candidate, several at a time; what cannot be built is left to the search."""
     jobs = {
         (config, search.shape.gated): search
         for search in searches
-        for config in candidates(search.shape, multiprocessors, has_tma)
+        for config in candidates(search.shape, multiprocessors, tma)
     }
 
     def build(job: tuple[LinearConfig, bool]) -> None:

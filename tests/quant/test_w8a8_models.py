@@ -46,6 +46,20 @@ def blocks_in_place(model):
     return model
 
 
+def test_blocks_that_do_not_end_with_gate():
+    model = tiny_model("llama")
+    for layer in model.model.layers:
+        for name in ("gate_proj", "up_proj", "down_proj"):
+            n, k = (448, 288) if name != "down_proj" else (288, 448)
+            scales = torch.full((-(-n // 128), -(-k // 128)), 0.004)
+            codes = torch.zeros(n, k).to(torch.float8_e4m3fn)
+            setattr(layer.mlp, name, W8A8Linear(codes, scales, None, 128))
+    with pytest.warns(UserWarning, match="whole blocks of 128 rows"):
+        refused = patch(model).refused
+    sentence = "must be whole blocks of 128 rows to become one linear, got 448"
+    assert sentence in refused["model.layers.0.mlp"]
+
+
 MAKERS = {
     "int8": quantize_w8a8,
     "fp8": lambda model: quantize_w8a8(model, "fp8"),

@@ -95,6 +95,7 @@ def test_refuses(device):
     assert_refuses(call(format="E4M3"), "format", "S8", "'E4M3'")
     assert_refuses(call(n=48), "weight", "[3, 512]", "[2, 512]")
     assert_refuses(call(x=x[:, :48]), "k", "multiple of 32", "48")
+    assert_refuses(call(x=x[0, 0]), "x", "k", "[]")
     assert_refuses(call(zeros=None), "zeros", "given for U4", "None")
     assert_refuses(call(scales=scales[:, :, :8]), "scales", "[2, 2, 16]", "[2, 2, 8]")
     assert_refuses(call(scales=scales.repeat(1, 2, 1)), "scales", "multiples of 32", "[2, 4, 16]")

@@ -67,6 +67,10 @@ def test_refuses(device):
     assert_refuses(lambda: run(x.float(), x_scales, weight, weight_scales, half), "x", "float32")
     assert_refuses(lambda: run(x, x_scales[:3], weight, weight_scales, half), "x_scales", "4", "3")
     assert_refuses(lambda: run(x[:, :40], x_scales, weight, weight_scales, half), "k", "16", "40")
+    none = lambda: run(x[:, :0], x_scales, weight[:, :0], weight_scales, half)  # noqa: E731
+    assert_refuses(none, "k", "16", "0")
+    assert_refuses(lambda: run(x[0, 0], x_scales, weight, weight_scales, half), "x", "k", "[]")
+    assert_refuses(lambda: run(x, x_scales, weight[0, 0], weight_scales, half), "weight", "[]")
     assert_refuses(
         lambda: run(x, x_scales, weight, weight_scales, half, weight_scales[:5, 0].half()),
         *("bias", "[32]", "[5]"),

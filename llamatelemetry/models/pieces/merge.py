@@ -30,6 +30,17 @@ def merge_linears(linears: Sequence[nn.Module]) -> nn.Module | None:
         return _merge(linears)
 
 
+def why_not_merged(linears: Sequence[nn.Module]) -> str:
+    """What linears, which merge_linears gave None for, must be."""
+    for linear in linears[:-1]:
+        if isinstance(linear, W8A8Linear) and linear.out_features % (linear.takes.block or 1):
+            return (
+                f"must be whole blocks of {linear.takes.block} rows to become one linear, got "
+                f"{linear.out_features}"
+            )
+    return "must be alike to become one linear"
+
+
 def _merge(linears: Sequence[nn.Module]) -> nn.Module | None:
     if all(type(linear) is QuantLinear for linear in linears):
         return merge_quant_linears(cast("Sequence[QuantLinear]", linears))

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from llamatelemetry.models.opset import ACTIVATIONS, GATED, NATIVE, OpSet
 from llamatelemetry.models.pieces.base import Piece
 from llamatelemetry.models.pieces.linear import Joined, Rows, is_dense, rows_after
-from llamatelemetry.models.pieces.merge import merge_linears, unmerge_linears
+from llamatelemetry.models.pieces.merge import merge_linears, unmerge_linears, why_not_merged
 from llamatelemetry.models.spec import LayerSpec
 
 
@@ -53,9 +53,7 @@ class GatedMlp(_Mlp):
         self.linears = [getattr(self.module, name) for name in self.spec.gate_up]
         merged = merge_linears(self.linears)
         if merged is None:
-            raise ValueError(
-                f"{' and '.join(self.spec.gate_up)} must be alike to become one linear"
-            )
+            raise ValueError(f"{' and '.join(self.spec.gate_up)} {why_not_merged(self.linears)}")
         self.merged = [merged] if len(self.linears) > 1 else []
         self.down = Joined(getattr(self.module, self.spec.down), (), self.ops)
         name = GATED.get(self.activation)
