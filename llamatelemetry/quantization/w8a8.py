@@ -146,7 +146,7 @@ def is_fast_on(device: torch.device) -> bool:
     """Whether products of bytes have tensor cores and kernels there.
 
     They beat weights kept in 8 bits, but blocks in down at 64 rows; 16-bit weights are faster at 64
-    rows in three shapes of four, and than blocks at 2048.
+    rows in two or three shapes of four, and than blocks at 2048.
     """
     return device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
 
