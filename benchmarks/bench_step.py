@@ -28,10 +28,8 @@ CONTEXT, FIRST, STEPS = 128, 4, 24
 BATCHES = (1, 4, 8, 16)
 
 
-def contestant(model: Any, ops: OpSet, prompts: list[list[int]]) -> Callable[[], float]:
+def step_us(generator: TokenGenerator, prompts: list[list[int]]) -> Callable[[], float]:
     """Microseconds of a step, the first ones left out, which record or capture."""
-    patch(model, ops=ops)
-    generator = TokenGenerator(model)
 
     def us() -> float:
         tokens = generator.generate(prompts, [GREEDY] * len(prompts), FIRST + STEPS)
@@ -40,6 +38,12 @@ def contestant(model: Any, ops: OpSet, prompts: list[list[int]]) -> Callable[[],
         return synchronized_us(lambda: list(tokens)) / STEPS
 
     return us
+
+
+def contestant(model: Any, ops: OpSet, prompts: list[list[int]]) -> Callable[[], float]:
+    """A step of the model with these ops."""
+    patch(model, ops=ops)
+    return step_us(TokenGenerator(model), prompts)
 
 
 def main() -> None:

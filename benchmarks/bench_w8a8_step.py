@@ -8,33 +8,18 @@ from __future__ import annotations
 
 import argparse
 import copy
-from collections.abc import Callable
 from typing import Any
 
 import harness
 import torch
-from bench_ablation import synchronized_us
 from bench_prefill import SHAPE, random_llama
+from bench_step import CONTEXT, step_us
 
 from llamatelemetry.inference.generation import TokenGenerator
-from llamatelemetry.inference.sampling import GREEDY
 from llamatelemetry.models.patching import patch
 from llamatelemetry.quantization.w8a8 import quantize_w8a8
 
-CONTEXT, FIRST, STEPS = 128, 4, 16
 BATCHES = (1, 64)
-
-
-def contestant(generator: TokenGenerator, prompts: list[list[int]]) -> Callable[[], float]:
-    """Microseconds of a step, the first ones left out, which capture."""
-
-    def us() -> float:
-        tokens = generator.generate(prompts, [GREEDY] * len(prompts), FIRST + STEPS)
-        for _ in range(FIRST):
-            next(tokens)
-        return synchronized_us(lambda: list(tokens)) / STEPS
-
-    return us
 
 
 def main() -> None:
@@ -60,7 +45,7 @@ def main() -> None:
     rows = []
     for batch in BATCHES:
         prompts = torch.randint(0, SHAPE["vocab_size"], (batch, CONTEXT), device="cpu").tolist()
-        samplers = {name: contestant(one, prompts) for name, one in generators.items()}
+        samplers = {name: step_us(one, prompts) for name, one in generators.items()}
         samplers[limit_name] = limit
         for sampler in samplers.values():
             sampler()

@@ -13,6 +13,49 @@ _Method = TypeVar("_Method", bound=Callable[..., Any])
 _is_open = False  # whether the main thread is within uninterrupted, which puts off all it calls
 
 
+class _Handler:
+    """Passes interrupts on, or keeps the first while the main thread is uninterrupted."""
+
+    def __init__(self, handler: Callable[..., Any]) -> None:
+        self.handler = handler
+        self.kept: tuple[Any, ...] = ()
+
+    def __call__(self, *interrupt: Any) -> None:
+        if not _is_open:
+            self.handler(*interrupt)
+        elif not self.kept:
+            self.kept = interrupt
+
+    def pass_on(self) -> None:
+        if kept := self.kept:
+            self.kept = ()
+            self.handler(*kept)
+
+
+_ours: _Handler | None = None  # the handler that is set meanwhile
+
+
+@contextmanager
+def watched() -> Iterator[None]:
+    """Around much that is uninterrupted, which then sets no handler by itself: that takes longer
+    than what is done for a row of a step."""
+    global _ours
+    if _ours is not None or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    handler = signal.getsignal(signal.SIGINT)
+    if not callable(handler):  # ignored, the system's own, or not one of Python
+        yield
+        return
+    _ours = _Handler(handler)
+    try:
+        signal.signal(signal.SIGINT, _ours)
+        yield
+    finally:
+        _ours = None
+        signal.signal(signal.SIGINT, handler)
+
+
 @contextmanager
 def uninterrupted() -> Iterator[None]:
     """An interrupt of the main thread that comes meanwhile is raised at the end; others do not come
@@ -21,20 +64,17 @@ def uninterrupted() -> Iterator[None]:
     if _is_open or threading.current_thread() is not threading.main_thread():
         yield
         return
-    handler = signal.getsignal(signal.SIGINT)
-    if not callable(handler):  # ignored, the system's own, or not one of Python
-        yield
-        return
-    came: list[tuple[Any, Any]] = []
-    signal.signal(signal.SIGINT, lambda number, frame: came.append((number, frame)))
-    _is_open = True
-    try:
-        yield
-    finally:
-        _is_open = False
-        signal.signal(signal.SIGINT, handler)
-        if came:
-            handler(*came[0])
+    with watched():
+        ours = _ours
+        if ours is None:
+            yield
+            return
+        _is_open = True
+        try:
+            yield
+        finally:
+            _is_open = False
+            ours.pass_on()
 
 
 def as_one(method: _Method) -> _Method:

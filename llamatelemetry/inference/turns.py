@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from llamatelemetry.inference.interrupts import uninterrupted
+from llamatelemetry.inference.interrupts import uninterrupted, watched
 from llamatelemetry.inference.request_handle import RequestHandle
 from llamatelemetry.inference.running_batch import RunningBatch
 from llamatelemetry.inference.telemetry import Telemetry
@@ -45,7 +45,8 @@ class Turns:
 
     def _step(self) -> list[RequestHandle]:
         begin = time.perf_counter()
-        handles = self.batch.step()
+        with watched():
+            handles = self.batch.step()
         self.telemetry.note_step(begin, time.perf_counter(), self.batch, handles)
         return handles
 

@@ -7,9 +7,8 @@ from itertools import product
 
 import pytest
 import torch
-import transformers
 from batching import COUNTS, PAGE, PROMPTS, is_free
-from drafting import PARAMS, SPECULATION, draft_from, served, texts_of, tokens_of
+from drafting import PARAMS, SPECULATION, draft_from, served, small_llama, texts_of, tokens_of
 from engines import make_engine
 from families import tiny_model
 
@@ -200,28 +199,10 @@ def test_nan_is_an_error_and_an_interrupted_forward_is_none(device, monkeypatch)
     assert is_free(batcher)
 
 
-def small_llama():
-    config = transformers.LlamaConfig(
-        vocab_size=4,
-        hidden_size=16,
-        intermediate_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        max_position_embeddings=64,
-        eos_token_id=None,
-        pad_token_id=None,
-        bos_token_id=None,
-    )
-    with torch.inference_mode(False), torch.no_grad():
-        model = transformers.LlamaForCausalLM(config).eval()
-        model.lm_head.weight.normal_(std=1.0)
-        return model
-
-
 @pytest.mark.parametrize("wrong_each", [1, 3])
 def test_the_distribution_is_the_target_s(device, monkeypatch, wrong_each):
     """Three tokens of a small vocabulary, against their probabilities: chi-square over them."""
-    model, prompt, draws = small_llama().to(device), [1, 2, 0], 800
+    model, prompt, draws = small_llama(4, 1.0).to(device), [1, 2, 0], 800
     with torch.inference_mode():
         cells = {}
         for cell in product(range(4), repeat=3):

@@ -141,6 +141,17 @@ def test_within_another_it_sets_no_handler(monkeypatch):
     assert len(handlers) == 2
 
 
+def test_a_step_sets_one_handler(monkeypatch):
+    batcher = ContinuousBatching(1, tiny_model("llama"))
+    handle = batcher.submit(PROMPTS[0], max_tokens=4)
+    batcher.step()
+    handlers, put = [], signal.signal
+    monkeypatch.setattr(signal, "signal", lambda *args: (handlers.append(args), put(*args))[1])
+    batcher.step()
+    assert len(handlers) == 2  # and puts the one before it back
+    handle.result()
+
+
 def test_it_is_raised_at_the_end_and_handlers_stay_as_they_were():
     before, order = signal.getsignal(signal.SIGINT), []
 

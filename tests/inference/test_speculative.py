@@ -9,6 +9,7 @@ from collections import Counter
 import pytest
 import torch
 import transformers
+from drafting import small_llama
 from families import tiny_model
 
 from llamatelemetry.inference import speculative
@@ -23,25 +24,6 @@ VOCAB = 5
 WARM = SamplingParams(temperature=1.0)
 PROMPT = [5, 9, 2, 40, 5, 9, 2]
 NEW_TOKENS = 24
-
-
-def small_llama(scale):
-    """A random model of a small vocabulary; larger scales make its distributions sharper."""
-    config = transformers.LlamaConfig(
-        vocab_size=VOCAB,
-        hidden_size=16,
-        intermediate_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        max_position_embeddings=64,
-        eos_token_id=None,
-        pad_token_id=None,
-        bos_token_id=None,
-    )
-    with torch.inference_mode(False), torch.no_grad():
-        model = transformers.LlamaForCausalLM(config).eval()
-        model.lm_head.weight.normal_(std=scale)
-        return model
 
 
 def chi_square(counts, expected):
@@ -95,7 +77,7 @@ def test_the_rule_keeps_the_distribution(draft):
 
 @pytest.mark.parametrize("has_draft", [True, False])
 def test_models_keep_the_distribution(has_draft):
-    target, draft = small_llama(0.3), small_llama(0.6)
+    target, draft = small_llama(VOCAB, 0.3), small_llama(VOCAB, 0.6)
     params = SamplingParams(temperature=0.9, top_k=4)
     decoder = SpeculativeDecoder(target, draft if has_draft else None, 2, params)
     prompt = [1, 3, 1]
@@ -257,7 +239,7 @@ def test_seeds_ends_and_shapes(device):
 
 
 def test_refusals():
-    model = small_llama(1.0)
+    model = small_llama(VOCAB, 1.0)
     ids = torch.tensor([[1, 2]])
     for make, sentence in [
         (lambda: SpeculativeDecoder(model, gamma=0), "gamma must be at least 1, got 0"),

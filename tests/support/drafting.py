@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import torch
+import transformers
 from batching import COUNTS, PROMPTS, WARM, is_free
 
 from llamatelemetry.inference.continuous import ContinuousBatching
@@ -53,3 +55,22 @@ def tokens_of(handles):
 
 def texts_of(handles):
     return [[*prompt, *handle.token_ids] for prompt, handle in zip(PROMPTS, handles, strict=True)]
+
+
+def small_llama(vocab_size, scale):
+    """A random model of a small vocabulary; larger scales make its distributions sharper."""
+    config = transformers.LlamaConfig(
+        vocab_size=vocab_size,
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=64,
+        eos_token_id=None,
+        pad_token_id=None,
+        bos_token_id=None,
+    )
+    with torch.inference_mode(False), torch.no_grad():
+        model = transformers.LlamaForCausalLM(config).eval()
+        model.lm_head.weight.normal_(std=scale)
+        return model
