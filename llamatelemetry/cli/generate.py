@@ -13,6 +13,7 @@ from dataclasses import replace
 from typing import Any
 
 from llamatelemetry.cli.output import OutputError, emit, warnings_as_sentences
+from llamatelemetry.cli.speculation import add_options, check_options, speculation_of
 
 _SAMPLING = (
     ("temperature", float, "T", "0 is greedy", "0"),
@@ -43,13 +44,7 @@ def add_command(commands: Any) -> None:
         )
     parser.add_argument("--seed", type=int, default=0, metavar="S")
     parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="repeatable")
-    parser.add_argument(
-        "--num-speculative-tokens",
-        type=int,
-        default=0,
-        metavar="N",
-        help="drafted by prompt lookup for a step at most (default: 0, none)",
-    )
+    add_options(parser)
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
     parser.add_argument(
         "--backend",
@@ -142,13 +137,12 @@ def _generate(args: argparse.Namespace) -> int:
     import torch
 
     from llamatelemetry.inference.sampling import SamplingParams
-    from llamatelemetry.inference.speculation_config import prompt_lookup
 
     prompt, given = _text("PROMPT", args.prompt), _given(args)
     system = None if args.system is None else _text("--system", args.system)
     stops = [_text("--stop", stop) for stop in args.stop]
     SamplingParams(**given)  # refuses numbers before a model is loaded
-    speculation = prompt_lookup(args.num_speculative_tokens)
+    check_options(args)
     if args.device == "cuda" and not torch.cuda.is_available():
         raise ValueError(
             "--device cuda needs a CUDA GPU that torch can use, and there is none here"
@@ -163,6 +157,7 @@ def _generate(args: argparse.Namespace) -> int:
     _quiet_transformers()
     with _progress_bar("loading") as progress:
         loaded = load_model(args.model, device=device, exact=args.exact, progress=progress)
+    speculation = speculation_of(args, device, args.exact)
     engine = InferenceEngine(loaded, backend=args.backend)
     params = replace(engine.defaults.unasked(), **given)
     drafts: list[tuple[str, str]] = []

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from llamatelemetry.cli.output import warnings_as_sentences
+from llamatelemetry.cli.speculation import add_options, check_options, speculation_of
 
 KEY = "LLAMATELEMETRY_API_KEY"
 DRAIN_S = 30.0  # how long a shutdown waits for open requests
@@ -28,13 +29,7 @@ def add_command(commands: Any) -> None:
     parser.add_argument("--served-model-name", metavar="NAME", help="default: MODEL as given")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
     parser.add_argument("--max-batch-size", type=int, default=16, metavar="N")
-    parser.add_argument(
-        "--num-speculative-tokens",
-        type=int,
-        default=0,
-        metavar="N",
-        help="drafted by prompt lookup for a request and a step at most; 0 drafts none",
-    )
+    add_options(parser)
     parser.add_argument(
         "--max-open", type=int, default=256, metavar="N", help="requests open at once; then 429"
     )
@@ -129,7 +124,6 @@ def _made(args: argparse.Namespace) -> tuple[Any, Any]:
 
     from llamatelemetry.inference.continuous import ContinuousBatching
     from llamatelemetry.inference.engine import InferenceEngine
-    from llamatelemetry.inference.speculation_config import prompt_lookup
     from llamatelemetry.loading.find import load_model
     from llamatelemetry.serving.app import ServerConfig, create_app
 
@@ -138,8 +132,9 @@ def _made(args: argparse.Namespace) -> tuple[Any, Any]:
     device = args.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    speculation = prompt_lookup(args.num_speculative_tokens)  # refuses it before a model is loaded
+    check_options(args)
     engine = InferenceEngine(load_model(args.model, device=device))
+    speculation = speculation_of(args, device)
     config = ServerConfig(
         model=args.served_model_name or args.model,
         api_key=args.api_key or os.environ.get(KEY) or None,

@@ -73,18 +73,3 @@ def checked_speculation(config: Any) -> SpeculationConfig | None:
             f"ContinuousBatching: speculation must be a SpeculationConfig or None, got {config!r}"
         )
     return config
-
-
-def prompt_lookup(num_speculative_tokens: int) -> SpeculationConfig | None:
-    """The command line's: a SpeculationConfig of so many tokens, None for 0.
-
-    Raises:
-        ValueError: for a number below 0 or above 15.
-    """
-    if not 0 <= num_speculative_tokens <= MAX_DRAFT:
-        raise ValueError(
-            f"--num-speculative-tokens must lie in [0, {MAX_DRAFT}], got {num_speculative_tokens}"
-        )
-    if num_speculative_tokens == 0:
-        return None
-    return SpeculationConfig(num_speculative_tokens=num_speculative_tokens)

@@ -57,6 +57,7 @@ class Generation(BaseModel):
         stop: an answer ends before the first of these strings.
         presence_penalty, frequency_penalty, logit_bias: see LogitOptions.
         min_tokens, stop_token_ids, ignore_eos, priority: see ContinuousBatching.submit_group.
+        disable_spec_decode: whether no tokens are drafted for it, as in vLLM's SamplingParams.
         response_format, structured_outputs: what form the text has; at most one of them.
         stream: whether the answer comes in server-sent events.
     """
@@ -80,6 +81,7 @@ class Generation(BaseModel):
     stop_token_ids: Annotated[list[int], Field(max_length=64)] = Field(default_factory=list)
     ignore_eos: bool = False
     priority: int = 0
+    disable_spec_decode: bool = False
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None
     stream: bool = False

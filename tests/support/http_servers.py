@@ -49,9 +49,9 @@ def free_port() -> int:
 
 
 @contextlib.contextmanager
-def served(engine=None, step_s=0.0, otel=None, **config):
+def served(engine=None, step_s=0.0, otel=None, speculation=None, **config):
     """The address of a running server whose steps take at least step_s, and the uvicorn server."""
-    batcher = ContinuousBatching(4, engine or tiny_engine())
+    batcher = ContinuousBatching(4, engine or tiny_engine(), speculation=speculation)
     step = batcher.step
     batcher.step = lambda: (time.sleep(step_s), step())[1]
     app = create_app(batcher, ServerConfig("tiny", **config), otel)
