@@ -8,26 +8,31 @@ from typing import Any
 from llamatelemetry import machine
 from llamatelemetry._native import library
 
-# The ops that llamatelemetry/triton_ops has too; a patched model and the engine call them there.
-TRITON_OPS = frozenset(
-    (
-        "advance_step_",
-        "append_kv_",
-        "flash_attn_varlen",
-        "fused_add_rms_norm_",
-        "gelu_and_mul",
-        "gelu_tanh_and_mul",
-        "layer_norm",
-        "linear",
-        "paged_attention",
-        "rms_norm",
-        "rope_append_kv_",
-        "rotary_embedding_",
-        "sample",
-        "silu_and_mul",
-        "slot_mapping",
-    )
-)
+# The ops that llamatelemetry/triton_ops has too, which a patched model and the engine call there,
+# and what of an op they serve where that is not all of it.
+TRITON_OPS = {
+    "advance_step_": "",
+    "append_kv_": "",
+    "flash_attn_varlen": "",
+    "fused_add_rms_norm_": "",
+    "fused_add_rms_norm_quantize_": "",
+    "gelu_and_mul": "",
+    "gelu_tanh_and_mul": "",
+    "layer_norm": "",
+    "linear": "",
+    "paged_attention": "",
+    "quant_linear": "U4, S4, S8",  # as triton_ops.group_gemm.FORMATS
+    "quantize_rows": "",
+    "rms_norm": "",
+    "rms_norm_quantize": "",
+    "rope_append_kv_": "",
+    "rotary_embedding_": "",
+    "sample": "",
+    "scaled_linear": "",
+    "silu_and_mul": "",
+    "silu_and_mul_quantize": "",
+    "slot_mapping": "",
+}
 
 
 def cuda_code(capability: str, archs: list[str]) -> str | None:

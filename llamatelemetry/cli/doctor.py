@@ -36,14 +36,15 @@ def backend() -> tuple[str, str | None]:
 
 
 def cuda_kernel(op: str) -> str:
-    """What serves op on the current GPU: code of ours, "triton", or "none: " and the reason."""
+    """What serves op on the current GPU: code of ours, "triton" and what of the op where that is
+    not all of it, or "none: " and the reason."""
     import torch
 
     from llamatelemetry._native import kernels
     from llamatelemetry.ops import backends
 
     if op in coverage.TRITON_OPS and backend()[0] == "triton":
-        return "triton"
+        return "triton" + (f": {part}" if (part := coverage.TRITON_OPS[op]) else "")
     if reason := why_no_cuda() or kernels.without_cuda.get(op):
         return f"none: {reason.partition(';')[0]}"
     if op in backends.ATTENTION_OPS:

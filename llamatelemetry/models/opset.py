@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from llamatelemetry._native.coverage import backend_for
 from llamatelemetry.models.hf_attention import NAME
 from llamatelemetry.ops import advance_step_, reference, sample, slot_mapping
-from llamatelemetry.quantization.rows import NATIVE_QUANTISING, Quantising
+from llamatelemetry.quantization.rows import NATIVE_QUANTISING, QuantisedRows, Quantising
 
 BACKENDS = ("native", "triton")
 
@@ -39,9 +39,9 @@ class OpSet:
         attn_implementation: transformers' name for this set's attention; None leaves the model's.
         group_linear: x, a GroupLinear of one of group_formats, activation as linear has it; None
             leaves such layers to their own forward.
-        linear_of_any_rows: whether linear is called for many rows too; layers other than
-            nn.Linear and those of group_formats are refused.
-        quantising: for W8A8 linears; without them, these quantise what they are given.
+        linear_of_any_rows: whether linear is called for many rows too; layers that neither linear,
+            group_linear nor scaled_linear takes are refused.
+        quantising, scaled_linear: make and multiply rows of a W8A8Linear; else that does both.
         sample, advance_step_, slot_mapping: what the engine calls besides the model.
         name: of the set, where it has one to be pickled by.
     """
@@ -64,6 +64,7 @@ class OpSet:
     linear_of_any_rows: bool = False
     takes_8_bit_caches: bool = False
     quantising: Quantising | None = None
+    scaled_linear: Callable[[QuantisedRows, Any], Tensor] | None = None
     sample: Callable[..., Tensor] = sample
     advance_step_: Callable[..., None] = advance_step_
     slot_mapping: Callable[..., Tensor] = slot_mapping

@@ -10,7 +10,17 @@ from torch import Tensor
 
 from llamatelemetry.models.opset import GATED, OpSet
 from llamatelemetry.quantization.group_linear import GroupLinear
-from llamatelemetry.triton_ops import attention, cache, gemm, norm, sampling  # noqa: F401 (ops)
+from llamatelemetry.quantization.rows import QuantisedRows, Quantising
+from llamatelemetry.quantization.w8a8 import W8A8Linear
+from llamatelemetry.triton_ops import (  # noqa: F401 (ops)
+    attention,
+    cache,
+    gemm,
+    norm,
+    quantize,
+    sampling,
+    scaled_gemm,
+)
 from llamatelemetry.triton_ops.group_gemm import FORMATS
 
 # Raw ops: a step calls seven a layer, and what torch.library puts around them costs as much again.
@@ -38,6 +48,15 @@ def _of_groups(x: Tensor, linear: GroupLinear, activation: str | None = None) ->
     )
 
 
+def _of_bytes(x: QuantisedRows, linear: W8A8Linear) -> Tensor:
+    """linear(x), of rows that are quantised already."""
+    bias = None if linear.bias is None else linear.bias.to(x.dtype)
+    return _ops.scaled_linear.default(
+        *(x.codes, x.scales, linear.weight, linear.weight_scales, x.dtype, bias),
+        linear.takes.block,
+    )
+
+
 def _sinks(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return lambda *args, sinks=None: function(*args, None if sinks is None else sinks.float())
 
@@ -59,6 +78,13 @@ TRITON = OpSet(
     group_linear=_of_groups,
     group_formats=FORMATS,
     linear_of_any_rows=True,
+    quantising=Quantising(
+        _ops.rms_norm_quantize.default,
+        _ops.fused_add_rms_norm_quantize_.default,
+        _ops.silu_and_mul_quantize.default,
+        _ops.quantize_rows.default,
+    ),
+    scaled_linear=_of_bytes,
     gated={name: partial(_ops.gated.default, activation=_KINDS[op]) for name, op in GATED.items()},
     activations={},  # of MLPs without a gate, which patch refuses
     all_reduce=lambda x: x,

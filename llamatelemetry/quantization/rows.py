@@ -36,6 +36,7 @@ class Quantising(NamedTuple):
     rms_norm: Callable[..., tuple[Tensor, Tensor]]
     fused_add_rms_norm_: Callable[..., tuple[Tensor, Tensor]]
     silu_and_mul: Callable[..., tuple[Tensor, Tensor]]
+    quantize_rows: Callable[..., tuple[Tensor, Tensor]]
 
 
 _ops = torch.ops.llamatelemetry
@@ -43,4 +44,5 @@ NATIVE_QUANTISING = Quantising(
     _ops.rms_norm_quantize.default,
     _ops.fused_add_rms_norm_quantize_.default,
     _ops.silu_and_mul_quantize.default,
+    _ops.quantize_rows.default,
 )

@@ -76,6 +76,7 @@ def run(
     out: Tensor,
     config: LinearConfig,
     scales: tuple[Tensor, Tensor] | None = None,
+    scale_block: int = 0,
 ) -> None:
     """Launches linear with a config, on the current device.
 
@@ -83,27 +84,18 @@ def run(
         x: [m, k].
         out: [..., n], written.
         scales: of quantised rows of x and of weight, float32; not of a gated layer.
+        scale_block: columns that share a scale, a multiple of config's block_k; 0: a row's do.
     """
     (m, k), n = x.shape, out.shape[-1]
-    if config.tma and _run_by_descriptors(x, weight, bias, activation, out, config, scales):
+    more = (scales or (None, None), scale_block)
+    if config.tma and _run_by_descriptors(x, weight, bias, activation, out, config, *more):
         return
     splits, target = config.splits, out
     if splits > 1:
         target = torch.empty((splits, m, weight.shape[0]), dtype=torch.float32, device=x.device)
     tiles = -(-m // config.block_m) * -(-n // config.block_n)
     linear_kernel[(tiles, splits)](
-        *(
-            x,
-            weight,
-            bias,
-            *(scales or (None, None)),
-            target,
-            m,
-            n,
-            k,
-            x.stride(0),
-            weight.stride(0),
-        ),
+        *(x, weight, bias, *more[0], target, m, n, k, x.stride(0), weight.stride(0)),
         ACTIVATION=activation,
         SPLITS=splits,
         BLOCK_M=config.block_m,
@@ -114,6 +106,7 @@ def run(
         EVEN_N=n % config.block_n == 0,
         EVEN_K=k % (config.block_k * splits) == 0,
         PRECISION=precision_of(x),
+        SCALE_BLOCK=scale_block,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )
@@ -128,7 +121,8 @@ def _run_by_descriptors(
     activation: str | None,
     out: Tensor,
     config: LinearConfig,
-    scales: tuple[Tensor, Tensor] | None,
+    scales: tuple[Tensor | None, Tensor | None],
+    scale_block: int,
 ) -> bool:
     """run, where x and weight lie so that descriptors can read them; whether they do."""
     (m, k), n = x.shape, out.shape[-1]
@@ -140,13 +134,14 @@ def _run_by_descriptors(
     if activation is None:  # of gated layers a program a tile was faster
         programs = min(programs, num_multiprocessors(x.device))
     persistent_linear_kernel[(programs,)](
-        *(x_tiles, weight_tiles, bias, *(scales or (None, None)), out, m, n, k),
+        *(x_tiles, weight_tiles, bias, *scales, out, m, n, k),
         ACTIVATION=activation,
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
         BLOCK_K=config.block_k,
         GROUP_M=config.group_m,
         PRECISION=precision_of(x),
+        SCALE_BLOCK=scale_block,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )

@@ -27,6 +27,16 @@ def why_not_on(device: torch.device | str) -> str | None:
     )
 
 
+def why_no_e4m3_on(device: torch.device) -> str | None:
+    """Why Triton cannot make or multiply e4m3 on a GPU; None where it can."""
+    if device.type != "cuda" or torch.version.hip is not None:
+        return None
+    capability = torch.cuda.get_device_capability(device)
+    if capability >= (8, 9):
+        return None
+    return "e4m3 must have compute capability 8.9 or later, got {}.{}".format(*capability)
+
+
 def check(op: str, name: str, x: Tensor, like: Tensor | None = None) -> None:
     """Refuses a tensor that is not float32, float16 or bfloat16, where a kernel runs, or not like
     another one.
@@ -79,6 +89,8 @@ def next_power_of_2(n: int, least: int = 1) -> int:
 
 def precision_of(x: Tensor) -> str:
     """Of product: float32 is multiplied as float32, never as TF32."""
+    if x.dtype == torch.int8:
+        return "int8"
     if IS_INTERPRETED:
         return "interpreted"
     if x.dtype == torch.float8_e4m3fn:

@@ -1,13 +1,25 @@
-"""Linear layers of fp8 e4m3 on both sides as a custom op."""
+"""Linear layers of a byte a value on both sides as a custom op: int8, or fp8 e4m3."""
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from llamatelemetry.triton_ops import gemm
-from llamatelemetry.triton_ops.launch import FLOATS, check_shape, on_device, why_not_on, width_of
+from llamatelemetry.triton_ops.launch import (
+    FLOATS,
+    check_shape,
+    on_device,
+    why_no_e4m3_on,
+    why_not_on,
+    width_of,
+)
+from llamatelemetry.triton_ops.quantize import BLOCK
 from llamatelemetry.triton_ops.tuning import linear_config
+
+MOST_INT8_COLUMNS = 131071  # whose sums fit int32
 
 
 @torch.library.custom_op("llamatelemetry_triton::scaled_linear", mutates_args=())
@@ -18,31 +30,38 @@ def scaled_linear(
     weight_scales: Tensor,
     dtype: torch.dtype,
     bias: Tensor | None = None,
+    block: int | None = None,
 ) -> Tensor:
-    """``llamatelemetry.ops.scaled_linear`` of e4m3 in Triton.
+    """``llamatelemetry.ops.scaled_linear`` in Triton.
 
     Args:
-        x: [..., k] float8_e4m3fn, k a multiple of 16, from 16 on.
+        x: [..., k] int8 or float8_e4m3fn, k a multiple of 16, from 16 on.
         x_scales: float32, one for each row of x, contiguous.
         weight: [n, k], dtype and device of x.
         weight_scales: float32, one for each row of weight, contiguous.
         dtype: Of the result: float32, float16 or bfloat16.
         bias: [n], of dtype.
+        block: None, or 128, of e4m3: x_scales are [..., ceil(k / 128)], for 128 values of a row
+            each, weight_scales [ceil(n / 128), ceil(k / 128)], for 128 x 128 values.
 
     Returns:
-        [..., n] in dtype; sums are float32, but Hopper's tensor cores keep some 14 bits within a
-        tile of k. Scales and bias follow in float32, and one rounding.
+        [..., n] in dtype. Sums of int8 are int32 and exact, but parts of k, which few rows may be
+        cut in, are added in float32; sums of e4m3 are float32, but Hopper's tensor cores keep some
+        14 bits within a tile of k. Scales and bias follow in float32, and one rounding.
 
     Raises:
         RuntimeError: Naming the argument, the rule and the value.
     """
-    _check(x, x_scales, weight, weight_scales, dtype, bias)
+    _check(x, x_scales, weight, weight_scales, dtype, bias, block)
     (n, k), rows = weight.shape, x.reshape(-1, x.shape[-1])
     out = torch.empty((*x.shape[:-1], n), dtype=dtype, device=x.device)
     if out.numel():
         config = linear_config(len(rows), n, k, False, x.dtype, x.device)
+        if block is not None:
+            config = replace(config, block_k=min(config.block_k, block))
+        scales = (x_scales, weight_scales)
         with on_device(x):
-            gemm.run(rows, weight, bias, None, out, config, (x_scales, weight_scales))
+            gemm.run(rows, weight, bias, None, out, config, scales, block or 0)
     return out
 
 
@@ -54,6 +73,7 @@ def _(
     weight_scales: Tensor,
     dtype: torch.dtype,
     bias: Tensor | None = None,
+    block: int | None = None,
 ) -> Tensor:
     return x.new_empty((*x.shape[:-1], weight.shape[0]), dtype=dtype)
 
@@ -65,30 +85,42 @@ def _check(
     weight_scales: Tensor,
     dtype: torch.dtype,
     bias: Tensor | None,
+    block: int | None,
 ) -> None:
     op = "scaled_linear"
     if (reason := why_not_on(x.device)) is not None:
         raise RuntimeError(f"{op}: x: {reason}")
-    if (
-        x.is_cuda
-        and torch.version.hip is None
-        and torch.cuda.get_device_capability(x.device) < (8, 9)
-    ):
-        raise RuntimeError(f"{op}: e4m3 needs compute capability 8.9, got an older GPU")
+    if x.dtype not in (torch.int8, torch.float8_e4m3fn):
+        raise RuntimeError(f"{op}: x must be int8 or float8_e4m3fn, got {x.dtype}")
+    if x.dtype != torch.int8 and (reason := why_no_e4m3_on(x.device)) is not None:
+        raise RuntimeError(f"{op}: {reason}")
     if dtype not in FLOATS:
         raise RuntimeError(f"{op}: dtype must be float32, float16 or bfloat16, got {dtype}")
+    if block is not None and (block != BLOCK or x.dtype == torch.int8):
+        raise RuntimeError(
+            f"{op}: block must be None, or {BLOCK} of e4m3, got {block} of {x.dtype}"
+        )
     k = width_of(op, x)
     if k % 16 or not k:
         raise RuntimeError(f"{op}: k must be a multiple of 16, from 16 on, got {k}")
+    if x.dtype == torch.int8 and k > MOST_INT8_COLUMNS:
+        raise RuntimeError(
+            f"{op}: k of int8 must be at most {MOST_INT8_COLUMNS}, whose sums fit int32, got {k}"
+        )
     if not weight.dim():
         raise RuntimeError(f"{op}: weight must be [n, {k}], got {list(weight.shape)}")
     check_shape(op, "weight", weight, (weight.shape[0], k))
     n, m = weight.shape[0], x.numel() // max(k, 1)
+    counts = (m, n)
+    if block is not None:
+        blocks = -(-k // block)
+        check_shape(op, "x_scales", x_scales, (*x.shape[:-1], blocks))
+        check_shape(op, "weight_scales", weight_scales, (-(-n // block), blocks))
+        counts = (x_scales.numel(), weight_scales.numel())
     wanted = [
-        ("x", x, torch.float8_e4m3fn, None),
-        ("weight", weight, torch.float8_e4m3fn, None),
-        ("x_scales", x_scales, torch.float32, m),
-        ("weight_scales", weight_scales, torch.float32, n),
+        ("weight", weight, x.dtype, None),
+        ("x_scales", x_scales, torch.float32, counts[0]),
+        ("weight_scales", weight_scales, torch.float32, counts[1]),
     ]
     if bias is not None:
         check_shape(op, "bias", bias, (n,))
@@ -104,7 +136,8 @@ def _check(
                 f"{op}: {name} must be {count} contiguous values, got {list(tensor.shape)} with "
                 f"strides {tensor.stride()}"
             )
-        if count is None and tensor.numel() and tensor.stride(-1) != 1:
+    for name, tensor in (("x", x), ("weight", weight)):
+        if tensor.numel() and tensor.stride(-1) != 1:
             raise RuntimeError(
                 f"{op}: {name} must have contiguous rows, got strides {tensor.stride()}"
             )

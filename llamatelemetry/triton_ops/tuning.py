@@ -105,7 +105,8 @@ def start_value(
 def tma_value(shape: LinearShape, multiprocessors: int, bytes_of_value: int = 2) -> LinearConfig:
     """A launch for many rows that nobody measured, on a GPU with descriptors."""
     wide = -(-shape.m // 128) * -(-shape.n // 256) >= multiprocessors // 2
-    block_n = 256 if wide and not shape.gated else 128
+    # Sums of e4m3 are held twice: what tensor cores add up, and what that was added to.
+    block_n = 256 if wide and not shape.gated and bytes_of_value > 1 else 128
     return LinearConfig(128, block_n, 128 // bytes_of_value, 1, 8, 8, 3, tma=True)
 
 

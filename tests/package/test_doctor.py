@@ -103,6 +103,7 @@ def test_triton_serves_a_gpu_that_the_build_does_not(gpu, monkeypatch, capsys):
     monkeypatch.setattr(coverage, "has_triton", lambda: True)
     reason = "the GPU has compute capability 7.0, this build holds 7.5, 8.0, 9.0+PTX"
     assert doctor.cuda_kernel("rms_norm") == "triton"
+    assert doctor.cuda_kernel("quant_linear") == "triton: U4, S4, S8"
     assert doctor.cuda_kernel("repack") == f"none: {reason}"
     assert main(["doctor", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)["build"]["backend"]
@@ -174,6 +175,10 @@ def test_triton_serves_the_ops_of_an_opset():
     from dataclasses import fields
 
     from llamatelemetry.models.opset import GATED, OpSet
+    from llamatelemetry.quantization.rows import Quantising
 
     names = {field.name for field in fields(OpSet)} & set(kernels.op_names())
-    assert names | set(GATED.values()) == coverage.TRITON_OPS
+    quantising = {name.replace("_quantize", "") for name in Quantising._fields}
+    made = {name for name in coverage.TRITON_OPS if name.replace("_quantize", "") in quantising}
+    assert len(made - names - set(GATED.values())) == len(Quantising._fields)
+    assert names | set(GATED.values()) | made | {"quant_linear"} == coverage.TRITON_OPS.keys()

@@ -13,6 +13,7 @@ from triton.compiler import ASTSource
 
 from llamatelemetry.triton_ops.kernels.gemm import linear_kernel
 from llamatelemetry.triton_ops.kernels.persistent_gemm import persistent_linear_kernel
+from llamatelemetry.triton_ops.kernels.quantize import quantize_kernel
 
 pytestmark = [
     pytest.mark.without_triton,
@@ -33,11 +34,25 @@ def compiled(kernel, types, constants):
     return triton.compile(source, target=target, options={"num_warps": 4, "num_stages": 2})
 
 
-@pytest.mark.parametrize(("precision", "kind"), [("tf32", "bf16"), ("fp8", "fp8e4nv")])
-def test_linear_layers(precision, kind):
-    constants = TILE | {"PRECISION": precision, "bias_ptr": None}
+@pytest.mark.parametrize(
+    ("precision", "kind", "block"),
+    [("tf32", "bf16", 0), ("int8", "i8", 0), ("fp8", "fp8e4nv", 0), ("fp8", "fp8e4nv", 128)],
+)
+def test_linear_layers(precision, kind, block):
+    constants = TILE | {"PRECISION": precision, "bias_ptr": None, "SCALE_BLOCK": block}
     pointers = {"x_ptr": f"*{kind}", "weight_ptr": f"*{kind}"}
     assert "mma" in compiled(linear_kernel, SIZES | SCALES | pointers, constants | EVEN).asm["ptx"]
     tiles = dict.fromkeys(("x_desc", "weight_desc"), f"tensordesc<{kind}[64, 128]>")
     types = {name: SIZES[name] for name in "mnk"} | SCALES | tiles
     assert "cp.async.bulk" in compiled(persistent_linear_kernel, types, constants).asm["ptx"]
+
+
+@pytest.mark.parametrize("kind", ["i8", "fp8e4nv"])
+def test_rows_that_a_norm_quantises(kind):
+    numbers = {"x_stride": "i32", "residual_stride": "i32", "width": "i32"}
+    numbers |= {"eps": "fp32", "weight_offset": "fp32", "scales_ptr": "*fp32"}
+    tensors = dict.fromkeys(("x_ptr", "residual_ptr", "weight_ptr"), "*bf16")
+    constants = {"SOURCE": "rms_norm", "HAS_OFFSET": False, "GROUP": 128, "BLOCK": 1024}
+    types = numbers | tensors | {"q_ptr": f"*{kind}"}
+    ptx = compiled(quantize_kernel, types, constants | {"IS_DEPENDENT": True}).asm["ptx"]
+    assert "griddepcontrol" in ptx

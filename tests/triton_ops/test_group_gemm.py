@@ -13,7 +13,7 @@ pytest.importorskip("triton")
 
 from llamatelemetry.quantization.groups import pack_groups, unpack_groups
 from llamatelemetry.triton_ops import group_gemm
-from llamatelemetry.triton_ops.group_gemm import GroupConfig, group_linear
+from llamatelemetry.triton_ops.group_gemm import FORMATS, GroupConfig, group_linear
 
 CODES = {"U4": (0, 16, torch.uint8), "S4": (-8, 8, torch.int8), "S8": (-128, 128, torch.int8)}
 
@@ -28,6 +28,13 @@ def packed(n, k, groups, format, device):
     exact = unpack_groups(weight, n, k).double().to(device)
     zeros = None if weight.zeros is None else weight.zeros.to(device)
     return (weight.packed.to(device), format, n, weight.scales.to(device), zeros), exact
+
+
+@pytest.mark.without_triton
+def test_doctor_names_the_formats():
+    from llamatelemetry._native.coverage import TRITON_OPS
+
+    assert TRITON_OPS["quant_linear"] == ", ".join(FORMATS)
 
 
 @pytest.mark.parametrize("format", ["U4", "S8"])

@@ -165,7 +165,7 @@ def test_refuses_what_it_does_not_serve():
     with pytest.raises(ValueError, match="one of native, triton, got 'cuda'"):
         opset_of("cuda")
 
-    with pytest.raises(ValueError, match=r"torch's Linear alone, .* got Other"):
+    with pytest.raises(ValueError, match=r"torch's Linear, W8A8Linear, .* got Other"):
         Joined(Other(2, 2), (), opset_of("triton"))
 
 

@@ -1,4 +1,4 @@
-"""Linear layers of e4m3 in Triton."""
+"""Linear layers of int8 and e4m3 in Triton."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ from torch.library import opcheck
 pytest.importorskip("triton")
 
 from llamatelemetry.ops import reference
+from llamatelemetry.triton_ops import gemm
+from llamatelemetry.triton_ops.launch import has_tma
 from llamatelemetry.triton_ops.scaled_gemm import scaled_linear
+from llamatelemetry.triton_ops.tuning import LinearConfig
 
 
 @pytest.fixture(autouse=True)
@@ -20,14 +23,12 @@ def _has_e4m3(device):
         pytest.skip("needs a GPU with e4m3")
 
 
-def quantised(rows, k, device):
-    x = torch.randn(rows, k, device=device)
-    scales = x.abs().amax(1, keepdim=True) / 448
-    return (x / scales).to(torch.float8_e4m3fn), scales
+def arguments(m, n, k, device, kind=torch.float8_e4m3fn):
+    return *quantised(m, k, device, kind), *quantised(n, k, device, kind)
 
 
-def arguments(m, n, k, device):
-    return *quantised(m, k, device), *quantised(n, k, device)
+def quantised(rows, k, device, kind):
+    return reference.quantize_rows(torch.randn(rows, k, device=device), kind)
 
 
 @pytest.mark.parametrize(
@@ -46,6 +47,50 @@ def test_scaled_linear(device, dtype, m, n, k):
         assert (out - expected).abs().max() <= limit * exact.abs().max()
     else:
         assert_close(out, expected.to(dtype), exact)
+
+
+@pytest.mark.parametrize(("m", "n", "k"), [(1, 16, 32), (3, 70, 272), (300, 64, 256)])
+def test_int8(device, dtype, m, n, k):
+    args = arguments(m, n, k, device, torch.int8)
+    bias = torch.randn(n, device=device).to(dtype)
+    out, expected = (f(*args, dtype, bias) for f in (scaled_linear, reference.scaled_linear))
+    exact = (args[0].double() * args[1].double()) @ (args[2].double() * args[3].double()).t()
+    assert_close(out, expected, exact + bias.double())
+
+
+@pytest.mark.parametrize(("m", "n", "k"), [(1, 16, 32), (3, 200, 272), (300, 64, 256)])
+def test_blocks(device, m, n, k):
+    x, x_scales = reference.quantize_rows(
+        torch.randn(m, k, device=device), torch.float8_e4m3fn, 128
+    )
+    weight = (torch.randn(n, k, device=device) * 100).to(torch.float8_e4m3fn)
+    weight_scales = torch.rand(-(-n // 128), -(-k // 128), device=device)
+    args = (x, x_scales, weight, weight_scales, torch.float32, torch.randn(n, device=device), 128)
+    out, expected = scaled_linear(*args), reference.scaled_linear(*args)
+    limit = 2**-10 if device.type == "cuda" else 2**-18
+    assert (out - expected).abs().max() <= limit * expected.abs().max()
+
+
+@pytest.mark.parametrize(("kind", "block"), [(torch.int8, 0), (torch.float8_e4m3fn, 128)])
+def test_descriptors_and_parts_of_k(device, kind, block):
+    """Every way that a config may choose gives the same."""
+    if device.type == "cuda" and not has_tma(device):
+        pytest.skip("needs a GPU with descriptors")
+    x, x_scales = reference.quantize_rows(torch.randn(40, 512, device=device), kind, block or None)
+    weight, scales = reference.quantize_rows(torch.randn(96, 512, device=device), kind)
+    if block:
+        scales = torch.rand(1, 4, device=device)
+    results = []
+    for config in (
+        LinearConfig(64, 32, 128, 1, 2, 4, 2),
+        LinearConfig(64, 32, 128, 2, 2, 4, 2),
+        LinearConfig(64, 32, 128, 1, 2, 4, 2, tma=True),
+    ):
+        out = torch.empty(40, 96, device=device)
+        gemm.run(x, weight, None, None, out, config, (x_scales, scales), block)
+        results.append(out)
+    for other in results[1:]:
+        torch.testing.assert_close(other, results[0], rtol=2**-18, atol=2**-16)
 
 
 def test_opcheck(device):
@@ -75,3 +120,7 @@ def test_refuses(device):
         lambda: run(x, x_scales, weight, weight_scales, half, weight_scales[:5, 0].half()),
         *("bias", "[32]", "[5]"),
     )
+    in_blocks = lambda *args: run(*args, half, None, 128)  # noqa: E731
+    assert_refuses(lambda: in_blocks(x, x_scales[:3], weight, weight_scales), "x_scales", "[4, 1]")
+    int8 = arguments(4, 32, 64, device, torch.int8)
+    assert_refuses(lambda: in_blocks(*int8), "block must be None, or 128 of e4m3", "int8")

@@ -48,22 +48,23 @@ class Joined:
         self._is_dense = ops.linear is not None and is_dense(merged)
         self._is_grouped = type(merged) is GroupLinear and merged.format in ops.group_formats
         self.takes: RowFormat | None = merged.takes if type(merged) is W8A8Linear else None
-        if self._of_any_rows and not (self._is_dense or self._is_grouped):
+        self._is_scaled = self.takes is not None and ops.scaled_linear is not None
+        if self._of_any_rows and not (self._is_dense or self._is_grouped or self._is_scaled):
             kind = type(merged).__name__
             if isinstance(merged, GroupLinear):
                 kind += f" of {merged.format}"
             formats = ", ".join(ops.group_formats) or "none"
             raise ValueError(
-                f"these ops take torch's Linear alone, or GroupLinear of {formats}, got {kind}; "
-                "load the weights dense, or use the native ops"
+                "these ops take torch's Linear, W8A8Linear, or GroupLinear of "
+                f"{formats}, got {kind}; load the weights dense, or use the native ops"
             )
 
     def __call__(self, x: Rows) -> Any:
         # A graph reads the linears' own weights, wherever they lie when it runs.
         if torch.compiler.is_compiling():
             return self._followed(self._apart(x))
-        if isinstance(x, QuantisedRows):
-            return self._followed(self.merged.multiply(*x))
+        if isinstance(x, QuantisedRows) or self._is_scaled:
+            return self._followed(self._of_bytes(x, self.merged))
         if self._of_any_rows or (self._is_dense and _is_small(x)):
             y = self._by_op(x.contiguous(), self.merged, self._activation)
             return y if self._activation is not None else self._followed(y)
@@ -76,9 +77,20 @@ class Joined:
         assert self._ops.linear is not None
         return self._ops.linear(x, linear.weight, linear.bias, None, activation)
 
+    def _of_bytes(self, x: Rows, linear: Any) -> Tensor:
+        ops = self._ops
+        if ops.scaled_linear is None:
+            y: Tensor = linear.multiply(*x)
+            return y
+        if not isinstance(x, QuantisedRows):
+            assert ops.quantising is not None
+            quantised = ops.quantising.quantize_rows(x.contiguous(), *linear.takes)
+            x = QuantisedRows(*quantised, x.dtype)
+        return ops.scaled_linear(x, linear)
+
     def _apart(self, x: Rows) -> Tensor:
-        if isinstance(x, QuantisedRows):
-            parts = [one.multiply(*x) for one in self.linears or [self.merged]]
+        if isinstance(x, QuantisedRows) or self._is_scaled:
+            parts = [self._of_bytes(x, one) for one in self.linears or [self.merged]]
             return torch.cat(parts, -1) if len(parts) > 1 else parts[0]
         if self._of_any_rows:
             x, linears = x.contiguous(), self.linears or [self.merged]

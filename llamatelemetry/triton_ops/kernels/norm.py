@@ -20,6 +20,27 @@ def weighted(x, scale, weight, weight_offset, HAS_OFFSET: tl.constexpr, dtype: t
 
 
 @triton.jit
+def normed(
+    x_ptr, residual_ptr, weight_ptr, row, x_stride, residual_stride, width, eps, weight_offset,
+    HAS_OFFSET: tl.constexpr, BLOCK: tl.constexpr, dtype: tl.constexpr,
+):  # fmt: skip
+    """The rms_norm of a row [BLOCK] in dtype, zeros behind its end; of residual with x added to it,
+    which is stored, where there is one."""
+    columns = tl.arange(0, BLOCK)
+    mask = columns < width
+    x = tl.load(x_ptr + row * x_stride + columns, mask=mask, other=0.0)
+    if residual_ptr is not None:
+        where = residual_ptr + row * residual_stride + columns
+        residual = tl.load(where, mask=mask, other=0.0)
+        x = (x.to(tl.float32) + residual.to(tl.float32)).to(dtype)
+        tl.store(where, x, mask=mask)
+    x = x.to(tl.float32)
+    scale = 1.0 / tl.sqrt(tl.sum(x * x, axis=0) / width + eps)
+    weight = tl.load(weight_ptr + columns, mask=mask, other=0.0)
+    return weighted(x, scale, weight, weight_offset, HAS_OFFSET, dtype)
+
+
+@triton.jit
 def rms_norm_kernel(
     x_ptr,  # [rows, width]
     residual_ptr,  # [rows, width] or None: x is added to it, and the sum is normed
@@ -37,20 +58,12 @@ def rms_norm_kernel(
 ):
     begin(IS_DEPENDENT)
     row = tl.program_id(0).to(tl.int64)
+    out = normed(
+        x_ptr, residual_ptr, weight_ptr, row, x_stride, residual_stride, width, eps,
+        weight_offset, HAS_OFFSET, BLOCK, out_ptr.dtype.element_ty,
+    )  # fmt: skip
     columns = tl.arange(0, BLOCK)
-    mask = columns < width
-    dtype: tl.constexpr = out_ptr.dtype.element_ty
-    x = tl.load(x_ptr + row * x_stride + columns, mask=mask, other=0.0)
-    if residual_ptr is not None:
-        where = residual_ptr + row * residual_stride + columns
-        residual = tl.load(where, mask=mask, other=0.0)
-        x = (x.to(tl.float32) + residual.to(tl.float32)).to(dtype)
-        tl.store(where, x, mask=mask)
-    x = x.to(tl.float32)
-    scale = 1.0 / tl.sqrt(tl.sum(x * x, axis=0) / width + eps)
-    weight = tl.load(weight_ptr + columns, mask=mask, other=0.0)
-    out = weighted(x, scale, weight, weight_offset, HAS_OFFSET, dtype)
-    tl.store(out_ptr + row * out_stride + columns, out, mask=mask)
+    tl.store(out_ptr + row * out_stride + columns, out, mask=columns < width)
 
 
 @triton.jit

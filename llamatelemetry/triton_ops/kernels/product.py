@@ -11,8 +11,10 @@ import triton.language as tl
 
 @triton.jit
 def product(a, b, sums, PRECISION: tl.constexpr):
-    """sums + a @ b, in float32."""
-    if PRECISION == "interpreted":
+    """sums + a @ b, in float32; of int8 in int32, exactly."""
+    if PRECISION == "int8":
+        sums = tl.dot(a, b, sums, out_dtype=tl.int32)
+    elif PRECISION == "interpreted":
         sums = tl.dot(a.to(tl.float32), b.to(tl.float32), sums, input_precision="ieee")
     elif PRECISION == "fp8":  # Hopper keeps some 14 bits of a sum: within a tile alone
         sums = tl.dot(a, b, sums, max_num_imprecise_acc=a.shape[1])
