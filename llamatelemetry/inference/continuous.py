@@ -41,8 +41,8 @@ class ContinuousBatching:
         engine: an InferenceEngine, or a transformers model (patched here) for prompts of token ids.
         max_step_tokens: tokens of one step at most; default 256 on the CPU and 4096 on a GPU.
         prefill_chunk: of these at most so many of prompts where others decode, which wait for them;
-            default 512 on a GPU, where both run in one forward, but with split_size or in a step
-            with drafts; no other limit on the CPU.
+            default 512 on a GPU, where both run in one forward, but with split_size; no other limit
+            on the CPU.
         num_blocks: blocks of 64 tokens in the cache. None grows it to what max_batch_size of the
             open requests may need at most; with a number, requests wait for blocks, or give
             theirs up and compute them again.

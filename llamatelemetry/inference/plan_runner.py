@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from itertools import accumulate
+from collections.abc import Callable, Iterator, Sequence
+from itertools import accumulate, chain
 from typing import Any
 
 import torch
@@ -130,8 +130,10 @@ class PlanRunner:
         # there are in a step, but that one draft sends all that decode through a VerifyStep's.
         yield from self._isolated(kinds.get("decoding", []), self._decode)
         yield from self._isolated(kinds.get("watched", []), self._decode_watched)
-        yield from self._verified(kinds.get("verified", []))
-        for pieces in self._prompts(kinds):
+        pieces, prompts = kinds.get("verified", []), list(self._prompts(kinds))
+        is_one = self.packs and bool(pieces)
+        yield from self._verified(pieces, list(chain(*prompts)) if is_one else [])
+        for pieces in [] if is_one else prompts:
             yield from self._isolated(pieces, self._eager)
 
     def width_for(self, num_blocks: int) -> int:
@@ -174,22 +176,33 @@ class PlanRunner:
                 return [(pieces[0], error)]
         return [result for piece in pieces for result in self._isolated([piece], self._eager)]
 
-    def _verified(self, pieces: list[Piece]) -> Iterator[Result]:
-        """Pieces of which some have drafts, and what each draws, token by token. Where that fails,
-        those that have drawn nothing are run again one by one, without their drafts."""
+    def _verified(self, pieces: list[Piece], prompts: Sequence[Piece] = ()) -> Iterator[Result]:
+        """Pieces of which some have drafts, and what each draws, token by token; and prompts in the
+        same forward. Where that fails, those that have drawn nothing are run again one by one,
+        without their drafts."""
         given: set[ScheduledRequest] = set()
         try:
-            if pieces:
-                step = self.verifier.run(pieces, self.width)
-                self.decode_mode = step.mode
-                for piece, result in self.verifier.results(pieces, step):
-                    given.add(piece.request)
-                    yield piece, result
+            if prompts:
+                pieces = sorted(pieces, key=lambda piece: bool(piece.draft))  # each kind a part
+                drawn, logits, last = self.verifier.run_beside(pieces, prompts, self.width)
+                beside = draw_for_pieces(last, prompts, self._asked_of)
+            elif pieces:
+                step, beside = self.verifier.run(pieces, self.width), []
+                self.decode_mode, drawn, logits = step.mode, step.drawn(), step.logits
+            else:
+                return
+            for piece, result in self.verifier.results(pieces, drawn, logits):
+                given.add(piece.request)
+                yield piece, result
+            for piece, result in zip(prompts, beside, strict=True):
+                given.add(piece.request)
+                yield piece, result
         except Exception:
             self.runner.drop_steps()
             self.verifier.was_typical = False
-            left = [p for p in pieces if p.request not in given and not p.request.finish_reason]
-            yield from (one for p in left for one in self._isolated([p], self._eager))
+            for piece in (*pieces, *prompts):
+                if piece.request not in given and piece.request.finish_reason is None:
+                    yield from self._isolated([piece], self._eager)
 
     def _prefill(self, pieces: list[Piece], before: Launched | None = None) -> Tensor:
         """Logits of the last token of each piece."""

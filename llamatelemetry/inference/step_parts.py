@@ -6,8 +6,12 @@ from collections.abc import Sequence
 from dataclasses import replace
 from itertools import groupby
 
+from llamatelemetry.inference.speculation_config import MAX_DRAFT
 from llamatelemetry.inference.step import Chunk
 from llamatelemetry.models.step_input import StepInput
+
+# Tokens of a sequence at most, with which attention is one of few queries.
+_FEW_QUERIES = MAX_DRAFT + 1
 
 
 def part_by_kind(step: StepInput, chunks: Sequence[Chunk]) -> None:
@@ -15,8 +19,8 @@ def part_by_kind(step: StepInput, chunks: Sequence[Chunk]) -> None:
 
     Args:
         step: of these chunks.
-        chunks: those of a kind one after the other: single tokens behind others, longer ones
-            behind others, and whole sequences.
+        chunks: those of a kind best one after the other, for each run of a kind is a part: single
+            tokens behind others, the few of a draft, longer ones behind others, whole sequences.
     """
     groups = [list(group) for _, group in groupby(chunks, key=_kind)]
     if len(groups) < 2:
@@ -43,4 +47,6 @@ def part_by_kind(step: StepInput, chunks: Sequence[Chunk]) -> None:
 def _kind(chunk: Chunk) -> str:
     if chunk.begin == 0:
         return "whole"
-    return "single" if len(chunk.tokens) == 1 else "continued"
+    if len(chunk.tokens) == 1:
+        return "single"
+    return "few" if len(chunk.tokens) <= _FEW_QUERIES else "continued"

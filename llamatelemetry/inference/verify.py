@@ -11,12 +11,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
+from torch import Tensor
 
+from llamatelemetry.inference.decode_rows import chunk_of
 from llamatelemetry.inference.drawing import Asked, Drawn, draw, of_piece
 from llamatelemetry.inference.launched import Result
 from llamatelemetry.inference.plan import Piece
 from llamatelemetry.inference.runner import StepRunner
-from llamatelemetry.inference.sampling import GREEDY, nan_error
+from llamatelemetry.inference.sampling import GREEDY, nan_error, sampling_tensors
 from llamatelemetry.inference.scheduled_request import ScheduledRequest
 from llamatelemetry.inference.step import Chunk, put
 from llamatelemetry.inference.verify_step import VerifyStep
@@ -62,9 +64,7 @@ class Verifier:
         self.was_typical, self.right = False, {}
         rows = next(size for size in self._buckets if size >= len(pieces))
         spare = rows - len(pieces)
-        chunks = [
-            Chunk([*p.request.tokens[p.begin : p.end], *p.draft], p.begin, p.table) for p in pieces
-        ]
+        chunks = [_chunk_of(piece) for piece in pieces]
         chunks += [Chunk([0], 0, pieces[0].table[:1])] * spare
         params = [self._asked_of(piece.request).params for piece in pieces] + [GREEDY] * spare
         offsets = [piece.request.num_drawn for piece in pieces] + [0] * spare
@@ -80,6 +80,33 @@ class Verifier:
             step, _ = self._runner.draw(load)
         return step
 
+    def run_beside(
+        self, pieces: Sequence[Piece], prompts: Sequence[Piece], width: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """One forward over pieces with drafts and pieces of prompts, which reads the weights once.
+
+        Returns:
+            The tokens drawn after each token of the first, [num_tokens] int64, -1 where logits are
+            NaN; their logits, [num_tokens, vocab_size]; those after each prompt, [len(prompts),
+            vocab_size].
+        """
+        self.was_typical, self.right = False, {}
+        chunks, device = [_chunk_of(piece) for piece in pieces], self._runner.pages.device
+        count, ends = sum(len(chunk.tokens) for chunk in chunks), list[int]()
+        beside = [chunk_of(piece) for piece in prompts]
+        for chunk in beside:
+            ends.append((ends[-1] + 1 if ends else count) + len(chunk.tokens) - 1)
+        kept = [*range(count), *ends]
+        with torch.autocast(device.type, enabled=False):  # the cache's dtype
+            logits = self._runner.prefill([*chunks, *beside], width, kept, in_parts=True)
+            own = logits[:count]
+            places = [(piece, i) for piece in pieces for i in range(1 + len(piece.draft))]
+            params = [self._asked_of(piece.request).params for piece, _ in places]
+            offsets = [piece.request.num_drawn + i for piece, i in places]
+            sampling = sampling_tensors(params, device)
+            drawn = sampling.sample(own, put(offsets, torch.int64, device))
+            return drawn.masked_fill(own.isnan().any(-1), -1), own, logits[count:]
+
     def _num_tokens(self, rows: int, least: int) -> int:
         device = self._runner.pages.device.type
         multiple = TOKENS_MULTIPLE.get(device, TOKENS_MULTIPLE["cuda"])
@@ -89,17 +116,23 @@ class Verifier:
             multiple = max(multiple, rows)
         return -(-least // multiple) * multiple
 
-    def results(self, pieces: Sequence[Piece], step: VerifyStep) -> Iterator[Result]:
+    def results(self, pieces: Sequence[Piece], drawn: Tensor, logits: Tensor) -> Iterator[Result]:
         """What each piece has drawn, token by token: a part of the piece with one token, as steps
-        without drafts would give it. The caller has taken a result when it asks for the next."""
-        tokens, watched, begin = step.drawn().tolist(), [], 0
+        without drafts would give it. The caller has taken a result when it asks for the next.
+
+        Args:
+            pieces: that a forward ran on.
+            drawn: the tokens after each of theirs, -1 for NaN; whatever follows.
+            logits: [num_tokens, vocab_size] from which they were drawn.
+        """
+        tokens, watched, begin = drawn.tolist(), [], 0
         for piece in pieces:
             if self._is_watched(piece):
                 watched.append((piece, begin))
             else:
                 yield from self._unwatched(piece, tokens[begin : begin + 1 + len(piece.draft)])
             begin += 1 + len(piece.draft)
-        yield from self._watched(watched, step)
+        yield from self._watched(watched, logits)
 
     def _unwatched(self, piece: Piece, tokens: Sequence[int]) -> Iterator[Result]:
         for index, token in enumerate(tokens):
@@ -111,7 +144,7 @@ class Verifier:
             if not _is_right(piece, index):
                 return
 
-    def _watched(self, rows: Sequence[tuple[Piece, int]], step: VerifyStep) -> Iterator[Result]:
+    def _watched(self, rows: Sequence[tuple[Piece, int]], logits: Tensor) -> Iterator[Result]:
         """Draws the tokens of all rows at one place after the other, each from what the tokens
         before it leave of penalties, grammar and the like."""
         index, device = 0, self._runner.pages.device
@@ -119,8 +152,8 @@ class Verifier:
             requests = [piece.request for piece, _ in rows]
             places = put([begin + index for _, begin in rows], torch.int64, device)
             with torch.autocast(device.type, enabled=False):
-                logits = step.logits.index_select(0, places)
-                drawn = draw(logits, requests, [self._asked_of(one) for one in requests])
+                asked = [self._asked_of(one) for one in requests]
+                drawn = draw(logits.index_select(0, places), requests, asked)
             for (piece, _), one in zip(rows, drawn, strict=True):
                 if isinstance(one, Drawn):
                     self._count(piece, index, one.token)
@@ -137,6 +170,12 @@ class Verifier:
         if index < len(piece.draft) and token == piece.draft[index]:
             request.num_accepted += 1
             self.right[request] += 1
+
+
+def _chunk_of(piece: Piece) -> Chunk:
+    """Its tokens and its draft for a forward."""
+    tokens = piece.request.tokens[piece.begin : piece.end]
+    return Chunk([*tokens, *piece.draft], piece.begin, piece.table)
 
 
 def _part(piece: Piece, index: int) -> Piece:
