@@ -82,9 +82,18 @@ def as_one(method: _Method) -> _Method:
 
     @wraps(method)
     def whole(*args: Any, **kwargs: Any) -> Any:
+        global _is_open
         if _is_open:  # of the main thread; others need none
             return method(*args, **kwargs)
-        with uninterrupted():
+        ours = _ours
+        if ours is None or threading.get_ident() != threading.main_thread().ident:
+            with uninterrupted():
+                return method(*args, **kwargs)
+        _is_open = True  # as uninterrupted does within watched, without its generators
+        try:
             return method(*args, **kwargs)
+        finally:
+            _is_open = False
+            ours.pass_on()
 
     return whole  # type: ignore[return-value]

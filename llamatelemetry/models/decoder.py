@@ -260,13 +260,13 @@ def rope_state(model: Any) -> list[object]:
     """What the tables are made of, to be compared: the module, its pointers, versions, numbers."""
     patched = model.__dict__.get("_llamatelemetry")
     rotary = None if patched is None else patched.stack.rotary
-    if rotary is None:
-        return []
-    if not isinstance(rotary, nn.Module):  # what someone has put there
+    if not isinstance(rotary, nn.Module):  # none, or what someone has put there
         return [rotary]
     tensors = [
         (name, x.data_ptr(), None if x.is_inference() else x._version)
-        for name, x in (*rotary.named_parameters(), *rotary.named_buffers())
+        for part in rotary.modules()
+        for name, x in (*part._parameters.items(), *part._buffers.items())
+        if x is not None
     ]
     kinds = (int, float, str, dict)
     numbers = [item for item in vars(rotary).items() if isinstance(item[1], kinds)]
