@@ -18,6 +18,15 @@ Error launch_skinny(const QuantLinearParams& p, FormatSet set, Stream stream) {
   }
 }
 
+Error launch_stream(const QuantLinearParams& p, Stream stream) {
+  const bool is_half = p.dtype == DType::kFloat16;
+  if (is_wide_stream(kFormats[p.format].codes)) {
+    return is_half ? launch_quant_stream_wide_f16(p, stream)
+                   : launch_quant_stream_wide_bf16(p, stream);
+  }
+  return is_half ? launch_quant_stream_f16(p, stream) : launch_quant_stream_bf16(p, stream);
+}
+
 #ifdef LT_SM90
 Error launch_wgmma(const QuantLinearParams& p, FormatSet set, Stream stream) {
   const bool groups = set == FormatSet::kGroups;
@@ -42,8 +51,7 @@ Error launch_quant_linear(const QuantLinearParams& p, Stream stream) {
   const bool on_tensor_cores =
       p.impl == QuantLinearImpl::kSkinny || p.impl == QuantLinearImpl::kWgmma;
   if (on_tensor_cores && serves_stream(p, current_device())) {
-    return p.dtype == DType::kFloat16 ? launch_quant_stream_f16(p, stream)
-                                      : launch_quant_stream_bf16(p, stream);
+    return launch_stream(p, stream);
   }
   if (p.impl == QuantLinearImpl::kSkinny) return launch_skinny(p, set, stream);
 #ifdef LT_SM90

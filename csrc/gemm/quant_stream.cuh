@@ -1,14 +1,14 @@
-// out[m, :] = x[m, :] . W^T + bias for few rows of x, W [n, k] of four-bit codes (format/layout.h),
-// on tensor cores: bound by reading W once.
+// out[m, :] = x[m, :] . W^T + bias for few rows of x, W [n, k] of codes of four to eight bits
+// (format/layout.h), on tensor cores: bound by reading W once.
 //
 // As in quant_skinny.cuh W is the A operand of mma.m16n8k16 and k is permuted such that a word of a
 // packed row is a lane's share of fragments. Here the words go from memory to registers, a ring of
-// kDepth items deep, without a stop in shared memory: a lane's share of a block is 8 bytes, a
-// warp's 256 in one piece. A code becomes a weight by one shift and one logical operation for two
-// of them, which leave it kBase too large: kBase + code, exact in T. Sums start from what that adds
-// to them, -(kBase + zero point) times the sum of x, so each product still counts with the code
-// that dequantize has; scales are applied in float32 to sums over the weights that share one, at
-// most 128. x past 1e34 leaves float32's range, and of x that is not finite its rows become NaN.
+// kDepth items deep, without a stop in shared memory: a lane's share of a block is 8 bytes a word,
+// a warp's 256 in one piece. Nibbles become weights that are kBase too large (stream_weights.cuh).
+// Their sums start from what that adds to them, -(kBase + zero point) times the sum of x, so each
+// product still counts with the code that dequantize has; other codes lose their zero points in
+// registers. Scales are applied in float32 to sums over the weights that share one, at most 128. x
+// past 1e34 leaves float32's range, and of x that is not finite its rows become NaN.
 //
 // Against the rule of tile/dependent_launch.cuh the first weights are read before the wait, which
 // alone promises to show earlier writes. It rests on the hardware, as tests measure: a grid starts
@@ -28,10 +28,10 @@
 #include "gemm/params.h"
 #include "gemm/stream_plan.h"
 #include "gemm/stream_sides.cuh"
+#include "gemm/stream_weights.cuh"
 #include "ptx/cluster.cuh"
 #include "ptx/dependent_launch.cuh"
 #include "ptx/mma.cuh"
-#include "ptx/nibbles.cuh"
 #include "ptx/shared.cuh"
 #include "tile/dependent_launch.cuh"
 #include "tile/reduce.cuh"
@@ -46,32 +46,11 @@ struct QuantStreamArgs {
   int num_chunks;  // of a row
 };
 
-// Codes of a word as pairs of T, kBase added: pairs 0 and 2 are the low nibbles, the group's
-// weights 0 and 2, and 1 and 3; pairs 1 and 3 likewise the high ones.
-template <typename T>
-struct NibblePairs;
-template <>
-struct NibblePairs<BFloat16> {
-  static constexpr int kBase = 128;  // a code is the low end of the mantissa
-  static __device__ uint32_t pair(uint32_t word, int i) {
-    return ptx::and_or(word >> (4 * i), 0x000f000f, 0x43004300);
-  }
-};
-template <>
-struct NibblePairs<Half> {
-  static constexpr int kBase = 16;  // a code is the high end: sums lose less than with 1024
-  static __device__ uint32_t pair(uint32_t word, int i) {
-    const uint32_t shifted = i < 2 ? word << (6 - 4 * i) : word >> (4 * i - 6);
-    return ptx::and_or(shifted, 0x03c003c0, 0x4c004c00);
-  }
-};
-
 // kTokenTiles: eights of rows of x. kScaleRuns: runs of 32 weights with one scale in an item, 1 or
 // 4.
 template <typename T, int kFormat, int kTokenTiles, int kScaleRuns>
 struct QuantStream {
   using Params = QuantStreamArgs;
-  using Pairs = NibblePairs<T>;
   using Word = PackedWord<kFormat, 2>;
   static_assert(serves_stream_format(Word::kCodes, Word::kScaleRule));
   static constexpr int kCapability = 80;
@@ -81,19 +60,28 @@ struct QuantStream {
   static constexpr int kMinBlocks = 1;
   static constexpr int kChunk = stream_chunk(Word::kScaleRule);
   static constexpr int kRuns = kChunk / 32;
-  static constexpr int kSums = kRuns / kScaleRuns;  // scaled sums of an item
+  static constexpr bool kScalePer16 = has_scale_per_16(Word::kScaleRule);
+  static constexpr int kSums = kScalePer16 ? 2 * kRuns : kRuns / kScaleRuns;  // scaled, of an item
   static constexpr int kItemBytes = kChunk / Word::kBlockSize * Word::kPackedBytes;
-  static constexpr bool kSubBlocks = Word::kScaleRule == ScaleRule::kSubBlock32;
-  static constexpr int kDepth = kSubBlocks ? 2 : kScaleRuns == 1 ? 3 : 4;
+  static constexpr bool kSuperBlocks = Word::kBlockSize == 256;
 
+  using Weights = StreamWeights<T, Word, kRuns>;
+  // Whether sums of x are needed, and what they are multiplied by where they lie.
+  static constexpr bool kHasStarts = has_stream_sums(Word::kCodes, Word::kScaleRule);
+  static constexpr int kStarts = kHasStarts ? kSums : 0;
+  static constexpr float kStartFactor = Weights::kNibbles ? Weights::kBase + Word::kOffset : 1;
   using Sides = std::conditional_t<
       Word::kHasGroups, StreamGroups<kSums, Word::kHasZeros>,
-      std::conditional_t<kSubBlocks, StreamSubBlocks, StreamBlocks<kSums, Word::kHasMin>>>;
+      std::conditional_t<
+          kScalePer16, StreamSixteens,
+          std::conditional_t<kSuperBlocks, StreamSubBlocks, StreamBlocks<kSums, Word::kHasMin>>>>;
   // An item's share of a lane: rows 2 * group and 2 * group + 1 of a tile.
   struct Item {
-    uint2 words[kRuns];
+    Weights weights;
     Sides sides;
   };
+  // 48 to 128 KiB of a multiprocessor are on their way.
+  static constexpr int kDepth = kSuperBlocks || Word::kByteCodes ? 2 : kScaleRuns == 1 ? 3 : 4;
 
   const QuantLinearParams& p;
   const int warp, lane, group, lane_in_group;
@@ -164,12 +152,7 @@ struct QuantStream {
   __device__ void load_next(Item& item) {
     if (num_loaded == end - begin) return;
     ++num_loaded;
-    constexpr int kWordsBytes = kSubBlocks ? 4 * 4 * kTileRows : Word::kPackedBytes;
-#pragma unroll
-    for (int run = 0; run < kRuns; ++run) {
-      item.words[run] =
-          ptx::load_streamed_8(next_words + run * kWordsBytes + Word::kQuants + 8 * group);
-    }
+    item.weights.load(next_words, group);
     if constexpr (Word::kHasGroups) {
       const int first_run = (first_chunk + next_chunk) * kRuns;
       item.sides.load(next_scales, next_zeros, first_run, kScaleRuns, p.groups.shift);
@@ -218,18 +201,18 @@ struct QuantStream {
     float sum = sum_two(low.x) + sum_two(low.y) + (sum_two(low.z) + sum_two(low.w)) +
                 (sum_two(high.x) + sum_two(high.y) + (sum_two(high.z) + sum_two(high.w)));
 #pragma unroll
-    for (int offset = 1; offset < 2 * kScaleRuns; offset *= 2) {
+    for (int offset = 1; kHasStarts && offset < 2 * kScaleRuns; offset *= 2) {
       sum += __shfl_xor_sync(0xffffffff, sum, offset);
     }
     if (token >= p.m) return;
     auto* to = reinterpret_cast<uint4*>(s_bytes + token * shared.token_bytes + unit * 32);
     to[0] = permuted(low.x, low.y, high.x, high.y);
     to[1] = permuted(low.z, low.w, high.z, high.w);
-    if (unit % (2 * kScaleRuns) == 0) {
+    if (kHasStarts && unit % (2 * kScaleRuns) == 0) {
       auto* starts = reinterpret_cast<float*>(s_bytes + shared.starts);
       const int column = (token / 8 * chunks * kSums + unit / (2 * kScaleRuns)) * 16 +
                          token % 8 / 2 * 4 + token % 2;
-      starts[column] = starts[column + 2] = -(Pairs::kBase + Word::kOffset) * sum;
+      starts[column] = starts[column + 2] = -kStartFactor * sum;
     }
   }
   // Elements 0 and 2, 1 and 3 of four in a group of 16 weights, then of those 16 on.
@@ -270,30 +253,34 @@ struct QuantStream {
     for (int run = 0; run < kRuns; ++run) {
       const int i = run / kScaleRuns;
       uint32_t a[2][4];
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        // In sub-blocks a word's nibbles are of two runs, else they are halves of one.
-        const uint2 words = item.words[kSubBlocks ? run / 2 * 2 + half : run];
-        const int nibble = kSubBlocks ? run % 2 : half;
-        a[half][0] = Pairs::pair(words.x, nibble);
-        a[half][1] = Pairs::pair(words.y, nibble);
-        a[half][2] = Pairs::pair(words.x, 2 + nibble);
-        a[half][3] = Pairs::pair(words.y, 2 + nibble);
-      }
+      item.weights.fragments(run, a);
 #pragma unroll
       for (int n = 0; n < kTokenTiles; ++n) {
         const uint4 x = tokens_of(n, chunk * kRuns + run);
-        if (run % kScaleRuns == 0) {
+        if (kHasStarts && run % kScaleRuns == 0) {
           const float4 four =
               *reinterpret_cast<const float4*>(starts + (n * chunks * kSums + i) * 64);
           start[n][0] = four.x, start[n][1] = four.y, start[n][2] = four.z, start[n][3] = four.w;
+        }
+        constexpr float kZeros[4] = {};
+        if (run % kScaleRuns != 0) {
+          ptx::mma_m16n8k16(products[n], a[0], x.x, x.y, products[n], T{});
+        } else if constexpr (Weights::kNibbles) {
           ptx::mma_m16n8k16(products[n], a[0], x.x, x.y, start[n], T{});
         } else {
-          ptx::mma_m16n8k16(products[n], a[0], x.x, x.y, products[n], T{});
+          ptx::mma_m16n8k16(products[n], a[0], x.x, x.y, kZeros, T{});
         }
-        ptx::mma_m16n8k16(products[n], a[1], x.z, x.w, products[n], T{});
+        if constexpr (kScalePer16) {
+          add_scaled(scales, 2 * run, start[n], products[n], sums[n]);
+          ptx::mma_m16n8k16(products[n], a[1], x.z, x.w, kZeros, T{});
+          add_scaled(scales, 2 * run + 1, start[n], products[n], sums[n]);
+        } else {
+          ptx::mma_m16n8k16(products[n], a[1], x.z, x.w, products[n], T{});
+          if (run % kScaleRuns == kScaleRuns - 1) {
+            add_scaled(scales, i, start[n], products[n], sums[n]);
+          }
+        }
       }
-      if (run % kScaleRuns == kScaleRuns - 1) add_scaled(scales, i, start, products, sums);
     }
   }
 
@@ -304,24 +291,22 @@ struct QuantStream {
                                            lane_in_group * 16);
   }
 
-  // start is -kBase, a power of two, times the sum of x.
+  // start is -kStartFactor, a power of two where it is used here, times the sum of x.
   template <typename Scales>
-  static __device__ void add_scaled(const Scales& scales, int i, const Sums& start,
-                                    const Sums& products, Sums& sums) {
+  static __device__ void add_scaled(const Scales& scales, int i, const float (&start)[4],
+                                    const float (&products)[4], float (&sums)[4]) {
 #pragma unroll
     for (int row = 0; row < 2; ++row) {
       const float scale = scales.scale(i, row);
-      [[maybe_unused]] float zero, min;
-      if constexpr (Word::kHasZeros) zero = scales.zero(i, row) * (1.0f / Pairs::kBase);
-      if constexpr (Word::kHasMin) min = scales.min(i, row) * (1.0f / Pairs::kBase);
 #pragma unroll
-      for (int n = 0; n < kTokenTiles; ++n) {
-#pragma unroll
-        for (int e = 2 * row; e < 2 * row + 2; ++e) {
-          float product = products[n][e];
-          if constexpr (Word::kHasZeros) product = fmaf(zero, start[n][e], product);
-          sums[n][e] = fmaf(scale, product, sums[n][e]);
-          if constexpr (Word::kHasMin) sums[n][e] = fmaf(min, start[n][e], sums[n][e]);
+      for (int e = 2 * row; e < 2 * row + 2; ++e) {
+        float product = products[e];
+        if constexpr (Word::kHasZeros) {
+          product = fmaf(scales.zero(i, row) * (1.0f / kStartFactor), start[e], product);
+        }
+        sums[e] = fmaf(scale, product, sums[e]);
+        if constexpr (Word::kHasMin) {
+          sums[e] = fmaf(scales.min(i, row) * (1.0f / kStartFactor), start[e], sums[e]);
         }
       }
     }

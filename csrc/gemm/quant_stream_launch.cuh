@@ -22,13 +22,13 @@ Error launch_stream_kernel(const QuantLinearParams& p, Stream stream) {
   QuantStreamArgs args{
       .call = p,
       .plan = stream_plan(planned_rows, p.n, p.k, Kernel::kChunk, Kernel::kColumnTiles,
-                          Kernel::kSums, device.max_shared_bytes, slots),
+                          Kernel::kStarts, device.max_shared_bytes, slots),
       .shared = {},
       .num_tiles = static_cast<int>((p.n + kTileRows - 1) / kTileRows),
       .num_chunks = num_chunks};
   if (args.plan.tiles == 0) return "no block of it fits on the device";
   args.shared = stream_shared(args.plan, static_cast<int>(p.m), Kernel::kChunk, num_chunks,
-                              Kernel::kColumnTiles, Kernel::kSums);
+                              Kernel::kColumnTiles, Kernel::kStarts);
   cudaLaunchAttribute attributes[2] = {};
   attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
   attributes[0].val.programmaticStreamSerializationAllowed = 1;
@@ -56,22 +56,26 @@ Error launch_stream_format(const QuantLinearParams& p, Stream stream) {
   return launch_stream_kernel<QuantStream<T, kFormat, 2, kScaleRuns>>(p, stream);
 }
 
-template <typename T>
+// kWide: codes of more than four bits, which have files of their own.
+template <typename T, bool kWide>
 Error launch_quant_stream(const QuantLinearParams& p, Stream stream) {
   Error error = nullptr;
-  constexpr int kRuns = max_stream_sums(ScaleRule::kGroup);
+  constexpr int kRuns = stream_chunk(ScaleRule::kGroup) / 32;
   dispatch_format<FormatSet::kWide>(p.format, [&](auto format) {
     constexpr FormatDescriptor kDescriptor = kFormats[format()];
-    if constexpr (serves_stream_format(kDescriptor.codes, kDescriptor.scale_rule)) {
+    if constexpr (is_wide_stream(kDescriptor.codes) == kWide &&
+                  serves_stream_format(kDescriptor.codes, kDescriptor.scale_rule)) {
       error = launch_stream_format<T, format(), 1>(p, stream);
     }
   });
   dispatch_format<FormatSet::kGroups>(p.format, [&](auto format) {
     constexpr FormatDescriptor kDescriptor = kFormats[format()];
-    if constexpr (serves_stream_format(kDescriptor.codes, kDescriptor.scale_rule)) {
-      error = (int64_t{1} << p.groups.shift) >= kRuns
-                  ? launch_stream_format<T, format(), kRuns>(p, stream)
-                  : launch_stream_format<T, format(), 1>(p, stream);
+    if constexpr (is_wide_stream(kDescriptor.codes) == kWide) {
+      if (kWide || (int64_t{1} << p.groups.shift) >= kRuns) {
+        error = launch_stream_format<T, format(), kRuns>(p, stream);
+      } else if constexpr (!kWide) {
+        error = launch_stream_format<T, format(), 1>(p, stream);
+      }
     }
   });
   return error;

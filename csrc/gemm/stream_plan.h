@@ -9,17 +9,31 @@
 
 namespace llamatelemetry {
 
-// Codes a nibble; one scale for a block of 32 or more, or for each 32 of a block.
+// One scale for a block of 32 or more, or for each 32 or 16 of a block.
 static inline constexpr bool serves_stream_format(CodeFamily codes, ScaleRule rule) {
-  return codes == CodeFamily::kU4 &&
-         (rule == ScaleRule::kBlock || rule == ScaleRule::kGroup || rule == ScaleRule::kSubBlock32);
+  switch (codes) {
+    case CodeFamily::kU4:
+      return rule == ScaleRule::kBlock || rule == ScaleRule::kGroup ||
+             rule == ScaleRule::kSubBlock32;
+    case CodeFamily::kU5: return rule == ScaleRule::kSubBlock32;
+    case CodeFamily::kU6:
+    case CodeFamily::kS8:
+    case CodeFamily::kE4m3: return true;
+    default: return false;
+  }
 }
 // Weights of a row that a warp takes at once.
 static inline constexpr int stream_chunk(ScaleRule rule) {
-  return rule == ScaleRule::kSubBlock32 ? 256 : 128;
+  return rule == ScaleRule::kSubBlock32 || rule == ScaleRule::kSubBlock16 ? 256 : 128;
 }
-// The sums that have a scale of their own in a chunk: at most.
-static inline constexpr int max_stream_sums(ScaleRule rule) { return stream_chunk(rule) / 32; }
+// Whether the kernel needs sums of x: to take from products what codes are too large by, or minima.
+static inline constexpr bool has_stream_sums(CodeFamily codes, ScaleRule rule) {
+  return codes == CodeFamily::kU4 || rule == ScaleRule::kSubBlock32;
+}
+// Of those that a chunk has, for each 32 weights or more: at most.
+static inline constexpr int max_stream_sums(CodeFamily codes, ScaleRule rule) {
+  return has_stream_sums(codes, rule) ? stream_chunk(rule) / 32 : 0;
+}
 
 constexpr int kMaxStreamSplits = 2;  // blocks that share k, where they can form clusters
 constexpr int kMaxStreamRows = 16;
@@ -36,7 +50,7 @@ constexpr int kMaxStreamShared = 227 * 1024;  // of a block, where blocks form c
 // Where things lie in a block's shared memory, in bytes: x at 0, token_bytes a row.
 struct StreamShared {
   int token_bytes;
-  int starts;       // what sums start from: [eights of rows][scales of a row][4] of 16 bytes
+  int starts;       // of sums of x: [eights of rows][sums of a row][4] of 16 bytes
   int sums;         // of each warp: [slots][m][16] float
   int slots;        // tiles that a warp may meet
   int totals;       // splits > 1: [tiles][m][16] float

@@ -108,4 +108,43 @@ struct StreamSubBlocks {
   }
 };
 
+// int8 scales of 16 weights each, times a float16 of the block: ScaleRule::kSubBlock16.
+struct StreamSixteens {
+  uint2 words[4];
+  uint32_t scale;
+
+  template <typename Word>
+  __device__ void load(const uint8_t* block, int group) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      words[i] = ptx::load_streamed_8(block + Word::kSubScales + i * 4 * kTileRows + 8 * group);
+    }
+    scale = *reinterpret_cast<const uint32_t*>(block + Word::kScale + 4 * group);
+  }
+
+  struct Decoded {
+    uint32_t bytes[2][4];  // [row][of 16 * 4 weights], each + 128
+    float unit[2];
+
+    // Exact: the byte is in the mantissa of 2^15, and 2^15 + 128 times unit has 20 bits.
+    __device__ float scale(int i, int row) const {
+      const uint32_t bits = __byte_perm(bytes[row][i / 4], 0x47000000, 0x7404 + 0x10 * (i % 4));
+      return fmaf(__uint_as_float(bits), unit[row], -32896.0f * unit[row]);
+    }
+  };
+  __device__ Decoded decoded() const {
+    Decoded to;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      to.bytes[0][i] = words[i].x ^ 0x80808080;
+      to.bytes[1][i] = words[i].y ^ 0x80808080;
+    }
+#pragma unroll
+    for (int row = 0; row < 2; ++row) {
+      to.unit[row] = half_bits_to_float(static_cast<uint16_t>(scale >> (16 * row)));
+    }
+    return to;
+  }
+};
+
 }  // namespace llamatelemetry

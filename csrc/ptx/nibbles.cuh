@@ -1,4 +1,4 @@
-// What weights of four bits need on their way from memory to a fragment, one PTX instruction a
+// What packed weights need on their way from memory to a fragment, one PTX instruction a
 // wrapper. Sections of https://docs.nvidia.com/cuda/parallel-thread-execution/
 #pragma once
 
@@ -24,6 +24,12 @@ __device__ inline uint2 load_streamed_8(const void* from) {
 __device__ inline uint32_t and_or(uint32_t x, uint32_t mask, uint32_t bits) {
   uint32_t result;
   asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(result) : "r"(x), "r"(mask), "r"(bits));
+  return result;
+}
+// (x & mask) ^ bits
+__device__ inline uint32_t and_xor(uint32_t x, uint32_t mask, uint32_t bits) {
+  uint32_t result;
+  asm("lop3.b32 %0, %1, %2, %3, 0x6a;" : "=r"(result) : "r"(x), "r"(mask), "r"(bits));
   return result;
 }
 

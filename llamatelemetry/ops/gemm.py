@@ -70,8 +70,8 @@ def quant_linear(
 ) -> Tensor:
     """``x @ weight.T + bias`` with the weight packed in 4 to 8 bits; sums in float32.
 
-    On CUDA, of four-bit codes and up to 16 rows of bfloat16 x, values of x past about 1e34 may give
-    inf or NaN where the result would be finite: multiples of their sums pass float32's range.
+    On CUDA, of up to 16 rows of bfloat16 x, values of x past about 1e34 may give inf or NaN where
+    the result would be finite: multiples of their sums pass float32's range.
 
     Args:
         x: [..., k], float32, float16 or bfloat16; rows contiguous, evenly spaced.
@@ -82,8 +82,8 @@ def quant_linear(
         bias: [n], dtype and device of x.
         exact: Whether x stays as it is. Otherwise the CPU rounds it to 8 bits in blocks of 32
             (``scale = absmax / 127``), which is several times faster; a block with NaN or infinity
-            gives NaN. CUDA never rounds x; from 9 rows on of 16-bit x on Hopper, of four-bit codes
-            mostly from 17 on, elsewhere for many rows (past 32 or 64 of 16-bit x, past 8 of
+            gives NaN. CUDA never rounds x; from 17 rows on of 16-bit x on Hopper, of some formats
+            and shapes from 9 on, elsewhere for many rows (past 32 or 64 of 16-bit x, past 8 of
             float32), it rounds the weights to the dtype of x. "E4M3" is always exact on the CPU.
         scales: [ceil(n / 16), groups, 16] float32, for "U4", "S4", "S8" and "E4M3" alone: 16 rows
             side by side. A group is 32, 64, 128 or all weights of a row.

@@ -1,4 +1,4 @@
-"""quant_linear's kernel for few rows over four-bit codes, on shapes that divide its work unevenly.
+"""quant_linear's kernel for few rows, on shapes that divide its work unevenly.
 
 Blocks share tiles among warps, and long rows among the blocks of a cluster: which depends on n, k
 and m. The other files have the formats and small shapes.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from gguf_rows import gguf_rows
 from tolerance import assert_within_2x
 
 from llamatelemetry.ops import QuantFormat, dequantize, quant_linear, repack, rms_norm
@@ -29,8 +30,11 @@ SHAPES = [
 def grouped(n: int, k: int, group: int | None, format: str = "S4") -> GroupedWeight:
     groups = k // (group or k)
     scales = 0.01 * torch.randn(n, groups, device="cuda")
-    if format == "S4":
-        codes = torch.randint(-8, 8, (n, k), device="cuda", dtype=torch.int8)
+    if format != "U4":
+        bound = 8 if format == "S4" else 128
+        codes = torch.randint(-bound, bound, (n, k), device="cuda", dtype=torch.int8)
+        if format == "E4M3":  # subnormal ones too
+            codes = (0.02 * codes.float() ** 2 * codes.sign()).to(torch.float8_e4m3fn)
         return pack_groups(codes, format, scales)
     codes = torch.randint(0, 16, (n, k), device="cuda", dtype=torch.uint8)
     zeros = torch.randint(0, 16, (n, groups), device="cuda", dtype=torch.uint8)
@@ -48,7 +52,17 @@ def assert_values(ours: torch.Tensor, x: torch.Tensor, weights: torch.Tensor) ->
 
 @pytest.mark.parametrize(("n", "k", "group"), SHAPES)
 def test_shapes(n, k, group):
-    w = grouped(n, k, group)
+    assert_grouped(n, k, group, "S4")
+
+
+@pytest.mark.parametrize("format", ["S8", "E4M3"])
+@pytest.mark.parametrize(("n", "k", "group"), [(35 * 16 + 3, 1152, 128), (4096, 14336, None)])
+def test_bytes(format, n, k, group):
+    assert_grouped(n, k, group, format)
+
+
+def assert_grouped(n: int, k: int, group: int | None, format: str) -> None:
+    w = grouped(n, k, group, format)
     weights = unpack_groups(w, n, k)
     for m, dtype in [
         (1, torch.bfloat16), (1, torch.float16), (2, torch.bfloat16), (7, torch.float16),
@@ -63,17 +77,24 @@ def test_shapes(n, k, group):
         assert torch.equal(product(one_hot, w, n), weights[:, picked].T.to(dtype))
 
 
-@pytest.mark.parametrize("format", ["Q4_0", "Q4_1", "Q4_K"])
+@pytest.mark.parametrize("format", ["Q4_0", "Q4_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K"])
 def test_scales_in_the_blocks(format):
-    n, k, format = 1040, 2048, QuantFormat[format]
-    rows = torch.randint(0, 64, (n, format.row_bytes(k)), device="cuda", dtype=torch.uint8)
-    weights = dequantize(rows, format, torch.float32)
-    for m in (1, 3, 16):
-        x = torch.randn(m, k, device="cuda", dtype=torch.bfloat16)
-        assert_values(quant_linear(x, repack(rows, format), format, n), x, weights)
+    format = QuantFormat[format]
+    for n, k, rows_of_x in [(1043, 2048, (1, 3, 16)), (4096, 14336, (1, 2))]:
+        rows = gguf_rows(format, n, k, "cuda")
+        weights, packed = dequantize(rows, format, torch.float32), repack(rows, format)
+        for m in rows_of_x:
+            for dtype in (torch.bfloat16, torch.float16):
+                x = torch.randn(m, k, device="cuda", dtype=dtype)
+                assert_values(quant_linear(x, packed, format, n), x, weights)
+        one = torch.zeros(1, k, device="cuda", dtype=torch.bfloat16)
+        one[0, k - 37] = 1
+        assert torch.equal(
+            quant_linear(one, packed, format, n)[0], weights[:, k - 37].to(one.dtype)
+        )
 
 
-@pytest.mark.parametrize("format", ["S4", "U4"])
+@pytest.mark.parametrize("format", ["S4", "U4", "S8"])
 def test_rows_of_one_sign(format):
     """What the codes are too large by cancels against the sum of x, here as large as it gets."""
     w = grouped(256, 4096, 128, format)
@@ -91,9 +112,9 @@ def test_sums_past_float16():
     assert torch.equal(product(x, w, 16), torch.zeros(1, 16, device="cuda", dtype=torch.float16))
 
 
-@pytest.mark.parametrize("k", [1024, 14336])
-def test_a_row_depends_on_no_other(k):
-    w = grouped(2112, k, 128)
+@pytest.mark.parametrize(("k", "format"), [(1024, "S4"), (14336, "S4"), (1024, "S8")])
+def test_a_row_depends_on_no_other(k, format):
+    w = grouped(2112, k, 128, format)
     x = torch.randn(16, k, device="cuda", dtype=torch.bfloat16)
     for few, all_rows in [(2, 8), (5, 8), (9, 16)]:
         assert torch.equal(product(x[:few], w, 2112), product(x[:all_rows], w, 2112)[:few])
