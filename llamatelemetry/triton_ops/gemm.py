@@ -7,6 +7,7 @@ from torch import Tensor
 
 from llamatelemetry.triton_ops.kernels.gemm import combine_kernel, linear_kernel
 from llamatelemetry.triton_ops.kernels.persistent_gemm import persistent_linear_kernel
+from llamatelemetry.triton_ops.kernels.stream_gemm import stream_linear_kernel
 from llamatelemetry.triton_ops.launch import (
     IS_INTERPRETED,
     check,
@@ -131,10 +132,15 @@ def _run_by_descriptors(
     if x_tiles is None or weight_tiles is None:
         return False
     programs = -(-m // config.block_m) * -(-n // config.block_n)
-    if activation is None:  # of gated layers a program a tile was faster
+    kernel, parts = persistent_linear_kernel, list[Tensor]()
+    if config.stream:
+        steps = programs * -(-k // config.block_k)
+        programs = min(config.stream * num_multiprocessors(x.device), steps)
+        kernel, parts = stream_linear_kernel, _parts(x, programs, activation, config)
+    elif activation is None:  # of gated layers a program a tile was faster
         programs = min(programs, num_multiprocessors(x.device))
-    persistent_linear_kernel[(programs,)](
-        *(x_tiles, weight_tiles, bias, *scales, out, m, n, k),
+    kernel[(programs,)](
+        *(x_tiles, weight_tiles, bias, *scales, out, *parts, m, n, k),
         ACTIVATION=activation,
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
@@ -146,6 +152,13 @@ def _run_by_descriptors(
         num_stages=config.num_stages,
     )
     return True
+
+
+def _parts(x: Tensor, programs: int, activation: str | None, config: LinearConfig) -> list[Tensor]:
+    """What programs of stream-K leave each other: a tile of sums each, and whether it is there."""
+    shape = (programs, 1 if activation is None else 2, config.block_m, config.block_n)
+    sums = torch.empty(shape, dtype=torch.float32, device=x.device)
+    return [sums, torch.zeros(programs, dtype=torch.int32, device=x.device)]
 
 
 def combine(sums: Tensor, bias: Tensor | None, activation: str | None, out: Tensor) -> None:

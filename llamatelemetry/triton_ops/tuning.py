@@ -42,6 +42,8 @@ class LinearConfig:
         group_m: tiles of rows that run beside each other.
         tma: tiles are read by descriptors, where rows of 16-bit values begin at 16 bytes; splits
             is 1.
+        stream: programs of a multiprocessor that share the steps of k of all tiles evenly
+            (stream-K), of tma; 0: a program takes whole tiles.
     """
 
     block_m: int = 16
@@ -52,6 +54,7 @@ class LinearConfig:
     num_warps: int = 4
     num_stages: int = 3
     tma: bool = False
+    stream: int = 0
 
 
 @dataclass(frozen=True)

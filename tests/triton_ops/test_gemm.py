@@ -88,18 +88,24 @@ def test_parts_of_k(device, splits, activation):
 
 @pytest.mark.parametrize("activation", [None, "silu"])
 @pytest.mark.parametrize(("m", "k"), [(70, 96), (33, 72), (20, 50)])
-def test_tiles_read_by_descriptors(device, m, k, activation):
-    """Where rows begin at 16 bytes; of others by pointers."""
+@pytest.mark.parametrize("programs", [0, 5, 7])
+def test_tiles_read_by_descriptors(device, monkeypatch, m, k, activation, programs):
+    """Where rows begin at 16 bytes; of others by pointers. Whole tiles, and even shares of k."""
+    monkeypatch.setattr(gemm, "num_multiprocessors", lambda device: 1)
     if device.type == "cuda" and not has_tma(device):
         pytest.skip("needs a GPU with descriptors")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     x, weight, bias = weights(m, 80, k, device, dtype)
-    config = LinearConfig(32, 32, 32, 1, 2, 4, 2, tma=True)
+    config = LinearConfig(32, 32, 32, 1, 2, 4, 2, tma=True, stream=programs)
     out = x.new_empty(m, 80 if activation is None else 40)
     gemm.run(x, weight, bias, activation, out, config)
     by_pointers = torch.empty_like(out)
     gemm.run(x, weight, bias, activation, by_pointers, replace(config, tma=False))
-    torch.testing.assert_close(out, by_pointers, rtol=1e-5, atol=1e-5)
+    limit = {"rtol": 1e-5, "atol": 1e-5} if dtype == torch.float32 else {}
+    torch.testing.assert_close(out, by_pointers, **limit)
+    again = torch.empty_like(out)
+    gemm.run(x, weight, bias, activation, again, config)
+    assert torch.equal(out, again)
 
 
 @pytest.mark.without_triton

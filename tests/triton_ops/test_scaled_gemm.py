@@ -85,6 +85,7 @@ def test_descriptors_and_parts_of_k(device, kind, block):
         LinearConfig(64, 32, 128, 1, 2, 4, 2),
         LinearConfig(64, 32, 128, 2, 2, 4, 2),
         LinearConfig(64, 32, 128, 1, 2, 4, 2, tma=True),
+        LinearConfig(64, 32, 128, 1, 2, 4, 2, tma=True, stream=5),
     ):
         out = torch.empty(40, 96, device=device)
         gemm.run(x, weight, None, None, out, config, (x_scales, scales), block)
