@@ -27,6 +27,16 @@ def add_command(commands: Any) -> None:
         "--rows", type=int, nargs="+", default=[16, 1024], metavar="M", help="(default: 16 1024)"
     )
     parser.add_argument(
+        "--prefill",
+        action="append",
+        type=int,
+        metavar="HEAD_DIM",
+        help="attention over prompts (default: 128 where no layer is named)",
+    )
+    parser.add_argument(
+        "--e4m3", action="store_true", help="layers of fp8 e4m3 instead of 16-bit ones"
+    )
+    parser.add_argument(
         "--out",
         default="llamatelemetry-tuned.json",
         metavar="FILE",
@@ -53,10 +63,16 @@ def _size(text: str) -> tuple[int, int]:
 
 def _tune(args: argparse.Namespace) -> int:
     plain, gated = args.layer, args.gated
-    if plain is None and gated is None:
-        plain, gated = _LAYERS, _GATED
+    head_dims = args.prefill
+    if plain is None and gated is None and head_dims is None:
+        plain, gated = _LAYERS, None if args.e4m3 else _GATED
+        head_dims = None if args.e4m3 else [128]
+    if args.e4m3 and gated:
+        raise ValueError("--e4m3 must be of layers without a gate, got --gated")
     sizes = [(*_size(text), False) for text in plain or ()]
     sizes += [(*_size(text), True) for text in gated or ()]
+    if head_dims and min(head_dims) < 1:
+        raise ValueError(f"--prefill must be at least 1, got {min(head_dims)}")
     if min(args.rows) < 1:
         raise ValueError(f"--rows must be at least 1, got {min(args.rows)}")
 
@@ -65,13 +81,16 @@ def _tune(args: argparse.Namespace) -> int:
     if not torch.cuda.is_available():
         raise ValueError("tune measures on a GPU that torch can use, and there is none here")
     from llamatelemetry.triton_ops.search import tune
-    from llamatelemetry.triton_ops.tuning import LinearShape, table_of
+    from llamatelemetry.triton_ops.tuning import LinearShape, prefill_rows, table_of
 
     path = Path(args.out)
     if path.exists():
-        table_of(path.read_text(), path.name)  # refuses another file before it is written over
+        # Another file is refused before it is written over.
+        table_of(path.read_text(), path.name)
+        prefill_rows(path.read_text(), path.name)
     shapes = [LinearShape.of(m, *size) for m in args.rows for size in sizes]
-    for _ in tune(shapes, path, torch.bfloat16, lambda text: print(text, file=sys.stderr)):
+    kind = "8-bit" if args.e4m3 else "16-bit"
+    for _ in tune(shapes, head_dims or (), path, kind, lambda text: print(text, file=sys.stderr)):
         pass
     print(path)
     return 0

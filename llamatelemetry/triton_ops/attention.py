@@ -24,6 +24,7 @@ from llamatelemetry.triton_ops.launch import (
     precision_of,
     shared_bytes_per_program,
 )
+from llamatelemetry.triton_ops.tuning import prefill_fields
 
 _MOST_SPLITS = 64
 _KEYS_OF_A_SPLIT = 64  # fewer are not worth a program
@@ -32,7 +33,8 @@ _KEYS_OF_A_SPLIT = 64  # fewer are not worth a program
 @dataclass(frozen=True)
 class AttentionConfig:
     """How attention_kernel is launched; splits: parts of the keys; tma: keys and values are read
-    by descriptors where they can be."""
+    by descriptors where they can be; ahead: of them, scores of a tile are computed while the one
+    before is weighed, where there is neither a window nor a softcap."""
 
     block_m: int
     block_n: int
@@ -40,6 +42,7 @@ class AttentionConfig:
     num_stages: int
     splits: int = 1
     tma: bool = False
+    ahead: bool = False
 
 
 def attention_config(
@@ -59,6 +62,8 @@ def attention_config(
     elif rows <= 64:
         block_m, block_n, stages = next_power_of_2(rows, 16), 64, 3
         warps = 2 if rows <= 16 else 4
+    elif not may_split and (fields := prefill_fields(x)) is not None:
+        return AttentionConfig(**fields)
     elif tma := not wide and has_tma(x.device):
         block_m, block_n, warps, stages = 64, 64, 4, 3
     else:
@@ -124,13 +129,27 @@ def flash_attn_varlen(
     op = "flash_attn_varlen"
     _check(op, q, k, v, sinks, softcap)
     check_shape(op, "k", k, (q.shape[0], *k.shape[1:]))
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     batch, group = starts.shape[0] - 1, q.shape[1] // k.shape[1]
     config = attention_config(
         longest * group, batch * k.shape[1], longest, q, may_split=longest * group <= 64
     )
-    strides = (0, k.stride(0), k.stride(1), 0, v.stride(0), v.stride(1))
     scores = (scale, causal, left, right, softcap)
+    return run_varlen(q, k, v, starts, longest, scores, sinks, config)
+
+
+def run_varlen(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    starts: Tensor,
+    longest: int,
+    scores: tuple[float, bool, int, int, float],
+    sinks: Tensor | None,
+    config: AttentionConfig,
+) -> Tensor:
+    """flash_attn_varlen with a config; scores: scale, causal, left, right and softcap."""
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    strides = (0, k.stride(0), k.stride(1), 0, v.stride(0), v.stride(1))
     _run(q, k, v, sinks, out, starts, None, None, longest, strides, scores, config)
     return out
 
@@ -220,6 +239,7 @@ def _run(
     descriptors: tuple[TensorDescriptor | None, ...] = (None, None)
     if config.tma and (in_one_page or not is_paged) and block_d == head_dim:
         descriptors = _descriptors(k, v, config.block_n)
+    is_plain = scale > 0 and softcap == 0 and left < 0
     with on_device(q):
         grid = (-(-longest * group // config.block_m), batch * num_heads_kv, splits)
         attention_kernel[grid](
@@ -240,6 +260,7 @@ def _run(
             BLOCK_N=config.block_n,
             BLOCK_D=block_d,
             EVEN_D=block_d == head_dim,
+            AHEAD=config.ahead and descriptors[0] is not None and is_plain,
             PRECISION=precision_of(q),
             num_warps=config.num_warps,
             num_stages=config.num_stages,

@@ -2,7 +2,8 @@
 
 Rows stand in tuned/sm<capability>.json, written by ``llamatelemetry tune``, or start values of a
 GPU that nobody had at hand, whose "measured_on" is null; a user's own, which win, in the file that
-the environment names: LLAMATELEMETRY_TRITON_TUNED.
+the environment names: LLAMATELEMETRY_TRITON_TUNED. "linear" rows are of layers, in 16 bits or of
+a byte a value; "prefill" rows of attention over prompts.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import cache
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -154,23 +156,58 @@ def table_of(text: str, where: str) -> dict[tuple[LinearShape, str], LinearConfi
         ) from error
 
 
+def prefill_rows(text: str, where: str) -> dict[tuple[int, str], dict[str, Any]]:
+    """Of a tuned file, by head_dim and kind of values: the fields of an AttentionConfig.
+
+    Raises:
+        ValueError: As of table_of.
+    """
+    try:
+        rows = json.loads(text).get("prefill", [])
+        return {(int(row["head_dim"]), row["dtype"]): dict(row["config"]) for row in rows}
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{where}: must hold the rows that `llamatelemetry tune` writes, got {error!r}"
+        ) from error
+
+
 def row_of(shape: LinearShape, dtype: str, config: LinearConfig, us: float) -> dict[str, Any]:
     """A row of a tuned file; us: microseconds that it took, weights out of L2."""
     return {"shape": asdict(shape), "dtype": dtype, "config": asdict(config), "us": round(us, 2)}
 
 
-@cache
-def _table(capability: tuple[int, int]) -> Mapping[tuple[LinearShape, str], LinearConfig]:
-    rows: dict[tuple[LinearShape, str], LinearConfig] = {}
-    paths = [FOLDER / f"sm{capability[0]}{capability[1]}.json"]
+def _files(capability: tuple[int, int]) -> list[Path]:
+    """Of a GPU, the last wins."""
+    shipped = FOLDER / f"sm{capability[0]}{capability[1]}.json"
+    paths = [shipped] if shipped.exists() else []
     if own := os.environ.get(VARIABLE):
         paths.append(Path(own))
         if not paths[-1].exists():
             raise ValueError(f"{VARIABLE} must name a file, got {own!r}")
-    for path in paths:
-        if path.exists():
-            rows |= table_of(path.read_text(), path.name)
+    return paths
+
+
+@cache
+def _table(capability: tuple[int, int]) -> Mapping[tuple[LinearShape, str], LinearConfig]:
+    rows: dict[tuple[LinearShape, str], LinearConfig] = {}
+    for path in _files(capability):
+        rows |= table_of(path.read_text(), path.name)
     return rows
+
+
+@cache
+def _prefill_table(capability: tuple[int, int]) -> Mapping[tuple[int, str], dict[str, Any]]:
+    rows: dict[tuple[int, str], dict[str, Any]] = {}
+    for path in _files(capability):
+        rows |= prefill_rows(path.read_text(), path.name)
+    return rows
+
+
+def prefill_fields(q: torch.Tensor) -> dict[str, Any] | None:
+    """What attention over prompts is tuned to, as fields of AttentionConfig; None if it is not."""
+    if q.device.type != "cuda" or q.dtype == torch.float32:
+        return None
+    return _prefill_table(torch.cuda.get_device_capability(q.device)).get((q.shape[-1], "16-bit"))
 
 
 def linear_config(
@@ -180,8 +217,10 @@ def linear_config(
     shape = LinearShape.of(m, n, k, gated)
     if device.type == "cuda":
         rows = _table(torch.cuda.get_device_capability(device))
-        kind = "float32" if dtype == torch.float32 else "16-bit"
-        if (found := rows.get((shape, kind))) is not None:  # of a byte a value too
+        kinds = {4: ("float32",), 2: ("16-bit",), 1: ("8-bit", "16-bit")}[dtype.itemsize]
+        if len(kinds) > 1 and shape.m > 32:  # tiles in 16 bits serve few rows alone
+            kinds = kinds[:1]
+        if (found := next(filter(None, map(rows.get, product((shape,), kinds))), None)) is not None:
             return found
     if IS_INTERPRETED and n * k > 2**17:  # it takes as long for a small tile as for a large one
         return LinearConfig(min(shape.m, 128), 1024, 1024)

@@ -172,7 +172,9 @@ def test_refuses_what_it_does_not_serve():
 @pytest.mark.without_triton
 @pytest.mark.parametrize("layer", ["4096", "0x8", "axb"])
 def test_tune_refuses_layers_that_are_none(layer, capsys):
-    args = argparse.Namespace(layer=[layer], gated=None, rows=[16], out="never.json")
+    args = argparse.Namespace(
+        layer=[layer], gated=None, prefill=None, e4m3=False, rows=[16], out="never.json"
+    )
     assert tune.run(args) == 2
     assert f"a layer must be outputs x inputs, as 4096x14336, got {layer!r}" in (
         capsys.readouterr().err
