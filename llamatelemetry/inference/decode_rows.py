@@ -43,6 +43,15 @@ def chunk_of(piece: Piece) -> Chunk:
     return Chunk(piece.request.tokens[piece.begin : piece.end] or [0], piece.begin, piece.table)
 
 
+def placed(pieces: Sequence[Piece], rows: int) -> tuple[list[Chunk], list[bool]]:
+    """Rows of a decode step, and which of them are active."""
+    spare = rows - len(pieces)
+    chunks = [chunk_of(piece) for piece in pieces]
+    # A spare row reads a key that there is, whatever it holds, and writes nothing.
+    chunks += [Chunk([0], 0, pieces[0].table[:1])] * spare
+    return chunks, [True] * len(pieces) + [False] * spare
+
+
 def drawn_counts(requests: Sequence[ScheduledRequest]) -> list[int]:
     """How many tokens each has drawn, those that the host has not seen included."""
     return [one.num_drawn + one.num_ahead for one in requests]

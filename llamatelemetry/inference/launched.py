@@ -9,10 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llamatelemetry.inference.decode_rows import is_ahead
 from llamatelemetry.inference.drawing import Drawn
 from llamatelemetry.inference.plan import Piece
 from llamatelemetry.inference.sampling import nan_error
 from llamatelemetry.inference.scheduled_request import ScheduledRequest
+from llamatelemetry.inference.step import take_ids
 
 # One token for each of piece.request.draws_for; none where the piece draws nothing.
 Result = tuple[Piece, "list[Drawn] | Exception"]
@@ -85,6 +87,20 @@ class Launched:
             else:
                 found.append((piece, [Drawn(token)]))
         return found
+
+
+def take_ahead(input_ids: Tensor, rows: Sequence[Piece], before: Launched | None) -> None:
+    """Puts the tokens of rows that the host has not seen in place.
+
+    Args:
+        input_ids: [num_tokens] int64, the rows' first.
+        rows: pieces of one token.
+        before: the plan that draws what is not seen.
+    """
+    if ahead := [i for i, piece in enumerate(rows) if is_ahead(piece)]:
+        assert before is not None
+        places = before.places
+        take_ids(input_ids, ahead, [places[rows[i].request] for i in ahead])
 
 
 class Flight:

@@ -9,12 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llamatelemetry.inference.chunk_steps import ROWS, TOKENS, ChunkSteps
 from llamatelemetry.inference.decode_rows import (
     added_blocks,
     buckets_of,
     chunk_of,
     drawn_counts,
     is_ahead,
+    placed,
 )
 from llamatelemetry.inference.drawing import (
     Asked,
@@ -24,14 +26,14 @@ from llamatelemetry.inference.drawing import (
     draw_on_device,
     of_piece,
 )
-from llamatelemetry.inference.launched import Launched, Result
+from llamatelemetry.inference.launched import Launched, Result, take_ahead
 from llamatelemetry.inference.logits_step import LogitsStep
 from llamatelemetry.inference.piece_kinds import KINDS, kinds_of
 from llamatelemetry.inference.plan import Piece, Plan
 from llamatelemetry.inference.runner import DecodeStep, StepRunner
 from llamatelemetry.inference.sampling import GREEDY, nan_error, sampling_tensors
 from llamatelemetry.inference.scheduled_request import ScheduledRequest
-from llamatelemetry.inference.step import Chunk, current, put, take_ids
+from llamatelemetry.inference.step import current, put
 from llamatelemetry.inference.verify import MAX_VERIFY_STEPS, Verifier
 
 MIN_WIDTH = 8  # blocks in a table; wider ones come in powers of two
@@ -54,6 +56,7 @@ class PlanRunner:
     Attributes:
         runner: StepRunner, with the cache.
         verifier: Verifier of its rows.
+        chunk_steps: ChunkSteps, the packed forwards that are captured.
         packs: whether prompts and those that decode run in one forward, which reads the weights
             once; else the latter by the recorded step, which on the CPU costs less.
         decode_mode: how the last decode step was run: "recorded" (CPU), "graph" (CUDA), "eager".
@@ -74,8 +77,10 @@ class PlanRunner:
         self._are_apart = split_size > 0
         self.packs = model.device.type == "cuda" and not self._are_apart
         # Of each size one that draws, and one whose logits the host looks at.
-        sizes = page_size, 2 * len(self.buckets) + MAX_VERIFY_STEPS * (longest > 0)
+        count = 2 * len(self.buckets) + MAX_VERIFY_STEPS * (longest > 0)
+        sizes = page_size, count + len(ROWS) * len(TOKENS) * self.packs
         self.runner = StepRunner(model, *sizes, cache_dtype, split_size)
+        self.chunk_steps = ChunkSteps(self.runner, asked_of, is_on=self.packs)
         self.verifier = Verifier(self.runner, asked_of, self._is_watched, self.buckets, longest)
         self.decode_mode = "eager"
         self.width = MIN_WIDTH
@@ -108,8 +113,11 @@ class PlanRunner:
                 packed = self._packed(kinds)
                 if not packed and (pieces := kinds.get("decoding", [])):
                     launched.add(pieces, self._run_step(pieces, before).drawn())
+                drawn = self.chunk_steps.drawn(kinds, self.width, before) if packed else None
                 for pieces in [packed] if packed else self._prompts(kinds):
-                    launched.add(pieces, self._drawn_eagerly(pieces, before))
+                    launched.add(
+                        pieces, self._drawn_eagerly(pieces, before) if drawn is None else drawn
+                    )
             except BaseException:
                 self._loaded = []
                 raise
@@ -261,7 +269,7 @@ class PlanRunner:
             step.owner is not self._watched
             or (added := added_blocks(self._watched, pieces)) is None
         ):
-            chunks, active = self._placed(pieces, len(step.input_ids))
+            chunks, active = placed(pieces, len(step.input_ids))
             step.load(None, chunks, step.sampling, [0] * len(active), active)
         elif added:
             step.add_blocks(added)
@@ -271,28 +279,17 @@ class PlanRunner:
     def _rows_for(self, pieces: list[Piece]) -> int:
         return next(size for size in self.buckets if size >= len(pieces))
 
-    def _placed(self, pieces: list[Piece], rows: int) -> tuple[list[Chunk], list[bool]]:
-        """Rows of a decode step, and which of them are active."""
-        spare = rows - len(pieces)
-        chunks = [chunk_of(piece) for piece in pieces]
-        # A spare row reads a key that there is, whatever it holds, and writes nothing.
-        chunks += [Chunk([0], 0, pieces[0].table[:1])] * spare
-        return chunks, [True] * len(pieces) + [False] * spare
-
     def _step_with(self, pieces: list[Piece], before: Launched | None) -> DecodeStep:
         """The decode step for these pieces, with its rows in place."""
         step = self.runner.decode_step(self._rows_for(pieces), self.width)
         if step.owner is not self._loaded or (added := added_blocks(self._loaded, pieces)) is None:
-            chunks, active = self._placed(pieces, len(step.input_ids))
+            chunks, active = placed(pieces, len(step.input_ids))
             spare = len(active) - len(pieces)
             params = [self._asked_of(piece.request).params for piece in pieces]
             counts = drawn_counts([piece.request for piece in pieces])
             sampling = sampling_tensors(params + [GREEDY] * spare, self.runner.pages.device)
             step.load(None, chunks, sampling, counts + [0] * spare, active)
-            if ahead := [i for i, piece in enumerate(pieces) if is_ahead(piece)]:
-                assert before is not None  # it draws their tokens
-                places = before.places
-                take_ids(step.input_ids, ahead, [places[pieces[i].request] for i in ahead])
+            take_ahead(step.input_ids, pieces, before)
         elif added:
             step.add_blocks(added)
         step.owner = None  # until the run is over: an interrupted one leaves rows in between
