@@ -36,8 +36,7 @@ static inline bool serves_stream(const QuantLinearParams& p, const DeviceFacts& 
   const bool few_tiles = p.n <= int64_t{2} * kTileRows * device.num_sms;
   if (few_tiles && p.m > max_rows_of_few_tiles(format)) return false;
   // The rows of x that a block has lie in its shared memory, and at most as much beside them.
-  // For more than 8 rows clusters gain nothing.
-  const int64_t splits = has_stream_clusters(device) && p.m <= 8 ? kMaxStreamSplits : 1;
+  const int64_t splits = has_stream_clusters(device) ? max_stream_splits(p.m) : 1;
   const int chunk = stream_chunk(format.scale_rule);
   const int sums = max_stream_sums(format.codes, format.scale_rule);
   const int64_t chunks = (p.k / chunk + splits - 1) / splits;

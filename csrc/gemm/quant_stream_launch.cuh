@@ -1,11 +1,54 @@
 // The launch of quant_stream.cuh for a dtype of x.
 #pragma once
 
+#include <mutex>
+
 #include "gemm/quant_stream.cuh"
 #include "gemm/quant_stream.h"
 #include "tile/kernel_entry.cuh"
 
 namespace llamatelemetry {
+
+// How many clusters of so many blocks, a block a multiprocessor, the current device runs at once.
+struct StreamClusters {
+  int of[kMaxStreamSplits];
+};
+template <typename Kernel>
+StreamClusters ask_stream_clusters(const DeviceFacts& device) {
+  // The groups of multiprocessors that clusters lie in have even numbers of them.
+  StreamClusters clusters{{device.num_sms}};
+  if (!has_stream_clusters(device)) return clusters;
+  clusters.of[1] = device.num_sms / 2;
+  for (int blocks = 3; blocks <= max_stream_splits(8 * Kernel::kColumnTiles); ++blocks) {
+    cudaLaunchAttribute cluster{};
+    cluster.id = cudaLaunchAttributeClusterDimension;
+    cluster.val.clusterDim = {static_cast<unsigned>(blocks), 1, 1};
+    cudaLaunchConfig_t config{};
+    config.gridDim = dim3(static_cast<unsigned>(blocks));
+    config.blockDim = dim3(Kernel::kNumThreads);
+    config.dynamicSmemBytes = device.max_shared_bytes;
+    config.attrs = &cluster;
+    config.numAttrs = 1;
+    int& count = clusters.of[blocks - 1];
+    if (cudaOccupancyMaxActiveClusters(&count, kernel_entry<Kernel>, &config) != cudaSuccess) {
+      cudaGetLastError();
+      count = 0;
+    }
+  }
+  return clusters;
+}
+// Asked once a device.
+template <typename Kernel>
+const StreamClusters& stream_clusters(const DeviceFacts& device) {
+  constexpr int kMaxDevices = 64;
+  static StreamClusters clusters[kMaxDevices];
+  static std::mutex mutex;
+  int index = 0;
+  cudaGetDevice(&index);
+  const std::lock_guard lock(mutex);
+  if (clusters[index].of[0] == 0) clusters[index] = ask_stream_clusters<Kernel>(device);
+  return clusters[index];
+}
 
 template <typename Kernel>
 Error launch_stream_kernel(const QuantLinearParams& p, Stream stream) {
@@ -14,15 +57,14 @@ Error launch_stream_kernel(const QuantLinearParams& p, Stream stream) {
                            device.max_shared_bytes) != cudaSuccess) {
     return last_launch_error();
   }
-  const int places = device.num_sms;  // for blocks
-  const int slots[kMaxStreamSplits] = {places, has_stream_clusters(device) ? places / 2 : 0};
+  const StreamClusters& clusters = stream_clusters<Kernel>(device);
   const int num_chunks = static_cast<int>(p.k / Kernel::kChunk);
   // One plan for all numbers of rows but one that a kernel serves: a row's sums are then the same.
   const int64_t planned_rows = p.m == 1 ? 1 : 8 * Kernel::kColumnTiles;
   QuantStreamArgs args{
       .call = p,
       .plan = stream_plan(planned_rows, p.n, p.k, Kernel::kChunk, Kernel::kColumnTiles,
-                          Kernel::kStarts, device.max_shared_bytes, slots),
+                          Kernel::kStarts, device.max_shared_bytes, clusters.of),
       .shared = {},
       .num_tiles = static_cast<int>((p.n + kTileRows - 1) / kTileRows),
       .num_chunks = num_chunks};

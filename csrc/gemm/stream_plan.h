@@ -35,8 +35,10 @@ static inline constexpr int max_stream_sums(CodeFamily codes, ScaleRule rule) {
   return has_stream_sums(codes, rule) ? stream_chunk(rule) / 32 : 0;
 }
 
-constexpr int kMaxStreamSplits = 2;  // blocks that share k, where they can form clusters
+constexpr int kMaxStreamSplits = 4;  // blocks that share k, where they can form clusters
 constexpr int kMaxStreamRows = 16;
+// Likewise of so many rows of x: of up to 8 more than two gain nothing.
+static inline constexpr int max_stream_splits(int64_t m) { return m <= 8 ? 2 : kMaxStreamSplits; }
 
 // How a weight is dealt out to blocks, which have kStreamWarps warps.
 struct StreamPlan {
