@@ -14,7 +14,6 @@ from typing import Any
 
 import harness
 import torch
-from bench_ablation import synchronized_us
 from bench_prefill import SHAPE, random_llama
 
 from llamatelemetry.inference.generation import TokenGenerator
@@ -29,13 +28,14 @@ BATCHES = (1, 4, 8, 16)
 
 
 def step_us(generator: TokenGenerator, prompts: list[list[int]]) -> Callable[[], float]:
-    """Microseconds of a step, the first ones left out, which record or capture."""
+    """Microseconds of a step, the first ones left out, which record or capture: from token to
+    token, for on a GPU the first of those timed may have been launched before."""
 
     def us() -> float:
         tokens = generator.generate(prompts, [GREEDY] * len(prompts), FIRST + STEPS)
         for _ in range(FIRST):
             next(tokens)
-        return synchronized_us(lambda: list(tokens)) / STEPS
+        return harness.timed_us(lambda: list(tokens)) / STEPS
 
     return us
 

@@ -105,6 +105,19 @@ class DecodeStep:
         """Whether a replay that reads the weights where they are is not the model's as it is."""
         return self.replays and (self._frozen is None or not self._frozen.is_alike())
 
+    @property
+    def runs_ahead(self) -> bool:
+        """Whether the next run may be launched before the host has seen what this one drew: on the
+        stream that all memory is given away and taken back on, so that no order is lost."""
+        if self.mode != "graph":
+            return False
+        device = self.input_ids.device
+        return bool(torch.cuda.current_stream(device) == torch.cuda.default_stream(device))
+
+    def versions(self) -> list[int]:
+        """How often each weight was changed in place, of a step that replays."""
+        return [] if self._frozen is None else self._frozen.versions()
+
     def buffers(self) -> list[Tensor]:
         """What runs read and write, but for the logits, which a graph's own memory holds."""
         held = {**vars(self.input), **vars(self.sampling), **vars(self), "logits": None}

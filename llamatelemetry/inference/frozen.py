@@ -8,6 +8,8 @@ from itertools import chain
 from operator import is_, itemgetter
 from typing import Any
 
+from torch import Tensor
+
 from llamatelemetry.models.patching import bindings
 
 _NUMBERS = (bool, int, float, type(None))
@@ -15,6 +17,14 @@ _NUMBERS = (bool, int, float, type(None))
 _OF_NO_STEP = {"training", "in_features", "out_features"}
 # Of peft's layers: which adapters run, and by how much.
 _OF_ADAPTERS = ("_disable_adapters", "_active_adapter", "scaling")
+
+
+def version_of(tensor: Tensor) -> int:
+    """How often a tensor was changed in place."""
+    try:
+        return tensor._version
+    except RuntimeError:  # an inference tensor's changes are not counted; is_inference misses some
+        return 0
 
 
 class Frozen:
@@ -74,6 +84,11 @@ class Frozen:
         if any(owned.get(name) != value for owned, name, value in self._adapters):
             return False
         return _are_same(bindings(self._model), self._bindings)
+
+    def versions(self) -> list[int]:
+        """How often each weight was changed in place."""
+        weights = (x for group in self._groups for x in group.values() if x is not None)
+        return [version_of(weight) for weight in weights]
 
     def is_in_place(self) -> bool:
         """Whether the weights lie where they lay: what a graph reads elsewhere may be no memory."""

@@ -15,19 +15,18 @@ from torch import Tensor
 from llamatelemetry.inference.arguments import integer
 from llamatelemetry.inference.block_manager import BlockManager
 from llamatelemetry.inference.packed import NotPackedError, why_not_packed
-from llamatelemetry.inference.penalised_step import PenalisedStep
 from llamatelemetry.inference.plain_generation import PlainGenerator
 from llamatelemetry.inference.rows import Rows, prefill_pieces
-from llamatelemetry.inference.runner import DecodeStep, StepRunner
+from llamatelemetry.inference.runner import StepRunner
 from llamatelemetry.inference.sampling import (
     SamplingParams,
     mark_seen_,
-    nan_error,
     penalises,
     refuse_nan,
     sampling_tensors,
 )
 from llamatelemetry.inference.step import Chunk
+from llamatelemetry.inference.stream_order import StreamOrder
 from llamatelemetry.loading.find import context_length_of
 from llamatelemetry.models.patching import ops_of
 
@@ -41,7 +40,9 @@ class TokenGenerator:
     Any number of generations may be open at once, in threads or one between the steps of another:
     each has blocks of its own in one paged cache, which grows to what they need together, and takes
     its turn step by step. One batch's rows stay loaded in the recorded or captured decode step as
-    long as no other of as many rows comes between.
+    long as no other of as many rows comes between. On a GPU's default stream a step is launched
+    before the host has seen the one ahead; one that the model has changed under is made again, but
+    for a change through .data, which counts from the token after.
 
     Where the packed steps do not serve the model, or not as it is now, transformers' own forward
     runs, and a warning says why, once for each reason.
@@ -63,6 +64,7 @@ class TokenGenerator:
         self._said: set[str] = set()
         self.runner: StepRunner | None = None
         self.blocks: BlockManager | None = None
+        self._order: StreamOrder | None = None
         self._lock = threading.Lock()
         self._turns = itertools.count()
         self._ended: deque[Rows] = deque()  # their blocks are to be freed
@@ -131,7 +133,8 @@ class TokenGenerator:
                 if not any(batch.active) or count == max_tokens:
                     return
                 with self._lock:
-                    self._step(batch, has_changed=batch.active != was_active)
+                    has_changed, goes_on = batch.active != was_active, count + 1 < max_tokens
+                    self._step(batch, has_changed=has_changed, goes_on=goes_on)
         finally:
             self._end(batch)
 
@@ -179,6 +182,7 @@ class TokenGenerator:
     ) -> Rows:
         """Blocks for the rows, the prompts in the cache, and the first token of each."""
         self._free_ended()
+        self._follow()
         runner, blocks = self._with_room(prompts, max_tokens)
         turn, tables = next(self._turns), []
         for row, prompt in enumerate(prompts):
@@ -219,6 +223,8 @@ class TokenGenerator:
         if runner is None or blocks is None or not runner.serves(self.model):
             self.runner = self.blocks = None  # frees the cache first
             runner = StepRunner(self.model)
+            self._order = StreamOrder(runner.pages.device)
+            self._order.follow()
             # A prompt that begins in the cache runs through other kernels than a whole one, so its
             # tokens would not be those of the same prompt alone: prefixes are not shared.
             blocks = BlockManager(0, runner.pages.page_size, share_prefixes=False)
@@ -251,7 +257,7 @@ class TokenGenerator:
                     logits[row] = last[i]
         return torch.stack([row for row in logits if row is not None])
 
-    def _step(self, batch: Rows, *, has_changed: bool) -> None:
+    def _step(self, batch: Rows, *, has_changed: bool, goes_on: bool) -> None:
         """One more token of every active row."""
         self._free_ended()
         if batch.runner is not self.runner:
@@ -259,29 +265,13 @@ class TokenGenerator:
                 "generate: the model must stay on its device and in its dtype until the last "
                 "token, got another; start again"
             )
-        step, drawn = batch.runner.draw(lambda: self._loaded(batch, has_changed=has_changed))
-        tokens = drawn.tolist()
-        if 0 in tokens:  # what a row of NaN alone gives
-            rows = zip(step.drawn().tolist(), batch.active, strict=True)
-            if any(token < 0 and is_active for token, is_active in rows):
-                raise nan_error(step.logits.dtype)
-        batch.took(tokens)
-        self.decode_mode = step.mode
+        self._follow()
+        self.decode_mode = batch.step(has_changed=has_changed, goes_on=goes_on)
 
-    def _loaded(self, batch: Rows, *, has_changed: bool) -> DecodeStep:
-        """The decode step of a batch, with its rows in place."""
-        kind = DecodeStep if batch.seen is None else PenalisedStep
-        step = batch.runner.step_of(kind, len(batch.tables), batch.width)
-        if step.owner != batch.turn:
-            rows = zip(batch.tokens, batch.lengths, batch.tables, strict=True)
-            chunks = [Chunk([token], length - 1, table) for token, length, table in rows]
-            counts = [batch.count] * len(chunks)
-            step.load(batch.turn, chunks, batch.sampling, counts, batch.active)
-            if batch.seen is not None and isinstance(step, PenalisedStep):
-                step.load_seen(batch.seen, batch.vocab_size)
-        elif has_changed:
-            step.hold(batch.active)
-        return step
+    def _follow(self) -> None:
+        """A run that was launched ahead is over before what another stream is given."""
+        if self._order is not None:
+            self._order.follow()
 
     def _end(self, batch: Rows) -> None:
         """Frees a batch's blocks now, or when the step in progress is over: this may run inside it,

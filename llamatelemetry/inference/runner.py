@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from llamatelemetry.inference.decode_step import DecodeStep, modules_of
-from llamatelemetry.inference.frozen import Frozen
+from llamatelemetry.inference.frozen import Frozen, version_of
 from llamatelemetry.inference.kv_pages import KvPages
 from llamatelemetry.inference.packed import NotPackedError
 from llamatelemetry.inference.step import Chunk, keep_until_read, prepare, put, take_ids
@@ -193,6 +193,14 @@ class StepRunner:
         """Those that are at hand, the last used last."""
         return list(self._steps.values())
 
+    def has(self, step: DecodeStep) -> bool:
+        """Whether a step is at hand, and so of the cache as it is."""
+        return any(step is one for one in self._steps.values())
+
+    def is_of_the_model(self, step: DecodeStep) -> bool:
+        """Whether what a replay has drawn is what the model as it is now draws."""
+        return not step.is_stale and rope_state(self.model) == self._angles
+
     def decode_step(self, batch: int, width: int) -> DecodeStep:
         """The step for so many rows of at most width blocks, a new one where none is at hand."""
         return self.step_of(DecodeStep, batch, width)
@@ -217,14 +225,7 @@ class StepRunner:
 
 def _versions(model: Any) -> list[int]:
     """How often each weight was changed in place."""
-    return [_version(tensor) for tensor in (*model.parameters(), *model.buffers())]
-
-
-def _version(tensor: Tensor) -> int:
-    try:
-        return tensor._version
-    except RuntimeError:  # an inference tensor's changes are not counted; is_inference misses some
-        return 0
+    return [version_of(tensor) for tensor in (*model.parameters(), *model.buffers())]
 
 
 def _pointers(model: Any) -> list[int]:
