@@ -33,8 +33,7 @@ _KEYS_OF_A_SPLIT = 64  # fewer are not worth a program
 @dataclass(frozen=True)
 class AttentionConfig:
     """How attention_kernel is launched; splits: parts of the keys; tma: keys and values are read
-    by descriptors where they can be; ahead: of them, scores of a tile are computed while the one
-    before is weighed, where there is neither a window nor a softcap."""
+    by descriptors where they can be."""
 
     block_m: int
     block_n: int
@@ -42,7 +41,6 @@ class AttentionConfig:
     num_stages: int
     splits: int = 1
     tma: bool = False
-    ahead: bool = False
 
 
 def attention_config(
@@ -239,7 +237,6 @@ def _run(
     descriptors: tuple[TensorDescriptor | None, ...] = (None, None)
     if config.tma and (in_one_page or not is_paged) and block_d == head_dim:
         descriptors = _descriptors(k, v, config.block_n)
-    is_plain = scale > 0 and softcap == 0 and left < 0
     with on_device(q):
         grid = (-(-longest * group // config.block_m), batch * num_heads_kv, splits)
         attention_kernel[grid](
@@ -260,7 +257,6 @@ def _run(
             BLOCK_N=config.block_n,
             BLOCK_D=block_d,
             EVEN_D=block_d == head_dim,
-            AHEAD=config.ahead and descriptors[0] is not None and is_plain,
             PRECISION=precision_of(q),
             num_warps=config.num_warps,
             num_stages=config.num_stages,

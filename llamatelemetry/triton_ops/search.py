@@ -41,7 +41,7 @@ def candidates(
 ) -> list[LinearConfig]:
     """Launches worth a try; the first is the start value."""
     found = [start_value(shape, 2, multiprocessors)]
-    if tma and shape.m > 256:
+    if tma and shape.m > 128:
         found.insert(0, tma_value(shape, multiprocessors, bytes_of_value))
     if shape.m <= _FEW_ROWS:
         found += _of_few_rows(shape, multiprocessors, tma)
@@ -190,8 +190,8 @@ class PrefillSearch:
         if not has_tma(self.device):
             return [AttentionConfig(*tile, stages) for tile, stages in product(tiles, (2, 3))]
         found = [AttentionConfig(64, 64, 4, 3, tma=True)]
-        for tile, stages, ahead in product((*tiles, (64, 32, 4)), (2, 3), (False, True)):
-            found.append(AttentionConfig(*tile, stages, tma=True, ahead=ahead))
+        for tile, stages in product((*tiles, (64, 32, 4)), (2, 3)):
+            found.append(AttentionConfig(*tile, stages, tma=True))
         return [*dict.fromkeys(found)]
 
     def run(self, config: AttentionConfig, given: Tensor) -> Tensor:

@@ -32,6 +32,7 @@ VARIABLE = "LLAMATELEMETRY_TRITON_TUNED"
 HOPPER_BYTES = 227 * 1024  # of shared memory that a program may have
 _FEW_ROWS = 16  # rows of one tl.dot; fewer cost as much
 _MOST_ROWS = 4096  # more are served as these are
+_DEEP = 8192  # columns from which stream-K wins more than its parts cost
 
 
 @dataclass(frozen=True)
@@ -108,11 +109,19 @@ def start_value(
 
 
 def tma_value(shape: LinearShape, multiprocessors: int, bytes_of_value: int = 2) -> LinearConfig:
-    """A launch for many rows that nobody measured, on a GPU with descriptors."""
-    wide = -(-shape.m // 128) * -(-shape.n // 256) >= multiprocessors // 2
-    # Sums of e4m3 are held twice: what tensor cores add up, and what that was added to.
-    block_n = 256 if wide and not shape.gated and bytes_of_value > 1 else 128
-    return LinearConfig(128, block_n, 128 // bytes_of_value, 1, 8, 8, 3, tma=True)
+    """A launch for more than 128 rows that nobody measured, on a GPU with descriptors."""
+    block_k = 128 // bytes_of_value
+    if shape.gated:
+        return LinearConfig(128, 128, block_k, 1, 8, 8, 3, tma=True)
+    if bytes_of_value == 1:
+        return LinearConfig(256, 128, block_k, 1, 8, 8, 3, tma=True)
+    tiles = -(-shape.m // 128) * -(-shape.n // 128)
+    wide_tiles = -(-shape.m // 128) * -(-shape.n // 256)
+    if 2 * -(-wide_tiles // multiprocessors) <= -(-tiles // multiprocessors):  # as many turns
+        return LinearConfig(128, 256, block_k, 1, 8, 8, 3, tma=True)
+    if 2 * tiles <= multiprocessors and shape.k >= _DEEP:
+        return LinearConfig(128, 128, block_k, 1, 8, 8, 4, tma=True, stream=1)
+    return LinearConfig(128, 128, block_k, 1, 8, 4, 4, tma=True)
 
 
 def _wide_start_value(
@@ -225,7 +234,7 @@ def linear_config(
     if IS_INTERPRETED and n * k > 2**17:  # it takes as long for a small tile as for a large one
         return LinearConfig(min(shape.m, 128), 1024, 1024)
     shared = shared_bytes_per_program(device)
-    if dtype.itemsize <= 2 and shape.m > 256 and has_tma(device):
+    if dtype.itemsize <= 2 and shape.m > 128 and has_tma(device):
         config = tma_value(shape, num_multiprocessors(device), dtype.itemsize)
         if shared_bytes_of(config, shape, dtype.itemsize) <= shared:
             return config

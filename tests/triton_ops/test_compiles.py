@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 from interpreter import INTERPRETED
 
@@ -14,6 +16,7 @@ from triton.compiler import ASTSource
 from llamatelemetry.triton_ops.kernels.gemm import linear_kernel
 from llamatelemetry.triton_ops.kernels.persistent_gemm import persistent_linear_kernel
 from llamatelemetry.triton_ops.kernels.quantize import quantize_kernel
+from llamatelemetry.triton_ops.kernels.stream_gemm import stream_linear_kernel
 
 pytestmark = [
     pytest.mark.without_triton,
@@ -45,6 +48,11 @@ def test_linear_layers(precision, kind, block):
     tiles = dict.fromkeys(("x_desc", "weight_desc"), f"tensordesc<{kind}[64, 128]>")
     types = {name: SIZES[name] for name in "mnk"} | SCALES | tiles
     assert "cp.async.bulk" in compiled(persistent_linear_kernel, types, constants).asm["ptx"]
+    if not block:  # what programs leave each other is told of by atomic writes and reads
+        types |= {"parts_ptr": "*fp32", "ready_ptr": "*i32"}
+        ptx = compiled(stream_linear_kernel, types, constants).asm["ptx"]
+        assert "acquire" in ptx
+        assert re.search(r"atom\.\S*release", ptx)
 
 
 @pytest.mark.parametrize("kind", ["i8", "fp8e4nv"])

@@ -49,7 +49,7 @@ def test_refuses_other_files(text):
 @pytest.mark.without_triton
 def test_tuned_rows_are_used(monkeypatch):
     """Of prompts, where few queries do not split their keys."""
-    fields = asdict(AttentionConfig(128, 32, 8, 3, tma=True, ahead=True))
+    fields = asdict(AttentionConfig(128, 32, 8, 3, tma=True))
     monkeypatch.setattr(attention, "prefill_fields", lambda q: fields)
     q = torch.empty(1, 4, 128, dtype=torch.bfloat16)
     assert attention_config(4096, 8, 4096, q, may_split=False) == AttentionConfig(**fields)

@@ -14,7 +14,6 @@ import triton.language as tl
 
 from llamatelemetry.triton_ops.kernels.attention_tiles import (
     LOG2E,
-    attend_ahead,
     attend_tile,
     with_sink,
 )
@@ -63,8 +62,7 @@ def attention_kernel(
     HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
     IS_PAGED: tl.constexpr, IN_ONE_PAGE: tl.constexpr, SCALES_LATE: tl.constexpr,
     SPLITS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-    EVEN_D: tl.constexpr, AHEAD: tl.constexpr, PRECISION: tl.constexpr,
-    IS_DEPENDENT: tl.constexpr,
+    EVEN_D: tl.constexpr, PRECISION: tl.constexpr, IS_DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """A tile of queries of one sequence and key head, over all its keys or a part of them."""
     begin(IS_DEPENDENT)
@@ -98,20 +96,14 @@ def attention_kernel(
         largest = tl.full((BLOCK_M,), float("-inf"), dtype=tl.float32)
         total = tl.zeros((BLOCK_M,), dtype=tl.float32)
         out = tl.zeros((BLOCK_M, BLOCK_D), dtype=tl.float32)
-        if AHEAD:
-            largest, total, out = attend_ahead(
-                q, largest, total, out, k_desc, v_desc, table_ptr, low, whole, start, head_kv,
-                page_size, scale * LOG2E, IN_ONE_PAGE, BLOCK_N, BLOCK_D, PRECISION,
+        for first in range(low, whole, BLOCK_N):
+            largest, total, out = attend_tile(
+                q, largest, total, out, k_ptr, v_ptr, k_desc, v_desc, table_ptr, first, seqlen_k,
+                start, head_kv, positions, page_size, k_block_stride, k_row_stride,
+                v_block_stride, v_row_stride, head_dim, scale, softcap, left, right, HAS_LEFT,
+                HAS_RIGHT, HAS_SOFTCAP, IS_PAGED, IN_ONE_PAGE, SCALES_LATE, False, BLOCK_N,
+                BLOCK_D, EVEN_D, PRECISION,
             )  # fmt: skip
-        else:
-            for first in range(low, whole, BLOCK_N):
-                largest, total, out = attend_tile(
-                    q, largest, total, out, k_ptr, v_ptr, k_desc, v_desc, table_ptr, first,
-                    seqlen_k, start, head_kv, positions, page_size, k_block_stride, k_row_stride,
-                    v_block_stride, v_row_stride, head_dim, scale, softcap, left, right, HAS_LEFT,
-                    HAS_RIGHT, HAS_SOFTCAP, IS_PAGED, IN_ONE_PAGE, SCALES_LATE, False, BLOCK_N,
-                    BLOCK_D, EVEN_D, PRECISION,
-                )  # fmt: skip
         for first in range(whole, high, BLOCK_N):
             largest, total, out = attend_tile(
                 q, largest, total, out, k_ptr, v_ptr, k_desc, v_desc, table_ptr, first, high,

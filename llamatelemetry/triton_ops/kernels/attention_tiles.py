@@ -14,27 +14,6 @@ LOG2E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
-def row_of(table_ptr, first, first_row, page_size, IN_ONE_PAGE: tl.constexpr):
-    """Where a tile of keys begins among the rows that descriptors read."""
-    row = first_row + first
-    if IN_ONE_PAGE:
-        row = tl.load(table_ptr + first // page_size) * page_size + first % page_size
-    return row
-
-
-@triton.jit
-def weighed(scores, largest, total, factor):
-    """Weights of a tile's scores times factor, and the softmax so far: the largest score, the
-    weights' sum, and what is left of the weights before."""
-    above = tl.maximum(largest, tl.max(scores, axis=1) * factor)
-    # A row that has seen nothing yet: -inf - -inf would be NaN.
-    base = tl.where(above == float("-inf"), 0.0, above)
-    weights = tl.exp2(scores * factor - base[:, None])
-    shrink = tl.exp2(largest - base)
-    return weights, above, total * shrink + tl.sum(weights, axis=1), shrink
-
-
-@triton.jit
 def load_tile(
     k_ptr, v_ptr, k_desc, v_desc, table_ptr, first, last, first_row, head_kv, page_size,
     k_block_stride, k_row_stride, v_block_stride, v_row_stride, head_dim, IS_PAGED: tl.constexpr,
@@ -45,11 +24,11 @@ def load_tile(
     offsets = tl.arange(0, BLOCK_N)
     keys, lanes = first + offsets, tl.arange(0, BLOCK_D)
     inside = keys < last
-    page = first * 0
-    if IN_ONE_PAGE and k_desc is None:
+    page, row = first * 0, first_row + first
+    if IN_ONE_PAGE:
         page = tl.load(table_ptr + first // page_size)
+        row = page * page_size + first % page_size
     if k_desc is not None:
-        row = row_of(table_ptr, first, first_row, page_size, IN_ONE_PAGE)
         k = tl.trans(k_desc.load([row, head_kv, 0]).reshape(BLOCK_N, BLOCK_D))
         v = v_desc.load([row, head_kv, 0]).reshape(BLOCK_N, BLOCK_D)
         if MASKED:
@@ -108,40 +87,14 @@ def attend_tile(
         scores = tl.where(seen, scores, float("-inf"))
     # A positive scale keeps the order, and is then multiplied where it is subtracted from.
     factor = scale * LOG2E if SCALES_LATE else 1.0
-    weights, largest, total, shrink = weighed(scores, largest, total, factor)
+    above = tl.maximum(largest, tl.max(scores, axis=1) * factor)
+    # A row that has seen nothing yet: -inf - -inf would be NaN.
+    base = tl.where(above == float("-inf"), 0.0, above)
+    weights = tl.exp2(scores * factor - base[:, None])
+    shrink = tl.exp2(largest - base)
+    total = total * shrink + tl.sum(weights, axis=1)
     out = product(weights.to(v.dtype), v, out * shrink[:, None], PRECISION)
-    return largest, total, out
-
-
-@triton.jit
-def attend_ahead(
-    q, largest, total, out, k_desc, v_desc, table_ptr, low, whole, first_row, head_kv, page_size,
-    factor, IN_ONE_PAGE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-    PRECISION: tl.constexpr,
-):  # fmt: skip
-    """Whole tiles that every row sees: tensor cores compute a tile's scores while the tile before
-    is weighed, and what that gives is added a turn later."""
-    rows: tl.constexpr = q.shape[0]
-    shrink = tl.zeros((rows,), tl.float32)
-    scores = tl.full((rows, BLOCK_N), float("-inf"), tl.float32)
-    weights = tl.zeros((rows, BLOCK_N), tl.float32)  # rounded in the loop: they stay in registers
-    # The first turn has nothing to weigh or add, the last computes scores that nobody reads.
-    for first in range(tl.where(whole > low, low - BLOCK_N, whole), whole, BLOCK_N):
-        at = tl.maximum(first - BLOCK_N, low)
-        row = row_of(table_ptr, at, first_row, page_size, IN_ONE_PAGE)
-        v = v_desc.load([row, head_kv, 0]).reshape(BLOCK_N, BLOCK_D)
-        out = product(weights.to(v.dtype), v, out * shrink[:, None], PRECISION)
-        at = tl.minimum(first + BLOCK_N, whole - BLOCK_N)
-        row = row_of(table_ptr, at, first_row, page_size, IN_ONE_PAGE)
-        k = tl.trans(k_desc.load([row, head_kv, 0]).reshape(BLOCK_N, BLOCK_D))
-        following = product(q, k, tl.zeros((rows, BLOCK_N), tl.float32), PRECISION)
-        weights, largest, total, shrink = weighed(scores, largest, total, factor)
-        scores = following
-    if whole > low:
-        row = row_of(table_ptr, whole - BLOCK_N, first_row, page_size, IN_ONE_PAGE)
-        v = v_desc.load([row, head_kv, 0]).reshape(BLOCK_N, BLOCK_D)
-        out = product(weights.to(v.dtype), v, out * shrink[:, None], PRECISION)
-    return largest, total, out
+    return above, total, out
 
 
 @triton.jit
