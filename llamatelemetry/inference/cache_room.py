@@ -70,7 +70,7 @@ class CacheRoom:
     def _grow(self, requests: Sequence[ScheduledRequest], *, exact: bool) -> None:
         blocks, runner = self._scheduler.blocks, self._runner
         counts = sorted(blocks.blocks_for(one.most_tokens) for one in requests)
-        width = runner.width_for(counts[-1])
+        width = max(runner.width, 1 << max(counts[-1] - 1, 0).bit_length())
         positions = min(width * blocks.page_size, context_length_of(self._model.config))
         if exact:
             positions = max(one.most_tokens for one in requests)

@@ -7,6 +7,7 @@ from collections.abc import Hashable
 from dataclasses import dataclass
 
 from llamatelemetry.inference.block_manager import BlockManager
+from llamatelemetry.inference.preemption_costs import PreemptionCosts
 from llamatelemetry.inference.scheduled_request import ScheduledRequest
 
 Pairs = list[tuple[int, int]]  # (source, destination) of blocks, for swap_blocks_
@@ -25,12 +26,16 @@ class HostBlocks:
     Args:
         blocks: BlockManager of the cache.
         num_blocks: blocks of the host's memory.
+
+    Attributes:
+        costs: PreemptionCosts, by which they are taken or left to be computed again.
     """
 
     def __init__(self, blocks: BlockManager, num_blocks: int) -> None:
         self._blocks, self.num_blocks = blocks, num_blocks
         self._free = list(range(num_blocks - 1, -1, -1))
         self._kept: dict[Hashable, _Kept] = {}
+        self.costs = PreemptionCosts()
 
     @property
     def num_available(self) -> int:
@@ -41,13 +46,16 @@ class HostBlocks:
 
         Returns:
             (cache, host) of each block to be copied before anything is written; none where there is
-            nothing to keep or no room for all of it: then it is to be computed again.
+            nothing to keep, no room for all of it, or where copies take longer than its tokens do:
+            then it is to be computed again.
         """
         # One token stays for a forward to run on.
         count = min(request.num_computed, len(request.tokens) - 1)
         hidden = self._blocks.num_hidden(request.name)
         table = self._blocks.table(request.name)[hidden : self._blocks.blocks_for(count)]
         if not table or len(table) > len(self._free):
+            return []
+        if not self.costs.favours_copies(len(table), count):
             return []
         own = [self._free.pop() for _ in table]
         self._kept[request.name] = _Kept(hidden, own, count)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
 
 import torch
 
 from llamatelemetry.inference.kv_pages import KvPages
+from llamatelemetry.inference.preemption_costs import PreemptionCosts
 from llamatelemetry.inference.scheduler import Plan
 from llamatelemetry.inference.step import put
+from llamatelemetry.inference.stopwatch import Stopwatch
 from llamatelemetry.ops import swap_blocks_
 
 
@@ -18,10 +21,14 @@ class HostPages:
 
     Args:
         num_blocks: of the host.
+
+    Attributes:
+        costs: PreemptionCosts, told what copies take.
     """
 
     def __init__(self, num_blocks: int) -> None:
-        self.num_blocks = num_blocks
+        self.num_blocks, self.costs = num_blocks, PreemptionCosts()
+        self._running: deque[tuple[int, Stopwatch]] = deque()  # copies that are not over yet
         self._layers: list[tuple[torch.Tensor, ...]] = []
 
     @property
@@ -37,11 +44,19 @@ class HostPages:
     @torch.inference_mode()
     def swap(self, plan: Plan, pages: KvPages) -> None:
         """The copies that a plan asks for, out and in: before its other copies, and once."""
-        if plan.swaps_out or plan.swaps_in:
-            self._allocate(pages)
-        for host, cache in zip(self._layers, pages.layers, strict=False):
+        count = len(plan.swaps_out) + len(plan.swaps_in)
+        if not count:
+            return
+        self._allocate(pages)
+        watch = Stopwatch(pages.device)
+        for host, cache in zip(self._layers, pages.layers, strict=True):
             self._copy(cache, host, plan.swaps_out, pages.device)
             self._copy(host, cache, plan.swaps_in, pages.device)
+        watch.stop()
+        self._running.append((count, watch))
+        while self._running and self._running[0][1].is_over():
+            count, watch = self._running.popleft()
+            self.costs.note_copies(count, watch.seconds())
 
     def _copy(
         self,

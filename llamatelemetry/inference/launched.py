@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,9 +11,11 @@ from torch import Tensor
 from llamatelemetry.inference.decode_rows import is_ahead
 from llamatelemetry.inference.drawing import Drawn
 from llamatelemetry.inference.plan import Piece
+from llamatelemetry.inference.preemption_costs import PreemptionCosts
 from llamatelemetry.inference.sampling import nan_error
 from llamatelemetry.inference.scheduled_request import ScheduledRequest
 from llamatelemetry.inference.step import take_ids
+from llamatelemetry.inference.stopwatch import Stopwatch
 
 # One token for each of piece.request.draws_for; none where the piece draws nothing.
 Result = tuple[Piece, "list[Drawn] | Exception"]
@@ -25,15 +26,20 @@ class Launched:
 
     Attributes:
         pieces: of the plan, in the order of its forwards.
+
+    Args:
+        costs: told what the forwards took, once they are over.
     """
 
-    def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(
+        self, device: torch.device, dtype: torch.dtype, costs: PreemptionCosts | None = None
+    ) -> None:
         self.pieces: list[Piece] = []
         self._drawn: list[tuple[list[Piece], Tensor]] = []  # pieces that draw, their tokens
-        self._device, self._dtype = device, dtype
+        self._dtype = dtype
         self._copies: list[Tensor] = []
         self._rows: list[tuple[int, int] | None] = []  # of each piece which copy, which row
-        self._end: Any = None
+        self._costs, self._watch = costs, Stopwatch(device)
 
     def add(self, pieces: Sequence[Piece], drawn: Tensor | None) -> None:
         """Notes a forward.
@@ -69,14 +75,13 @@ class Launched:
 
     def seal(self) -> None:
         """Nothing is added any more."""
-        if self._device.type == "cuda":
-            self._end = torch.cuda.Event()
-            self._end.record(torch.cuda.current_stream(self._device))
+        self._watch.stop()
 
     def results(self) -> list[Result]:
         """Each piece with what was drawn after it; waits until the forwards are over."""
-        if self._end is not None:
-            self._end.synchronize()
+        self._watch.wait()
+        if self._costs is not None:
+            self._costs.note_forward(self.pieces, self._watch.seconds())
         tokens = [copy.tolist() for copy in self._copies]
         found: list[Result] = []
         for piece, row in zip(self.pieces, self._rows, strict=True):

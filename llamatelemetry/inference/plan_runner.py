@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from itertools import accumulate, chain
 from typing import Any
@@ -30,6 +31,7 @@ from llamatelemetry.inference.launched import Launched, Result, take_ahead
 from llamatelemetry.inference.logits_step import LogitsStep
 from llamatelemetry.inference.piece_kinds import KINDS, kinds_of
 from llamatelemetry.inference.plan import Piece, Plan
+from llamatelemetry.inference.preemption_costs import PreemptionCosts
 from llamatelemetry.inference.runner import DecodeStep, StepRunner
 from llamatelemetry.inference.sampling import GREEDY, nan_error, sampling_tensors
 from llamatelemetry.inference.scheduled_request import ScheduledRequest
@@ -59,6 +61,7 @@ class PlanRunner:
         chunk_steps: ChunkSteps, the packed forwards that are captured.
         packs: whether prompts and those that decode run in one forward, which reads the weights
             once; else the latter by the recorded step, which on the CPU costs less.
+        costs: PreemptionCosts, told what forwards over prompts take.
         decode_mode: how the last decode step was run: "recorded" (CPU), "graph" (CUDA), "eager".
     """
 
@@ -82,7 +85,7 @@ class PlanRunner:
         self.runner = StepRunner(model, *sizes, cache_dtype, split_size)
         self.chunk_steps = ChunkSteps(self.runner, asked_of, is_on=self.packs)
         self.verifier = Verifier(self.runner, asked_of, self._is_watched, self.buckets, longest)
-        self.decode_mode = "eager"
+        self.decode_mode, self.costs = "eager", PreemptionCosts()
         self.width = MIN_WIDTH
         self._asked_of = asked_of
         self._loaded: list[Piece] = []  # that the decode step ran last
@@ -107,7 +110,7 @@ class PlanRunner:
             Exception: of a forward; no result counts. The results of before are good.
         """
         device, kinds = self.runner.pages.device, kinds_of(plan, self._is_watched, self._are_apart)
-        launched = Launched(device, self.runner.pages.model_dtype)
+        launched = Launched(device, self.runner.pages.model_dtype, self.costs)
         with current(device), torch.autocast(device.type, enabled=False):
             try:
                 packed = self._packed(kinds)
@@ -143,10 +146,6 @@ class PlanRunner:
         yield from self._verified(pieces, list(chain(*prompts)) if is_one else [])
         for pieces in [] if is_one else prompts:
             yield from self._isolated(pieces, self._eager)
-
-    def width_for(self, num_blocks: int) -> int:
-        """Columns of the block tables once a sequence may have so many blocks."""
-        return max(self.width, 1 << max(num_blocks - 1, 0).bit_length())
 
     def _packed(self, kinds: dict[str, list[Piece]]) -> list[Piece]:
         """All pieces in the order of their kinds, if one forward is to run on them; else none."""
@@ -229,7 +228,11 @@ class PlanRunner:
 
     def _eager(self, pieces: list[Piece]) -> list[list[Drawn] | Exception]:
         """A forward of any pieces."""
-        return draw_for_pieces(self._prefill(pieces), pieces, self._asked_of)
+        begin = time.perf_counter()
+        drawn = draw_for_pieces(self._prefill(pieces), pieces, self._asked_of)
+        if any(drawn):  # else a GPU may be at work yet
+            self.costs.note_forward(pieces, time.perf_counter() - begin)
+        return drawn
 
     def _decode(self, pieces: list[Piece]) -> list[list[Drawn] | Exception]:
         step = self._run_step(pieces, None)

@@ -34,8 +34,7 @@ class RunningBatch:
         max_rows: requests at work at once.
         step_tokens: tokens of a step at most.
         num_blocks: of the cache; None grows it to what max_rows requests may need.
-        share_prefixes: as in BlockManager.
-        num_host_blocks, prefill_chunk: as in Scheduler.
+        share_prefixes, num_host_blocks, prefill_chunk: as in BlockManager and Scheduler.
         split_size, cache_dtype: as in PlanRunner.
         overlap: whether a step's tokens are looked at once the next step was launched.
         speculation: Speculation; None drafts nothing.
@@ -89,6 +88,7 @@ class RunningBatch:
         longest = 0 if config is None else config.num_speculative_tokens
         rows = self._asked_of, self.max_rows, PAGE_SIZE
         self._runner = PlanRunner(self.model, *rows, self._cache_dtype, self._split_size, longest)
+        self._host.costs = self.scheduler.host.costs = self._runner.costs
         self._drafts = drafts_of(config, *rows)
         room = self.model, self.max_rows, self._fixed, self._share
         self._room = CacheRoom(*room, self.scheduler, self._runner, self._drafts)
