@@ -12,6 +12,7 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
+from llamatelemetry.cli.batching import add_batch_options, batch_options, check_batch_options
 from llamatelemetry.cli.output import warnings_as_sentences
 from llamatelemetry.cli.speculation import add_options, check_options, speculation_of
 
@@ -28,7 +29,7 @@ def add_command(commands: Any) -> None:
     parser.add_argument("--port", type=int, default=8000, metavar="N", help="default: %(default)s")
     parser.add_argument("--served-model-name", metavar="NAME", help="default: MODEL as given")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
-    parser.add_argument("--max-batch-size", type=int, default=16, metavar="N")
+    add_batch_options(parser)
     add_options(parser)
     parser.add_argument(
         "--max-open", type=int, default=256, metavar="N", help="requests open at once; then 429"
@@ -74,8 +75,7 @@ def _check(args: argparse.Namespace) -> None:
         raise ValueError(f"--port must lie in [1, 65535], got {args.port}")
     if not 0 < args.timeout < float("inf"):
         raise ValueError(f"--timeout must be finite and above 0, got {args.timeout}")
-    if args.max_batch_size < 1:
-        raise ValueError(f"--max-batch-size must be at least 1, got {args.max_batch_size}")
+    check_batch_options(args)
     _check_address(args.host, args.port)
 
 
@@ -144,7 +144,9 @@ def _made(args: argparse.Namespace) -> tuple[Any, Any]:
         drain_s=DRAIN_S,
         pooling=args.pooling,
     )
-    batcher = ContinuousBatching(args.max_batch_size, engine, speculation=speculation)
+    batcher = ContinuousBatching(
+        args.max_batch_size, engine, speculation=speculation, **batch_options(args)
+    )
     return batcher, create_app(batcher, config, _otel(config.model) if args.otel else None)
 
 
