@@ -60,25 +60,28 @@ def arrivals(model: LlamaForCausalLM, rounds: int, batch: int = 64) -> Rows:
     """The gaps of requests that decode while long prompts arrive, and until these have a token."""
     samples: dict[str, list[float]] = {}
     first: dict[str, list[float]] = {}
-    chunks = {"ours": (512, True), "apart": (8192, False)}
+    # Tokens of prompts in a step, whether in one forward with the rows, whether that is captured.
+    ways = {"ours": (512, True, True), "eager": (512, True, False), "apart": (8192, False, False)}
+    batcher = batcher_of(model, batch + ARRIVALS, CONTEXT + LONG)
+    running = batcher._batch
+    assert running is not None
+    handles = begun(batcher, prompts_of([CONTEXT] * batch), LONG)
     for turn in range(rounds + 1):
-        for name, (chunk, packs) in chunks.items():
-            batcher = batcher_of(model, batch + ARRIVALS, CONTEXT + LONG)
-            running = batcher._batch
-            assert running is not None
-            running.scheduler.prefill_chunk, running._runner.packs = chunk, packs
-            handles = begun(batcher, prompts_of([CONTEXT] * batch), LONG)
+        for name, (chunk, packs, is_on) in ways.items():
+            runner = running._runner
+            running.scheduler.prefill_chunk, runner.packs = chunk, packs
+            runner.chunk_steps.is_on = is_on
             gaps: list[float] = []
             late: list[RequestHandle] = []
             while len(late) < ARRIVALS or not all(handle.done() for handle in late):
                 if len(late) < ARRIVALS and sum(gaps) >= len(late) * EVERY_S * 1e6:
                     late.append(batcher.submit(*prompts_of([LONG]), None, 1))
                 gaps.append(harness.timed_us(batcher.step))
-            for handle in handles:
-                handle.cancel()
-            if turn:  # the first warms up
+            if turn:  # the first warms up, and captures
                 samples.setdefault(name, []).append(sorted(gaps)[len(gaps) * 99 // 100])
                 first.setdefault(name, []).append(mean(one.stats.ttft for one in late) * 1e6)
+    for handle in handles:
+        handle.cancel()
     row = f"{batch} decode, prompts of {LONG} arrive"
     for name, found in (("p99 of the gaps", samples), ("their first tokens", first)):
         ours = found.pop("ours")

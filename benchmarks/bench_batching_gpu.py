@@ -28,7 +28,8 @@ from llamatelemetry.models.patching import patch
 
 STEPS = 16  # of which a sample is the mean
 PREFIX = 2048
-LOAD = "batching_load"  # the results of whole loads, beside "batching"
+# The results of whole loads and of prompts that arrive, beside "batching".
+LOAD, ARRIVALS = "batching_load", "batching_arrivals"
 RATE = 30.0  # requests a second that arrive at random
 
 
@@ -193,6 +194,8 @@ def beside_transformers(
 def parts(layers: int, rounds: int) -> dict[str, Callable[[], Rows]]:
     plain = random_llama(layers)
     model = copy.deepcopy(plain)
+    gc.collect()
+    gc.freeze()  # as serve does: a look for garbage among what was imported takes up to a second
 
     def packed() -> Rows:
         small = copy.deepcopy(plain)
@@ -238,10 +241,11 @@ def main() -> None:
     if not torch.cuda.is_available():
         print("batching: needs a GPU, measured nothing")
         return
-    quick, rows = arguments.quick, {"batching": [], LOAD: []}
+    quick, rows = arguments.quick, {"batching": [], LOAD: [], ARRIVALS: []}
+    tables = {"arrivals": ARRIVALS, "large": LOAD, "many": LOAD}
     made = parts(2 if quick else SHAPE["num_hidden_layers"], 1 if quick else 3)
     for name in arguments.parts or made:
-        table = LOAD if name in ("arrivals", "large", "many") else "batching"
+        table = tables.get(name, "batching")
         for row in made[name]():
             rows[table].append(row)
             harness.print_rows([row])
