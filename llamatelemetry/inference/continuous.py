@@ -41,15 +41,15 @@ class ContinuousBatching:
         engine: an InferenceEngine, or a transformers model (patched here) for prompts of token ids.
         max_step_tokens: tokens of one step at most; default 256 on the CPU and 4096 on a GPU.
         prefill_chunk: of these at most so many of prompts where others decode, which wait for them;
-            default 512 on a GPU, where both run in one forward, but with split_size; no other limit
-            on the CPU.
+            default 512 on a GPU, where both run in one forward, but with split_size, and 64 on the
+            CPU.
         num_blocks: blocks of 64 tokens in the cache. None grows it to what max_batch_size of the
             open requests may need at most; with a number, requests wait for blocks, or give
             theirs up and compute them again.
         share_prefixes: whether later requests use what earlier ones have in the cache.
         num_host_blocks: blocks in the host's memory (pinned beside a GPU), to which the keys and
             values of those that give up their blocks go, as many as find room there, and from which
-            they come back; with 0 they are computed again.
+            they come back, if that takes less time than computing them again; with 0 they are.
         overlap: whether the next step is launched before a step's tokens are looked at, so that a
             GPU does not wait for the host; None does so on a GPU. The text is the same, and step
             gives it one step later; an edit of the model tells one token later too.

@@ -8,8 +8,9 @@ from llamatelemetry.inference.arguments import at_least
 
 # Tokens of a step, by device.
 STEP_TOKENS = {"cpu": 256, "cuda": 4096}
-# Of prompts beside those that decode: about what a GPU multiplies while it reads the weights.
-PREFILL_CHUNK = 512
+# Of prompts beside those that decode: about what a GPU multiplies while it reads the weights; a CPU
+# has no such tokens for nothing, and those that decode wait for each of them.
+PREFILL_CHUNK = {"cpu": 64, "cuda": 512}
 SPLIT_MULTIPLE = 64  # keys
 
 
@@ -55,6 +56,6 @@ class StepLimits:
 
     def chunk(self, device: str) -> int | None:
         """prefill_chunk on a kind of device; None for no limit but the step's."""
-        if self.prefill_chunk is not None or self.split_size or device == "cpu":
+        if self.prefill_chunk is not None or self.split_size:
             return self.prefill_chunk
-        return PREFILL_CHUNK
+        return PREFILL_CHUNK.get(device, PREFILL_CHUNK["cuda"])

@@ -125,7 +125,7 @@ def test_who_packs_and_refusals(device):
     assert ContinuousBatching(2, model)._batch._runner.packs == is_gpu
     assert not ContinuousBatching(2, model, split_size=64)._batch._runner.packs
     chunk = ContinuousBatching(2, model)._batch.scheduler.prefill_chunk
-    assert chunk == (512 if is_gpu else 256)
+    assert chunk == (512 if is_gpu else 64)
     with pytest.raises(ValueError, match="prefill_chunk must be at least 1, got 0"):
         ContinuousBatching(2, model, prefill_chunk=0)
     with pytest.raises(ValueError, match="prefill_chunk must be None with split_size"):
