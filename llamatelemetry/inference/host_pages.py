@@ -35,18 +35,21 @@ class HostPages:
     def num_bytes(self) -> int:
         return sum(x.nbytes for layer in self._layers for x in layer)
 
-    @torch.inference_mode()
     def make_copies(self, plan: Plan, pages: KvPages) -> None:
         """All copies of blocks that a plan asks for, before its forwards."""
         self.swap(plan, pages)
-        pages.copy_blocks(plan.copies)
+        if plan.copies:
+            with torch.inference_mode():
+                pages.copy_blocks(plan.copies)
 
-    @torch.inference_mode()
     def swap(self, plan: Plan, pages: KvPages) -> None:
         """The copies that a plan asks for, out and in: before its other copies, and once."""
         count = len(plan.swaps_out) + len(plan.swaps_in)
-        if not count:
-            return
+        if count:
+            with torch.inference_mode():
+                self._swap(plan, pages, count)
+
+    def _swap(self, plan: Plan, pages: KvPages, count: int) -> None:
         self._allocate(pages)
         watch = Stopwatch(pages.device)
         for host, cache in zip(self._layers, pages.layers, strict=True):

@@ -29,7 +29,7 @@ class PreemptionCosts:
     def note_forward(self, pieces: Sequence[Piece], seconds: float) -> None:
         """A forward over pieces was over; what is mostly of those that decode tells nothing."""
         count = sum(piece.end - piece.begin for piece in pieces)
-        if count > 2 * sum(piece.is_decode for piece in pieces):
+        if count > len(pieces) and count > 2 * sum(piece.is_decode for piece in pieces):
             self._token_s.append(seconds / count)
 
     def favours_copies(self, num_blocks: int, num_tokens: int) -> bool:

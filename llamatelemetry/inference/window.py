@@ -12,5 +12,9 @@ def window_of(model: Any) -> int | None:
     patched = model.__dict__.get("_llamatelemetry")
     if patched is None or (decoder := patched.decoder) is None:
         return None
-    windows = [block.attention.window_now() for block in decoder.blocks]
-    return None if None in windows else max(windows, default=None)
+    widest: int | None = None
+    for block in decoder.blocks:
+        if (window := block.attention.window_now()) is None:
+            return None
+        widest = max(window, widest or 0)
+    return widest
