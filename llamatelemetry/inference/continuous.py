@@ -7,7 +7,7 @@ from collections.abc import Collection, Sequence
 from typing import Any
 
 from llamatelemetry.inference.arguments import at_least
-from llamatelemetry.inference.drawing import Asked
+from llamatelemetry.inference.beam_search import EarlyStopping
 from llamatelemetry.inference.kv_pages import check_cache_dtype
 from llamatelemetry.inference.logit_options import LogitOptions
 from llamatelemetry.inference.request_handle import RequestHandle
@@ -142,7 +142,7 @@ class ContinuousBatching:
     @property
     def active_requests(self) -> list[RequestHandle]:
         opened = [] if self._batch is None else list(self._batch.open.values())
-        return [handle for handle in opened if not handle.done()]
+        return [handle for handle in opened if not (handle.done() or handle.is_hidden)]
 
     @property
     def telemetry(self) -> Telemetry:
@@ -205,6 +205,8 @@ class ContinuousBatching:
         shown_tokens: Collection[str] = (),
         num_beams: int = 1,
         speculate: bool = True,
+        length_penalty: float = 1.0,
+        early_stopping: EarlyStopping = False,
     ) -> list[RequestHandle]:
         """Queues several answers to one prompt, which is computed once and whose blocks they share.
 
@@ -220,9 +222,12 @@ class ContinuousBatching:
             time_limit_s: seconds from now until which each has to end.
             wait_limit_s: seconds from now until which its first forward has to begin.
             shown_tokens: names of control tokens that the text shows; of others it shows nothing.
-            num_beams: 1; model.generate searches beams.
+            num_beams: above 1 the answers, at most so many, are the best that transformers' search
+                of so many beams finds, each of which is a row; their text comes at the end, and
+                what ends one ends all. Greedy params, no logits and no stop_sequences then.
             speculate: whether tokens may be drafted for them, where the batch has a speculation;
                 the kernels of a step with others' drafts are theirs in any case.
+            length_penalty, early_stopping: of beams, as in transformers' generate.
 
         Raises:
             ValueError, OutOfBlocks: as submit does.
@@ -238,28 +243,17 @@ class ContinuousBatching:
             self._ids(prompt),
             *(max_tokens, min_tokens, stop_sequences, stop_token_ids, ignore_eos, priority),
             *(logits, time_limit_s, wait_limit_s, shown_tokens, num_beams, speculate),
+            *(length_penalty, early_stopping),
         )
-        names = [next(self._names) for _ in params]
+        count = asked.check_beams(params, self.max_batch_size)
+        names = [next(self._names) for _ in range(count)]
         requests = asked.requests(names, self.model, self._served.tokenizer, self._served.eos)
         if self._fixed_blocks is not None:
-            turns.batch.scheduler.require_fit(requests[0])
-        limits, grammar = asked.limits(), asked.options.grammar
-        handles = [
-            RequestHandle(
-                request,
-                Asked(
-                    one or self._served.unasked,
-                    asked.options,
-                    None if grammar is None else grammar.matcher(),
-                ),
-                turns.drive,
-                turns.sweep,
-                limits,
-            )
-            for request, one in zip(requests, params, strict=True)
-        ]
+            turns.batch.scheduler.require_fit(requests[0], num_beams)
+        given = [one or self._served.unasked for one in params]
+        handles = asked.handles(requests, given, turns.drive, turns.sweep)
         turns.batch.submit(handles)
-        return handles
+        return handles[: len(params)]
 
     def step(self) -> list[RequestHandle]:
         """One step: at most one token more for each request, and its drafted ones that are right.

@@ -51,15 +51,23 @@ class Asked:
         params: SamplingParams.
         options: LogitOptions.
         matcher: where its text stands in options.grammar; None for none.
+        num_candidates: of a beam, how many of the most probable tokens are told of; else 0.
     """
 
     params: SamplingParams
     options: LogitOptions = NO_OPTIONS
     matcher: Matcher | None = None
+    num_candidates: int = 0
+
+    @property
+    def num_told(self) -> int | None:
+        """Of how many tokens at each place the log-probability is told; None of none."""
+        return self.num_candidates or self.options.logprobs
 
     @cached_property
     def needs_logits(self) -> bool:
-        return self.options.needs_logits or self.params.repetition_penalty != 1
+        is_told = self.num_told is not None
+        return is_told or self.options.needs_logits or self.params.repetition_penalty != 1
 
 
 def draw(
@@ -79,7 +87,7 @@ def draw(
     failed: dict[int, Exception] = {
         i: nan_error(logits.dtype) for i in logits.isnan().any(-1).nonzero().flatten().tolist()
     }
-    told = [i for i, one in enumerate(asked) if one.options.logprobs is not None]
+    told = [i for i, one in enumerate(asked) if one.num_told is not None]
     raw = torch.log_softmax(logits[told].float(), dim=-1) if told else None
     shaped = [
         i
@@ -218,12 +226,12 @@ def _logprobs(
     """
     found: list[TokenLogprobs | None] = [None] * len(tokens)
     chosen = raw.gather(1, tokens[told].unsqueeze(1)).squeeze(1).tolist()
-    count = min(max(asked[i].options.logprobs or 0 for i in told), raw.shape[1])
+    count = min(max(asked[i].num_told or 0 for i in told), raw.shape[1])
     best = raw.topk(count, dim=-1)
     for i, own, values, ids in zip(
         told, chosen, best.values.tolist(), best.indices.tolist(), strict=True
     ):
-        wanted = asked[i].options.logprobs or 0
+        wanted = asked[i].num_told or 0
         found[i] = TokenLogprobs(own, tuple(zip(ids[:wanted], values[:wanted], strict=True)))
     return found
 

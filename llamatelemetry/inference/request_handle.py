@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import AsyncIterator, Callable, Generator, Iterator
+from collections.abc import AsyncIterator, Callable, Generator, Iterator, Sequence
 from concurrent.futures import CancelledError
 from dataclasses import dataclass
 from typing import Any, Protocol, cast
@@ -91,6 +91,8 @@ class RequestHandle:
         asked: its SamplingParams and LogitOptions.
         is_limited: whether its time may ever be over.
         logprobs: TokenLogprobs of each token so far, where its LogitOptions ask for them.
+        is_hidden: whether it is that of a beam, and no answer's.
+        group: BeamGroup of its beam; None of others.
 
     Example:
         >>> batcher = ContinuousBatching(4, model)
@@ -100,6 +102,9 @@ class RequestHandle:
         >>> second.cancel(), second.done()
         (False, True)
     """
+
+    is_hidden = False
+    group: Any = None
 
     def __init__(
         self,
@@ -221,6 +226,11 @@ class RequestHandle:
     def drawn_by(self, piece: int) -> int:
         """How many tokens were drawn when a piece of the text was certain."""
         return self._ends[piece]
+
+    @property
+    def together(self) -> Sequence[RequestHandle]:
+        """Handles that end with it."""
+        return [self]
 
     @property
     def token_ids(self) -> list[int]:

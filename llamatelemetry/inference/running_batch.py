@@ -3,30 +3,29 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 
+from llamatelemetry.inference.beam_group import make_way, shown
 from llamatelemetry.inference.block_manager import BlockManager
 from llamatelemetry.inference.cache_room import CacheRoom
-from llamatelemetry.inference.drawing import Asked, Drawn
 from llamatelemetry.inference.host_pages import HostPages
 from llamatelemetry.inference.interrupts import as_one, uninterrupted
 from llamatelemetry.inference.kv_pages import floating_parameter
 from llamatelemetry.inference.launched import Flight
 from llamatelemetry.inference.model_drafts import drafts_of
+from llamatelemetry.inference.open_requests import OpenRequests
 from llamatelemetry.inference.plan_runner import PlanRunner
 from llamatelemetry.inference.request_handle import RequestHandle
 from llamatelemetry.inference.runner import PAGE_SIZE
-from llamatelemetry.inference.scheduled_request import ScheduledRequest
-from llamatelemetry.inference.scheduler import Piece, Plan, Scheduler
+from llamatelemetry.inference.scheduler import Plan, Scheduler
 from llamatelemetry.inference.speculation import Speculation
 from llamatelemetry.inference.stream_order import StreamOrder
 from llamatelemetry.inference.window import window_of
 
 
-class RunningBatch:
+class RunningBatch(OpenRequests):
     """What ContinuousBatching does under its lock.
 
     Args:
@@ -40,9 +39,6 @@ class RunningBatch:
         speculation: Speculation; None drafts nothing.
 
     Attributes:
-        open: handles of the requests that have not ended, by name, in order of submission.
-        incoming: those of them that the scheduler does not know yet; any thread may append.
-        scheduler: Scheduler.
         plan: of the last step; the caller may take it.
     """
 
@@ -62,10 +58,9 @@ class RunningBatch:
         speculation: Speculation | None = None,
         prefill_chunk: int | None = None,
     ) -> None:
+        super().__init__()
         self.model, self.max_rows, self.overlap = model, max_rows, overlap
         self._split_size, self._chunk, self._speculation = split_size, prefill_chunk, speculation
-        self.open: dict[object, RequestHandle] = {}
-        self.incoming: deque[RequestHandle] = deque()
         self._step_tokens, self._fixed, self._share = step_tokens, num_blocks, share_prefixes
         self._num_host_blocks, self._cache_dtype = num_host_blocks, cache_dtype
         self._flights: deque[Flight] = deque()
@@ -93,21 +88,9 @@ class RunningBatch:
         room = self.model, self.max_rows, self._fixed, self._share
         self._room = CacheRoom(*room, self.scheduler, self._runner, self._drafts)
 
-    def _asked_of(self, request: ScheduledRequest) -> Asked:
-        return self.open[request.name].asked
-
     @property
     def decode_mode(self) -> str:
         return self._runner.decode_mode
-
-    @as_one
-    def submit(self, handles: Sequence[RequestHandle]) -> None:
-        """Answers to one prompt, which the first of them computes for all; from any thread,
-        without a lock."""
-        first, *others = handles
-        first.request.siblings = [handle.request for handle in others]
-        self.open.update({handle.request.name: handle for handle in handles})
-        self.incoming.append(first)
 
     def step(self) -> list[RequestHandle]:
         """Returns handles of the requests that a forward ran on, or that ended.
@@ -164,17 +147,18 @@ class RunningBatch:
 
     @as_one
     def _noted(self, plan: Plan, touched: list[RequestHandle]) -> list[RequestHandle]:
-        """touched, each once, for one may have drawn several tokens in a step."""
+        """touched as callers see it: one may have drawn several tokens in a step."""
         if self._speculation is not None:
             flights, verifier = len(self._flights), self._runner.verifier
             self._speculation.note(plan, self.scheduler, flights, verifier)
-        return list(dict.fromkeys(touched))
+        return shown(touched)
 
     def _planned(self) -> Plan:
         """The next plan, its copies of blocks made."""
         self._is_uncopied = True  # the scheduler's books have them as made already
         with uninterrupted():
             plan = self.scheduler.schedule()
+            make_way(self.scheduler, plan)
         self._host.make_copies(plan, self._runner.runner.pages)
         self._is_uncopied = False
         for request in plan.beginning():
@@ -205,69 +189,6 @@ class RunningBatch:
         return touched
 
     @as_one
-    def _put_down(
-        self, piece: Piece, result: list[Drawn] | Exception, preemptions: int | None = None
-    ) -> list[RequestHandle]:
-        """Notes what a piece's forward gave; returns handles of the requests that it is for. A
-        piece that was launched comes with the preemptions that its request had then."""
-        request = piece.request
-        if preemptions is not None:
-            if request.finish_reason is not None:
-                return []
-            self.scheduler.seen(piece)
-        if isinstance(result, Exception):
-            handle = self.open[request.name]
-            self._end(handle, result)
-            return [handle]
-        if preemptions in (None, request.preemptions):  # else its blocks are others now
-            self.scheduler.computed(piece)
-        handles = [self.open[request.name]]
-        if result and request.siblings:
-            siblings, request.siblings = request.draws_for[1:], []
-            for sibling in siblings:
-                handles.append(self.open[sibling.name])
-                handles[-1].begins()
-                self.scheduler.fork(request, sibling)
-        for handle, drawn in zip(handles, result, strict=False):
-            self._take(handle, drawn)
-        return handles
-
-    def _take(self, handle: RequestHandle, drawn: Drawn) -> None:
-        try:
-            handle.take(drawn)
-        except Exception as error:  # of its text, whatever the tokenizer makes of it
-            self._end(handle, error)
-        else:
-            if handle.request.finish_reason is not None:
-                self._end(handle)
-
-    def _end(self, handle: RequestHandle, error: BaseException | None = None) -> None:
-        """Takes a request out, finished, cancelled or because of an error."""
-        request = handle.request
-        reason = "cancelled" if error is None else "error"
-        if request in self.scheduler.running or request in self.scheduler.waiting:
-            self.scheduler.end(request, reason)
-        request.finish_reason = request.finish_reason or reason
-        if left := request.draws_for[1:]:  # who are to go on without it
-            request.siblings, left[0].siblings = [], left[1:]
-            self.incoming.append(self.open[left[0].name])
-        handle.end(error)
-        self.open.pop(request.name, None)
-
-    @as_one
-    def reap(self) -> list[RequestHandle]:
-        """Ends those that were cancelled, and those whose time is over."""
-        ended = []
-        for handle in list(self.open.values()):
-            late = handle.lateness() if handle.is_limited else None
-            if late is not None or handle.is_withdrawn:
-                if handle in self.incoming:
-                    self.incoming.remove(handle)
-                self._end(handle, None if handle.is_withdrawn else late)
-                ended.append(handle)
-        return ended
-
-    @as_one
     def _take_all_in(self) -> list[RequestHandle]:
         """Gives the scheduler the new requests; returns those which that ends."""
         ended: list[RequestHandle] = []
@@ -286,7 +207,7 @@ class RunningBatch:
                 self.scheduler.add(handle.request)
             except Exception as error:
                 self._end(handle, error)
-                ended.append(handle)
+                ended += handle.together
         return ended
 
     @as_one

@@ -39,6 +39,7 @@ class ScheduledRequest:
         room: tokens that its blocks hold which it may write to; 0 where that is not known.
         table: its blocks; another list where they change.
         speculates: whether tokens may be drafted for it.
+        is_beam: whether it waits for other beams, with no token left, before it goes on.
         draft: tokens that may follow those in tokens, for the next plan to try.
         num_ahead: tokens that follow those in tokens, which forwards that were launched draw and
             which the host has not seen.
@@ -66,6 +67,7 @@ class ScheduledRequest:
     num_cached: int | None = None
     preemptions: int = 0
     speculates: bool = True
+    is_beam: bool = False
     draft: Sequence[int] = ()
     num_drafted: int = 0
     num_accepted: int = 0

@@ -70,9 +70,9 @@ class Scheduler:
         self.waiting: list[ScheduledRequest] = []
         self._refused: ScheduledRequest | None = None  # the first to wait, until blocks are freed
 
-    def require_fit(self, request: ScheduledRequest) -> None:
-        """Raises OutOfBlocks for a request that the whole cache could not hold."""
-        needed = self.blocks.blocks_for(request.most_tokens)
+    def require_fit(self, request: ScheduledRequest, count: int = 1) -> None:
+        """Raises OutOfBlocks for a request that the whole cache could not hold count times."""
+        needed = self.blocks.blocks_for(request.most_tokens) * count
         if needed > self.blocks.num_blocks:
             raise OutOfBlocks(
                 f"Out of KV cache memory: a prompt of {len(request.prompt)} tokens and "

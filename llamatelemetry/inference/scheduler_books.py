@@ -52,7 +52,7 @@ def broken_rules(
             for one in running
         ),
         "at least one token is left to run on": all(
-            one.num_left or one.is_drawn_out for one in running
+            one.num_left or one.is_drawn_out or one.is_beam for one in running
         ),
     }
     return [rule for rule, holds in rules.items() if not holds]

@@ -128,7 +128,9 @@ def _decodes(request: ScheduledRequest) -> bool:
 
 def _has_prompts(scheduler: Scheduler) -> bool:
     """Whether a request at work computes its prompt, or everything again."""
-    return not all(_decodes(one) or one.is_drawn_out for one in scheduler.running)
+    return not all(
+        _decodes(one) or one.is_drawn_out or not one.num_left for one in scheduler.running
+    )
 
 
 def _most(request: ScheduledRequest) -> int:

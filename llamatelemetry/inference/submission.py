@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from llamatelemetry.inference.arguments import ContextLengthError, integer, real
+from llamatelemetry.inference.beam_group import beam_handles
+from llamatelemetry.inference.beam_search import BeamParams, BeamSearch, EarlyStopping
+from llamatelemetry.inference.drawing import Asked
 from llamatelemetry.inference.logit_options import NO_OPTIONS, LogitOptions
 from llamatelemetry.inference.prompts import sequence
-from llamatelemetry.inference.request_handle import TimeLimits
+from llamatelemetry.inference.request_handle import RequestHandle, TimeLimits
 from llamatelemetry.inference.sampling import SamplingParams
 from llamatelemetry.inference.scheduled_request import ScheduledRequest
 from llamatelemetry.inference.text_stream import TextStream
@@ -38,6 +41,8 @@ class Submission:
     shown_tokens: Collection[str] = ()
     num_beams: int = 1
     speculate: bool = True
+    length_penalty: float = 1.0
+    early_stopping: EarlyStopping = False
 
     @property
     def options(self) -> LogitOptions:
@@ -51,11 +56,6 @@ class Submission:
         Raises:
             ValueError: for what is of another type or out of range, by name.
         """
-        if integer("num_beams", self.num_beams) != 1:
-            raise ValueError(
-                "num_beams must be 1, for requests of a batch are drawn token by token, got "
-                f"{self.num_beams}; model.generate(..., num_beams={self.num_beams}) searches beams"
-            )
         vocab_size = model.get_input_embeddings().num_embeddings
         ids = token_ids("prompt: a token id", sequence(self.prompt), vocab_size)
         if not ids:
@@ -80,6 +80,13 @@ class Submission:
             raise ValueError(f"speculate must be True or False, got {self.speculate!r}")
         self._check_options(vocab_size)
         stops = token_ids("stop_token_ids", self.stop_token_ids, vocab_size)
+        ends = frozenset([*stops, *(() if self.ignore_eos else eos)])
+        needed = BeamSearch(self.beams, count, least, ends).num_candidates
+        if self.num_beams > 1 and needed > vocab_size:
+            raise ValueError(
+                f"num_beams must be so few that the model has the {needed} tokens of which beams "
+                f"are chosen, it has {vocab_size}, got {self.num_beams}"
+            )
         if tokenizer is None and self.stop_sequences:
             raise ValueError("stop_sequences: an engine with a tokenizer must be given for them")
         return [
@@ -88,9 +95,10 @@ class Submission:
                 ids,
                 count,
                 min_tokens=least,
-                stop_ids=frozenset([*stops, *(() if self.ignore_eos else eos)]),
+                stop_ids=ends,
                 priority=integer("priority", self.priority),
-                speculates=self.speculate,
+                speculates=self.speculate and self.num_beams == 1,
+                is_beam=self.num_beams > 1,
                 arrival=name,
                 text=(
                     TextStream(tokenizer, self.stop_sequences, "stop_sequences", self.shown_tokens)
@@ -112,6 +120,76 @@ class Submission:
                         f"{name} must be left out with a grammar, which says where the text may "
                         f"end, got {getattr(self, name)}"
                     )
+
+    @property
+    def beams(self) -> BeamParams:
+        """
+        Raises:
+            ValueError: as BeamParams does.
+        """
+        return BeamParams(self.num_beams, self.length_penalty, self.early_stopping)
+
+    def check_beams(self, params: Sequence[SamplingParams | None], most: int) -> int:
+        """Refuses what a search of beams has no use for.
+
+        Args:
+            params: of each answer.
+            most: requests at work at once.
+
+        Returns:
+            How many requests there are to be.
+
+        Raises:
+            ValueError: naming the argument, the rule and the value.
+        """
+        count = self.beams.num_beams
+        if count == 1:
+            return len(params)
+        if count > most:
+            raise ValueError(
+                f"num_beams must be at most max_batch_size ({most}), for all beams are at work at "
+                f"once, got {count}"
+            )
+        if len(params) > count:
+            raise ValueError(
+                f"params must be of at most num_beams ({count}) answers, got {len(params)}"
+            )
+        for one in params:
+            if one is not None and (one.temperature > 0 or one.repetition_penalty != 1):
+                raise ValueError(
+                    "params must be greedy, of temperature 0 and no repetition penalty, or None "
+                    f"with num_beams above 1, got {one}"
+                )
+        if self.options.needs_logits or self.stop_sequences:
+            name = "logits" if self.options.needs_logits else "stop_sequences"
+            raise ValueError(f"{name} must be left out with num_beams above 1, got {name}")
+        return count
+
+    def handles(
+        self,
+        requests: Sequence[ScheduledRequest],
+        params: Sequence[SamplingParams],
+        drive: Callable[[Callable[[], bool], float | None], None],
+        withdraw: Callable[[], None],
+    ) -> list[RequestHandle]:
+        """One for each request.
+
+        Args:
+            requests: of requests.
+            params: of each answer.
+            drive, withdraw: as RequestHandle's.
+
+        Raises:
+            ValueError: as limits does.
+        """
+        more, grammar = (drive, withdraw, self.limits()), self.options.grammar
+        if self.num_beams > 1:
+            return beam_handles(requests, len(params), self.beams, *more)
+        found = []
+        for request, one in zip(requests, params, strict=True):
+            matcher = None if grammar is None else grammar.matcher()
+            found.append(RequestHandle(request, Asked(one, self.options, matcher), *more))
+        return found
 
     def limits(self) -> TimeLimits:
         """How long the requests may take.

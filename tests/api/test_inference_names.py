@@ -51,6 +51,8 @@ FUNCTIONS = {
             ("shown_tokens", ()),
             ("num_beams", 1),
             ("speculate", True),
+            ("length_penalty", 1.0),
+            ("early_stopping", False),
         ],
         "ContinuousBatching.step": [],
         "ContinuousBatching.run": [],
