@@ -1,4 +1,4 @@
-"""quant_linear with scales beside the codes, as GPTQ, AWQ, int8 and float8 checkpoints become.
+"""quant_linear with scales beside the codes, as GPTQ, AWQ, int8, float8 and bitsandbytes' become.
 
 Llama-3-8B's shapes on a GPU, against torch's linear over dense bfloat16 weights; ours and torch's
 weights are each rotated past the cache. The limit is a read of codes, scales and zero points.
@@ -18,13 +18,14 @@ from torch.nn.functional import linear
 from llamatelemetry.ops import quant_linear
 from llamatelemetry.quantization.groups import GroupedWeight, pack_groups, unpack_groups
 
-FORMATS = [("S4", 128), ("U4", 128), ("S8", None), ("E4M3", 128)]  # None: a scale a row
+# None: a scale a row
+FORMATS = [("S4", 128), ("U4", 128), ("S8", None), ("E4M3", 128), ("NF4", 64)]
 DENSE_BYTES = 256 << 20  # of the dense copies together, at least
 
 
 def random_weight(format: str, n: int, k: int, group: int | None, device: str) -> GroupedWeight:
     codes = torch.randint(-8, 8, (n, k), device=device, dtype=torch.int8)
-    if format == "U4":
+    if format in ("U4", "NF4"):
         codes = (codes + 8).view(torch.uint8)
     elif format == "E4M3":
         codes = codes.to(torch.float8_e4m3fn)

@@ -1,5 +1,6 @@
 // What Python must know of C++, written once: the formats, levels, dtypes and limits as JSON, which
 // llamatelemetry/_native/facts.py reads once. Torch-free.
+#include <cstdio>
 #include <iterator>
 #include <string>
 
@@ -52,6 +53,13 @@ std::string fields_of(const BlockLayout& layout) {
   return text + "}";
 }
 
+// Nine digits say which float32 it is.
+std::string number(float value) {
+  char digits[32];
+  std::snprintf(digits, sizeof digits, "%.9g", static_cast<double>(value));
+  return digits;
+}
+
 std::string format_facts(const FormatDescriptor& format) {
   std::string text;
   add(text, "name", quoted(format.name));
@@ -62,6 +70,10 @@ std::string format_facts(const FormatDescriptor& format) {
   add(text, "block_size", std::to_string(format.fields.block_size));
   add(text, "block_bytes", std::to_string(format.fields.block_bytes));
   add(text, "fields", fields_of(format.fields));
+  if (has_float_table(format.codes)) {
+    const FloatTable table = float_table(format.codes);
+    add(text, "values", list(16, [&](int i) { return number(table.values[i]); }));
+  }
   return text + "}";
 }
 

@@ -61,6 +61,17 @@ __device__ inline __half2 e4m3_to_half(uint32_t codes, int pair) {
   return __hmul2(reinterpret_cast<const __half2&>(bits), __float2half2_rn(256.0f));
 }
 
+// The value that the four low bits of index name.
+template <CodeFamily kCodes>
+__device__ inline float table_value(uint32_t index) {
+  static constexpr __device__ FloatTable kTable = float_table(kCodes);
+  return __ldg(kTable.values + (index & 15));
+}
+// Likewise where all lanes of a warp ask at once, each with value threadIdx.x % 16 at hand.
+__device__ inline float table_value_of_warp(float own, uint32_t index) {
+  return __shfl_sync(0xffffffff, own, static_cast<int>(index), 16);
+}
+
 // 2^(e - 128), subnormal for the two smallest.
 __device__ inline float exponent_bits_to_float(uint32_t e) {
   return __uint_as_float(e < 2 ? 0x00200000u << e : (e - 1) << 23);
@@ -85,6 +96,7 @@ class PackedWord {
   static constexpr bool kTwoBitQuants = kCodes == CodeFamily::kU2 || kThreeBits;
   static constexpr bool kTernary = kCodes == CodeFamily::kTernary;
   static constexpr bool kHasTable = has_code_table(kCodes);
+  static constexpr bool kHasFloatTable = has_float_table(kCodes);
   // Unsigned, codes of other families have at most seven bits.
   static constexpr bool kEightBits = kByteCodes || kCodes == CodeFamily::kIq4;
   static constexpr bool kFifthInOneWord = kFiveBits && has_fifth_bits_word(kLayout);
@@ -200,7 +212,12 @@ class PackedWord {
   // weights[i] = scale * code[i] - min for the four weights of a group. The product is exact.
   __device__ void decode(int part, int r, float (&weights)[4]) const {
     const uint32_t codes = this->codes(part, r);
-    if constexpr (kFloating) {
+    if constexpr (kHasFloatTable) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        weights[i] = scale(part, r) * table_value<kCodes>(codes >> (8 * i));
+      }
+    } else if constexpr (kFloating) {
       decode_floating(codes, scale(part, r), weights);
     } else {
 #pragma unroll
@@ -214,14 +231,27 @@ class PackedWord {
   // Likewise by a permutation of bytes and a fused multiply-add for each weight; only the sign of a
   // zero can differ. A code becomes the mantissa of a float: of 128 if it has at most 7 bits, else
   // of 2^15. Either has so few bits that its product with a scale of 16 bits and the zero point is
-  // exact; bytes with a scale of float32 go decode's way, for what 2^15 of it loses.
-  __device__ void decode_fused(int part, int r, float (&weights)[4]) const {
+  // exact; bytes with a scale of float32 go decode's way, for what 2^15 of it loses. All lanes of a
+  // warp call it at once, each with its value_of_lane.
+  __device__ void decode_fused(int part, int r, float own, float (&weights)[4]) const {
     static_assert(!is_low_bit(kCodes));
-    if constexpr (kHasGroups && kByteCodes) {
+    if constexpr (kHasFloatTable) {
+      const uint32_t quants = quants_.row[r] >> (4 * part);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        weights[i] = scale(part, r) * table_value_of_warp(own, quants >> (8 * i));
+      }
+    } else if constexpr (kHasGroups && kByteCodes) {
       decode(part, r, weights);
     } else {
       decode_shifted(part, r, weights);
     }
+  }
+
+  // What a lane keeps for decode_fused: its value of the float table, if there is one.
+  static __device__ float value_of_lane() {
+    if constexpr (kHasFloatTable) return table_value<kCodes>(threadIdx.x);
+    return 0.0f;
   }
 
   __device__ float scale(int part, int r) const { return scale_[kScales == 1 ? 0 : part][r]; }
@@ -235,7 +265,7 @@ class PackedWord {
   // The codes of a group, one in each byte; offset is to be subtracted, from integers.
   __device__ uint32_t codes(int part, int r) const {
     const uint32_t quants = quants_.row[r];
-    if constexpr (kFloating) return quants;
+    if constexpr (kCodes == CodeFamily::kE4m3) return quants;
     if constexpr (kByteCodes) return quants ^ 0x80808080;
     if constexpr (kHasTable) return look_up(code_table(kCodes), quants, part);
     if constexpr (kTernary) return ternary_digits(quants, part);

@@ -28,7 +28,9 @@ static constexpr int largest_code(CodeFamily codes) {
     case CodeFamily::kTernary: return 2;
     case CodeFamily::kS8:
     case CodeFamily::kIq4:
-    case CodeFamily::kE4m3: break;
+    case CodeFamily::kE4m3:
+    case CodeFamily::kNf4:
+    case CodeFamily::kFp4: break;
   }
   return 255;
 }
@@ -90,7 +92,7 @@ struct PackedBlock {
 
   // The codes of one sub-block, unsigned: byte i of code[g] belongs to weight 4g + i.
   LT_MEMBER void codes(int sub_block, Words (&code)[kGroups]) const {
-    if constexpr (is_floating(kCodes)) {
+    if constexpr (kCodes == CodeFamily::kE4m3) {
 #pragma GCC unroll 8
       for (int g = 0; g < kGroups; ++g) code[g] = word(kLayout.quants, g);
     } else if constexpr (kCodes == CodeFamily::kS8) {
@@ -155,6 +157,10 @@ struct PackedBlock {
 
   static LT_MEMBER Floats code_to_float(Words code, int i) {
     if constexpr (!is_floating(kCodes)) return byte_to_float(code, i);
+    if constexpr (has_float_table(kCodes)) {
+      static constexpr FloatTable kTable = float_table(kCodes);
+      return floats_look_up(kTable.values, code >> (8 * i));
+    }
     // Exponent and mantissa in their places of a float: 2^120 times too small.
     const Words byte = code >> (8 * i) & words_set(0xff);
     const Words bits = (byte & words_set(0x7f)) << 20 | (byte & words_set(0x80)) << 24;

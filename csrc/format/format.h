@@ -3,7 +3,7 @@
 //   weight = scale * (code - zero_point)          without a minimum
 //   weight = scale * (code - zero_point) +- min   with one; the scale rule says the sign
 //
-// In families with a table the code is the table's value at a nibble.
+// In families with a table the code is the table's value at a nibble: an integer, or a float.
 //
 // Kernels are written per code family and scale rule (decode.cuh, decode_cpu.h, gguf.h) and
 // instantiated per row, so a format of a family and rule that exist is a row and no more. Params
@@ -32,6 +32,8 @@ enum class CodeFamily : int8_t {
   kE2m1,     // a nibble: sign, two bits of exponent, one of mantissa; the code is twice the value
   kTernary,  // five digits of base 3 in a byte, as a fraction of 256
   kE4m3,     // a byte: sign, four bits of exponent (bias 7), three of mantissa; no infinity
+  kNf4,      // a nibble, the index of one of 16 float32 values: float_table
+  kFp4,      // likewise
 };
 
 // How many weights share a scale, and how it is stored.
@@ -58,6 +60,8 @@ static constexpr const char* code_family_name(CodeFamily codes) {
     case CodeFamily::kE2m1: return "e2m1";
     case CodeFamily::kTernary: return "ternary";
     case CodeFamily::kE4m3: return "e4m3";
+    case CodeFamily::kNf4: return "nf4";
+    case CodeFamily::kFp4: return "fp4";
   }
   return "unknown";
 }
@@ -116,6 +120,8 @@ constexpr FormatDescriptor kFormats[] = {
   {"S4",     -1, kU4, kGroup,          8, { 32,  16, {0, 16}, {}, {}, {}, {}}},
   {"S8",     -1, kS8, kGroup,          0, { 32,  32, {0, 32}, {}, {}, {}, {}}},
   {"E4M3",   -1, kE4m3, kGroup,        0, { 32,  32, {0, 32}, {}, {}, {}, {}}},
+  {"NF4",    -1, kNf4, kGroup,         0, { 32,  16, {0, 16}, {}, {}, {}, {}}},
+  {"FP4",    -1, kFp4, kGroup,         0, { 32,  16, {0, 16}, {}, {}, {}, {}}},
 };
 // clang-format on
 }  // namespace format_table
@@ -130,8 +136,14 @@ static constexpr BlockLayout block_layout(int format) {
 static constexpr bool is_byte(CodeFamily codes) {
   return codes == CodeFamily::kS8 || codes == CodeFamily::kE4m3;
 }
+// A nibble that names a float32 value.
+static constexpr bool has_float_table(CodeFamily codes) {
+  return codes == CodeFamily::kNf4 || codes == CodeFamily::kFp4;
+}
 // Codes that products in int8 cannot take.
-static constexpr bool is_floating(CodeFamily codes) { return codes == CodeFamily::kE4m3; }
+static constexpr bool is_floating(CodeFamily codes) {
+  return codes == CodeFamily::kE4m3 || has_float_table(codes);
+}
 
 // What makes the signed codes of a family unsigned: int8 goes with its sign bit flipped.
 static constexpr int code_offset(CodeFamily codes) {
@@ -166,6 +178,28 @@ static constexpr CodeTable code_table(CodeFamily codes) {
   return table;
 }
 
+// bitsandbytes' values of four bits, as float32: NF4's are quantiles of the normal distribution
+// (Dettmers et al. 2023, arXiv:2305.14314), FP4's have a sign, two bits of exponent and one of
+// mantissa, and 12 as the largest, by which they are divided.
+struct FloatTable {
+  float values[16];
+};
+static constexpr FloatTable float_table(CodeFamily codes) {
+  if (codes == CodeFamily::kNf4) {
+    return {{-1.0f, -0.6961928009986877f, -0.5250730514526367f, -0.39491748809814453f,
+             -0.28444138169288635f, -0.18477343022823334f, -0.09105003625154495f, 0.0f,
+             0.07958029955625534f, 0.16093020141124725f, 0.24611230194568634f, 0.33791524171829224f,
+             0.44070982933044434f, 0.5626170039176941f, 0.7229568362236023f, 1.0f}};
+  }
+  constexpr float kTwelfths[8] = {0.0f, 0.0625f, 8.0f, 12.0f, 4.0f, 6.0f, 2.0f, 3.0f};
+  FloatTable table{};
+  for (int i = 0; i < 8; ++i) {
+    table.values[i] = kTwelfths[i] / 12.0f;
+    table.values[8 + i] = i == 0 ? 0.0f : -table.values[i];
+  }
+  return table;
+}
+
 // Whether 16 weights share a scale, and a minimum where there is one; else 32 or a block do.
 static constexpr bool has_scale_per_16(ScaleRule rule) {
   return rule == ScaleRule::kSubBlock16 || rule == ScaleRule::kSubBlock16Six ||
@@ -185,7 +219,8 @@ static constexpr bool is_decodable(const FormatDescriptor& format) {
   const bool subtracts_min = rule == kSubBlock32 || rule == kSubBlock16Four;
   if (rule != kBlock && subtracts_min != (format.fields.min.bytes > 0)) return false;
   if (rule == kGroup) {
-    return block_size == 32 && (format.codes == CodeFamily::kU4 || is_byte(format.codes));
+    return block_size == 32 && (format.codes == CodeFamily::kU4 || is_byte(format.codes) ||
+                                has_float_table(format.codes));
   }
   switch (format.codes) {
     case CodeFamily::kU4:
@@ -199,7 +234,9 @@ static constexpr bool is_decodable(const FormatDescriptor& format) {
       return (rule == kBlock && block_size == 32) || (rule == kSubBlock32Six && block_size == 256);
     case CodeFamily::kE2m1: return rule == kExponent && block_size == 32;
     case CodeFamily::kTernary: return rule == kBlock && block_size == 256;
-    case CodeFamily::kE4m3: return false;  // only with scales beside the blocks
+    case CodeFamily::kE4m3:
+    case CodeFamily::kNf4:
+    case CodeFamily::kFp4: return false;  // only with scales beside the blocks
   }
   return false;
 }
@@ -213,7 +250,7 @@ enum class FormatSet : int8_t {
 };
 static constexpr bool is_low_bit(CodeFamily codes) {
   return codes != CodeFamily::kU4 && codes != CodeFamily::kU5 && codes != CodeFamily::kU6 &&
-         !is_byte(codes);
+         !is_byte(codes) && !has_float_table(codes);
 }
 static constexpr FormatSet format_set(const FormatDescriptor& format) {
   if (format.takes_scales()) return FormatSet::kGroups;

@@ -30,7 +30,8 @@
 //   u2, u3 in 256      word 8h + j: bits 2p, 2p + 1 of each byte = bits 0, 1 of group j of
 //                      sub-block 4h + p
 //   u3 in 256          high_bits, word j: bit s of each byte = bit 2 of group j of sub-block s
-//   iq4, e2m1 in 32    as u4
+//   iq4, e2m1, nf4,     as u4
+//   fp4 in 32
 //   iq4 in 256         word 4s + j: low nibbles = group j of sub-block s, high = group j + 4
 //   ternary in 256     word j < 8: digit s of each byte = group j of sub-block s < 5; word 8 + j:
 //                      digit d = weights 160 + 16d + 4j ..; word 12: digit d = weights 240 + 4d ..

@@ -48,7 +48,8 @@ LT_INLINE Floats floats_fma(Floats a, Floats b, Floats c) {
 }
 
 // One register of words, per level: load, sums, bit operations, sign-extended byte, bytes of a
-// table of 16 (each byte of the word an index), conversion to float. dots_part<kLargest, kCount>(
+// table of 16 (each byte of the word an index), floats of one (the four low bits an index),
+// conversion to float. dots_part<kLargest, kCount>(
 // sum, code, q): sum + the dot products of kCount words of four unsigned codes of each row, none
 // above kLargest, with 4 * kCount signed bytes of q, none below -127, less
 // kDotSubtracts<kLargest> * (the sum of q).
@@ -71,6 +72,9 @@ LT_INLINE WordPart part_set(int32_t x) { return _mm512_set1_epi32(x); }
 LT_INLINE WordPart part_look_up(const uint8_t (&table)[16], WordPart indices) {
   const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(table));
   return _mm512_shuffle_epi8(_mm512_broadcast_i32x4(bytes), indices);
+}
+LT_INLINE Vec part_look_up(const float (&table)[16], WordPart indices) {
+  return {_mm512_permutexvar_ps(indices, _mm512_loadu_ps(table))};
 }
 LT_INLINE WordPart part_add(WordPart a, WordPart b) { return _mm512_add_epi32(a, b); }
 LT_INLINE WordPart part_and(WordPart a, WordPart b) { return _mm512_and_si512(a, b); }
@@ -117,6 +121,12 @@ LT_INLINE WordPart part_set(int32_t x) { return _mm256_set1_epi32(x); }
 LT_INLINE WordPart part_look_up(const uint8_t (&table)[16], WordPart indices) {
   const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(table));
   return _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(bytes), indices);
+}
+LT_INLINE Vec part_look_up(const float (&table)[16], WordPart indices) {
+  const __m256 low = _mm256_permutevar8x32_ps(_mm256_loadu_ps(table), indices);
+  const __m256 high = _mm256_permutevar8x32_ps(_mm256_loadu_ps(table + 8), indices);
+  const __m256i half = _mm256_slli_epi32(indices, 28);  // the fourth bit as the sign
+  return {_mm256_blendv_ps(low, high, _mm256_castsi256_ps(half))};
 }
 LT_INLINE WordPart part_add(WordPart a, WordPart b) { return _mm256_add_epi32(a, b); }
 LT_INLINE WordPart part_and(WordPart a, WordPart b) { return _mm256_and_si256(a, b); }
@@ -175,6 +185,11 @@ LT_INLINE WordPart part_look_up(const uint8_t (&table)[16], WordPart indices) {
   for (uint8_t& byte : bytes) byte = table[byte & 15];
   std::memcpy(&indices, bytes, sizeof bytes);
   return indices;
+}
+LT_INLINE Vec part_look_up(const float (&table)[16], WordPart indices) {
+  float values[Vec::kLanes];
+  for (int lane = 0; lane < Vec::kLanes; ++lane) values[lane] = table[indices[lane] & 15];
+  return vec_load(values);
 }
 LT_INLINE WordPart part_add(WordPart a, WordPart b) { return a + b; }
 LT_INLINE WordPart part_and(WordPart a, WordPart b) { return a & b; }
@@ -241,6 +256,11 @@ LT_INLINE Words operator+(Words a, Words b) {
 LT_INLINE Words words_look_up(const uint8_t (&table)[16], Words indices) {
   LT_PARTS indices.v[i] = part_look_up(table, indices.v[i]);
   return indices;
+}
+LT_INLINE Floats floats_look_up(const float (&table)[16], Words indices) {
+  Floats r;
+  LT_PARTS r.v[i] = part_look_up(table, indices.v[i]);
+  return r;
 }
 LT_INLINE Words words_signed_byte(Words a, int byte) {
   LT_PARTS a.v[i] = part_signed_byte(a.v[i], byte);

@@ -105,8 +105,10 @@ static inline constexpr QuantLinearImpl choose_quant_linear(const QuantLinearDes
       d.m >= min_wgmma_rows(d.codes, d.scale_rule, d.n, d.num_sms)) {
     return QuantLinearImpl::kWgmma;
   }
-  if (serves_skinny(d) && (d.exact || d.m <= max_skinny_rows(d.scale_rule)))
-    return QuantLinearImpl::kSkinny;
+  // The skinny kernel scales sums of codes, so that weights are exact; but those of float tables.
+  const bool takes_any_rows = d.exact && !has_float_table(d.codes);
+  const bool takes_rows = takes_any_rows || (!d.exact && d.m <= max_skinny_rows(d.scale_rule));
+  if (serves_skinny(d) && takes_rows) return QuantLinearImpl::kSkinny;
   return d.exact || d.m <= kMaxFusedRows ? QuantLinearImpl::kFused : QuantLinearImpl::kDense;
 }
 

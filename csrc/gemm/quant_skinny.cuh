@@ -6,7 +6,8 @@
 // word of a packed row, four consecutive weights, is a lane's share of a fragment: codes go from
 // shared memory to the fragment with a mask, two byte permutations and a subtraction. They are
 // exact in T as integers; scales and minima are applied in float32 to sums over 16 or 32 weights,
-// so each weight counts with the value that dequantize gives.
+// so each weight counts with the value that dequantize gives. Values of a float table are not exact
+// in T: those are scaled first and rounded once, as weights of T are.
 //
 // A block has any number of warps. Each takes, in turn, a chunk of 256 weights of kRowTiles tiles,
 // through its own ring of stages filled by cp.async: a tile's chunk is one run of bytes. The first
@@ -119,6 +120,7 @@ struct QuantSkinny {
   const int first_tile, num_tiles;
   const int first_token, num_tokens;
   char* const stages;  // of this warp
+  const float value_of_lane = Word::value_of_lane();
   float sums[kRowTiles][kTokenTiles][4] = {};
 
   static __device__ void run(const Params& p) {
@@ -308,8 +310,13 @@ struct QuantSkinny {
     }
   }
 
-  static __device__ void to_pairs(const Word& word, int part, int row, uint32_t (&a)[4]) {
-    if constexpr (Word::kFloating) {
+  __device__ void to_pairs(const Word& word, int part, int row, uint32_t (&a)[4]) const {
+    if constexpr (Word::kHasFloatTable) {
+      float weights[4];
+      word.decode_fused(part, row, value_of_lane, weights);
+      a[row] = pack_two(weights[0], weights[1], T{});
+      a[2 + row] = pack_two(weights[2], weights[3], T{});
+    } else if constexpr (Word::kFloating) {
       e4m3_to_pairs<T>(word.codes(part, row), a[row], a[2 + row]);
     } else {
       codes_to_pairs<T, Word::kEightBits>(word.codes(part, row), word.offset(row), a[row],
@@ -329,6 +336,11 @@ struct QuantSkinny {
 #pragma unroll
     for (int n = 0; n < kTokenTiles; ++n) {
       const uint2 first = x[2 * run][n], second = x[2 * run + 1][n];
+      if constexpr (Word::kHasFloatTable) {
+        ptx::mma_m16n8k16(sums[r][n], a[0], first.x, first.y, sums[r][n], T{});
+        ptx::mma_m16n8k16(sums[r][n], a[1], second.x, second.y, sums[r][n], T{});
+        continue;
+      }
       constexpr float kZeros[4] = {};
       float products[4];
       ptx::mma_m16n8k16(products, a[0], first.x, first.y, kZeros, T{});

@@ -112,7 +112,8 @@ Error launch_quant_stream(const QuantLinearParams& p, Stream stream) {
   });
   dispatch_format<FormatSet::kGroups>(p.format, [&](auto format) {
     constexpr FormatDescriptor kDescriptor = kFormats[format()];
-    if constexpr (is_wide_stream(kDescriptor.codes) == kWide) {
+    if constexpr (is_wide_stream(kDescriptor.codes) == kWide &&
+                  serves_stream_format(kDescriptor.codes, kDescriptor.scale_rule)) {
       if (kWide || (int64_t{1} << p.groups.shift) >= kRuns) {
         error = launch_stream_format<T, format(), kRuns>(p, stream);
       } else if constexpr (!kWide) {

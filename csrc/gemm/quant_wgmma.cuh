@@ -87,6 +87,7 @@ struct QuantWgmma {
   const int64_t first_tile;
   const int num_tiles;  // of this block
   const int first_token, num_tokens;
+  const float value_of_lane = Word::value_of_lane();
   float sums[kTokens / 2] = {};
 
   static __device__ void run(const Params& args) {
@@ -286,11 +287,11 @@ struct QuantWgmma {
       }
     }
   }
-  static __device__ void fragment(const Word& word, int part, uint32_t (&a)[4]) {
+  __device__ void fragment(const Word& word, int part, uint32_t (&a)[4]) const {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       float values[4];
-      word.decode_fused(part, r, values);
+      word.decode_fused(part, r, value_of_lane, values);
       a[r] = pack_two(values[0], values[1], T{});
       a[2 + r] = pack_two(values[2], values[3], T{});
     }

@@ -27,6 +27,7 @@ class FormatFacts:
         block_size: Weights of a block.
         block_bytes: Bytes of a block.
         fields: (offset, bytes) of each field of a block, in the order in which they are packed.
+        values: What the 16 nibbles stand for, float32; empty where codes are integers or bytes.
     """
 
     name: str
@@ -37,6 +38,7 @@ class FormatFacts:
     block_size: int
     block_bytes: int
     fields: dict[str, tuple[int, int]]
+    values: tuple[float, ...] = ()
 
 
 def _read() -> dict[str, Any]:
@@ -47,7 +49,8 @@ def _read() -> dict[str, Any]:
 
 def _format(row: dict[str, Any]) -> FormatFacts:
     fields = {name: (offset, size) for name, (offset, size) in row.pop("fields").items()}
-    return FormatFacts(**row, fields=fields)
+    values = row.pop("values", ())
+    return FormatFacts(**row, fields=fields, values=tuple(values))
 
 
 _facts = _read()

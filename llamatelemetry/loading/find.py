@@ -130,10 +130,11 @@ def load_model(
 
     Args:
         device, dtype, exact, progress: as in load_gguf; a directory keeps its own dtype by default.
-            Weights of GPTQ, AWQ, compressed-tensors, FP8, MXFP4 and 8-bit bitsandbytes directories
-            stay packed, those of bitsandbytes in 4 bits become dense; such directories are read of
-            text models, dense or with routed experts that are quantised one by one or gpt-oss's.
-            On Hopper GPUs linears whose input is quantised too multiply bytes, but with exact
+            Weights of GPTQ, AWQ, compressed-tensors, FP8, MXFP4 and bitsandbytes directories stay
+            packed (of bitsandbytes in 4 bits, linears whose rows are not whole blocks of 32, 64 or
+            a multiple of 128 weights become dense); such directories are read of text models, dense
+            or with routed experts that are quantised one by one or gpt-oss's. On Hopper GPUs
+            linears whose input is quantised too multiply bytes, but with exact
 
     Raises:
         ModelFileError: in one sentence

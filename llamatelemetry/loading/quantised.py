@@ -16,7 +16,7 @@ from llamatelemetry.loading.errors import ModelFileError, in_one_sentence
 from llamatelemetry.loading.files import tensor_names, weight_files
 from llamatelemetry.loading.model_lists import is_ignored, is_of_ignored_layer, loaded_dtype
 from llamatelemetry.quantization import w8a8
-from llamatelemetry.quantization.bitsandbytes import dense_linear
+from llamatelemetry.quantization.bitsandbytes import read_four_bits
 from llamatelemetry.quantization.checkpoints import load_linear, load_w8a8
 from llamatelemetry.quantization.experts import (
     PARTS,
@@ -51,9 +51,10 @@ def build_quantised(
 ) -> Any:
     """The directory's model in eval mode; most quantised linears stay packed, as GroupLinear.
 
-    Linears of bitsandbytes' 4-bit codes become dense ones of dtype: no kernel here reads them. On a
-    Hopper GPU, linears of formats that have their input quantised too are W8A8Linear. Routed
-    experts become LinearExperts of these, gpt-oss's QuantExperts.
+    Linears of bitsandbytes' 4-bit codes become dense ones of dtype where their values are neither
+    NF4's nor FP4's, or rows no whole blocks of 32, 64 or a multiple of 128 weights. On a Hopper
+    GPU, linears of formats that have their input quantised too are W8A8Linear. Routed experts
+    become LinearExperts of these, gpt-oss's QuantExperts.
 
     Args:
         path: of a directory with safetensors.
@@ -260,7 +261,11 @@ class _Filling:
 
     def _linear_of(self, parts: dict[str, Tensor]) -> nn.Linear | GroupLinear | W8A8Linear:
         if self.layout.method == "bitsandbytes" and self.layout.bits == 4:
-            return dense_linear(parts, self.dtype)
+            read = read_four_bits(parts)
+            if (packed := read.packed()) is None:
+                return read.dense(self.dtype)
+            n, k = read.codes.shape
+            return GroupLinear(packed, k, n, None, None, self.exact)
         if self.layout.takes_rows and not self.exact and w8a8.is_fast_on(self.device):
             linear = load_w8a8(self.layout, parts)
             if linear is not None:

@@ -76,17 +76,20 @@ def quant_linear(
     Args:
         x: [..., k], float32, float16 or bfloat16; rows contiguous, evenly spaced.
         packed: What repack returns for the weight's [n, k].
-        format: A QuantFormat, its name or its GGML type number; or "U4", "S4", "S8" or "E4M3",
-            whose scales stand beside the codes: llamatelemetry.quantization.groups packs them.
+        format: A QuantFormat, its name or its GGML type number; or "U4", "S4", "S8", "E4M3", "NF4"
+            or "FP4", whose scales stand beside the codes: llamatelemetry.quantization.groups packs
+            them.
         n: Rows of the weight.
         bias: [n], dtype and device of x.
         exact: Whether x stays as it is. Otherwise the CPU rounds it to 8 bits in blocks of 32
             (``scale = absmax / 127``), which is several times faster; a block with NaN or infinity
             gives NaN. CUDA never rounds x; from 17 rows on of 16-bit x on Hopper, of some formats
             and shapes from 9 on, elsewhere for many rows (past 32 or 64 of 16-bit x, past 8 of
-            float32), it rounds the weights to the dtype of x. "E4M3" is always exact on the CPU.
-        scales: [ceil(n / 16), groups, 16] float32, for "U4", "S4", "S8" and "E4M3" alone: 16 rows
-            side by side. A group is 32, 64, 128 or all weights of a row.
+            float32), it rounds the weights to the dtype of x; those of "NF4" and "FP4" for any
+            number of rows of 16-bit x where capability is 8.0 or more. "E4M3", "NF4" and "FP4" are
+            always exact on the CPU.
+        scales: [ceil(n / 16), groups, 16] float32, for the formats named above alone: 16 rows side
+            by side. A group is 32, 64, 128 or all weights of a row.
         zeros: Likewise uint8, for "U4": ``weight = scale * (code - zero)``.
         perm: [k] int32, for the formats with scales: column j of the weight meets column perm[j] of
             x, as where a quantiser sorted the columns (GPTQ's act-order). Where perm names no

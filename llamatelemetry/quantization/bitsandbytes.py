@@ -9,12 +9,21 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from llamatelemetry._native.facts import FORMATS
 from llamatelemetry.quantization.fields import tensor_of, two_sizes
+from llamatelemetry.quantization.groups import (
+    GROUPS,
+    LARGEST_GROUP,
+    GroupedWeight,
+    of_known_groups,
+    pack_groups,
+)
 
 _STATES = ("nf4", "fp4")
 # A linear's tensors besides its bias, of 4 bits and of 8.
@@ -30,12 +39,52 @@ TENSORS = {
 SIGNS = {4: ("weight.absmax",), 8: ("SCB",)}
 
 
-def dense_linear(found: Mapping[str, Tensor], dtype: torch.dtype) -> nn.Linear:
-    """A linear of 4-bit codes with the weights that these stand for, and without its bias.
+@dataclass(frozen=True)
+class FourBits:
+    """A linear as read: ``weight = table[code] * absmax`` in float32.
+
+    Attributes:
+        codes: [n, k] uint8
+        table: [16] float32
+        absmax: [ceil(n * k / block)] float32
+        block: weights that share an absmax, counted through all rows
+    """
+
+    codes: Tensor
+    table: Tensor
+    absmax: Tensor
+    block: int
+
+    def packed(self) -> GroupedWeight | None:
+        """In the kernels' layout; None of a table or of blocks that they do not know."""
+        k = self.codes.shape[1]
+        known = self.block in GROUPS or self.block == k or self.block % LARGEST_GROUP == 0
+        format = next(filter(self._is_of, ("NF4", "FP4")), None)
+        if format is None or not known or k % self.block or k % 32:
+            return None
+        scales = self.absmax.view(-1, k // self.block)
+        return pack_groups(self.codes, format, of_known_groups(scales, k))
+
+    def dense(self, dtype: torch.dtype) -> nn.Linear:
+        """A linear without its bias, its weights rounded once to dtype."""
+        n, k = self.codes.shape
+        each = self.absmax.repeat_interleave(self.block)[: n * k].view(n, k)
+        linear = nn.Linear(k, n, bias=False, device="meta")
+        weight = (self.table[self.codes.int()] * each).to(dtype)
+        linear.weight = nn.Parameter(weight, requires_grad=False)
+        return linear
+
+    def _is_of(self, format: str) -> bool:
+        """Whether the table is that format's, of which bitsandbytes itself reads no other."""
+        values = torch.tensor(FORMATS[format].values, device=self.table.device)
+        return torch.allclose(self.table, values, rtol=1e-6, atol=0)
+
+
+def read_four_bits(found: Mapping[str, Tensor]) -> FourBits:
+    """A linear of 4-bit codes; a nested absmax is resolved.
 
     Args:
         found: TENSORS[4] by name.
-        dtype: of the weights, rounded once from float32.
 
     Raises:
         ValueError: a tensor that is missing or not of its shape.
@@ -52,15 +101,12 @@ def dense_linear(found: Mapping[str, Tensor], dtype: torch.dtype) -> nn.Linear:
         )
     flat = codes.flatten()
     each = torch.stack((flat >> 4, flat & 15), -1).flatten()[: n * k]  # the first in the high bits
-    scales = _absmax(found, state)
-    if scales.numel() != -(-n * k // block):
+    absmax = _absmax(found, state)
+    if absmax.numel() != -(-n * k // block):
         raise ValueError(
-            f"weight.absmax must have {-(-n * k // block)} values, got {scales.numel()}"
+            f"weight.absmax must have {-(-n * k // block)} values, got {absmax.numel()}"
         )
-    values = table[each.int()] * scales.repeat_interleave(block)[: n * k]
-    linear = nn.Linear(k, n, bias=False, device="meta")
-    linear.weight = nn.Parameter(values.view(n, k).to(dtype), requires_grad=False)
-    return linear
+    return FourBits(each.view(n, k), table, absmax, block)
 
 
 def row_scales(found: Mapping[str, Tensor], n: int) -> Tensor:

@@ -16,13 +16,11 @@ from torch import Tensor
 
 from llamatelemetry.quantization import bitsandbytes
 from llamatelemetry.quantization.fields import tensor_of, two_sizes
-from llamatelemetry.quantization.groups import GroupedWeight, pack_groups
+from llamatelemetry.quantization.groups import GroupedWeight, of_known_groups, pack_groups
 from llamatelemetry.quantization.layouts import Layout
 from llamatelemetry.quantization.w8a8 import MOST_INT8_COLUMNS, W8A8Linear
 
 _AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
-_LARGEST_GROUP = 128  # of the kernels; larger ones are repeated
-_GROUPS = (32, 64, 128)
 
 
 @dataclass(frozen=True)
@@ -87,7 +85,7 @@ def _bytes(layout: Layout, found: Mapping[str, Tensor]) -> GroupedWeight:
         scales = scales.repeat_interleave(rows, 0)[:n]
     else:
         scales = _of_rows(sign, scales, n)
-    return pack_groups(codes, formats[codes.dtype], _of_known_groups(scales, k))
+    return pack_groups(codes, formats[codes.dtype], of_known_groups(scales, k))
 
 
 def load_w8a8(layout: Layout, found: Mapping[str, Tensor]) -> W8A8Linear | None:
@@ -151,7 +149,7 @@ def pack_linear(layout: Layout, found: Codes) -> tuple[GroupedWeight, Tensor | N
         perm = _order(found.group_of, groups, size)
     if perm is not None:
         codes = codes[:, perm]
-    scales, zeros = _of_known_groups(scales, k), _of_known_groups(zeros, k)
+    scales, zeros = of_known_groups(scales, k), of_known_groups(zeros, k)
     middle = 1 << (layout.bits - 1)
     if bool((zeros == middle).all()):
         signed = (codes.to(torch.int16) - middle).to(torch.int8)
@@ -161,19 +159,6 @@ def pack_linear(layout: Layout, found: Codes) -> tuple[GroupedWeight, Tensor | N
     else:
         raise ValueError("zero points of 8-bit weights must be 128 (a symmetric quantiser)")
     return weight, None if perm is None else perm.int()
-
-
-def _of_known_groups(values: Tensor, k: int) -> Tensor:
-    """[n, groups] values, those of large groups repeated for groups that the kernels know."""
-    groups = values.shape[1]
-    size = k // groups
-    if size * groups != k:
-        raise ValueError(f"in_features must be a multiple of its {groups} groups, got {k}")
-    if groups == 1 or size in _GROUPS:
-        return values
-    if size % _LARGEST_GROUP:
-        raise ValueError(f"groups must be of 32, 64 or a multiple of 128 weights, got {size}")
-    return values.repeat_interleave(size // _LARGEST_GROUP, 1)
 
 
 def _gptq(layout: Layout, found: Mapping[str, Tensor]) -> Codes:

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from llamatelemetry import ops
+from llamatelemetry._native.facts import FORMATS
 from llamatelemetry.ops.formats import TILE_ROWS
 
 # Name of a format -> dtype of its codes, the least and the largest.
@@ -17,7 +18,12 @@ _CODES = {
     "S4": (torch.int8, -8, 7),
     "S8": (torch.int8, -128, 127),
     "E4M3": (torch.float8_e4m3fn, -448, 448),
+    "NF4": (torch.uint8, 0, 15),
+    "FP4": (torch.uint8, 0, 15),
 }
+
+GROUPS = (32, 64, 128)  # weights that share a scale, or all of a row; larger groups are repeated
+LARGEST_GROUP = 128
 
 
 class GroupedWeight(NamedTuple):
@@ -25,7 +31,7 @@ class GroupedWeight(NamedTuple):
 
     Attributes:
         packed: [ceil(n / 16), 16 * row_bytes] uint8.
-        format: "U4", "S4", "S8" or "E4M3".
+        format: "U4", "S4", "S8", "E4M3", "NF4" or "FP4".
         scales: [ceil(n / 16), groups, 16] float32.
         zeros: Likewise uint8, or None.
     """
@@ -41,10 +47,12 @@ def pack_groups(
 ) -> GroupedWeight:
     """``weight = scale * (code - zero)``, a scale and a zero point for each group of a row.
 
+    Of "NF4" and "FP4" a code is the index of one of 16 values, which the scale multiplies.
+
     Args:
-        codes: [n, k]: for "U4" uint8 up to 15, for "S4" int8 from -8 to 7, for "S8" int8, for
-            "E4M3" float8_e4m3fn. k is a multiple of 32.
-        format: "U4", "S4", "S8" or "E4M3".
+        codes: [n, k]: for "U4", "NF4" and "FP4" uint8 up to 15, for "S4" int8 from -8 to 7, for
+            "S8" int8, for "E4M3" float8_e4m3fn. k is a multiple of 32.
+        format: "U4", "S4", "S8", "E4M3", "NF4" or "FP4".
         scales: [n, groups], floating. A group is 32, 64, 128 or all weights of a row.
         zeros: uint8 up to 15 of the shape of scales, for "U4" alone.
 
@@ -86,6 +94,23 @@ def pack_groups(
     )
 
 
+def of_known_groups(values: Tensor, k: int) -> Tensor:
+    """[n, groups] values, those of large groups repeated for groups that the kernels know.
+
+    Raises:
+        ValueError: k is no multiple of the groups, or they are of another size.
+    """
+    groups = values.shape[1]
+    size = k // groups
+    if size * groups != k:
+        raise ValueError(f"in_features must be a multiple of its {groups} groups, got {k}")
+    if groups == 1 or size in GROUPS:
+        return values
+    if size % LARGEST_GROUP:
+        raise ValueError(f"groups must be of 32, 64 or a multiple of 128 weights, got {size}")
+    return values.repeat_interleave(size // LARGEST_GROUP, 1)
+
+
 def _check_zeros(zeros: Tensor, scales: Tensor) -> None:
     """Kernels put a zero point in a mantissa unchecked: a large one spills into the exponent."""
     if zeros.dtype != torch.uint8 or zeros.shape != scales.shape:
@@ -104,8 +129,11 @@ def unpack_groups(weight: GroupedWeight, n: int, k: int) -> Tensor:
         codes = rows.view(_CODES[weight.format][0]).float()
     else:
         halves = torch.stack([rows & 15, rows >> 4]).unflatten(2, (-1, 16))
-        codes = halves.permute(1, 2, 0, 3).reshape(n, k).float()
-        codes -= 8.0 if weight.format == "S4" else 0.0
+        codes = halves.permute(1, 2, 0, 3).reshape(n, k)
+        if values := FORMATS[weight.format].values:
+            codes = torch.tensor(values, device=codes.device)[codes.int()]
+        else:
+            codes = codes.float() - (8.0 if weight.format == "S4" else 0.0)
     scales = _of_rows(weight.scales, n)
     grouped = codes.view(n, scales.shape[1], -1)
     if weight.zeros is not None:

@@ -18,7 +18,7 @@ from llamatelemetry.quantization.groups import (
 BATCHES = [1, 8, 9, 17, 33, 64, 65, 129]
 
 
-@pytest.fixture(params=["U4", "S4", "S8", "E4M3"])
+@pytest.fixture(params=["U4", "S4", "S8", "E4M3", "NF4"])
 def format(request):
     return request.param
 
@@ -30,7 +30,7 @@ class Weight:
         groups = k // (group or k)
         if format == "E4M3":
             codes = (9 * torch.randn(n, k)).to(torch.float8_e4m3fn)
-        elif format == "U4":
+        elif format in ("U4", "NF4", "FP4"):
             codes = torch.randint(0, 16, (n, k), dtype=torch.uint8)
         else:
             bound = 8 if format == "S4" else 128
@@ -57,7 +57,7 @@ class Weight:
     def assert_values(self, x, bias=None, exact=False):
         ours = self(x, bias, exact)
         # CUDA never rounds x, nor is it for codes without products in int8.
-        exact = exact or x.device.type == "cuda" or self.format == "E4M3"
+        exact = exact or x.device.type == "cuda" or self.format in ("E4M3", "NF4", "FP4")
         wide = [None if bias is None else bias.to(t) for t in (torch.float64, torch.float32)]
         truth = self.reference(x.double(), wide[0], exact)
         assert_within_2x(ours, self.reference(x.float(), wide[1], exact).to(x.dtype), truth)
@@ -72,7 +72,7 @@ def test_values(device, dtype, format, exact, m):
 
 
 @pytest.mark.parametrize("scales", [torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize(("group", "n", "k"), [(32, 16, 96), (64, 300, 768), (128, 17, 640)])
+@pytest.mark.parametrize(("group", "n", "k"), [(32, 16, 96), (64, 300, 768), (128, 49, 640)])
 def test_groups(device, dtype, format, group, scales, n, k):
     for m in (1, 8, 20, 70):
         x = torch.randn(m, k, device=device).to(dtype)
@@ -96,6 +96,15 @@ def test_identity_gives_the_weights(device, dtype, format, m):
     assert torch.equal(torch.cat([weight(part, exact=True) for part in parts]), expected)
     if device.type == "cuda":
         assert torch.equal(torch.cat([weight(part) for part in parts]), expected)
+
+
+@pytest.mark.parametrize("m", [1, 17])
+def test_fp4(device, dtype, m):
+    weight = Weight("FP4", 40, 160, 32, device)
+    expected = weight.reference(torch.eye(160, device=device), None, True).to(dtype)
+    parts = torch.eye(160, device=device, dtype=dtype).split(m)
+    assert torch.equal(torch.cat([weight(part) for part in parts]), expected)
+    weight.assert_values(torch.randn(m, 160, device=device).to(dtype))
 
 
 @pytest.mark.parametrize("m", [1, 5, 40, 200])

@@ -14,21 +14,30 @@ from torch import nn
 
 from llamatelemetry.loading.find import ModelFileError, load_model
 from llamatelemetry.models.patching import patch
-from llamatelemetry.quantization.bitsandbytes import dense_linear, row_scales
+from llamatelemetry.quantization.bitsandbytes import read_four_bits, row_scales
 from llamatelemetry.quantization.group_linear import GroupLinear
 
+NF4_EXACT = [
+    *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453),
+    *(-0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0),
+    *(0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224),
+    *(0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
+]  # of bitsandbytes' files
 IDS = torch.tensor([[5, 17, 3, 80, 41, 9]])
 CONFIG = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
-BLOCK, NESTED_BLOCK = 64, 256
+NESTED_BLOCK = 256
+FP4 = torch.tensor([0, 0.0625, 8, 12, 4, 6, 2, 3]) / 12
 
 
-def four_bits(linear, kind, nested):
+def four_bits(linear, kind, nested, block=64):
     """A linear's tensors of random codes; its weight becomes what they stand for."""
     n, k = linear.weight.shape
-    codes, table = torch.randint(16, (n * k,)), torch.randn(16)
+    tables = {"nf4": torch.tensor(NF4_EXACT), "fp4": torch.cat([FP4, 0 - FP4])}
+    codes, table = torch.randint(16, (n * k,)), tables.get(kind, torch.rand(16))
+    kind = "fp4" if kind == "fp4" else "nf4"
     parts = {"weight.quant_map": table}
-    state = {"quant_type": kind, "blocksize": BLOCK, "dtype": "float16", "shape": [n, k]}
-    blocks = -(-n * k // BLOCK)
+    state = {"quant_type": kind, "blocksize": block, "dtype": "float16", "shape": [n, k]}
+    blocks = -(-n * k // block)
     absmax = torch.rand(blocks) * 0.1
     if nested:
         bytes_, sizes = torch.randint(256, (blocks,)), torch.rand(-(-blocks // NESTED_BLOCK)) * 0.02
@@ -44,7 +53,7 @@ def four_bits(linear, kind, nested):
     parts["weight"] = (pairs[:, 0] << 4 | pairs[:, 1])[:, None]
     text = torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8)
     parts[f"weight.quant_state.bitsandbytes__{kind}"] = text
-    linear.weight.data = (table[codes] * absmax.repeat_interleave(BLOCK)[: n * k]).view(n, k)
+    linear.weight.data = (table[codes] * absmax.repeat_interleave(block)[: n * k]).view(n, k)
     return parts
 
 
@@ -69,16 +78,25 @@ def write(path, model, make, config=CONFIG):
     return model
 
 
-@pytest.mark.parametrize("nested", [False, True])
-@pytest.mark.parametrize("kind", ["nf4", "fp4"])
-def test_four_bits(tmp_path, device, kind, nested):
-    """The weights bit for bit, and a model that is patched as any dense one."""
-    make = lambda linear: four_bits(linear, kind, nested)  # noqa: E731
+@pytest.mark.parametrize(
+    ("kind", "nested", "block"),
+    [("nf4", True, 32), ("nf4", False, 64), ("fp4", True, 32), ("other", False, 32)],
+)
+def test_four_bits(tmp_path, device, kind, nested, block):
+    """The weights bit for bit, packed where rows are whole blocks of a known table's values."""
+    make = lambda linear: four_bits(linear, kind, nested, block)  # noqa: E731
     theirs = write(tmp_path, tiny_model("qwen2"), make).to(device)
     model = load_model(tmp_path, device=device, dtype=torch.float32).model
     for name, linear in linears_of(theirs):
         ours = model.get_submodule(name)
-        assert type(ours) is nn.Linear
+        if kind == "other" or linear.in_features % block:
+            assert type(ours) is nn.Linear
+        else:
+            assert type(ours) is GroupLinear
+            assert ours.format == kind.upper()
+            num_bytes = sum(tensor.nbytes for tensor in ours.buffers())
+            assert num_bytes == linear.weight.numel() * (1 / 2 + 4 / block)
+            ours = ours.dense(torch.float32)
         assert torch.equal(ours.weight, linear.weight)
     ids = IDS.to(device)
     expected = theirs(ids).logits
@@ -86,7 +104,9 @@ def test_four_bits(tmp_path, device, kind, nested):
     torch.testing.assert_close(model(ids).logits, expected, rtol=1e-4, atol=1e-4)
     half = load_model(tmp_path, device=device, dtype=torch.float16).model
     name, linear = next(linears_of(theirs))
-    assert torch.equal(half.get_submodule(name).weight, linear.weight.half())
+    ours = half.get_submodule(name)
+    ours = ours if type(ours) is nn.Linear else ours.dense(torch.float16)
+    assert torch.equal(ours.weight, linear.weight.half())
 
 
 def test_eight_bits(tmp_path, device):
@@ -127,7 +147,7 @@ def test_bytes_written_out(shape):
         "weight.quant_state.bitsandbytes__nf4": torch.tensor(list(text), dtype=torch.uint8),
     }
     expected = [[-2.0, 2.0, 0.0, -0.7898350], [0.0397901, 0.3614784, 0.5, -0.3480964]]
-    weight = dense_linear(found, torch.float32).weight
+    weight = read_four_bits(found).dense(torch.float32).weight
     torch.testing.assert_close(weight.data, torch.tensor(expected), rtol=0, atol=1e-6)
 
 

@@ -14,6 +14,15 @@ _TABLES = {
     "iq4": (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113),
     "e2m1": (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12),
 }
+# bitsandbytes': halves of NF4 below and from 0 on, as its functional.py lists them; FP4's twelfths
+# without a sign.
+_NF4 = (
+    *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453),
+    *(-0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0),
+    *(0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224),
+    *(0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
+)
+_TWELFTHS = (0, 0.0625, 8, 12, 4, 6, 2, 3)
 
 
 def dequantize(
@@ -61,6 +70,8 @@ def _codes(blocks: Tensor, facts: FormatFacts) -> Tensor:
         if facts.codes == "u3":
             codes = codes + 4 * _planes(_field(blocks, facts, "high_bits"), 32, 1)
         return codes
+    if facts.codes in ("nf4", "fp4"):
+        return _float_table(facts.codes, blocks.device)[_planes(quants, 16, 4)]
     if facts.codes in _TABLES:  # blocks of 32 hold 16 bytes: the first 16 weights are low nibbles
         table = torch.tensor(_TABLES[facts.codes], dtype=torch.int32, device=blocks.device)
         return table[_planes(quants, 16, 4)]
@@ -72,6 +83,13 @@ def _codes(blocks: Tensor, facts: FormatFacts) -> Tensor:
     if facts.codes == "u5":
         codes = codes + 16 * _planes(_field(blocks, facts, "high_bits"), 1 if small else 32, 1)
     return codes
+
+
+def _float_table(codes: str, device: torch.device) -> Tensor:
+    if codes == "nf4":
+        return torch.tensor(_NF4, device=device)
+    sizes = torch.tensor(_TWELFTHS) / 12
+    return torch.cat([sizes, 0 - sizes]).to(device)
 
 
 def _ternary_codes(quants: Tensor) -> Tensor:
