@@ -13,6 +13,7 @@ import torch
 from llamatelemetry.loading.errors import ModelFileError, in_one_sentence
 from llamatelemetry.loading.files import check_directory, json_object
 from llamatelemetry.loading.quantised import build_quantised, quantization_of
+from llamatelemetry.quantization.layouts import has_static_inputs
 
 ADAPTER = "adapter_config.json"
 # Nothing outside the directory is fetched, and no code in it is run.
@@ -61,6 +62,12 @@ def load_directory(
     if quantization is not None:
         place = device or torch.device("cpu")
         model = build_quantised(path, config, quantization, dtype, place, exact)
+        if has_static_inputs(quantization):
+            warnings.warn(
+                f"load_model: {path}: scales of the linears' inputs (a static activation scheme) "
+                "are not used: weights alone are in 8 bits, and inputs stay as they are",
+                stacklevel=3,
+            )
         _read_generation_config(path, model)
         return Directory(model, tokenizer, _eos_ids(path, model, tokenizer), _generation(model))
     with in_one_sentence(path):

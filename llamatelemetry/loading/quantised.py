@@ -86,6 +86,7 @@ def build_quantised(
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     model.config.name_or_path = str(path)
     _Filling(path, model, layout, dtype, device, exact).fill()
+    w8a8.describe_w8a8(model)
     for name, buffer in list(model.named_buffers()):
         if buffer.is_meta:
             raise ModelFileError(f"{path}: transformers' {config.model_type} leaves {name} unmade")

@@ -102,6 +102,20 @@ def layout_of(quantization: Mapping[str, Any]) -> Layout:
     raise ValueError(f"quant_method must be one of {', '.join(METHODS)}, got {method!r}")
 
 
+def has_static_inputs(quantization: Mapping[str, Any]) -> bool:
+    """Whether inputs of linears are to be quantised by scales that were found beforehand.
+
+    Raises:
+        ValueError: config_groups are not as compressed-tensors has them.
+    """
+    if quantization.get("quant_method") == "fp8":
+        return quantization.get("activation_scheme") == "static"
+    if quantization.get("quant_method") != "compressed-tensors":
+        return False
+    inputs = [one for _, one in _groups(quantization) if isinstance(one, Mapping)]
+    return any(not one.get("dynamic") for one in inputs)
+
+
 def _first(quantization: Mapping[str, Any], names: tuple[str, ...], otherwise: str) -> str:
     """The first of these fields that is set, in lower case as transformers reads them."""
     return str(next(filter(None, map(quantization.get, names)), otherwise)).lower()

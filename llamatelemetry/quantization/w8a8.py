@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 from functools import cache
+from types import NoneType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from llamatelemetry import ops
+from llamatelemetry.quantization.group_linear import GroupLinear
 from llamatelemetry.quantization.rows import RowFormat
+from llamatelemetry.quantization.w8a8_config import quantization_config
 
 MOST_OWN_ROWS = 16  # of e4m3 by our product; of more, torch's is faster
 MOST_INT8_COLUMNS = 131071  # of ops.scaled_linear
@@ -112,6 +116,21 @@ class W8A8Linear(nn.Module):
             self.weight_scales = self.weight_scales.view(torch.float32)
         return self
 
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        """Scales have the name that checkpoints give them, of blocks DeepSeek's."""
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[prefix + self._saved_scales] = destination.pop(f"{prefix}weight_scales")
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
+        if prefix + self._saved_scales in state_dict:
+            scales = state_dict.pop(prefix + self._saved_scales)
+            state_dict[f"{prefix}weight_scales"] = scales
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+
+    @property
+    def _saved_scales(self) -> str:
+        return "weight_scale" if self.takes.block is None else "weight_scale_inv"
+
     def extra_repr(self) -> str:
         block = "" if self.takes.block is None else f", block {self.takes.block}"
         return f"{self.in_features}, {self.out_features}, {self.weight.dtype}{block}"
@@ -171,7 +190,8 @@ def quantize_w8a8(
     """Puts W8A8Linear in the place of the model's linears: half the memory of 16-bit weights.
 
     patch serves such a model: norms and gates quantise what they give, and q, k and v are one
-    product, as are gate and up.
+    product, as are gate and up. save_pretrained writes it as compressed-tensors has it, which
+    load_model reads.
 
     Args:
         model: any module; it is changed. Its other modules stay, and so do linears whose weight
@@ -216,7 +236,25 @@ def quantize_w8a8(
         if not name:
             return W8A8Linear.of(part, kind)
         model.set_submodule(name, W8A8Linear.of(part, kind))
+    describe_w8a8(model)
     return model
+
+
+def describe_w8a8(model: nn.Module) -> None:
+    """Has a transformers model's config say how its linears are kept, for save_pretrained.
+
+    It says nothing where formats that no one file names are mixed.
+    """
+    config: Any = getattr(model, "config", None)
+    known = getattr(config, "quantization_config", None)
+    if not hasattr(config, "to_dict") or not isinstance(known, (dict, NoneType)):
+        return  # transformers has quantised the model itself
+    if known is not None:
+        del config.quantization_config
+    kinds = {part.takes for part in model.modules() if isinstance(part, W8A8Linear)}
+    if len(kinds) == 1 and not any(isinstance(part, GroupLinear) for part in model.modules()):
+        dense = [name for name, part in model.named_modules() if type(part) is nn.Linear]
+        config.quantization_config = quantization_config(kinds.pop(), dense)
 
 
 def _dtype_of(kind: str) -> torch.dtype:

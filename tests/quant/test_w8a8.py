@@ -82,7 +82,7 @@ def test_what_stays():
     alone = nn.Linear(8, 8)
     assert type(quantize_w8a8(alone)) is W8A8Linear
     state = quantize_w8a8(nn.Sequential(nn.Linear(8, 8))).state_dict()
-    assert set(state) == {"0.weight", "0.weight_scales", "0.bias"}
+    assert set(state) == {"0.weight", "0.weight_scale", "0.bias"}
 
 
 def test_refusals():
