@@ -13,11 +13,9 @@ Error start(const QuantizeRowsParams& p, Stream stream) {
     const bool aligned = bits % 16 == 0 && p.row_size % kQuantizeChunk == 0 &&
                          strides * static_cast<int64_t>(sizeof(T)) % 16 == 0;
     const dim3 grid(static_cast<unsigned>(p.num_rows));
-    if (p.in_blocks) {
-      quantize_blocks_kernel<T, kSource><<<grid, kQuantizeThreads, 0, stream>>>(p, aligned);
-    } else {
-      quantize_rows_kernel<T, kSource><<<grid, kQuantizeThreads, 0, stream>>>(p, aligned);
-    }
+    launch_overlapped(
+        p.in_blocks ? quantize_blocks_kernel<T, kSource> : quantize_rows_kernel<T, kSource>, grid,
+        kQuantizeThreads, stream, {p, aligned});
   });
   return last_launch_error();
 }

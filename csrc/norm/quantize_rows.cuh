@@ -1,8 +1,8 @@
 // q[r, :] = round(y[r, :] / scales[r]), scales[r] = max |y[r, :]| / 127 (int8) or 448 (e4m3), where
 // y is x, its rms_norm, that of residual += x, or its silu_and_mul, rounded to T as those round; or
 // a scale for each 128 values of a row. One with NaN or infinity is NaN. Bandwidth bound, or for a
-// few rows bound by latency: a block a row, of which a thread keeps kHeld chunks of 8 values;
-// longer rows are read and made again. Grid [num_rows].
+// few rows bound by latency: a block a row, of which a thread keeps kQuantizeHeld chunks of 8
+// values, read once; what is longer is read and made again. Grid [num_rows].
 #pragma once
 
 #include <cuda_fp8.h>
@@ -20,6 +20,15 @@ namespace llamatelemetry {
 
 constexpr int kQuantizeThreads = 256;
 constexpr int kQuantizeChunk = 8;
+constexpr int kQuantizeHeld = 2;  // chunks of a row that a thread keeps
+
+struct QuantizeRowsArgs {
+  QuantizeRowsParams call;
+  bool aligned;  // rows are loaded 16 bytes at a time
+};
+
+// The chunks of a row that a thread keeps, as floats.
+using HeldChunks = float[kQuantizeHeld][kQuantizeChunk];
 
 // Chunk c of a row as floats, zeros behind its end.
 template <typename T>
@@ -69,38 +78,54 @@ __device__ inline void store_row_chunk(T* row, int64_t c, int64_t row_size, bool
   }
 }
 
-// x becomes the row that is normed: the residual's with x added to it where there is one. A thread
-// reads what it wrote alone.
+// Chunk c of the row that is normed: where there is a residual, its with x added to it.
+template <typename T>
+__device__ inline void load_normed_chunk(const QuantizeRowsParams& p, const T* x, T* residual,
+                                         int64_t c, bool aligned, float (&values)[kQuantizeChunk]) {
+  load_row_chunk(x, c, p.row_size, aligned, values);
+  if (residual == nullptr) return;
+  float others[kQuantizeChunk];
+  load_row_chunk<T>(residual, c, p.row_size, aligned, others);
+#pragma unroll
+  for (int i = 0; i < kQuantizeChunk; ++i) {
+    values[i] = to_float(from_float<T>(others[i] + values[i]));
+  }
+  store_row_chunk(residual, c, p.row_size, aligned, values);
+}
+
+// 1 / the root of the mean square of a row, whose first chunks stay in held. x becomes the row that
+// is normed: of the rest a thread reads what it wrote alone.
 template <typename T>
 __device__ inline float row_rstd(const QuantizeRowsParams& p, const T*& x, int64_t row,
-                                 int64_t num_chunks, bool aligned) {
+                                 int64_t num_chunks, bool aligned, HeldChunks& held) {
   T* residual = p.residual ? static_cast<T*>(p.residual) + row * p.residual_row_stride : nullptr;
   float sum = 0.0f;
-  for (int64_t c = threadIdx.x; c < num_chunks; c += kQuantizeThreads) {
-    float values[kQuantizeChunk];
-    load_row_chunk(x, c, p.row_size, aligned, values);
-    if (residual) {
-      float others[kQuantizeChunk];
-      load_row_chunk<T>(residual, c, p.row_size, aligned, others);
-#pragma unroll
-      for (int i = 0; i < kQuantizeChunk; ++i) {
-        values[i] = to_float(from_float<T>(others[i] + values[i]));
-      }
-      store_row_chunk(residual, c, p.row_size, aligned, values);
-    }
+  const auto add = [&](const float (&values)[kQuantizeChunk]) {
 #pragma unroll
     for (const float v : values) sum = fmaf(v, v, sum);
+  };
+#pragma unroll
+  for (int h = 0; h < kQuantizeHeld; ++h) {
+    const int64_t c = h * kQuantizeThreads + threadIdx.x;
+    if (c >= num_chunks) continue;
+    load_normed_chunk(p, x, residual, c, aligned, held[h]);
+    add(held[h]);
+  }
+  for (int64_t c = kQuantizeHeld * kQuantizeThreads + threadIdx.x; c < num_chunks;
+       c += kQuantizeThreads) {
+    float values[kQuantizeChunk];
+    load_normed_chunk(p, x, residual, c, aligned, values);
+    add(values);
   }
   if (residual) x = residual;
   return rsqrtf(block_sum(sum) * (1.0f / static_cast<float>(p.row_size)) + p.eps);
 }
 
-// Chunk c of the row that is quantised, each step rounded to T.
+// Chunk c of x becomes that of the row that is quantised, each step rounded to T.
 template <typename T, RowSource kSource>
-__device__ inline void make_chunk(const QuantizeRowsParams& p, const T* x, int64_t c, float rstd,
-                                  bool aligned, float (&y)[kQuantizeChunk]) {
+__device__ inline void make_of_chunk(const QuantizeRowsParams& p, const T* x, int64_t c, float rstd,
+                                     bool aligned, float (&y)[kQuantizeChunk]) {
   const auto rounded = [](float v) { return to_float(from_float<T>(v)); };
-  load_row_chunk(x, c, p.row_size, aligned, y);
   if constexpr (kSource != RowSource::kRow) {
     constexpr bool kNorm = kSource == RowSource::kRmsNorm;
     const T* second = kNorm ? static_cast<const T*>(p.weight) : x + p.row_size;
@@ -116,6 +141,26 @@ __device__ inline void make_chunk(const QuantizeRowsParams& p, const T* x, int64
         y[i] = rounded(rounded(y[i] * rstd) * other[i]);
       }
     }
+  }
+}
+template <typename T, RowSource kSource>
+__device__ inline void make_chunk(const QuantizeRowsParams& p, const T* x, int64_t c, float rstd,
+                                  bool aligned, float (&y)[kQuantizeChunk]) {
+  load_row_chunk(x, c, p.row_size, aligned, y);
+  make_of_chunk<T, kSource>(p, x, c, rstd, aligned, y);
+}
+// The chunks that a thread keeps; of a norm they are there already, as row_rstd left them.
+template <typename T, RowSource kSource>
+__device__ inline void make_held(const QuantizeRowsParams& p, const T* x, int64_t num_chunks,
+                                 float rstd, bool aligned, HeldChunks& held) {
+#pragma unroll
+  for (int h = 0; h < kQuantizeHeld; ++h) {
+    const int64_t c = h * kQuantizeThreads + threadIdx.x;
+    if (c >= num_chunks) continue;
+    if constexpr (kSource != RowSource::kRmsNorm) {
+      load_row_chunk(x, c, p.row_size, aligned, held[h]);
+    }
+    make_of_chunk<T, kSource>(p, x, c, rstd, aligned, held[h]);
   }
 }
 
@@ -154,60 +199,69 @@ __device__ inline float scale_of(float largest, DType to, float& inverse) {
 // A scale for each block of a row, which the chunks of half a warp make up.
 template <typename T, RowSource kSource>
 __global__ void __launch_bounds__(kQuantizeThreads)
-    quantize_blocks_kernel(const __grid_constant__ QuantizeRowsParams p, bool aligned) {
+    quantize_blocks_kernel(const __grid_constant__ QuantizeRowsArgs args) {
   constexpr int kLanes = kQuantizeBlock / kQuantizeChunk;
+  const QuantizeRowsParams& p = args.call;
   const int64_t row = blockIdx.x;
   const int64_t num_chunks = (p.row_size + kQuantizeChunk - 1) / kQuantizeChunk;
   const T* x = static_cast<const T*>(p.x) + row * p.x_row_stride;
   let_successors_start();
   wait_for_predecessors();
+  HeldChunks held = {};
   float rstd = 0.0f;
-  if constexpr (kSource == RowSource::kRmsNorm) rstd = row_rstd(p, x, row, num_chunks, aligned);
+  if constexpr (kSource == RowSource::kRmsNorm) {
+    rstd = row_rstd(p, x, row, num_chunks, args.aligned, held);
+  }
+  make_held<T, kSource>(p, x, num_chunks, rstd, args.aligned, held);
   auto* q = static_cast<uint8_t*>(p.q) + row * p.row_size;
   float* scales = p.scales + row * scales_a_row(true, p.row_size);
-  for (int64_t first = 0; first < num_chunks; first += kQuantizeThreads) {
-    const int64_t c = first + threadIdx.x;
-    float y[kQuantizeChunk] = {}, largest = 0.0f, inverse;
-    if (c < num_chunks) make_chunk<T, kSource>(p, x, c, rstd, aligned, y);
+  const auto store = [&](int64_t c, const float (&y)[kQuantizeChunk]) {
+    float largest = 0.0f, inverse;
 #pragma unroll
     for (const float v : y) largest = larger(largest, v);
     largest = warp_reduce<Max, kLanes>(largest);
     const float scale = scale_of(largest, p.to, inverse);
-    if (c >= num_chunks) continue;
+    if (c >= num_chunks) return;
     if (c % kLanes == 0) scales[c / kLanes] = scale;
     store_chunk(p, q, c, inverse, y);
+  };
+#pragma unroll
+  for (int h = 0; h < kQuantizeHeld; ++h) store(h * kQuantizeThreads + threadIdx.x, held[h]);
+  for (int64_t first = kQuantizeHeld * kQuantizeThreads; first < num_chunks;
+       first += kQuantizeThreads) {
+    const int64_t c = first + threadIdx.x;
+    float y[kQuantizeChunk] = {};
+    if (c < num_chunks) make_chunk<T, kSource>(p, x, c, rstd, args.aligned, y);
+    store(c, y);
   }
 }
 
 template <typename T, RowSource kSource>
 __global__ void __launch_bounds__(kQuantizeThreads)
-    quantize_rows_kernel(const __grid_constant__ QuantizeRowsParams p, bool aligned) {
-  constexpr int kHeld = 2;
+    quantize_rows_kernel(const __grid_constant__ QuantizeRowsArgs args) {
+  const QuantizeRowsParams& p = args.call;
   const int64_t row = blockIdx.x;
   const int64_t num_chunks = (p.row_size + kQuantizeChunk - 1) / kQuantizeChunk;
+  const int64_t first_unheld = kQuantizeHeld * kQuantizeThreads + threadIdx.x;
   const T* x = static_cast<const T*>(p.x) + row * p.x_row_stride;
   let_successors_start();
   wait_for_predecessors();
+  HeldChunks held = {};
   float rstd = 0.0f;
-  if constexpr (kSource == RowSource::kRmsNorm) rstd = row_rstd(p, x, row, num_chunks, aligned);
-
-  float held[kHeld][kQuantizeChunk];
+  if constexpr (kSource == RowSource::kRmsNorm) {
+    rstd = row_rstd(p, x, row, num_chunks, args.aligned, held);
+  }
+  make_held<T, kSource>(p, x, num_chunks, rstd, args.aligned, held);
   float largest = 0.0f;
   const auto look = [&](const float (&y)[kQuantizeChunk]) {
 #pragma unroll
     for (const float v : y) largest = larger(largest, v);
   };
 #pragma unroll
-  for (int h = 0; h < kHeld; ++h) {
-    const int64_t c = h * kQuantizeThreads + threadIdx.x;
-    if (c < num_chunks) {
-      make_chunk<T, kSource>(p, x, c, rstd, aligned, held[h]);
-      look(held[h]);
-    }
-  }
-  for (int64_t c = kHeld * kQuantizeThreads + threadIdx.x; c < num_chunks; c += kQuantizeThreads) {
+  for (int h = 0; h < kQuantizeHeld; ++h) look(held[h]);  // zeros past the end of a row
+  for (int64_t c = first_unheld; c < num_chunks; c += kQuantizeThreads) {
     float y[kQuantizeChunk];
-    make_chunk<T, kSource>(p, x, c, rstd, aligned, y);
+    make_chunk<T, kSource>(p, x, c, rstd, args.aligned, y);
     look(y);
   }
   largest = block_max(largest);
@@ -217,13 +271,13 @@ __global__ void __launch_bounds__(kQuantizeThreads)
 
   auto* q = static_cast<uint8_t*>(p.q) + row * p.row_size;
 #pragma unroll
-  for (int h = 0; h < kHeld; ++h) {
+  for (int h = 0; h < kQuantizeHeld; ++h) {
     const int64_t c = h * kQuantizeThreads + threadIdx.x;
     if (c < num_chunks) store_chunk(p, q, c, inverse, held[h]);
   }
-  for (int64_t c = kHeld * kQuantizeThreads + threadIdx.x; c < num_chunks; c += kQuantizeThreads) {
+  for (int64_t c = first_unheld; c < num_chunks; c += kQuantizeThreads) {
     float y[kQuantizeChunk];
-    make_chunk<T, kSource>(p, x, c, rstd, aligned, y);
+    make_chunk<T, kSource>(p, x, c, rstd, args.aligned, y);
     store_chunk(p, q, c, inverse, y);
   }
 }
