@@ -224,6 +224,7 @@ class _Service:
             logits=body.options(grammar),
             shown_tokens=() if form is None else form.shown,
             speculate=not body.disable_spec_decode,
+            **body.beams,
         )
         follow = partial(self.worker.follow, timeout=self.config.timeout_s)
         names = None if body.num_told is None else TokenNames(engine.tokenizer)

@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, StrictInt, field_validator, m
 
 from llamatelemetry.inference.defaults import ModelDefaults, UnsetFloat, UnsetInt
 from llamatelemetry.inference.logit_options import MAX_LOGPROBS, LogitOptions
-from llamatelemetry.inference.sampling import SamplingParams
+from llamatelemetry.inference.sampling import GREEDY, SamplingParams
 from llamatelemetry.serving.messages import Message, Tool
 from llamatelemetry.serving.structure import ResponseFormat, StructuredOutputs
 
@@ -25,6 +25,21 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "modalities": (["text"], None),
     "reasoning_effort": (None,),
     "audio": (None,),
+}
+# What a search of beams has of fields that ask for something else, at the values that do not.
+NEUTRAL_TO_BEAMS: dict[str, tuple[Any, ...]] = {
+    "temperature": (0, 1),
+    "top_p": (1,),
+    "top_k": (0,),
+    "min_p": (0,),
+    "repetition_penalty": (1,),
+    "presence_penalty": (0,),
+    "frequency_penalty": (0,),
+    "logit_bias": ({},),
+    "stop": ([],),
+    "logprobs": (False, None),
+    "response_format": (None,),
+    "structured_outputs": (None,),
 }
 # Fields that never change an answer.
 IGNORED = {
@@ -58,6 +73,8 @@ class Generation(BaseModel):
         presence_penalty, frequency_penalty, logit_bias: see LogitOptions.
         min_tokens, stop_token_ids, ignore_eos, priority: see ContinuousBatching.submit_group.
         disable_spec_decode: whether no tokens are drafted for it, as in vLLM's SamplingParams.
+        use_beam_search, length_penalty: whether the choices are the best of as many beams, or of
+            best_of, and how their length counts, as in vLLM.
         response_format, structured_outputs: what form the text has; at most one of them.
         stream: whether the answer comes in server-sent events.
     """
@@ -82,6 +99,8 @@ class Generation(BaseModel):
     ignore_eos: bool = False
     priority: int = 0
     disable_spec_decode: bool = False
+    use_beam_search: bool = False
+    length_penalty: Annotated[float, Field(allow_inf_nan=False)] = 1.0
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None
     stream: bool = False
@@ -110,6 +129,24 @@ class Generation(BaseModel):
             raise ValueError("stop must not hold an empty string, which stops everything")
         return stops
 
+    @model_validator(mode="after")
+    def _searches_or_draws(self) -> Generation:
+        if not self.use_beam_search:
+            if self.length_penalty != 1:
+                raise ValueError("length_penalty must come with use_beam_search true")
+            return self
+        for name, values in NEUTRAL_TO_BEAMS.items():
+            if (value := getattr(self, name, values[0])) not in values:
+                raise ValueError(f"{name} must be left out with use_beam_search, got {value!r:.80}")
+        return self
+
+    @property
+    def beams(self) -> dict[str, Any]:
+        """What submit_group is asked for beside the rest."""
+        if not self.use_beam_search:
+            return {}
+        return {"num_beams": self.num_drawn, "length_penalty": self.length_penalty}
+
     @property
     def includes_usage(self) -> bool:
         return self.stream_options is not None and self.stream_options.include_usage
@@ -130,21 +167,24 @@ class Generation(BaseModel):
         Args:
             grammar: of structure.grammar_of.
         """
-        told = self.num_told
+        told, is_chosen = self.num_told, self.num_drawn > self.n and not self.use_beam_search
         return LogitOptions(
             self.presence_penalty,
             self.frequency_penalty,
             self.logit_bias,
-            0 if told is None and self.num_drawn > self.n else told,
+            0 if told is None and is_chosen else told,
             grammar,
         )
 
     def sampling(self, defaults: ModelDefaults) -> list[SamplingParams]:
-        """One for each answer that is drawn: the seeds follow one another.
+        """One for each answer that is drawn: the seeds follow one another. Of beams one for each
+        choice.
 
         Args:
             defaults: of the model.
         """
+        if self.use_beam_search:
+            return [GREEDY] * self.n
         first = random.getrandbits(62) if self.seed is None else self.seed
         filled = defaults.filled(
             temperature=self.temperature,
