@@ -1,7 +1,7 @@
 """scaled_linear of int8 and e4m3 against torch's bfloat16 linear and its own products of bytes, and
 rows quantised where they are made: SmolLM2-135M's shapes on the CPU, Llama-3-8B's on a GPU.
 
-Rows named e4m3 are of W8A8Linear: our product at one row, torch's own at 64 and 2048 on Hopper.
+Rows named e4m3 are of W8A8Linear: our product at one and 64 rows, torch's own at 2048 on Hopper.
 Those in blocks are of our product alone.
 
 The limit of products is torch's product of squares in bfloat16; of rows a read and a write.

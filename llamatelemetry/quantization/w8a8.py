@@ -15,7 +15,7 @@ from llamatelemetry.quantization.group_linear import GroupLinear
 from llamatelemetry.quantization.rows import RowFormat
 from llamatelemetry.quantization.w8a8_config import quantization_config
 
-MOST_OWN_ROWS = 16  # of e4m3 by our product; of more, torch's is faster
+MOST_OWN_ROWS = 64  # of e4m3 by our product; of more, torch's is faster
 MOST_INT8_COLUMNS = 131071  # of ops.scaled_linear
 DTYPES = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
 
@@ -66,7 +66,7 @@ class W8A8Linear(nn.Module):
     def multiply(self, q: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
         """Of rows that are quantised already, as rms_norm_quantize gives them.
 
-        More than 16 rows of e4m3 with a scale each are torch's product on Hopper, for bfloat16,
+        More than 64 rows of e4m3 with a scale each are torch's product on Hopper, for bfloat16,
         where it is faster than ours. Its sums may be in another order for another number of rows.
         """
         bias = None if self.bias is None else self.bias.to(dtype)
@@ -164,8 +164,8 @@ def merge_w8a8_linears(linears: Sequence[W8A8Linear]) -> W8A8Linear | None:
 def is_fast_on(device: torch.device) -> bool:
     """Whether products of bytes have tensor cores and kernels there.
 
-    They beat weights kept in 8 bits, but blocks in down at 64 rows; 16-bit weights are faster at 64
-    rows in two or three shapes of four, and than blocks at 2048.
+    They beat weights kept in 8 bits; 16-bit weights are faster than blocks in O at 64 rows, and at
+    2048.
     """
     return device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
 

@@ -12,6 +12,8 @@ from llamatelemetry.ops import quantize_rows, reference, scaled_linear
 KINDS = [torch.int8, torch.float8_e4m3fn]
 # m, n, k of the kernel for up to 16 rows: k is more than its warps take at once, and no whole units
 FEW_ROWS = [(16, 264, 2064), (9, 40, 1040), (5, 300, 1104)]
+# Of those for 17 to 64: more and fewer stages than a block holds.
+SOME_ROWS = [(64, 264, 2064), (17, 520, 240)]
 
 
 @pytest.fixture(params=KINDS, ids=str)
@@ -45,7 +47,7 @@ def assert_values(args, dtype, bias=None):
 
 @pytest.mark.parametrize(
     ("m", "n", "k"),
-    [(1, 8, 16), (3, 5, 7), (17, 33, 65), (129, 72, 136), (40, 200, 520), *FEW_ROWS],
+    [(1, 8, 16), (3, 5, 7), (17, 33, 65), (129, 72, 136), (40, 200, 520), *FEW_ROWS, *SOME_ROWS],
 )
 def test_values(device, dtype, kind, m, n, k):
     args = case(device, kind, m, n, k)
@@ -73,7 +75,8 @@ def assert_blocks(args, dtype, bias=None):
 
 
 @pytest.mark.parametrize(
-    ("m", "n", "k"), [(1, 8, 16), (3, 5, 130), (17, 200, 384), (130, 264, 520), *FEW_ROWS]
+    ("m", "n", "k"),
+    [(1, 8, 16), (3, 5, 130), (17, 200, 384), (130, 264, 520), *FEW_ROWS, *SOME_ROWS],
 )
 def test_blocks(device, dtype, m, n, k):
     args = blocks_case(device, m, n, k)
@@ -98,12 +101,22 @@ def test_blocks_of_nothing_and_poison(device):
 def test_blocks_of_many_tiles():
     assert_blocks(blocks_case(torch.device("cuda"), 2200, 4504, 200), torch.bfloat16)
     assert_blocks(blocks_case(torch.device("cuda"), 300, 700, 2064), torch.bfloat16)
+    assert_blocks(blocks_case(torch.device("cuda"), 33, 17032, 520), torch.bfloat16)
+
+
+@pytest.mark.gpu
+def test_rows_among_others(kind):
+    """From 17 to 64 rows the bits of one depend on no other."""
+    x, x_scales, *weight = case(torch.device("cuda"), kind, 64, 300, 4112)
+    whole = scaled_linear(x, x_scales, *weight, torch.float32)
+    for m in (17, 40):
+        assert torch.equal(scaled_linear(x[:m], x_scales[:m], *weight, torch.float32), whole[:m])
 
 
 @pytest.mark.gpu
 def test_many_tiles(kind):
     device = torch.device("cuda")
-    for m, n, k in [(2200, 4504, 200), (300, 700, 2064)]:
+    for m, n, k in [(2200, 4504, 200), (300, 700, 2064), (33, 17032, 520)]:
         assert_values(case(device, kind, m, n, k), torch.bfloat16)
 
 

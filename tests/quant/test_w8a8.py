@@ -41,9 +41,9 @@ def test_a_layer(device, dtype, kind, most):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("rows", [16, 17, 130])
+@pytest.mark.parametrize("rows", [16, 64, 65])
 def test_many_rows_of_e4m3(rows, monkeypatch):
-    """By torch's product on Hopper, from 17 rows on."""
+    """By torch's product on Hopper, from 65 rows on."""
     calls, torchs = [], torch._scaled_mm
     monkeypatch.setattr(
         torch, "_scaled_mm", lambda *args, **kwargs: calls.append(1) or torchs(*args, **kwargs)
