@@ -57,9 +57,8 @@ class StepRunner:
         # by kind, rows and what else a kind is of, the last used last
         self._steps: OrderedDict[tuple[object, ...], DecodeStep] = OrderedDict()
         self._graphs = StepGraphs()
-        self._pointers = _pointers(model)
-        self._frozen, self._versions = Frozen(model), _versions(model)
-        self._modules = modules_of(model)
+        self._modules, self._frozen = modules_of(model), Frozen(model)
+        self._pointers, self._versions = _weights_of(self._modules)
         self._angles = rope_state(model)
 
     def serves(self, model: Any) -> bool:
@@ -81,8 +80,8 @@ class StepRunner:
         Raises:
             NotPackedError: for a rotary embedding that has no table for so many positions.
         """
-        pointers, modules = _pointers(self.model), modules_of(self.model)
-        versions = _versions(self.model)
+        modules = modules_of(self.model)
+        pointers, versions = _weights_of(modules)
         same_weights = versions == self._versions and self._frozen.holds()
         num_positions = max(num_positions, self._num_positions)
         if modules != self._modules:
@@ -223,11 +222,9 @@ class StepRunner:
         return step
 
 
-def _versions(model: Any) -> list[int]:
-    """How often each weight was changed in place."""
-    return [version_of(tensor) for tensor in (*model.parameters(), *model.buffers())]
-
-
-def _pointers(model: Any) -> list[int]:
-    """Where the weights of a model lie: what a recording or a graph has frozen."""
-    return [tensor.data_ptr() for tensor in (*model.parameters(), *model.buffers())]
+def _weights_of(modules: Sequence[tuple[Any, int]]) -> tuple[list[int], list[int]]:
+    """Where the weights of modules lie, which a recording or a graph has frozen, and how often each
+    was changed in place."""
+    groups = [group for module, _ in modules for group in (module._parameters, module._buffers)]
+    weights = [weight for group in groups for weight in group.values() if weight is not None]
+    return [weight.data_ptr() for weight in weights], [version_of(weight) for weight in weights]
