@@ -71,10 +71,12 @@ LT_INLINE void sum_quantized(const QuantLinearParams& p, int64_t tile_index, con
     if constexpr (kTokens <= 2 && kUnrollSubBlocks) {
 #pragma GCC unroll 8
       for (int sub_block = 0; sub_block < Block::kSubBlocks; ++sub_block, x += kTokens) {
+        fetch_ahead<Block>(tile, sub_block);
         add_sub_block(block, sub_block, x, sum);
       }
     } else {
       for (int sub_block = 0; sub_block < Block::kSubBlocks; ++sub_block, x += kTokens) {
+        fetch_ahead<Block>(tile, sub_block);
         add_sub_block(block, sub_block, x, sum);
       }
     }

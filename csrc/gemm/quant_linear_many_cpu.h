@@ -15,6 +15,19 @@ LT_INLINE TileScales side_of(const QuantLinearParams& p, int64_t tile, int64_t b
   return {};
 }
 
+// Asks for what lies kBytesAhead behind a sub-block of the tile: few tokens wait for memory, and
+// above all for page walks, since the CPU's own prefetching ends with each page
+// (benchmarks/notes/gemm.md).
+constexpr int kBytesAhead = 4096;
+template <typename Block>
+LT_INLINE void fetch_ahead(const uint8_t* tile, int sub_block) {
+  constexpr int kLineBytes = 64, kBytes = Block::kBytes / Block::kSubBlocks;
+#pragma GCC unroll 16
+  for (int line = 0; line < kBytes; line += kLineBytes) {
+    __builtin_prefetch(tile + sub_block * kBytes + line + kBytesAhead, 0, 2);
+  }
+}
+
 // Whether a dot product starts with what the zero point takes from it.
 template <typename Block>
 constexpr bool kHasStart = Block::kZeroPoint != kDotSubtracts<Block::kLargestCode>;
@@ -113,6 +126,7 @@ LT_INLINE void sum_many(const QuantLinearParams& p, int64_t tile_index, const Pa
   for (int64_t i = 0; i < num_blocks; ++i, tile += Block::kBytes) {
     const Block block(tile, side_of<Block>(p, tile_index, i));
     for (int sub_block = 0; sub_block < Block::kSubBlocks; ++sub_block, x += panel.size) {
+      fetch_ahead<Block>(tile, sub_block);
       Words code[kGroups];
       block.codes(sub_block, code);
       add_products<kFormat>(block, sub_block, code, x, panel.size, sum);

@@ -17,11 +17,26 @@ constexpr int kMaxSharedRows =
 constexpr int kMaxSharedRows = 2;
 #endif
 
+// Asks for a row: those of a head lie apart, where the CPU's own prefetching seldom goes.
+template <typename T>
+LT_INLINE void fetch_row(const T* row, int64_t head_dim) {
+  constexpr int64_t kLine = 64 / sizeof(T);
+  for (int64_t c = 0; c < head_dim; c += kLine) __builtin_prefetch(row + c, 0, 3);
+}
+
+// Rows that are fetched one by one beside other work, which is done before they are needed.
+template <typename T>
+struct Ahead {
+  const T* const* rows;
+  int count;
+};
+
 // scores[r][j] = q[r] . keys[j]. keys holds pointers up to a multiple of 4 past num_keys.
 template <int kRows, typename T>
 void score_few(const float* q, int64_t q_stride, const T* const* keys, int num_keys,
-               int64_t head_dim, float* scores) {
+               int64_t head_dim, float* scores, Ahead<T> ahead) {
   for (int j = 0; j < num_keys; j += 4) {
+    for (int i = j; i < j + 4 && i < ahead.count; ++i) fetch_row(ahead.rows[i], head_dim);
     Vec sum[kRows][4];
     for (auto& row : sum) {
       for (Vec& x : row) x = vec_set(0);
@@ -50,13 +65,15 @@ void score_few(const float* q, int64_t q_stride, const T* const* keys, int num_k
 // o[r][c..] = o[r][c..] * scale[r] + sum_j p[r][j] values[j][c..], kVecs registers wide.
 template <int kRows, int kVecs, typename T, typename Load>
 LT_INLINE void add_values(const float* p, const float* scale, const T* const* values, int num_keys,
-                          int64_t c, float* o, int64_t o_stride, Load load) {
+                          int64_t c, int64_t head_dim, float* o, int64_t o_stride, Ahead<T> ahead,
+                          Load load) {
   // A block is summed by itself: long sums round less that way.
   Vec sum[kRows][kVecs];
   for (auto& row : sum) {
     for (Vec& x : row) x = vec_set(0);
   }
   for (int j = 0; j < num_keys; ++j) {
+    if (j < ahead.count) fetch_row(ahead.rows[j], head_dim);
     Vec value[kVecs];
     for (int v = 0; v < kVecs; ++v) value[v] = load(values[j] + c + v * Vec::kLanes);
     for (int r = 0; r < kRows; ++r) {
@@ -74,19 +91,22 @@ LT_INLINE void add_values(const float* p, const float* scale, const T* const* va
 
 template <int kRows, typename T>
 void add_values_few(const float* p, const float* scale, const T* const* values, int num_keys,
-                    int64_t head_dim, float* o, int64_t o_stride) {
+                    int64_t head_dim, float* o, int64_t o_stride, Ahead<T> ahead) {
   constexpr int kVecs = 4;
+  const auto add = [&](int64_t c, auto vecs, auto load) {
+    add_values<kRows, decltype(vecs)::value>(p, scale, values, num_keys, c, head_dim, o, o_stride,
+                                             ahead, load);
+    ahead.count = 0;
+  };
   const auto whole = [](const T* x) { return vec_load(x); };
   int64_t c = 0;
   for (; c + kVecs * Vec::kLanes <= head_dim; c += kVecs * Vec::kLanes) {
-    add_values<kRows, kVecs>(p, scale, values, num_keys, c, o, o_stride, whole);
+    add(c, std::integral_constant<int, kVecs>{}, whole);
   }
-  for (; c + Vec::kLanes <= head_dim; c += Vec::kLanes) {
-    add_values<kRows, 1>(p, scale, values, num_keys, c, o, o_stride, whole);
-  }
+  constexpr std::integral_constant<int, 1> kOne{};
+  for (; c + Vec::kLanes <= head_dim; c += Vec::kLanes) add(c, kOne, whole);
   if (const int left = static_cast<int>(head_dim - c); left > 0) {
-    add_values<kRows, 1>(p, scale, values, num_keys, c, o, o_stride,
-                         [left](const T* x) { return vec_load_first(x, left); });
+    add(c, kOne, [left](const T* x) { return vec_load_first(x, left); });
   }
 }
 
@@ -132,6 +152,8 @@ void attend_few(const Source& source, int64_t begin, int64_t end) {
     sum[r] = first_sum(source.sink(begin + r));
   }
   const int num_parts = static_cast<int>(ceil_div(num_rows, kMaxSharedRows));
+  // Values are fetched beside their keys' scores, keys beside the values of the block before.
+  const T* next_rows[kBlockKeys];
   for (int64_t first = keys.begin; first < keys.end; first += kBlockKeys) {
     const KeyRange block{first, smaller(first + kBlockKeys, keys.end)};
     const int num_keys = static_cast<int>(block.end - block.begin);
@@ -139,14 +161,18 @@ void attend_few(const Source& source, int64_t begin, int64_t end) {
     const T* value_rows[kBlockKeys];
     source.find_keys(block, key_rows);
     source.find_values(block, value_rows);
+    const KeyRange next{block.end, smaller(block.end + kBlockKeys, keys.end)};
+    if constexpr (Source::kAsTheyLie) source.find_keys(next, next_rows);
     for (int j = num_keys; j % 4 != 0; ++j) key_rows[j] = key_rows[num_keys - 1];
     for (int part = 0; part < num_parts; ++part) {
       const int row = num_rows * part / num_parts;
+      const bool fetches = Source::kAsTheyLie && part == 0;
       with_constant<kMaxSharedRows>(num_rows * (part + 1) / num_parts - row, [&](auto rows) {
         constexpr int kRows = decltype(rows)::value;
         alignas(64) float scores[kRows * kBlockKeys];
         float scale[kRows];
-        score_few<kRows>(q + row * stride, stride, key_rows, num_keys, head_dim, scores);
+        score_few<kRows>(q + row * stride, stride, key_rows, num_keys, head_dim, scores,
+                         Ahead<T>{value_rows, fetches ? num_keys : 0});
         for (int r = 0; r < kRows; ++r) {
           float* row_scores = scores + r * kBlockKeys;
           const int64_t index = begin + row + r;
@@ -165,8 +191,9 @@ void attend_few(const Source& source, int64_t begin, int64_t end) {
                                   clamp_to(seen.end - first, num_keys), num_keys, &row_max[row + r],
                                   &sum[row + r]);
         }
-        add_values_few<kRows>(scores, scale, value_rows, num_keys, head_dim, o + row * stride,
-                              stride);
+        add_values_few<kRows>(
+            scores, scale, value_rows, num_keys, head_dim, o + row * stride, stride,
+            Ahead<T>{next_rows, fetches ? static_cast<int>(next.end - next.begin) : 0});
       });
     }
   }

@@ -28,6 +28,7 @@ void write_result(const Params& p, int64_t index, const float* o, float row_max,
 template <typename Element>
 struct PagedSource {
   using T = Element;
+  static constexpr bool kAsTheyLie = true;
   static constexpr bool kHasAlibi = true;
 
   const Params& p;
@@ -127,6 +128,7 @@ struct PagedSource {
 template <typename Element>
 struct EightBitSource {
   using T = float;
+  static constexpr bool kAsTheyLie = false;
   static constexpr bool kHasAlibi = true;
 
   struct Scratch {
