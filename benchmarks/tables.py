@@ -58,7 +58,8 @@ def caption(name: str, environment: dict) -> str:
     versions = ", ".join(
         f"{package} {version}"
         for package, version in environment["versions"].items()
-        if package in ("torch", "transformers", "llama-cpp-python", "flashinfer-python")
+        if package
+        in ("torch", "transformers", "llama-cpp-python", "xllamacpp", "flashinfer-python")
     )
     return f"*{where}; {versions}; {environment['date'][:10]}, commit {environment['commit']}.*\n"
 

@@ -8,7 +8,14 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-_PACKAGES = ("transformers", "triton", "gguf", "llama-cpp-python", "flashinfer-python")
+_PACKAGES = (
+    "transformers",
+    "triton",
+    "gguf",
+    "llama-cpp-python",
+    "xllamacpp",
+    "flashinfer-python",
+)
 
 
 def cpu_name() -> str:
