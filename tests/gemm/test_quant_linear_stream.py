@@ -34,7 +34,7 @@ def grouped(n: int, k: int, group: int | None, format: str = "S4") -> GroupedWei
         bound = 8 if format == "S4" else 128
         codes = torch.randint(-bound, bound, (n, k), device="cuda", dtype=torch.int8)
         if format == "E4M3":  # subnormal ones too
-            codes = (0.02 * codes.float() ** 2 * codes.sign()).to(torch.float8_e4m3fn)
+            codes = (0.002 * codes.float() ** 2 * codes.sign()).to(torch.float8_e4m3fn)
         return pack_groups(codes, format, scales)
     codes = torch.randint(0, 16, (n, k), device="cuda", dtype=torch.uint8)
     zeros = torch.randint(0, 16, (n, groups), device="cuda", dtype=torch.uint8)
