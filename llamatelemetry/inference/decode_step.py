@@ -11,9 +11,10 @@ from torch import Tensor
 
 from llamatelemetry.inference.frozen import Frozen
 from llamatelemetry.inference.recording import Recording, RecordingError
-from llamatelemetry.inference.sampling import GREEDY, SamplingTensors, sampling_tensors
+from llamatelemetry.inference.sampling import GREEDY, SamplingTensors
 from llamatelemetry.inference.step import Chunk, prepare, put, table_of
 from llamatelemetry.inference.step_graphs import StepGraphs
+from llamatelemetry.inference.step_tensors import StepTensors
 from llamatelemetry.models.patching import (
     embedding_of,
     forward_tokens,
@@ -55,12 +56,16 @@ class DecodeStep:
         blank = [Chunk([0], 0, [])] * batch
         self._init_run(model, state, size, graphs)
         self._table = table_of(blank, width)  # on the host, as the input has it
-        self.input_ids, self.input = prepare(blank, size, width, device, self._ops.slot_mapping)
-        self.input.is_whole = False
-        self.sampling = sampling_tensors([GREEDY] * batch, device)
-        self.offsets = torch.zeros_like(self.input_ids)
+        self._lay(StepTensors(batch, batch, width, batch, device))
+        self.input = self.tensors.input(longest=1)
+        self.tensors.place(blank, [False] * batch, [GREEDY] * batch, [0] * batch, size)
         self.active = torch.zeros_like(self.input_ids, dtype=torch.bool)
         self._drawn = torch.zeros_like(self.input_ids)  # on CUDA, with -1 for NaN
+
+    def _lay(self, tensors: StepTensors) -> None:
+        """Runs read these."""
+        self.tensors, self.input_ids = tensors, tensors.input_ids
+        self.sampling, self.offsets = tensors.sampling, tensors.offsets
 
     def _init_run(
         self, model: Any, state: DecoderState, size: int, graphs: StepGraphs | None
