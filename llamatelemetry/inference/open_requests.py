@@ -66,10 +66,20 @@ class OpenRequests:
                 self.scheduler.fork(request, sibling)
         for handle, drawn in zip(handles, result, strict=False):
             self._take(handle, drawn)
-        if (group := handles[0].group) is not None and group.advance(self.scheduler):
+        return handles if handles[0].group is None else self._advance(handles)
+
+    def _advance(self, handles: list[RequestHandle]) -> list[RequestHandle]:
+        """Beams go on, if what may follow is known of all; returns whom that touches."""
+        group = handles[0].group
+        try:
+            is_over = group.advance(self.scheduler)
+        except Exception as error:  # of an answer's text, as in _take
+            self._end(handles[0], error)
+        else:
+            if not is_over:
+                return handles
             self._end(handles[0])
-            handles += group.handles
-        return handles
+        return [*handles, *group.handles]
 
     def _take(self, handle: RequestHandle, drawn: Drawn) -> None:
         try:

@@ -184,6 +184,21 @@ def test_one_that_is_cancelled_and_one_that_fails_end_all(device, models, monkey
     assert is_free(batcher)
 
 
+def test_an_answer_whose_text_fails_ends_its_search_alone(device, models, monkeypatch):
+    model = models(device)
+    batcher = ContinuousBatching(6, model)
+    bad, beside = (submitted(batcher, PROMPTS[4], SEARCHES[0])[0] for _ in range(2))
+
+    def failing(tokens):
+        raise RuntimeError("of the text")
+
+    monkeypatch.setattr(bad, "answered", failing)
+    run(batcher)
+    with pytest.raises(RuntimeError, match="of the text"):
+        bad.result()
+    assert beside.token_ids == searched(model, PROMPTS[4], SEARCHES[0])[0]
+
+
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
