@@ -1,13 +1,14 @@
 """quant_linear with scales beside the codes, as GPTQ, AWQ, int8, float8 and bitsandbytes' become.
 
-Llama-3-8B's shapes on a GPU, against torch's linear over dense bfloat16 weights; ours and torch's
-weights are each rotated past the cache. The limit is a read of codes, scales and zero points.
+Llama-3-8B's shapes on a GPU, against torch's linear over dense bfloat16 weights, and for four-bit
+codes torch's own int4 product (tinygemm); all weights are rotated past the cache. The limit is a
+read of codes, scales and zero points.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from bench_quant_linear import GPU_SHAPES
@@ -20,7 +21,9 @@ from llamatelemetry.quantization.groups import GroupedWeight, pack_groups, unpac
 
 # None: a scale a row
 FORMATS = [("S4", 128), ("U4", 128), ("S8", None), ("E4M3", 128), ("NF4", 64)]
-DENSE_BYTES = 256 << 20  # of the dense copies together, at least
+GPU_ROWS = (1, 16, 32, 64, 128, 256, 2048)
+ROTATED_BYTES = 256 << 20  # of a baseline's copies together, at least
+MAX_TINYGEMM_ROWS = 256  # it reads the weights again for each 16
 
 
 def random_weight(format: str, n: int, k: int, group: int | None, device: str) -> GroupedWeight:
@@ -34,6 +37,29 @@ def random_weight(format: str, n: int, k: int, group: int | None, device: str) -
     return pack_groups(codes, format, scales.half(), zeros)
 
 
+def rotated(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    copies = 1 + ROTATED_BYTES // sum(tensor.nbytes for tensor in tensors)
+    clones = [tuple(tensor.clone() for tensor in tensors) for _ in range(copies)]
+    return itertools.cycle([tensors, *clones])
+
+
+def tinygemm(weight: Tensor, group: int) -> Callable[..., Tensor]:
+    """torch's product over the codes and scales that weight, of random_weight's four bits, has."""
+    n, k = weight.shape
+    groups = weight.view(n, k // group, group)
+    scales = groups.abs().amax(2, keepdim=True) / 8  # of codes -8 to 7 a group of 128 has -8
+    codes = (groups / scales).round().clamp(-8, 7).view(n, k).add(8).to(torch.uint8)
+    packed = torch.ops.aten._convert_weight_to_int4pack(codes[:, ::2] << 4 | codes[:, 1::2], 8)
+    scale_and_zero = torch.stack([scales.squeeze(2).T, torch.zeros_like(scales.squeeze(2).T)], 2)
+    copies = rotated(packed, scale_and_zero.to(torch.bfloat16).contiguous())
+
+    def product(x: Tensor, *_: Tensor) -> Tensor:
+        codes, scales = next(copies)
+        return torch.ops.aten._weight_int4pack_mm(x, codes, group, scales)
+
+    return product
+
+
 def cases(device: torch.device, quick: bool) -> Iterator[Case]:
     on_cpu = device.type == "cpu"
     shapes = [(3072, 1536)] if on_cpu else GPU_SHAPES
@@ -42,11 +68,15 @@ def cases(device: torch.device, quick: bool) -> Iterator[Case]:
         for n, k in shapes[: 1 if quick else None]:
             w = random_weight(format, n, k, group, device.type)
             weight = unpack_groups(w, n, k).to(dtype)
-            copies = 1 + DENSE_BYTES // weight.nbytes
-            dense = itertools.cycle([weight, *(weight.clone() for _ in range(copies))])
+            dense = rotated(weight)
+            tiny = None
+            if not on_cpu and group and format in ("S4", "U4"):
+                tiny = tinygemm(unpack_groups(w, n, k), group)
 
-            def torchs(x: Tensor, *_: Tensor, dense: Iterator[Tensor] = dense) -> Tensor:
-                return linear(x, next(dense))
+            def torchs(
+                x: Tensor, *_: Tensor, dense: Iterator[tuple[Tensor, ...]] = dense
+            ) -> Tensor:
+                return linear(x, *next(dense))
 
             def ours(
                 x: Tensor, packed: Tensor, *sides: Tensor, format: str = format, n: int = n
@@ -54,12 +84,15 @@ def cases(device: torch.device, quick: bool) -> Iterator[Case]:
                 return quant_linear(x, packed, format, n, None, False, *sides)
 
             tensors = [w.packed, w.scales] + ([] if w.zeros is None else [w.zeros])
-            for m in (1, 16) if quick else (1, 8, 128) if on_cpu else (1, 16, 32, 64, 256):
+            for m in (1, 16) if quick else (1, 8, 128) if on_cpu else GPU_ROWS:
+                baselines: dict[str, Callable[..., Tensor]] = {f"{str(dtype)[6:]} linear": torchs}
+                if tiny and m <= MAX_TINYGEMM_ROWS:
+                    baselines["tinygemm"] = tiny
                 yield Case(
                     f"{format} {f'g{group}' if group else 'column'} {k}->{n} m={m}",
                     inputs=(torch.randn(m, k, device=device).to(dtype), *tensors),
                     ours=ours,
-                    baselines={f"{str(dtype)[6:]} linear": torchs},
+                    baselines=baselines,
                     bytes_moved=sum(tensor.nbytes for tensor in tensors),
                 )
 

@@ -1,5 +1,6 @@
 #include "gemm/quant_linear.cuh"
 #include "gemm/quant_stream.h"
+#include "gemm/wgmma_plan.h"
 
 namespace llamatelemetry {
 namespace {
@@ -29,15 +30,24 @@ Error launch_stream(const QuantLinearParams& p, Stream stream) {
 
 #ifdef LT_SM90
 Error launch_wgmma(const QuantLinearParams& p, FormatSet set, Stream stream) {
+  if (p.m <= 16 && set != FormatSet::kGroups) return launch_quant_wgmma_16(p, stream);
+  const QuantWgmmaPlan plan =
+      wgmma_plan(p.m, p.n, p.k, kFormats[p.format].codes, quant_wgmma_slots());
   const bool groups = set == FormatSet::kGroups;
-  switch (wgmma_tokens(p.m)) {
-    case 16: return launch_quant_wgmma_16(p, stream);
+  switch (plan.tokens) {
     case 32:
-      return groups ? launch_quant_wgmma_groups_32(p, stream) : launch_quant_wgmma_32(p, stream);
+      return groups ? launch_quant_wgmma_groups_32(p, plan, stream)
+                    : launch_quant_wgmma_32(p, plan, stream);
     case 64:
-      return groups ? launch_quant_wgmma_groups_64(p, stream) : launch_quant_wgmma_64(p, stream);
-    default:
-      return groups ? launch_quant_wgmma_groups_128(p, stream) : launch_quant_wgmma_128(p, stream);
+      return groups ? launch_quant_wgmma_groups_64(p, plan, stream)
+                    : launch_quant_wgmma_64(p, plan, stream);
+    case 128:
+      return groups ? launch_quant_wgmma_groups_128(p, plan, stream)
+                    : launch_quant_wgmma_128(p, plan, stream);
+    case 256:
+      return groups ? launch_quant_wgmma_groups_256(p, plan, stream)
+                    : launch_quant_wgmma_256(p, plan, stream);
+    default: return "no block of it fits on the device";
   }
 }
 #endif

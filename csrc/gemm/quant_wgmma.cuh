@@ -1,30 +1,36 @@
-// out[m, :] = x[m, :] . W^T + bias for 9 to 128 rows of x, W [n, k] packed (format/layout.h), on
-// Hopper's tensor cores: bound by decoding W once, at fewer bytes than a read of dense weights.
+// out[m, :] = x[m, :] . W^T + bias for 9 to 256 rows of x, W [n, k] packed
+// (format/layout.h), on Hopper's tensor cores: bound by decoding W once for all rows of x of a
+// block, at fewer bytes than a read of dense weights.
 //
-// W is the A operand of wgmma, 16 rows a warp: codes become weights of T in registers, by float32
-// and rounded once, as dequantize rounds them. Rows of x are the columns of B, in shared memory. A
-// lane's share of a fragment is half of the bytes of two packed words, picked by one permutation of
-// bytes, so x lies there in its own order.
+// W is the A operand of wgmma, decoded into registers (quant_wgmma_fragments.cuh), 16 rows a warp;
+// rows of x are the columns of B, in shared memory. Where 128 weights of a row share a scale and
+// accumulators suffice (kExactCodes), W's codes are multiplied as they are and each 128 products
+// are scaled as they are added up, in float32; x past 1e36 may leave its range then. Elsewhere
+// weights are scaled first and rounded to T.
 //
-// A block makes 64 columns of out for each of its warpgroups: each warp has the packed tile of its
-// 16 rows, in chunks of k through a ring of stages that the copy engine fills. While the tensor
-// cores multiply a run of 32 weights, the warps decode the next. Few tiles: the blocks of a cluster
-// share the chunks of k and add their sums up through each other's shared memory, in the order of
-// their ranks. Grid [splits * ceil(n / rows), ceil(m / tokens)], clusters of splits, block 128 *
-// groups.
+// A block has kConfig.row_groups warpgroups side by side, of 64 rows of W each, and kConfig.parts
+// of such that take turns at the chunks of k and add up through shared memory. A warp copies the
+// packed tile of its 16 rows into a ring of its own, by cp.async; the copy engine fills a ring of
+// stages with x for each part. While the tensor cores multiply a run of 32 weights, the warps
+// decode the next. Few tiles: the blocks of a cluster share the chunks of k and add their sums up
+// through each other's shared memory, in the order of their ranks.
+// Grid [splits * token tiles * ceil(n / rows)], clusters of splits. As in quant_stream.cuh the
+// first weights are read before the wait for the kernel ahead.
 #pragma once
 
 #include <cuda.h>
 
 #include <algorithm>
 #include <cstdint>
+#include <type_traits>
 
-#include "format/decode.cuh"
-#include "gemm/choice.h"
 #include "gemm/params.h"
+#include "gemm/quant_wgmma_fragments.cuh"
+#include "gemm/wgmma_plan.h"
 #include "ptx/bulk_copy.cuh"
 #include "ptx/cluster.cuh"
 #include "ptx/dependent_launch.cuh"
+#include "ptx/mma.cuh"
 #include "ptx/shared.cuh"
 #include "ptx/tma.cuh"
 #include "ptx/wgmma.cuh"
@@ -36,59 +42,77 @@ namespace llamatelemetry {
 
 struct QuantWgmmaArgs {
   QuantLinearParams call;
+  QuantWgmmaPlan plan;
+  int token_tiles;
   CUtensorMap x_map;  // boxes of 64 columns of kTokens rows of x; what lies outside reads as 0
 };
 
-template <typename T, int kFormat, QuantWgmmaConfig kConfig>
+template <typename T, int kFormat, WgmmaConfig kConfig, bool kExactCodes>
 struct QuantWgmma {
   using Params = QuantWgmmaArgs;
   using Word = PackedWord<kFormat, 2>;  // of rows 2 * group and 2 * group + 1 of a tile
+  using Weights = WeightFragments<T, kFormat>;
   static constexpr int kCapability = 90;
   static constexpr int kTokens = kConfig.tokens;
-  static constexpr int kNumWarps = 4 * kConfig.groups;
+  static constexpr int kParts = kConfig.parts;
+  static constexpr int kWarpsOfPart = 4 * kConfig.row_groups;
+  static constexpr int kNumWarps = kWarpsOfPart * kParts;
   static constexpr int kNumThreads = kNumWarps * kWarpSize;
-  static constexpr int kRows = kNumWarps * kTileRows;
-  static constexpr bool kSuperBlocks = Word::kBlockSize > 32;
-  static constexpr int kChunk = kSuperBlocks ? Word::kBlockSize : 128;  // weights of a row
-  static constexpr int kRuns = kChunk / 32;
+  static constexpr int kMinBlocks = 1;
+  static constexpr int kRows = kWarpsOfPart * kTileRows;
+  static constexpr int kStep = kWgmmaStep;                          // columns of x in a stage
+  static constexpr int kChunk = std::max(kStep, Word::kBlockSize);  // weights of a row in a slot
+  static constexpr int kSteps = kChunk / kStep;
+  static constexpr int kRuns = kStep / 32;
   static constexpr int kColumns = 64;  // of x in a row of 128 bytes, swizzled
-  static constexpr int kBoxes = kChunk / kColumns;
+  static constexpr int kBoxes = kStep / kColumns;
   static constexpr int kBlocks = kChunk / Word::kBlockSize;
   static constexpr int kTileBytes = kBlocks * Word::kPackedBytes;  // of a tile's chunk
   static constexpr int kBoxBytes = kTokens * kColumns * static_cast<int>(sizeof(T));
-  static constexpr int kWeightsAt = kBoxes * kBoxBytes;  // in a stage
-  // Scales and zero points of each tile's groups, of formats that have them beside their blocks.
-  static constexpr int kScalesBytes = Word::kHasGroups ? kBlocks * kScaleBytes : 0;
-  static constexpr int kZerosBytes = Word::kHasZeros ? kBlocks * kZeroBytes : 0;
-  static constexpr int kSideBytes = kScalesBytes + kZerosBytes;
-  static constexpr int kSidesAt = kWeightsAt + kNumWarps * kTileBytes;
-  static constexpr int kStageBytes = (kSidesAt + kNumWarps * kSideBytes + 1023) / 1024 * 1024;
+  static constexpr int kStageBytes = kBoxes * kBoxBytes;
+  // Scales and zero points, of formats that have them beside their blocks: of the chunk, or of each
+  // of its blocks.
+  static constexpr int kSides = kExactCodes ? 1 : kBlocks;
+  static constexpr int kScalesBytes = Word::kHasGroups ? kSides * kScaleBytes : 0;
+  static constexpr int kZerosBytes = Word::kHasZeros ? kSides * kZeroBytes : 0;
+  static constexpr int kSlotBytes = kTileBytes + kScalesBytes + kZerosBytes;
   static constexpr int kMaxShared = 227 * 1024;
+  // The ring of a warp's weights; the rest is for x.
+  static constexpr int kDepth = std::clamp(96 * 1024 / (kNumWarps * kSlotBytes), 2, 6);
+  static constexpr int kSlotsBytes = kNumWarps * kDepth * kSlotBytes;
   static constexpr int kMaxStages = 6;
-  static constexpr int kBarrierBytes = 2 * kMaxStages * static_cast<int>(sizeof(uint64_t));
-  // Two blocks on a multiprocessor where they fit: one decodes while the other waits.
-  static constexpr int kMinBlocks =
-      kConfig.groups <= 2 && 2 * (2 * kStageBytes + 1024 + kBarrierBytes) <= kMaxShared ? 2 : 1;
-  static constexpr int kStages =
-      std::clamp((kMaxShared / kMinBlocks - 1024 - kBarrierBytes) / kStageBytes, 2, kMaxStages);
-  // Sums of a block, a row for each token.
+  static constexpr int kBarrierBytes = 2 * kParts * kMaxStages * static_cast<int>(sizeof(uint64_t));
+  static constexpr int kStages = std::clamp(
+      (kMaxShared - kBarrierBytes - kSlotsBytes) / (kParts * kStageBytes), 2, kMaxStages);
+  static constexpr int kSlotsAt = kParts * kStages * kStageBytes;
+  // Sums of a part, a row for each token.
   static constexpr int kSumColumns = kRows + 4;
+  static constexpr int kPartFloats = kTokens * kSumColumns;
   static constexpr int kBarriersAt =
-      std::max(kStages * kStageBytes, kTokens * kSumColumns * static_cast<int>(sizeof(float)));
+      std::max(kSlotsAt + kSlotsBytes, kParts * kPartFloats * static_cast<int>(sizeof(float)));
   static constexpr int kSharedBytes = kBarriersAt + kBarrierBytes;
   static_assert(kSharedBytes <= kMaxShared);
 
   const QuantLinearParams& p;
   const CUtensorMap* const x_map;
   char* const s_bytes;
-  const int warp, lane;
+  const int warp, lane, part;
   const int rank, splits;
   const int num_chunks, blocks_per_row;
-  const int64_t first_tile;
-  const int num_tiles;  // of this block
+  const int64_t first_tile, tile;  // of the block, of this warp
+  const bool has_tile;
   const int first_token, num_tokens;
+  // What load_weights loads next, and where to; a lane's piece of scales and zero points.
+  int load_chunk;
+  const uint8_t* load_from;
+  uint32_t load_to;
+  const uint32_t slots_end;
+  bool loads_side = false;
+  int side_block = 0, side_stride = 0;
+  uint32_t side_to = 0;
+  const uint8_t* side_from = nullptr;
   const float value_of_lane = Word::value_of_lane();
-  float sums[kTokens / 2] = {};
+  float sums[kTokens / 2];
 
   static __device__ void run(const Params& args) {
     extern __shared__ __align__(1024) char s_bytes[];
@@ -104,246 +128,322 @@ struct QuantWgmma {
       : p(args.call),
         x_map(&args.x_map),
         s_bytes(s_bytes),
-        warp(threadIdx.x / kWarpSize),
+        // By a shuffle, so that the compiler knows it to be the same in all lanes.
+        warp(__shfl_sync(0xffffffff, static_cast<int>(threadIdx.x) / kWarpSize, 0)),
         lane(threadIdx.x % kWarpSize),
-        rank(static_cast<int>(blockIdx.x) % p.splits),
-        splits(p.splits),
+        part(warp / kWarpsOfPart),
+        rank(static_cast<int>(blockIdx.x) % args.plan.splits),
+        splits(args.plan.splits),
         num_chunks(static_cast<int>((p.k + kChunk - 1) / kChunk)),
         blocks_per_row(static_cast<int>(p.k / Word::kBlockSize)),
-        first_tile(int64_t{blockIdx.x / p.splits} * kNumWarps),
-        num_tiles(static_cast<int>(
-            min(int64_t{kNumWarps}, (p.n + kTileRows - 1) / kTileRows - first_tile))),
-        first_token(static_cast<int>(blockIdx.y) * kTokens),
-        num_tokens(min(kTokens, static_cast<int>(p.m) - first_token)) {}
+        first_tile(int64_t{blockIdx.x} / splits / args.token_tiles * kWarpsOfPart),
+        tile(first_tile + warp % kWarpsOfPart),
+        has_tile(tile < (p.n + kTileRows - 1) / kTileRows),
+        first_token(static_cast<int>(blockIdx.x) / splits % args.token_tiles * kTokens),
+        num_tokens(min(kTokens, static_cast<int>(p.m) - first_token)),
+        load_chunk(rank * kParts + part),
+        load_from(p.packed + (tile * blocks_per_row + load_chunk * kBlocks) * Word::kPackedBytes +
+                  16 * lane),
+        load_to(ptx::shared_address(slot(0))),
+        slots_end(load_to + kDepth * kSlotBytes) {
+    if constexpr (Word::kHasGroups) {
+      constexpr int kLanes = kScaleBytes / 16;  // for 16 scales
+      const bool of_scales = lane < kSides * kLanes;
+      const int side = of_scales ? lane / kLanes : lane - kSides * kLanes;
+      const TileScales from = scales_of(p.groups, tile, 0);
+      loads_side = of_scales || (Word::kHasZeros && side < kSides);
+      side_block = side * (kBlocks / kSides);
+      if (of_scales) {
+        side_from = reinterpret_cast<const uint8_t*>(from.scales) + lane % kLanes * 16;
+        side_to = kTileBytes + side * kScaleBytes + lane % kLanes * 16;
+        side_stride = kScaleBytes;
+      } else {
+        side_from = from.zeros;
+        side_to = kTileBytes + kScalesBytes + side * kZeroBytes;
+        side_stride = kZeroBytes;
+      }
+    }
+  }
 
   __device__ uint32_t full(int stage) const {
-    return ptx::shared_address(s_bytes + kBarriersAt) + stage * sizeof(uint64_t);
+    return ptx::shared_address(s_bytes + kBarriersAt) +
+           (part * 2 * kMaxStages + stage) * static_cast<uint32_t>(sizeof(uint64_t));
   }
   __device__ uint32_t empty(int stage) const { return full(kMaxStages + stage); }
-
-  __device__ int bytes_of(int chunk) const {
-    return min(kBlocks, blocks_per_row - chunk * kBlocks) * Word::kPackedBytes;
+  __device__ uint32_t stage_address(int stage) const {
+    return ptx::shared_address(s_bytes) + (part * kStages + stage) * kStageBytes;
   }
-  __device__ const uint8_t* chunk_of(int tile, int chunk) const {
-    return p.packed + (first_tile + tile) * blocks_per_row * int64_t{Word::kPackedBytes} +
-           int64_t{chunk} * kTileBytes;
+  __device__ uint8_t* slot(int i) const {
+    return reinterpret_cast<uint8_t*>(s_bytes) + kSlotsAt + (warp * kDepth + i) * kSlotBytes;
   }
+  // The i-th chunk of this part.
+  __device__ int chunk_of(int i) const { return rank * kParts + part + i * splits * kParts; }
+  __device__ bool fills() const { return warp % kWarpsOfPart == 0; }  // stages of its part
 
-  // Barriers, and the first weights on their way to L2.
+  // Barriers, and the first weights on their way.
   __device__ void prepare() {
-    if (threadIdx.x == 0) {
+    if (fills() && lane == 0) {
       for (int i = 0; i < kStages; ++i) {
         ptx::mbarrier_init(full(i), 1);
-        ptx::mbarrier_init(empty(i), kNumWarps);
+        ptx::mbarrier_init(empty(i), kWarpsOfPart);
       }
       ptx::fence_mbarrier_init();
       ptx::prefetch_tensor_map(x_map);
     }
-    // Of a last chunk that is not whole, what is not there meets zeros of x: it must be finite.
-    if (p.k % kChunk != 0) {
-      for (int stage = 0; stage < kStages; ++stage) {
-        auto* words = reinterpret_cast<uint4*>(s_bytes + stage * kStageBytes + kWeightsAt);
-        for (int i = threadIdx.x; i < kNumWarps * (kTileBytes + kSideBytes) / 16;
-             i += kNumThreads) {
-          words[i] = uint4{};
-        }
-      }
-      ptx::fence_proxy_async_shared();
-    }
-    constexpr int kLineBytes = 128;
-    if (warp < num_tiles && rank < num_chunks) {
-      for (int byte = lane * kLineBytes; byte < bytes_of(rank); byte += kWarpSize * kLineBytes) {
-        ptx::prefetch_l2(chunk_of(warp, rank) + byte);
-      }
-    }
+#pragma unroll
+    for (int i = 0; i < kDepth - 1; ++i) load_weights();
     __syncthreads();
   }
 
-  // Of one warp: the copies of a chunk into a stage, boxes of x and the tiles' runs of bytes.
-  __device__ void load(int chunk, int stage) const {
-    if (chunk >= num_chunks) return;
-    const uint32_t to = ptx::shared_address(s_bytes + stage * kStageBytes);
-    const int num_bytes = bytes_of(chunk);
-    const int num_groups = groups_of(chunk);
-    const int scale_bytes = Word::kHasGroups ? num_groups * kScaleBytes : 0;
-    const int zero_bytes = Word::kHasZeros ? num_groups * kZeroBytes : 0;
-    if (lane == 0) {
-      ptx::mbarrier_arrive_expect(full(stage),
-                                  kWeightsAt + num_tiles * (num_bytes + scale_bytes + zero_bytes));
-    }
-    __syncwarp();
-    if (lane < kBoxes) {
-      ptx::tma_load_2d(to + lane * kBoxBytes, x_map, full(stage), chunk * kChunk + lane * kColumns,
-                       first_token);
-    }
-    const int tile = lane - (kWarpSize - kNumWarps);
-    if (tile >= 0 && tile < num_tiles) {
-      ptx::bulk_load(to + kWeightsAt + tile * kTileBytes, chunk_of(tile, chunk), num_bytes,
-                     full(stage));
+  // The next chunk of this warp's tile into its next slot. Of a last chunk that is not whole, what
+  // is not there meets zeros of x: it must be finite, so it is zeros.
+  __device__ void load_weights() {
+    if (load_chunk < num_chunks && has_tile) {
+      const int blocks = blocks_per_row - load_chunk * kBlocks;
+      const int num_bytes = min(kBlocks, blocks) * Word::kPackedBytes;
+      const uint32_t to = load_to + 16 * lane;
+#pragma unroll
+      for (int first = 0; first < kTileBytes; first += 16 * kWarpSize) {
+        const bool whole = first + 16 * kWarpSize <= kTileBytes;
+        if (whole || first + 16 * lane < kTileBytes) {
+          ptx::cp_async_16_or_zeros(to + first, load_from + first, first + 16 * lane < num_bytes);
+        }
+      }
       if constexpr (Word::kHasGroups) {
-        const TileScales from = scales_of(p.groups, first_tile + tile, int64_t{chunk} * kBlocks);
-        const uint32_t side = to + kSidesAt + tile * kSideBytes;
-        ptx::bulk_load(side, from.scales, scale_bytes, full(stage));
-        if constexpr (Word::kHasZeros) {
-          ptx::bulk_load(side + kScalesBytes, from.zeros, zero_bytes, full(stage));
+        if (loads_side) {
+          const bool valid = side_block < blocks;
+          const int block = load_chunk * kBlocks + (valid ? side_block : 0);
+          ptx::cp_async_16_or_zeros(load_to + side_to,
+                                    side_from + (block >> p.groups.shift) * side_stride, valid);
         }
       }
     }
-    __syncwarp();
-  }
-  // How many groups the blocks of a chunk are in.
-  __device__ int groups_of(int chunk) const {
-    const int last = min((chunk + 1) * kBlocks, blocks_per_row) - 1;
-    return (last >> p.groups.shift) - (chunk * kBlocks >> p.groups.shift) + 1;
+    ptx::cp_async_commit();
+    load_chunk += splits * kParts;
+    load_from += int64_t{splits} * kParts * kTileBytes;
+    load_to += kSlotBytes;
+    if (load_to == slots_end) load_to -= kDepth * kSlotBytes;
   }
 
-  // A stage is filled again kLag chunks after it was read: with stages to spare the warp that does
+  // Of one warp: the boxes of x of a step of this part, counted from 0, into a stage.
+  __device__ void load_tokens(int step, int stage) const {
+    const int chunk = chunk_of(step / kSteps);
+    if (chunk >= num_chunks || lane != 0) return;
+    ptx::mbarrier_arrive_expect(full(stage), kStageBytes);
+#pragma unroll
+    for (int box = 0; box < kBoxes; ++box) {
+      ptx::tma_load_2d(stage_address(stage) + box * kBoxBytes, x_map, full(stage),
+                       chunk * kChunk + step % kSteps * kStep + box * kColumns, first_token);
+    }
+  }
+
+  // A stage is filled again kLag steps after it was read: with stages to spare the warp that does
   // it need not wait for the slowest.
   static constexpr int kLag = kStages > 2 ? 2 : 1;
   static constexpr int kAhead = kStages - kLag;
 
-  __device__ void multiply() {
-    if (warp == 0) {
-      for (int i = 0; i < kAhead; ++i) load(rank + i * splits, i);
-    }
-    int count = 0, stage = 0, parity = 0;    // of the chunk at hand
+  struct Ring {
+    int stage = 0, parity = 0;               // of the step at hand
     int target = kAhead, target_parity = 1;  // of the stage that is filled meanwhile
-    for (int chunk = rank; chunk < num_chunks; chunk += splits) {
-      ptx::mbarrier_wait(full(stage), parity);
-      multiply_chunk(s_bytes + stage * kStageBytes, [&] {
-        if (warp != 0) return;
-        if (count >= kLag) ptx::mbarrier_wait(empty(target), target_parity);
-        load(chunk + kAhead * splits, target);
-      });
-      if (lane == 0) ptx::mbarrier_arrive(empty(stage));
-      ++count;
+    int step = 0;
+
+    __device__ void advance() {
+      ++step;
       if (++stage == kStages) stage = 0, parity ^= 1;
       if (++target == kStages) target = 0, target_parity ^= 1;
     }
+  };
+
+  __device__ void multiply() {
+    if (kExactCodes || chunk_of(0) >= num_chunks) {
+#pragma unroll
+      for (float& sum : sums) sum = 0;
+    }
+    if (chunk_of(0) >= num_chunks) return;
+    if (fills()) {
+      for (int i = 0; i < kAhead; ++i) load_tokens(i, i);
+      __syncwarp();
+    }
+    Ring ring;
+    RunFragments a[2];  // of the run at hand and of the next
+    const uint8_t* weights = slot(0);
+    const uint8_t* const end = slot(kDepth);
+    ptx::cp_async_wait<kDepth - 2>();
+    __syncwarp();
+    Codes codes{};
+    load_codes(weights, 0, codes);
+    decode(weights, 0, codes, a[0]);
+    for (int chunk = chunk_of(0); chunk < num_chunks; chunk += splits * kParts) {
+      const uint8_t* next = weights + kSlotBytes == end ? slot(0) : weights + kSlotBytes;
+      const bool is_last = chunk + splits * kParts >= num_chunks;
+#pragma unroll
+      for (int step = 0; step < kSteps; ++step) {
+        multiply_step(weights, is_last ? nullptr : next, step, ring, a);
+        ring.advance();
+      }
+      weights = next;
+    }
+    if constexpr (!kExactCodes) {
+      ptx::wgmma_wait<0>();
+      ptx::wgmma_hold(sums);
+    }
   }
 
-  // A chunk in runs of 32 weights, in pairs that come from the same words: neighbours, or in
-  // six-bit formats 64 apart, as the two nibbles of a word are.
-  static __device__ constexpr int first_weight(int run) {
-    const int pair = run / 2;
-    if (Word::kSixBits) return 32 * (pair / 2 * 4 + pair % 2 + run % 2 * 2);
-    return 32 * run;
-  }
-
-  // refill: called once the tensor cores have work.
-  template <typename Refill>
-  __device__ void multiply_chunk(const char* stage, Refill&& refill) {
-    const auto* weights = reinterpret_cast<const uint8_t*>(stage) + kWeightsAt + warp * kTileBytes;
-    const uint64_t x = ptx::k_major_descriptor(ptx::shared_address(stage));
-    uint32_t a[2][2][4];  // of two runs: two steps of 16 weights each
+  // Step `step` of a chunk, whose first run is decoded; decodes the first run of what follows: the
+  // rest of the chunk, or `next`.
+  __device__ void multiply_step(const uint8_t* weights, const uint8_t* next, int step, Ring& ring,
+                                RunFragments (&a)[2]) {
+    const uint64_t x = ptx::k_major_descriptor(stage_address(ring.stage));
+    [[maybe_unused]] float products[kExactCodes ? kTokens / 2 : 1];
+    ptx::mbarrier_wait(full(ring.stage), ring.parity);
 #pragma unroll
     for (int run = 0; run < kRuns; ++run) {
-      if (run == 1) refill();
-      if (run >= 2) ptx::wgmma_wait<1>();  // the registers that come now are free
-      decode(weights, staged_scales(stage, run), run, a[run % 2]);
       ptx::wgmma_fence();
 #pragma unroll
-      for (int step = 0; step < 2; ++step) {
-        const int column = first_weight(run) + 16 * step;
+      for (int half = 0; half < 2; ++half) {
+        const int column = Weights::first_weight(run) % kStep + 16 * half;
         const int offset = column / kColumns * kBoxBytes + column % kColumns * int{sizeof(T)};
-        ptx::wgmma_registers_k_major<T, kTokens>(sums, a[run % 2][step], x + (offset >> 4));
+        const bool inside = run != 0 || half != 0;
+        if constexpr (kExactCodes) {
+          ptx::wgmma_registers_k_major<T, kTokens>(products, a[run % 2][half], x + (offset >> 4),
+                                                   inside);
+        } else {
+          ptx::wgmma_registers_k_major<T, kTokens>(sums, a[run % 2][half], x + (offset >> 4),
+                                                   inside || ring.step != 0);
+        }
       }
       ptx::wgmma_commit();
-    }
-    ptx::wgmma_wait<0>();
-    ptx::wgmma_hold(sums);
-  }
-
-  __device__ TileScales staged_scales(const char* stage, int block) const {
-    if constexpr (!Word::kHasGroups) return {};
-    const int group = block >> p.groups.shift;  // a chunk begins with a group
-    const auto* side = reinterpret_cast<const uint8_t*>(stage) + kSidesAt + warp * kSideBytes;
-    return {reinterpret_cast<const float*>(side) + group * kTileRows,
-            side + kScalesBytes + group * kZeroBytes};
-  }
-
-  // Of 16 weights of each row, a lane has the 2 * t-th and the next of each half, t = lane % 4:
-  // half of the bytes of two words.
-  __device__ void decode(const uint8_t* weights, const TileScales& side, int run,
-                         uint32_t (&a)[2][4]) const {
-    const int word = lane % 4 / 2, row = lane / 4 * 2;
-    const uint32_t selector = lane % 2 == 0 ? 0x5410 : 0x7632;
-    if constexpr (kSuperBlocks) {
-      const int pair = run / 2;
-      const int first = Word::kSixBits ? pair / 2 * 16 + pair % 2 * 8 : 8 * pair;
-#pragma unroll
-      for (int step = 0; step < 2; ++step) {
-        fragment(Word(weights, first + 4 * step + word, row, selector), run % 2, a[step]);
+      const bool inside_chunk = run + 1 < kRuns || step + 1 < kSteps;
+      if (!inside_chunk && next != nullptr) {
+        ptx::cp_async_wait<kDepth - 2>();
+        __syncwarp();
       }
+      const uint8_t* from = inside_chunk ? weights : next;
+      const int of_chunk = inside_chunk ? step * kRuns + run + 1 : 0;
+      Codes codes{};
+      if (from != nullptr) load_codes(from, of_chunk, codes);
+      ptx::wgmma_wait<1>();  // the fragments before these are free
+      if (from != nullptr) decode(from, of_chunk, codes, a[(run + 1) % 2]);
+      if (run == 0) {
+        if (!kExactCodes && ring.step > 0) release(ring.stage == 0 ? kStages - 1 : ring.stage - 1);
+        refill(ring);
+        if (step == 0) load_weights();
+      }
+    }
+    if constexpr (kExactCodes) {
+      ptx::wgmma_wait<0>();
+      ptx::wgmma_hold(products);
+      release(ring.stage);
+      add_scaled(weights, products);
+    }
+  }
+
+  __device__ void release(int stage) const {
+    if (lane == 0) ptx::mbarrier_arrive(empty(stage));
+  }
+  __device__ void refill(const Ring& ring) const {
+    if (fills()) {
+      if (ring.step >= kLag) ptx::mbarrier_wait(empty(ring.target), ring.target_parity);
+      load_tokens(ring.step + kAhead, ring.target);
+    }
+    __syncwarp();
+  }
+
+  // What decode takes beside the weights: where codes are multiplied, their words, whose way from
+  // shared memory is then over.
+  struct None {};
+  using Codes = std::conditional_t<kExactCodes, CodeWords, None>;
+  __device__ void load_codes(const uint8_t* weights, int run, Codes& codes) const {
+    if constexpr (kExactCodes) {
+      codes.load(weights + run * Word::kPackedBytes + Word::kQuants, lane);
+    }
+  }
+  __device__ void decode(const uint8_t* weights, int run, const Codes& codes,
+                         RunFragments& a) const {
+    const uint8_t* scales = weights + kTileBytes;
+    if constexpr (kExactCodes) {
+      uint32_t zeros = 0;
+      if constexpr (Word::kHasZeros) {
+        zeros = *reinterpret_cast<const uint16_t*>(scales + kScalesBytes + lane / 4 * 2);
+      }
+      code_fragments<T, kFormat>(codes, lane, zeros, a);
     } else {
-      const uint8_t* block = weights + run * Word::kPackedBytes;
-      if constexpr (Word::kByteCodes) {
-        fragment(Word(block, word, row, selector, side), 0, a[0]);
-        fragment(Word(block, word + 4, row, selector, side), 0, a[1]);
-      } else {
-        const Word both(block, word, row, selector, side);
-        fragment(both, 0, a[0]);
-        fragment(both, 1, a[1]);
+      TileScales side{};
+      if constexpr (Word::kHasGroups) {
+        side = {reinterpret_cast<const float*>(scales + run * kScaleBytes),
+                scales + kScalesBytes + run * kZeroBytes};
       }
+      Weights::decode(weights, run, lane, side, value_of_lane, a);
     }
   }
-  __device__ void fragment(const Word& word, int part, uint32_t (&a)[4]) const {
+
+  __device__ void add_scaled(const uint8_t* weights, const float (&products)[kTokens / 2]) {
+    const auto scale = *reinterpret_cast<const float2*>(weights + kTileBytes + lane / 4 * 8);
 #pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      float values[4];
-      word.decode_fused(part, r, value_of_lane, values);
-      a[r] = pack_two(values[0], values[1], T{});
-      a[2 + r] = pack_two(values[2], values[3], T{});
+    for (int i = 0; i < kTokens / 2; ++i) {
+      sums[i] = fmaf(i % 4 < 2 ? scale.x : scale.y, products[i], sums[i]);
     }
   }
 
   __device__ void reduce_and_store() {
     float* s_sums = reinterpret_cast<float*>(s_bytes);
     __syncthreads();  // the stages are free
-    // Rows 2 * group and 2 * group + 1 of a tile were rows group and group + 8 of the fragment.
-    const int row = warp * kTileRows + lane / 4 * 2;
+    const int row = warp % kWarpsOfPart * kTileRows + lane / 4 * 2;
 #pragma unroll
     for (int j = 0; j < kTokens / 8; ++j) {
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
         const int token = 8 * j + lane % 4 * 2 + e;
-        *reinterpret_cast<float2*>(s_sums + token * kSumColumns + row) =
+        *reinterpret_cast<float2*>(s_sums + part * kPartFloats + token * kSumColumns + row) =
             float2{sums[4 * j + e], sums[4 * j + 2 + e]};
       }
     }
-    const bool shared = splits > 1;
-    if (shared) {
-      ptx::cluster_sync();
-    } else {
-      __syncthreads();
-    }
+    __syncthreads();
     constexpr int kFours = kRows / 4;
-    for (int i = threadIdx.x; i < num_tokens * kFours; i += kNumThreads) {
-      const int token = i / kFours;
-      if (token % splits == rank) store_four_columns(s_sums, token, i % kFours * 4);
+    const bool shared = splits > 1;
+    if (!shared || kParts > 1) {
+      for (int i = threadIdx.x; i < num_tokens * kFours; i += kNumThreads) {
+        const int token = i / kFours, row = i % kFours * 4;
+        float* at = s_sums + token * kSumColumns + row;
+        const float4 total = sum_of_parts(at);
+        if (!shared) store_four(token, row, total);
+        if (shared) *reinterpret_cast<float4*>(at) = total;
+      }
     }
-    if (shared) ptx::cluster_sync();  // nobody leaves while its sums are read
+    if (!shared) return;
+    ptx::cluster_sync();
+    for (int i = threadIdx.x; i < num_tokens * kFours; i += kNumThreads) {
+      const int token = i / kFours, row = i % kFours * 4;
+      if (token % splits != rank) continue;
+      const uint32_t at = ptx::shared_address(s_sums + token * kSumColumns + row);
+      float4 total{};
+      for (int r = 0; r < splits; ++r) add(total, ptx::load_cluster(ptx::cluster_address(at, r)));
+      store_four(token, row, total);
+    }
+    ptx::cluster_sync();  // nobody leaves while its sums are read
+  }
+  static __device__ void add(float4& to, const float4& x) {
+    to.x += x.x, to.y += x.y, to.z += x.z, to.w += x.w;
+  }
+  static __device__ float4 sum_of_parts(const float* at) {
+    float4 total = *reinterpret_cast<const float4*>(at);
+#pragma unroll
+    for (int i = 1; i < kParts; ++i) {
+      add(total, *reinterpret_cast<const float4*>(at + i * kPartFloats));
+    }
+    return total;
   }
 
-  __device__ void store_four_columns(const float* s_sums, int token, int row) const {
-    const float* from = s_sums + token * kSumColumns + row;
-    float total[4] = {};
-    for (int r = 0; r < splits; ++r) {
-      float4 part;
-      if (splits > 1) {
-        part = ptx::load_cluster(ptx::cluster_address(ptx::shared_address(from), r));
-      } else {
-        part = *reinterpret_cast<const float4*>(from);
-      }
-      total[0] += part.x, total[1] += part.y, total[2] += part.z, total[3] += part.w;
-    }
+  __device__ void store_four(int token, int row, const float4& four) const {
     const int64_t column = first_tile * kTileRows + row;
     T* out = static_cast<T*>(p.out) + (int64_t{first_token} + token) * p.n + column;
+    const float total[4] = {four.x, four.y, four.z, four.w};
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       if (column + i >= p.n) return;
-      if (p.bias != nullptr) total[i] += to_float(static_cast<const T*>(p.bias)[column + i]);
-      out[i] = from_float<T>(total[i]);
+      const float bias =
+          p.bias == nullptr ? 0 : to_float(static_cast<const T*>(p.bias)[column + i]);
+      out[i] = from_float<T>(total[i] + bias);
     }
   }
 };

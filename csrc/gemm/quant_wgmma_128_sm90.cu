@@ -2,8 +2,9 @@
 
 namespace llamatelemetry {
 
-Error launch_quant_wgmma_128(const QuantLinearParams& p, Stream stream) {
-  return launch_quant_wgmma<128, FormatSet::kWide>(p, stream);
+Error launch_quant_wgmma_128(const QuantLinearParams& p, const QuantWgmmaPlan& plan,
+                             Stream stream) {
+  return launch_quant_wgmma<128, FormatSet::kWide>(p, plan, stream);
 }
 
 }  // namespace llamatelemetry

@@ -2,8 +2,8 @@
 
 namespace llamatelemetry {
 
-Error launch_quant_wgmma_64(const QuantLinearParams& p, Stream stream) {
-  return launch_quant_wgmma<64, FormatSet::kWide>(p, stream);
+Error launch_quant_wgmma_64(const QuantLinearParams& p, const QuantWgmmaPlan& plan, Stream stream) {
+  return launch_quant_wgmma<64, FormatSet::kWide>(p, plan, stream);
 }
 
 }  // namespace llamatelemetry

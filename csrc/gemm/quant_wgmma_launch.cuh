@@ -9,12 +9,12 @@
 
 namespace llamatelemetry {
 
-// How many clusters of each size the current device runs at once: asked once a device.
+// How many clusters of each size the current device runs at once, a block of Kernel a
+// multiprocessor: asked once a device.
 template <typename Kernel>
 class ClusterSlots {
  public:
-  using Counts = int[kMaxWgmmaSplits];
-  static const Counts& of_device() {
+  static const WgmmaSlots& of_device() {
     constexpr int kMaxDevices = 64;
     static ClusterSlots slots[kMaxDevices];
     static std::mutex mutex;
@@ -28,6 +28,8 @@ class ClusterSlots {
  private:
   void ask() {
     asked_ = true;
+    cudaFuncSetAttribute(kernel_entry<Kernel>, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                         Kernel::kMaxShared);
     for (int blocks = 1; blocks <= kMaxWgmmaSplits; ++blocks) {
       cudaLaunchAttribute cluster{};
       cluster.id = cudaLaunchAttributeClusterDimension;
@@ -35,7 +37,7 @@ class ClusterSlots {
       cudaLaunchConfig_t config{};
       config.gridDim = dim3(static_cast<unsigned>(blocks));
       config.blockDim = dim3(Kernel::kNumThreads);
-      config.dynamicSmemBytes = Kernel::kSharedBytes;
+      config.dynamicSmemBytes = Kernel::kMaxShared;
       config.attrs = &cluster;
       config.numAttrs = 1;
       int& count = counts_[blocks - 1];
@@ -46,7 +48,7 @@ class ClusterSlots {
     }
   }
   bool asked_ = false;
-  Counts counts_;
+  WgmmaSlots counts_;
 };
 
 // Boxes of 64 columns of `tokens` rows of x, swizzled; what lies outside reads as 0.
@@ -72,44 +74,67 @@ inline Error encode_tokens(const QuantLinearParams& p, int tokens, CUtensorMap* 
 }
 
 template <typename Kernel>
-Error launch_wgmma_kernel(const QuantLinearParams& p, Stream stream) {
+Error launch_wgmma_kernel(const QuantLinearParams& p, const QuantWgmmaPlan& plan, Stream stream) {
   if (cudaFuncSetAttribute(kernel_entry<Kernel>, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                           Kernel::kSharedBytes) != cudaSuccess) {
+                           Kernel::kMaxShared) != cudaSuccess) {
     return last_launch_error();
   }
   const int64_t tiles = (p.n + Kernel::kRows - 1) / Kernel::kRows;
-  const int64_t token_tiles = (p.m + Kernel::kTokens - 1) / Kernel::kTokens;
-  const int64_t chunks = (p.k + Kernel::kChunk - 1) / Kernel::kChunk;
-  QuantWgmmaArgs args{.call = p, .x_map = {}};
+  const int token_tiles = static_cast<int>((p.m + Kernel::kTokens - 1) / Kernel::kTokens);
+  const int splits = plan.splits;
+  QuantWgmmaArgs args{.call = p, .plan = plan, .token_tiles = token_tiles, .x_map = {}};
   if (const Error error = encode_tokens(p, Kernel::kTokens, &args.x_map)) return error;
-  int& splits = args.call.splits;
-  splits = wgmma_splits(tiles, chunks, Kernel::kChunk, ClusterSlots<Kernel>::of_device());
   cudaLaunchAttribute attributes[2] = {};
   attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
   attributes[0].val.programmaticStreamSerializationAllowed = 1;
   attributes[1].id = cudaLaunchAttributeClusterDimension;
   attributes[1].val.clusterDim = {static_cast<unsigned>(splits), 1, 1};
   cudaLaunchConfig_t config{};
-  config.gridDim = dim3(static_cast<unsigned>(tiles * splits), static_cast<unsigned>(token_tiles));
+  config.gridDim = dim3(static_cast<unsigned>(tiles * token_tiles * splits));
   config.blockDim = dim3(Kernel::kNumThreads);
   config.dynamicSmemBytes = Kernel::kSharedBytes;
   config.stream = stream;
   config.attrs = attributes;
-  config.numAttrs = 2;
+  config.numAttrs = splits > 1 ? 2 : 1;
   cudaLaunchKernelEx(&config, kernel_entry<Kernel>, args);
   return last_launch_error();
 }
 
+// Codes as they are: where a scale has at least a chunk of them, and products have accumulators of
+// their own.
+template <int kFormat, WgmmaConfig kConfig>
+constexpr bool kCanMultiplyCodes =
+    kFormats[kFormat].codes == CodeFamily::kU4 &&
+    kFormats[kFormat].scale_rule == ScaleRule::kGroup &&
+    (kConfig.tokens <= 64 || (kConfig.tokens == 128 && kConfig.parts == 2));
+
+template <typename T, int kFormat, WgmmaConfig kConfig>
+Error launch_wgmma_config(const QuantLinearParams& p, const QuantWgmmaPlan& plan, Stream stream) {
+  if constexpr (kCanMultiplyCodes<kFormat, kConfig>) {
+    if (int64_t{32} << p.groups.shift >= kWgmmaStep) {
+      return launch_wgmma_kernel<QuantWgmma<T, kFormat, kConfig, true>>(p, plan, stream);
+    }
+  }
+  return launch_wgmma_kernel<QuantWgmma<T, kFormat, kConfig, false>>(p, plan, stream);
+}
+
+template <typename T, int kFormat, int kTokens>
+Error launch_wgmma_format(const QuantLinearParams& p, const QuantWgmmaPlan& plan, Stream stream) {
+  constexpr CodeFamily kCodes = kFormats[kFormat].codes;
+  constexpr WgmmaConfig kDeep = wgmma_config(kTokens, WgmmaShape::kDeep, kCodes);
+  constexpr WgmmaConfig kWide = wgmma_config(kTokens, WgmmaShape::kWide, kCodes);
+  if (plan.shape == WgmmaShape::kDeep)
+    return launch_wgmma_config<T, kFormat, kDeep>(p, plan, stream);
+  return launch_wgmma_config<T, kFormat, kWide>(p, plan, stream);
+}
+
 template <int kTokens, FormatSet kSet>
-Error launch_quant_wgmma(const QuantLinearParams& p, Stream stream) {
+Error launch_quant_wgmma(const QuantLinearParams& p, const QuantWgmmaPlan& plan, Stream stream) {
   Error error = nullptr;
   dispatch_format<kSet>(p.format, [&](auto format) {
-    constexpr QuantWgmmaConfig kConfig = wgmma_config(kTokens, kFormats[format()].codes);
-    if (p.dtype == DType::kFloat16) {
-      error = launch_wgmma_kernel<QuantWgmma<Half, format(), kConfig>>(p, stream);
-    } else {
-      error = launch_wgmma_kernel<QuantWgmma<BFloat16, format(), kConfig>>(p, stream);
-    }
+    error = p.dtype == DType::kFloat16
+                ? launch_wgmma_format<Half, format(), kTokens>(p, plan, stream)
+                : launch_wgmma_format<BFloat16, format(), kTokens>(p, plan, stream);
   });
   return error;
 }

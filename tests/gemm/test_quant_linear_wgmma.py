@@ -1,0 +1,133 @@
+"""quant_linear's kernel for 17 to 256 rows on Hopper, on shapes that divide its work unevenly.
+
+Blocks are tall where tiles are few and wide where they are many, and share k in clusters: which
+depends on n, k and m. The other files have the formats and small shapes.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tolerance import assert_within_2x
+
+from llamatelemetry.ops import QuantFormat, dequantize, quant_linear, repack, rms_norm
+from llamatelemetry.quantization.groups import GroupedWeight, pack_groups, unpack_groups
+
+pytestmark = pytest.mark.sm90
+
+# n, k, group; None: a scale a row
+SHAPES = [
+    (16, 128, 128),  # one tile, one chunk
+    (6144, 4096, 128),  # 96 blocks of 64 rows up to 64 tokens
+    (4096, 4096, 128),  # clusters of two
+    (16 * 531 + 3, 1152, 64),  # wide blocks, 9 chunks, a tile that is not whole
+    (40000, 256, 128),  # more blocks than places
+    (512, 8352, None),  # many chunks for few tiles, the last not whole
+]
+
+
+def grouped(n: int, k: int, group: int | None, format: str) -> GroupedWeight:
+    groups = k // (group or k)
+    # Of 16 bits: of more, weights that are rounded may be an ulp of float32 off.
+    scales = (0.01 * torch.randn(n, groups, device="cuda")).half()
+    if format == "S4":
+        codes = torch.randint(-8, 8, (n, k), device="cuda", dtype=torch.int8)
+        return pack_groups(codes, format, scales)
+    codes = torch.randint(0, 16, (n, k), device="cuda", dtype=torch.uint8)
+    w = pack_groups(codes, format, scales, torch.zeros_like(scales, dtype=torch.uint8))
+    w.zeros.random_(0, 256)  # more than a packed checkpoint has
+    return w
+
+
+def product(x: torch.Tensor, w: GroupedWeight, n: int, bias=None) -> torch.Tensor:
+    return quant_linear(x, w.packed, w.format, n, bias, False, w.scales, w.zeros)
+
+
+def assert_values(ours: torch.Tensor, x: torch.Tensor, weights: torch.Tensor) -> None:
+    """The yardstick is torch's matmul over the weights rounded to x's dtype, as ours may be."""
+    truth = x.double() @ weights.double().T
+    assert_within_2x(ours, (x.float() @ weights.to(x.dtype).float().T).to(x.dtype), truth)
+
+
+@pytest.mark.parametrize(("n", "k", "group"), SHAPES)
+@pytest.mark.parametrize("format", ["S4", "U4"])
+def test_shapes(n, k, group, format):
+    w = grouped(n, k, group, format)
+    weights = unpack_groups(w, n, k)
+    for m, dtype in [
+        (17, torch.bfloat16), (32, torch.float16), (61, torch.bfloat16), (64, torch.float16),
+        (100, torch.bfloat16), (128, torch.float16), (129, torch.bfloat16), (256, torch.bfloat16),
+    ]:  # fmt: skip
+        x = torch.randn(m, k, device="cuda", dtype=dtype)
+        assert_values(product(x, w, n), x, weights)
+        picked = torch.randint(0, k, (m,), device="cuda")
+        one_hot = torch.zeros_like(x).index_put_(
+            (torch.arange(m, device="cuda"), picked), torch.ones((), device="cuda", dtype=dtype)
+        )
+        assert torch.equal(product(one_hot, w, n), weights[:, picked].T.to(dtype))
+
+
+@pytest.mark.parametrize("format", ["Q4_0", "Q4_1", "Q5_0", "Q8_0", "Q4_K", "Q5_K", "Q6_K"])
+def test_scales_in_the_blocks(format):
+    format = QuantFormat[format]
+    for n, k in [(1040, 2304), (12000, 1024)]:
+        rows = torch.randint(0, 64, (n, format.row_bytes(k)), device="cuda", dtype=torch.uint8)
+        weights = dequantize(rows, format, torch.float32)
+        packed = repack(rows, format)
+        for m in (20, 50, 128, 200):
+            x = torch.randn(m, k, device="cuda", dtype=torch.bfloat16)
+            assert_values(quant_linear(x, packed, format, n), x, weights)
+
+
+def test_strided_rows_and_bias():
+    w = grouped(200, 512, 128, "S4")
+    x = torch.full((70, 1024), torch.nan, device="cuda", dtype=torch.bfloat16)[:, 128:640]
+    x.copy_(torch.randn(70, 512))
+    bias = torch.randn(200, device="cuda", dtype=torch.bfloat16)
+    ours = product(x, w, 200, bias)
+    assert torch.equal(ours, product(x.contiguous(), w, 200, bias))
+    truth = x.double() @ unpack_groups(w, 200, 512).double().T + bias.double()
+    torch.testing.assert_close(ours.double(), truth, rtol=1e-2, atol=1e-2)
+
+
+def test_sums_past_float16():
+    """Of a chunk of weights more than 65504, of all of them less."""
+    codes = torch.full((16, 256), 7, device="cuda", dtype=torch.int8)
+    codes[:, 128:] = -7
+    w = pack_groups(codes, "S4", torch.ones(16, 2, device="cuda"))
+    x = torch.full((20, 256), 1000.0, device="cuda", dtype=torch.float16)
+    assert torch.equal(product(x, w, 16), torch.zeros(20, 16, device="cuda", dtype=torch.float16))
+
+
+@pytest.mark.parametrize("k", [1024, 14336])
+def test_a_row_depends_on_no_other(k):
+    w = grouped(2112, k, 128, "S4")
+    x = torch.randn(256, k, device="cuda", dtype=torch.bfloat16)
+    for few, all_rows in [(17, 32), (33, 64), (65, 128), (129, 256)]:
+        assert torch.equal(product(x[:few], w, 2112), product(x[:all_rows], w, 2112)[:few])
+
+
+@pytest.mark.parametrize("between", [False, True], ids=["repack", "repack, rms_norm"])
+def test_weights_repacked_ahead(between):
+    """Other weights at each call, where the last ones lay; rms_norm lets its successor start early.
+
+    Only the wait promises that earlier writes are seen, and weights are read before it.
+    """
+    format = QuantFormat.Q4_0
+    weights = [
+        torch.randint(0, 64, (4096, format.row_bytes(4096)), device="cuda", dtype=torch.uint8)
+        for _ in range(3)
+    ]
+    x = torch.randn(40, 4096, device="cuda", dtype=torch.bfloat16)
+    scale = torch.ones_like(x[0])
+    normed = rms_norm(x, scale)
+    truths = [
+        quant_linear(normed, packed, format, 4096)
+        for packed in [repack(rows, format) for rows in weights]
+    ]
+    assert not torch.equal(*truths[:2])
+    for i in range(21):
+        packed = repack(weights[i % 3], format)
+        out = quant_linear(rms_norm(x, scale) if between else normed, packed, format, 4096)
+        del packed  # the next call's lie there
+        assert torch.equal(out, truths[i % 3])
