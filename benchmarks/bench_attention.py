@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
-from harness import Case, main
+from harness import Case, assert_close, main
 from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 
@@ -20,6 +20,11 @@ def ours(
     q: Tensor, keys: Tensor, values: Tensor, table: Tensor, lengths: Tensor, starts: Tensor, *_
 ):
     return paged_attention(q, keys, values, table, lengths, starts, max_seqlen_q=len(q))[0]
+
+
+def sm80(q: Tensor, *inputs: Tensor) -> Tensor:
+    """The code for older GPUs."""
+    return paged_attention(q, *inputs[:5], max_seqlen_q=len(q), backend="sm80")[0]
 
 
 def sdpa(q: Tensor, *inputs: Tensor) -> Tensor:
@@ -103,9 +108,51 @@ def in_8_bits(case: Case, stored: torch.dtype) -> Case:
     )
 
 
-def decode_case(device: torch.device, batch: int, num_keys: int, page_size: int) -> Case:
-    """A decode step of a batch on a GPU, Llama-3-8B's heads."""
-    heads_q, heads_kv, head_dim = 32, 8, 128
+def with_drafts(case: Case, num_queries: int) -> Case:
+    """A case of decode with so many queries a sequence, beside the last of them alone."""
+    last, *paged, _, _ = case.inputs
+    q = torch.randn_like(last.expand(-1, num_queries, -1, -1).contiguous())
+    q[:, -1:] = last
+    starts = paged[-1] * num_queries
+
+    def all_queries(q: Tensor, *inputs: Tensor) -> Tensor:
+        out, _ = paged_attention(q.flatten(0, 1), *inputs[:5], max_seqlen_q=num_queries)
+        return out.view(q.shape)
+
+    return replace(
+        case,
+        name=case.name.replace(", 1 of", f", {num_queries} of"),
+        inputs=(q, *paged[:-1], starts, last, paged[-1]),
+        ours=all_queries,
+        baselines={
+            "1 query": lambda *inputs: decode(inputs[6], *inputs[1:5], inputs[7]),
+        },
+        check=lambda ours, theirs: assert_close(ours[:, -1:], theirs),
+    )
+
+
+def of_lengths(case: Case, lengths: list[int]) -> Case:
+    """A case of decode whose sequences have fewer keys than their pages hold."""
+    q, keys, values, table, seqlens, starts, _, _ = case.inputs
+    num_bytes = sum(lengths) * (keys[0, 0].nbytes + values[0, 0].nbytes)
+    return replace(
+        case,
+        name=f"batch {len(lengths)}, 1 of {min(lengths)} to {max(lengths)} bfloat16",
+        inputs=(q, keys, values, table, seqlens.new_tensor(lengths), starts),
+        baselines={},
+        bytes_moved=num_bytes,
+    )
+
+
+def decode_case(
+    device: torch.device,
+    batch: int,
+    num_keys: int,
+    page_size: int = PAGE_SIZE,
+    heads: tuple[int, int] = (32, 8),
+) -> Case:
+    """A decode step of a batch on a GPU, Llama-3-8B's heads unless said."""
+    (heads_q, heads_kv), head_dim = heads, 128
     pages = num_keys // page_size
     shape = (batch * pages, page_size, heads_kv, head_dim)
     q = torch.randn(batch, 1, heads_q, head_dim, device=device, dtype=torch.bfloat16)
@@ -137,9 +184,13 @@ def decode_cases(device: torch.device, quick: bool) -> Iterator[Case]:
     sizes = [(1, 4096), (32, 1024)]
     if not quick:
         sizes = [(1, 1024), (1, 4096), (1, 32768), (4, 4096)]
-        sizes += [(8, 4096), (32, 1024), (32, 4096), (64, 8192)]
+        sizes += [(8, 4096), (32, 1024), (32, 4096), (32, 8192), (64, 8192), (128, 1024)]
+        yield decode_case(device, 1, 1024, heads=(32, 4))
+        yield decode_case(device, 32, 4096, page_size=8, heads=(32, 32))
+        lengths = [128 << i % 9 for i in range(16)]
+        yield of_lengths(decode_case(device, 16, 1 << 15), lengths)
     for batch, num_keys in sizes:
-        case = decode_case(device, batch, num_keys, PAGE_SIZE)
+        case = decode_case(device, batch, num_keys)
         yield case
         if not quick and (batch, num_keys) in ((1, 4096), (32, 4096)):
             for page_size in (1, 64, 256):
@@ -147,7 +198,8 @@ def decode_cases(device: torch.device, quick: bool) -> Iterator[Case]:
         if (batch, num_keys) == (32, 4096):
             yield replace(case, name=f"{case.name}, split_size 1024", ours=decode_cut)
             yield with_terms(case)
-        if (batch, num_keys) in ((1, 4096), (8, 4096), (32, 4096)):
+            yield with_drafts(case, 16)
+        if (batch, num_keys) in ((1, 4096), (8, 4096), (32, 4096), (32, 8192)):
             for stored in (torch.float8_e4m3fn, torch.int8):
                 yield in_8_bits(case, stored)
 
@@ -217,7 +269,7 @@ def cases(device: torch.device, quick: bool) -> Iterator[Case]:
             flat = (x.flatten(0, 1).transpose(0, 1)[None] for x in (keys, values))
             # Grouped heads would keep torch from its fused kernel, so it gets repeated ones.
             repeats = 1 if is_decode else heads_q // heads_kv
-            yield Case(
+            case = Case(
                 f"{num_queries} of {num_keys} {heads_q}/{heads_kv}x{head_dim} {str(dtype)[6:]}",
                 inputs=(
                     q,
@@ -234,6 +286,9 @@ def cases(device: torch.device, quick: bool) -> Iterator[Case]:
                 flops=None if is_decode else 4 * heads_q * head_dim * pairs,
                 flops_dtype=torch.float32 if device.type == "cpu" else dtype,
             )
+            yield case
+            if num_queries == 2048:
+                yield replace(case, name=f"{case.name}, sm80", ours=sm80, baselines={"sm90": ours})
 
 
 if __name__ == "__main__":

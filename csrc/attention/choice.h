@@ -76,6 +76,7 @@ struct AttentionDescriptor {
   int64_t seqlen_k;
   int64_t total_q;
   int64_t total_k;
+  bool has_score_terms;  // softcap or ALiBi
   // What the caller asks of kernels that split, 0: nothing. A row's bits then depend on nothing but
   // its own sequence.
   int num_splits;
@@ -85,11 +86,13 @@ struct AttentionDescriptor {
 struct AttentionPlan {
   AttentionImpl impl;
   TileClass tile;
-  int num_splits;     // parts that the keys of a sequence are cut into, at most
-  int split_keys;     // where they are cut: at multiples of it; 0: into equal parts
-  bool fixed_splits;  // whether the caller said so; else decode shares the batch's keys evenly
-  int num_blocks;     // decode: of the grid; else 0
-  bool is_wide;       // decode: row tiles of kWideRowTile
+  int num_splits;      // parts that the keys of a sequence are cut into, at most
+  int split_keys;      // where they are cut: at multiples of it; 0: into equal parts
+  bool fixed_splits;   // whether the caller said so; else decode shares the batch's keys evenly
+  int num_blocks;      // decode: of the grid; else 0
+  bool is_wide;        // decode: row tiles of kWideRowTile
+  int num_sms;         // decode: of the GPU
+  int cluster_blocks;  // decode of one sequence, cluster.cuh: of a cluster; 0: the grid has none
 };
 
 static inline constexpr const char* impl_name(AttentionImpl impl) {
@@ -171,6 +174,26 @@ static inline constexpr bool decodes_wide(const AttentionDescriptor& d) {
          d.head_dim <= decode::kMaxWideHeadDim && 2 * d.batch * d.num_heads_kv >= d.num_sms;
 }
 
+static inline constexpr int64_t row_tiles_of(const AttentionDescriptor& d) {
+  return (rows_of_key_head(d) + decode::kRowTile - 1) / decode::kRowTile;
+}
+
+// Blocks of a cluster for each row tile of a key head of one sequence, a power of two. 0 where
+// there may be many keys, which blocks of all multiprocessors read faster, or clusters would leave
+// most of those idle: how many keys there are is known on the GPU alone, after the launch.
+static inline constexpr int cluster_blocks_of(const AttentionDescriptor& d) {
+  const bool is_packed_dense = d.is_packed && d.page_size == 0;
+  if (d.capability / 10 != 9 || !d.has_sm90_code || d.batch != 1 || has_fixed_splits(d) ||
+      d.has_score_terms || is_packed_dense || d.seqlen_k > decode::kMaxClusterKeys) {
+    return 0;
+  }
+  const int64_t clusters = d.num_heads_kv * row_tiles_of(d);
+  int blocks = decode::kMaxClusterBlocks;
+  while (blocks > 1 && clusters * blocks > d.num_sms) blocks /= 2;
+  constexpr int64_t kLeastInUse = 40;  // of 100 multiprocessors
+  return blocks > 1 && 100 * clusters * blocks >= kLeastInUse * d.num_sms ? blocks : 0;
+}
+
 static inline constexpr const char* why_not_decode(const AttentionDescriptor& d) {
   if (d.code_capability < 80) {
     return "it needs a GPU of compute capability 8.0 or later and code for it";
@@ -185,8 +208,7 @@ static inline constexpr const char* why_not_decode(const AttentionDescriptor& d)
     return "its blocks need more shared memory than this GPU gives one";
   }
   if (d.far_apart) return "it reaches caches of up to 64 GB";
-  const int64_t row_tiles = (rows_of_key_head(d) + decode::kRowTile - 1) / decode::kRowTile;
-  const int64_t segments = d.batch * d.num_heads_kv * row_tiles;
+  const int64_t segments = d.batch * d.num_heads_kv * row_tiles_of(d);
   const int64_t tiles = d.seqlen_k / decode::kTileKeys + 2;
   if (d.seqlen_k > INT32_MAX - decode::kTileKeys) return "it counts up to 2^31 - 65 keys";
   if (segments > 0 && tiles > INT32_MAX / segments) {
@@ -324,7 +346,9 @@ static inline constexpr AttentionPlan plan_of(AttentionImpl impl, const Attentio
                                                   decode_config(d.head_dim, d.kv_dtype, is_wide),
                                                   d.max_shared_bytes)
                                 : 0,
-          .is_wide = is_wide};
+          .is_wide = is_wide,
+          .num_sms = d.num_sms,
+          .cluster_blocks = decodes ? cluster_blocks_of(d) : 0};
 }
 
 }  // namespace llamatelemetry

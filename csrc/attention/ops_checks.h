@@ -155,6 +155,7 @@ inline AttentionDescriptor descriptor_of(const AttentionParams& p) {
   d.seqlen_k = p.seqlen_k;
   d.total_q = p.total_q;
   d.total_k = p.total_k;
+  d.has_score_terms = has_score_terms(p);
   d.num_splits = p.plan.num_splits;
   d.split_keys = p.plan.split_keys;
   const bool paged = d.page_size > 0;
@@ -249,7 +250,7 @@ inline Workspace allocate_workspace(const Tensor& q, AttentionParams& p) {
   } else if (plan.num_splits > 1) {
     allocate_partials(plan.num_splits * p.total_q * p.num_heads_q, p.head_dim);
   }
-  if (plan.num_blocks > 0) {
+  if (plan.num_blocks > 0 && plan.cluster_blocks == 0) {
     if (!plan.fixed_splits) {  // each leaves at most one part
       const decode::Config& config = decode_config(p.head_dim, p.k.dtype, plan.is_wide);
       allocate_partials(int64_t{plan.num_blocks} * config.row_tile, config.head_dim);

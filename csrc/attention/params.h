@@ -100,6 +100,11 @@ static inline constexpr bool needs_score_rule(const AttentionParams& p) {
   return p.softcap > 0 || p.alibi_slopes != nullptr || !(p.softmax_scale > 0);
 }
 
+// What scores take besides their scale.
+static inline constexpr bool has_score_terms(const AttentionParams& p) {
+  return p.softcap > 0 || p.alibi_slopes != nullptr;
+}
+
 // Where one sequence lies: its first token in q and k, and how many tokens it has there.
 struct SequenceSpan {
   int64_t first_query;

@@ -26,6 +26,19 @@ __device__ inline void cluster_sync() {
 #endif
 }
 
+// The same in two steps, of which the first shows nobody what was written before: for a word that
+// all blocks have started.
+__device__ inline void cluster_arrive() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
+#endif
+}
+__device__ inline void cluster_wait() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+#endif
+}
+
 // #data-movement-and-conversion-instructions-mapa
 // Where an address of this block's shared memory lies in that of the block of rank.
 __device__ inline uint32_t cluster_address(uint32_t shared_address, uint32_t rank) {
@@ -48,6 +61,28 @@ __device__ inline float4 load_cluster(uint32_t cluster_address) {
                : "memory");
 #endif
   return value;
+}
+// #data-movement-and-conversion-instructions-st-async
+// Pushes what the mbarrier beside it, of the same block, counts: both addresses of cluster_address.
+__device__ inline void push_cluster(uint32_t cluster_address, const float4& value,
+                                    uint32_t barrier) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile(
+      "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 "
+      "[%0], {%1, %2, %3, %4}, [%5];" ::"r"(cluster_address),
+      "f"(value.x), "f"(value.y), "f"(value.z), "f"(value.w), "r"(barrier)
+      : "memory");
+#endif
+}
+__device__ inline void push_cluster(uint32_t cluster_address, const float2& value,
+                                    uint32_t barrier) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile(
+      "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v2.f32 "
+      "[%0], {%1, %2}, [%3];" ::"r"(cluster_address),
+      "f"(value.x), "f"(value.y), "r"(barrier)
+      : "memory");
+#endif
 }
 
 }  // namespace llamatelemetry::ptx

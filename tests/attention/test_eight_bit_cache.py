@@ -140,6 +140,16 @@ def test_widths_and_pages(device, dtype, stored, head_dim, page_size, heads):
 
 
 @STORED
+@pytest.mark.parametrize("head_dim", [64, 128, 192, 256])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_without_terms(device, dtype, stored, head_dim, batch):
+    """Of softcap or ALiBi, which kernels of their own serve on a GPU, as do those of a sequence."""
+    case = random_case(device, dtype, [(1, 1100), (4, 300), (1, 1)][:batch], (16, 8), head_dim)
+    case, scales = eight_bit(case, stored)
+    assert_is_attention_of_what_is_stored(case, scales, {})
+
+
+@STORED
 def test_one_scale_for_all(device, dtype, stored):
     case = random_case(device, dtype, [(1, 200), (2, 40)], (8, 2), 128)
     one = {name: torch.tensor([0.03], device=device) for name in ("k_scales", "v_scales")}

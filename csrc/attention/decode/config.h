@@ -3,6 +3,7 @@
 #pragma once
 
 #include <algorithm>
+#include <bit>
 #include <cstdint>
 
 namespace llamatelemetry::decode {
@@ -13,6 +14,8 @@ constexpr int kWarpKeys = 16;
 constexpr int kTileKeys = kNumWarps * kWarpKeys;
 constexpr int kLongestShortRun = 4;  // tiles, decode.cuh
 constexpr int kMaxPartsAtOnce = 32;
+constexpr int kMaxClusterBlocks = 16;      // cluster.cuh
+constexpr int64_t kMaxClusterKeys = 8192;  // that the sequence may have
 
 // What keys and values are stored in.
 enum class Stored { kAsQueries, kE4M3, kInt8 };
@@ -48,6 +51,10 @@ struct Config {
     constexpr int kLine = 128;  // what the struct is aligned to
     const int queries = query_bytes() == 0 ? kLine : (query_bytes() + kLine - 1) / kLine * kLine;
     return std::max(kNumWarps * stages * stage_bytes(), merge_bytes()) + queries;
+  }
+  // Places for parts of columns that a block of cluster.cuh adds up: those of all its blocks.
+  constexpr int cluster_slots() const {
+    return static_cast<int>(std::bit_ceil(static_cast<unsigned>(kRowTile * head_dim / 4)));
   }
 };
 

@@ -3,16 +3,18 @@
 //
 // Query heads that share a key head, of all queries of a sequence, are the 16 rows of
 // mma.m16n8k16. Each of four warps takes 16 keys of a tile of 64, through its own ring of stages
-// filled by cp.async, with its own online softmax, so tiles need no barrier.
-// Pages are looked up a tile ahead. Rows of keys and values that no query sees are never read.
-// Grid: as many blocks as the GPU holds; plan.cuh says what each does.
+// filled by cp.async, with its own online softmax, so tiles need no barrier. Of more rows (wide
+// tiles, config.h) each warp takes 16, and all read the keys of all, behind a barrier a tile. Pages
+// are looked up a tile ahead. Rows of keys and values that no query sees are never read. Grid: as
+// many blocks as the GPU holds at once; plan.cuh and segment_parts.cuh say what each does. One
+// sequence on Hopper has a kernel of its own: cluster.cuh.
 #pragma once
 
-#include <climits>
 #include <type_traits>
 
 #include "attention/decode/keys_16_bit.cuh"
 #include "attention/decode/keys_8_bit.cuh"
+#include "attention/decode/loader.cuh"
 #include "attention/decode/merge.cuh"
 #include "attention/decode/segment_parts.cuh"
 #include "ptx/math.cuh"
@@ -54,6 +56,7 @@ struct Decode {
   using Stage = typename Keys::Stage;
   using At = KeysAt<Stage>;
   using Scales = typename Keys::Scales;
+  using Loader = decode::Loader<Keys>;
   static constexpr int kHeadDim = kConfig.head_dim;
   static constexpr int kStages = kConfig.stages;
   static constexpr int kCapability = 80;
@@ -99,7 +102,7 @@ struct Decode {
     } else {
       const Plan<kFixed, kConfig.row_tile> plan(p);
       const int total = plan.total_units();
-      runs = Runs(total, gridDim.x, kFixed ? 1 : shortest_run(total));
+      runs = Runs(total, gridDim.x, kFixed ? 1 : shortest_run(total, p.plan.num_sms));
       if (block >= runs.num_runs) return;
       begin = runs.first_of(block);
       end = runs.first_of(block + 1);
@@ -134,9 +137,8 @@ struct Decode {
 
   // Up to a block a multiprocessor runs stay as short as they can, beyond that kLongestShortRun
   // before there are more blocks: more parts take longer to combine than so many tiles to read.
-  static __device__ int shortest_run(int total) {
-    return max(1, min(total / max(1, static_cast<int>(gridDim.x) / kConfig.blocks_per_sm),
-                      kLongestShortRun));
+  static __device__ int shortest_run(int total, int num_sms) {
+    return max(1, min(total / num_sms, kLongestShortRun));
   }
 
   // Units [from, end) of a segment. block_of(unit): whose it is.
@@ -167,125 +169,6 @@ struct Decode {
       }
     }
   }
-
-  // ---- Keys and values ----
-
-  static constexpr int kChunkBytes = 16;
-
-  // Copies this warp's 16 keys and values of one tile after another. Lanes 0 to 15 find rows of
-  // keys, the others rows of values. Rows are counted in chunks, which 32 bits hold.
-  struct Loader {
-    static constexpr int kRowChunks = Keys::kRowChunks;
-    static constexpr bool kOneChunk = kWarpSize % kRowChunks == 0;  // a lane's, of all its rows
-    const Sequence& s;
-    const int32_t* table;  // nullptr: dense, one page
-    const char* k_rows;    // of the head, from the lane's chunk on; dense: of the sequence
-    const char* v_rows;
-    const float* scales;  // of this lane's side, of the head
-    int64_t page_scales, token_scales;
-    uint32_t page_chunks, token_chunks;
-    int num_chunks;  // of a row
-    int page_size;
-    uint32_t step_pages, step_slots;  // a tile's
-    int key;                          // that this lane finds next
-    int page_index, slot;             // where it lies in the table and in its page
-    int page;
-    int end;  // keys from it on are not read
-
-    __device__ Loader(const Params& p, const Sequence& s, int index, int kv_head, int first_key,
-                      int end)
-        : s(s),
-          table(nullptr),
-          num_chunks(static_cast<int>(p.head_dim * int64_t{sizeof(Element)}) / kChunkBytes),
-          page_size(INT_MAX),
-          page(0),
-          end(end) {
-      const KeyValueView& view = lane() < kWarpKeys ? p.k : p.v;
-      const auto chunks = [](int64_t elements) {
-        return static_cast<uint32_t>(elements * int64_t{sizeof(Element)} / kChunkBytes);
-      };
-      page_chunks = chunks(view.rows.batch_stride);
-      token_chunks = chunks(view.rows.token_stride);
-      if constexpr (Keys::kHasScales) {
-        scales = static_cast<const float*>(view.scales.data) + kv_head * view.scales.head_stride;
-        page_scales = view.scales.batch_stride;
-        token_scales = view.scales.token_stride;
-      }
-      if (view.page_size > 0) {
-        table = p.block_table + index * p.block_table_stride;
-        page_size = static_cast<int>(min(view.page_size, int64_t{INT_MAX}));
-      }
-      k_rows = rows_of(p.k, index, kv_head);
-      v_rows = rows_of(p.v, index, kv_head);
-      key = first_key + warp() * kWarpKeys + lane() % kWarpKeys;
-      page_index = key / page_size;
-      slot = key % page_size;
-      step_pages = kTileKeys / page_size;
-      step_slots = kTileKeys % page_size;
-      ptx::keep(step_pages);  // divided once, not at each tile
-      ptx::keep(step_slots);
-      find_page();
-    }
-    __device__ const char* rows_of(const KeyValueView& view, int index, int kv_head) const {
-      const Heads& rows = view.rows;
-      int64_t elements = kv_head * rows.head_stride;
-      if (table == nullptr) elements += index * rows.batch_stride + s.first_key * rows.token_stride;
-      const char* first = static_cast<const char*>(rows.data) + elements * int64_t{sizeof(Element)};
-      return kOneChunk ? first + lane() % kRowChunks * kChunkBytes : first;
-    }
-    __device__ bool exists() const { return key >= s.begin && key < end; }
-    __device__ void find_page() {
-      if (table != nullptr && exists()) page = table[page_index];
-    }
-    __device__ void advance() {
-      key += kTileKeys;
-      slot += static_cast<int>(step_slots);
-      page_index += static_cast<int>(step_pages);
-      if (slot >= page_size) {
-        slot -= page_size;
-        ++page_index;
-      }
-      find_page();
-    }
-    __device__ void load(Stage& stage) {
-      const bool found = exists() && page >= 0;
-      const uint32_t row = found ? page * page_chunks + slot * token_chunks : 0;
-      if constexpr (Keys::kHasScales) {
-        const float* from = found ? scales + (page * page_scales + slot * token_scales) : scales;
-        ptx::cp_async_4_or_zeros(ptx::shared_address(&stage.scales[0][0] + lane()), from, found);
-      }
-      const unsigned all_found = __ballot_sync(~0u, found);
-      advance();
-      copy(ptx::shared_address(stage.k), k_rows, row, 0, all_found);
-      copy(ptx::shared_address(stage.v), v_rows, row, kWarpKeys, all_found);
-      ptx::cp_async_commit();
-    }
-    // Rows of the lanes from first_lane on.
-    __device__ void copy(uint32_t to, const char* rows, uint32_t row_of_lane, int first_lane,
-                         unsigned found) const {
-      if constexpr (kOneChunk) {
-        const int lane_row = lane() / kRowChunks, chunk = lane() % kRowChunks;
-        const unsigned valid = chunk < num_chunks ? found >> lane_row : 0;
-#pragma unroll
-        for (int row = 0; row < kWarpKeys; row += kWarpSize / kRowChunks) {
-          const uint32_t first = __shfl_sync(~0u, row_of_lane, first_lane + row + lane_row);
-          ptx::cp_async_16_or_zeros(to + Keys::offset(row + lane_row, chunk),
-                                    rows + uint64_t{first} * kChunkBytes,
-                                    (valid >> (first_lane + row) & 1) != 0);
-        }
-      } else {
-#pragma unroll
-        for (int i = lane(); i < kWarpKeys * kRowChunks; i += kWarpSize) {
-          const int row = first_lane + i / kRowChunks, chunk = i % kRowChunks;
-          const uint32_t first = __shfl_sync(~0u, row_of_lane, row);
-          const bool valid = chunk < num_chunks && (found >> row & 1) != 0;
-          ptx::cp_async_16_or_zeros(to + Keys::offset(i / kRowChunks, chunk),
-                                    rows + (uint64_t{first} + (valid ? chunk : 0)) * kChunkBytes,
-                                    valid);
-        }
-      }
-    }
-  };
 
   // ---- Queries ----
 
@@ -331,7 +214,8 @@ struct Decode {
     const int first_key = (s.begin / kTileKeys + tile) * kTileKeys;
     // Of two tiles at once the second may be past the run: its keys are another block's.
     const int end = min(s.end, first_key + num_tiles * kTileKeys);
-    Loader loader(p, s, merge.index, merge.segment.kv_head, first_key, end);
+    Loader loader(p, merge.index, merge.segment.kv_head, s.first_key, first_key, {s.begin, end});
+    loader.find_page();
 #pragma unroll
     for (int i = 0; i < kStages - kTilesAtOnce; ++i) {
       i < num_tiles || kTilesAtOnce > 1 ? loader.load(stages[i]) : ptx::cp_async_commit();
@@ -340,7 +224,6 @@ struct Decode {
     Keys::load_queries([&](int row) { return query_of_warp(merge, row); },
                        static_cast<int>(p.head_dim), shared.queries, q);
     const RowRules rules = rules_of(p, s, merge.index, merge.segment, end);
-    const bool has_rule = p.softcap > 0 || p.alibi_slopes != nullptr;
     float o[2 * kDimSteps][4] = {};
     RowStats rows;
     int stage = 0;
@@ -354,7 +237,7 @@ struct Decode {
       for (int j = 0; j < kCount; ++j) {
         scales[j] = Keys::multiply_keys(q, *at[j].stage, scores[j]);
       }
-      if (has_rule) {
+      if (has_score_terms(p)) {
         exponentiate<true>(p, scores, at, rules, scales, rows, o);
       } else {
         exponentiate<false>(p, scores, at, rules, scales, rows, o);
@@ -401,19 +284,19 @@ struct Decode {
     }
     ptx::cp_async_wait<0>();
     __syncthreads();
-    leave(merge, rows, o);
+    to_reference_of_sums(rows, o);
+    merge.template leave_warp<Keys>(o, rows.max, rows.sum);
     __syncthreads();
   }
 
-  static __device__ void leave(const Merge& merge, const RowStats& rows,
-                               float (&o)[2 * kDimSteps][4]) {
-    if constexpr (Keys::kHasScales) {  // from o's reference to that of the sums
+  // Where values have scales, from o's reference to that of the sums.
+  static __device__ void to_reference_of_sums(const RowStats& rows, float (&o)[2 * kDimSteps][4]) {
+    if constexpr (Keys::kHasScales) {
       const float factor[2] = {
           ptx::exp2_approx(finite_or_zero(rows.reference[0]) - finite_or_zero(rows.max[0])),
           ptx::exp2_approx(finite_or_zero(rows.reference[1]) - finite_or_zero(rows.max[1]))};
       scale_rows(factor, o);
     }
-    merge.template leave_warp<Keys>(o, rows.max, rows.sum);
   }
 
   static __device__ void scale_rows(const float (&factor)[2], float (&o)[2 * kDimSteps][4]) {
@@ -436,7 +319,7 @@ struct Decode {
 
   // Online softmax over 16 keys of each stage: scores to weights, which take the values' scales
   // along; o is rescaled where what it is exponentiated against grew.
-  template <bool kScoreRule, int kCount>
+  template <bool kScoreTerms, int kCount>
   static __device__ void exponentiate(const Params& p, float (&x)[kCount][2][4],
                                       const At (&at)[kCount], const RowRules& rules,
                                       const Scales (&scales)[kCount], RowStats& rows,
@@ -453,7 +336,7 @@ struct Decode {
         float& score = x[j][t][2 * half + e];
         const int key = at[j].first + 8 * t + lane() % 4 * 2 + e;
         const bool seen = key >= rules.begin[half] && key < rules.end[half];
-        if constexpr (kScoreRule) {
+        if constexpr (kScoreTerms) {
           score = score_of(p, score, key, rules.slope[half], rules.position[half]);
         } else {
           score *= scale;

@@ -31,6 +31,44 @@ __device__ inline float finite_or_zero(float row_max) {
   return row_max == -INFINITY ? 0.0f : row_max;
 }
 
+// Four columns of a row: o, not yet divided by the sum of the weights; the row's statistics.
+struct Partial {
+  float4 o{};
+  float max = -INFINITY;
+  float sum = 0;
+
+  // Adds another's that is exponentiated against its own maximum; max covers both already.
+  __device__ void add(const float4& other_o, float other_max, float other_sum) {
+    const float factor = ptx::exp2_approx(other_max - finite_or_zero(max));
+    o.x += other_o.x * factor;
+    o.y += other_o.y * factor;
+    o.z += other_o.z * factor;
+    o.w += other_o.w * factor;
+    sum += other_sum * factor;
+  }
+};
+
+// The result from `column` of a token's head on, and with the first column its lse.
+template <typename T>
+__device__ void write_result(const AttentionParams& p, Partial x, int head, int64_t token,
+                             int64_t lse_at, int column) {
+  float factor = 1;
+  if (p.sinks != nullptr) {
+    const float sink = p.sinks[head] * kLog2E;
+    const float row_max = fmaxf(x.max, sink);
+    factor = ptx::exp2_approx(x.max - finite_or_zero(row_max));
+    x.sum = x.sum * factor + ptx::exp2_approx(sink - finite_or_zero(row_max));
+    x.max = row_max;
+  }
+  factor = x.sum == 0 ? 0.0f : factor / x.sum;
+  if (column < p.head_dim) {
+    T* out = static_cast<T*>(p.out) + (token * p.num_heads_q + head) * p.head_dim + column;
+    *reinterpret_cast<uint2*>(out) = {pack_two(x.o.x * factor, x.o.y * factor, T{}),
+                                      pack_two(x.o.z * factor, x.o.w * factor, T{})};
+  }
+  if (column == 0) p.lse[lse_at] = x.sum == 0 ? -INFINITY : (x.max + log2f(x.sum)) * kLn2;
+}
+
 // kFixed: whether segments are cut where the caller says. Then each part stands in memory by itself
 // and all are added in their order, whichever blocks they came from. Else a block adds up what it
 // has of a segment, and leaves at most one part: of the segment that its run ends in.
@@ -59,23 +97,6 @@ struct Merging {
 
   static __device__ int warp() { return threadIdx.x / kWarpSize; }
   static __device__ int lane() { return threadIdx.x % kWarpSize; }
-
-  // Four columns of a row: o, not yet divided by the sum of the weights; the row's statistics.
-  struct Partial {
-    float4 o{};
-    float max = -INFINITY;
-    float sum = 0;
-
-    // Adds another's that is exponentiated against its own maximum; max covers both already.
-    __device__ void add(const float4& other_o, float other_max, float other_sum) {
-      const float factor = ptx::exp2_approx(other_max - finite_or_zero(max));
-      o.x += other_o.x * factor;
-      o.y += other_o.y * factor;
-      o.z += other_o.z * factor;
-      o.w += other_o.w * factor;
-      sum += other_sum * factor;
-    }
-  };
 
   // In a wide tile each warp has rows of its own.
   static __device__ int first_row_of_warp() { return kConfig.is_wide() ? warp() * kRowTile : 0; }
@@ -125,30 +146,14 @@ struct Merging {
     for_each_vector([&](int row, int column) { write(row, column, merged(row, column)); });
   }
 
-  __device__ void write(int row, int column, Partial x) const {
+  __device__ void write(int row, int column, const Partial& x) const {
     const int head = segment.head(row);
-    float factor = 1;
-    if (p.sinks != nullptr) {
-      const float sink = p.sinks[head] * kLog2E;
-      const float row_max = fmaxf(x.max, sink);
-      factor = ptx::exp2_approx(x.max - finite_or_zero(row_max));
-      x.sum = x.sum * factor + ptx::exp2_approx(sink - finite_or_zero(row_max));
-      x.max = row_max;
-    }
-    factor = x.sum == 0 ? 0.0f : factor / x.sum;
     const int64_t query = s.first_query + segment.query(row);
     const int64_t token = token_of(row);
-    if (column < p.head_dim) {
-      T* out = static_cast<T*>(p.out) + (token * p.num_heads_q + head) * p.head_dim + column;
-      *reinterpret_cast<uint2*>(out) = {pack_two(x.o.x * factor, x.o.y * factor, T{}),
-                                        pack_two(x.o.z * factor, x.o.w * factor, T{})};
-    }
-    if (column == 0) {
-      const int64_t at = p.cu_seqlens_q != nullptr
-                             ? head * p.total_q + token
-                             : (index * p.num_heads_q + head) * p.seqlen_q + query;
-      p.lse[at] = x.sum == 0 ? -INFINITY : (x.max + log2f(x.sum)) * kLn2;
-    }
+    const int64_t lse_at = p.cu_seqlens_q != nullptr
+                               ? head * p.total_q + token
+                               : (index * p.num_heads_q + head) * p.seqlen_q + query;
+    write_result<T>(p, x, head, token, lse_at, column);
   }
 
   __device__ int64_t token_of(int row) const {

@@ -61,7 +61,7 @@ __device__ inline QueriesAndKeys guessed_counts_of_lane(const AttentionParams& p
 }
 
 // The part of this block. Every warp finds it for itself, a lane each sequence.
-template <int kRows, int kBlocksPerSm>
+template <int kRows>
 __device__ SegmentPart part_of_block(const AttentionParams& p, const QueriesAndKeys& counts) {
   const Sequence<false, kRows> sequence(p, SequenceSpan{0, counts.num_queries, 0, counts.num_keys});
   const int tiles = sequence.tiles;
@@ -71,7 +71,7 @@ __device__ SegmentPart part_of_block(const AttentionParams& p, const QueriesAndK
   // Up to kLongestShortRun tiles a block one block a multiprocessor: more parts take longer to
   // combine than so many tiles to read.
   int places = static_cast<int>(gridDim.x);
-  if (total <= places / kBlocksPerSm * kLongestShortRun) places /= kBlocksPerSm;
+  if (total <= p.plan.num_sms * kLongestShortRun) places = min(places, p.plan.num_sms);
   const int least = max(1, (total + places - 1) / places);
   // Parts so much longer than runs would be cost more than what they save.
   const int most = least + 1 + least / 16, step = 1 + least / 64;
@@ -111,7 +111,7 @@ template <int kRows, int kNumThreads, typename Element>
 __device__ void prefetch_part(const AttentionParams& p, const QueriesAndKeys& counts,
                               const SegmentPart& part) {
   // 8 MB of all blocks, about what memory brings while the kernel ahead ends. With four tiles the
-  // copies were in its way: one sequence of 4096 keys took 3 % longer than without any.
+  // copies were in its way: benchmarks/notes/attention.md.
   constexpr int kTiles = 1;
   if (!part.exists || part.is_idle) return;
   if (p.k.rows.head_stride != p.head_dim || p.v.rows.head_stride != p.head_dim) return;
@@ -150,18 +150,18 @@ __device__ void prefetch_part(const AttentionParams& p, const QueriesAndKeys& co
 // Waits for the kernels ahead, and says which part is this block's.
 template <Config kConfig, int kNumThreads, typename Element>
 __device__ SegmentPart wait_for_part(const AttentionParams& p) {
-  constexpr int kRows = kConfig.row_tile, kBlocksPerSm = kConfig.blocks_per_sm;
+  constexpr int kRows = kConfig.row_tile;
   if (!may_cut_segments<kRows>(p)) {
     wait_for_predecessors();
     return {.exists = false};
   }
   const QueriesAndKeys guess = guessed_counts_of_lane(p);
-  const SegmentPart guessed = part_of_block<kRows, kBlocksPerSm>(p, guess);
+  const SegmentPart guessed = part_of_block<kRows>(p, guess);
   prefetch_part<kRows, kNumThreads, Element>(p, guess, guessed);
   wait_for_predecessors();
   const QueriesAndKeys counts = counts_of_lane(p);
   if (!__any_sync(~0u, counts != guess)) return guessed;
-  return part_of_block<kRows, kBlocksPerSm>(p, counts);
+  return part_of_block<kRows>(p, counts);
 }
 
 }  // namespace llamatelemetry::decode
