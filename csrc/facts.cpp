@@ -1,6 +1,6 @@
 // What Python must know of C++, written once: the formats, levels, dtypes and limits as JSON, which
 // llamatelemetry/_native/facts.py reads once. Torch-free.
-#include <cstdio>
+#include <charconv>
 #include <iterator>
 #include <string>
 
@@ -53,11 +53,10 @@ std::string fields_of(const BlockLayout& layout) {
   return text + "}";
 }
 
-// Nine digits say which float32 it is.
+// The fewest digits that say which float32 it is, with a point whatever the locale.
 std::string number(float value) {
   char digits[32];
-  std::snprintf(digits, sizeof digits, "%.9g", static_cast<double>(value));
-  return digits;
+  return std::string(digits, std::to_chars(digits, digits + sizeof digits, value).ptr);
 }
 
 std::string format_facts(const FormatDescriptor& format) {

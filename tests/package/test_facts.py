@@ -2,12 +2,28 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import subprocess
+import sys
+
 import pytest
 import torch
 
 from llamatelemetry._build_info import CPU_ISA_LEVELS
 from llamatelemetry._native import facts, library
 from llamatelemetry.ops import append_kv_, flash_attn, quant_linear
+
+UNDER_GERMAN = """
+import locale
+try:
+    locale.setlocale(locale.LC_ALL, "de_DE.UTF-8")
+except locale.Error:
+    raise SystemExit(3)
+assert locale.localeconv()["decimal_point"] == ","
+from llamatelemetry._native import facts
+assert list(facts.FORMATS["NF4"].values)[0] == -1.0
+"""
 
 
 def test_fields_fill_the_block():
@@ -39,3 +55,17 @@ def test_storage_dtypes_are_refused(name):
     cache = torch.zeros(1, 1, 1, 32)
     with pytest.raises(RuntimeError, match=rf"append_kv_: k must have .*, got {name}"):
         append_kv_(x[0], x[0], cache, cache.clone(), torch.zeros(1, dtype=torch.int64))
+
+
+def test_facts_are_read_in_any_locale(tmp_path):
+    """The program around us may have numbers written with a decimal comma."""
+    if (localedef := shutil.which("localedef")) is not None:
+        made = ["-i", "de_DE", "-f", "UTF-8", "--no-archive", str(tmp_path / "de_DE.UTF-8")]
+        subprocess.run([localedef, *made], capture_output=True)
+    where = {"LOCPATH": str(tmp_path)} if any(tmp_path.iterdir()) else {}
+    done = subprocess.run(
+        [sys.executable, "-c", UNDER_GERMAN], capture_output=True, text=True, env=os.environ | where
+    )
+    if done.returncode == 3:
+        pytest.skip("needs localedef, or a locale with a decimal comma")
+    assert done.returncode == 0, done.stderr
