@@ -18,7 +18,6 @@ from llamatelemetry.inference.step_tensors import StepTensors
 from llamatelemetry.models.step_input import DecoderState
 
 MAX_PROMPTS = 4  # of which one forward runs on a piece each
-_BLANK = Chunk([0], 0, [])
 
 
 class ChunkStep(DecodeStep):
@@ -53,11 +52,12 @@ class ChunkStep(DecodeStep):
         more = MAX_PROMPTS + 1  # where each piece of a prompt begins among those of prompts
         tensors = StepTensors(total, count, width, count, device, keeps=True, num_more=more)
         self._lay(tensors)
-        row_starts = torch.arange(batch + 1, dtype=torch.int32, device=device)
+        # Kept here too, where buffers finds it.
+        self._row_starts = torch.arange(batch + 1, dtype=torch.int32, device=device)
         rows, prompts = slice(0, batch), slice(batch, None)
         self.input = tensors.input(num_tokens)
         self.input.parts = [
-            (0, batch, tensors.part(rows, rows, row_starts, 1)),
+            (0, batch, tensors.part(rows, rows, self._row_starts, 1)),
             (batch, total, tensors.part(prompts, prompts, tensors.more, num_tokens)),
         ]
         self._drawn = torch.zeros(count, dtype=torch.int64, device=device)

@@ -152,7 +152,7 @@ class DecodeStep:
         self.input_ids.copy_(ids)
         for name in ("positions", "slot_mapping", "block_table", "cache_seqlens"):
             getattr(own, name).copy_(getattr(step, name))
-        self.sampling.copy_(sampling)
+        self.tensors.copy_sampling_(sampling)
         self.offsets.copy_(put(offsets, torch.int64, device))
         self.owner = owner
         self.hold(active)

@@ -41,8 +41,8 @@ class TokenGenerator:
     each has blocks of its own in one paged cache, which grows to what they need together, and takes
     its turn step by step. One batch's rows stay loaded in the recorded or captured decode step as
     long as no other of as many rows comes between. On a GPU's default stream a step is launched
-    before the host has seen the one ahead; one that the model has changed under is made again, but
-    for a change through .data, which counts from the token after.
+    before the host has seen the tokens of the one before; where the model has changed under it, it
+    is made again, but for a change through .data, which counts from the token after.
 
     Where the packed steps do not serve the model, or not as it is now, transformers' own forward
     runs, and a warning says why, once for each reason.

@@ -43,7 +43,8 @@ class Rows:
 
     def took(self, tokens: list[int]) -> None:
         """Notes what a step has drawn."""
-        self.tokens = tokens
+        # A row that has ended may draw -1, which would be embedded where the rows are loaded again.
+        self.tokens = [max(token, 0) for token in tokens]
         self.count += 1
         for row, token in enumerate(tokens):
             if self.active[row]:

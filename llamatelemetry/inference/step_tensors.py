@@ -93,6 +93,11 @@ class StepTensors:
             is_whole=False,
         )
 
+    def copy_sampling_(self, sampling: SamplingTensors) -> None:
+        """Puts how each token is drawn in place, as place does with the params it is given."""
+        self.sampling.copy_(sampling)
+        self._real_values = []
+
     def place(
         self,
         chunks: Sequence[Chunk],
@@ -177,7 +182,8 @@ class _Segments:
     def put(self, values: Sequence[Sequence[object]]) -> None:
         """All at once, in one copy that the host does not wait for."""
         flat: list[object] = []
-        for some, pad in zip(values, self._pads, strict=True):
+        for some, view, pad in zip(values, self.views, self._pads, strict=True):
+            assert len(some) == len(view), (len(some), len(view))  # else all behind would move
             flat += some
             flat += [0] * pad
         tensor, target = torch.tensor(flat, dtype=self._whole.dtype), self._whole

@@ -11,6 +11,11 @@ from llamatelemetry.inference import chunk_steps, running_batch
 from llamatelemetry.inference.chunk_step import ChunkStep
 from llamatelemetry.inference.continuous import ContinuousBatching
 from llamatelemetry.inference.logit_options import LogitOptions
+from llamatelemetry.inference.runner import StepRunner
+from llamatelemetry.inference.sampling import GREEDY, SamplingParams, sampling_tensors
+from llamatelemetry.inference.step import Chunk
+from llamatelemetry.inference.step_tensors import StepTensors
+from llamatelemetry.models.patching import patch
 
 
 @pytest.fixture(autouse=True)
@@ -141,3 +146,27 @@ def test_what_the_host_looks_at_runs_by_itself(device, ran):
     handles = serve(batcher, logits=LogitOptions(logprobs=1))
     assert ran == []
     assert [len(handle.logprobs) for handle in handles] == COUNTS
+
+
+def test_a_dropped_step_names_all_that_a_replay_reads(device):
+    model = tiny_model("llama", device)
+    patch(model)
+    runner = StepRunner(model)
+    runner.ready(128, 8, keep=False)
+    step = runner.step_of(ChunkStep, 8, 2, 64)
+    held = {one.untyped_storage().data_ptr() for one in step.buffers()}
+    parts = [one for *_, part in step.input.parts for one in vars(part).values()]
+    read = [one for one in parts if isinstance(one, torch.Tensor)]
+    assert read
+    assert {one.untyped_storage().data_ptr() for one in read} <= held
+
+
+def test_what_is_put_in_a_steps_tensors(device):
+    tensors = StepTensors(2, 2, 1, 2, torch.device(device))
+    rows, warm = [Chunk([1], 0, [0]), Chunk([2], 0, [1])], [SamplingParams(temperature=0.5)] * 2
+    tensors.place(rows, [True] * 2, warm, [0, 0], 4)
+    tensors.copy_sampling_(sampling_tensors([GREEDY] * 2, torch.device(device)))
+    tensors.place(rows, [True] * 2, warm, [0, 0], 4)
+    assert tensors.sampling.temperature.tolist() == [0.5, 0.5]
+    with pytest.raises(AssertionError):
+        tensors.place(rows, [True] * 2, warm, [0], 4)  # would move what lies behind

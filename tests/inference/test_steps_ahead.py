@@ -86,6 +86,46 @@ def test_a_change_counts_for_the_next_token(device, ahead, change):
     assert tokens == wanted
 
 
+@pytest.mark.gpu
+def test_a_stream_that_changes_between_tokens(monkeypatch):
+    model = patched("cuda")
+    with monkeypatch.context() as patches:
+        patches.setattr(DecodeStep, "runs_ahead", False)
+        wanted = tokens_of(model, PARAMS)
+    assert tokens_of(model, PARAMS) == wanted
+    streams = [torch.cuda.default_stream(), torch.cuda.default_stream(), torch.cuda.Stream()]
+    steps, found = TokenGenerator(model).generate(PROMPTS, PARAMS, COUNT), []
+    for count in range(COUNT):
+        with torch.cuda.stream(streams[count % 3]):
+            found.append(next(steps))
+    assert found == wanted
+
+
+def test_a_row_that_has_ended_is_loaded_again(device, ahead):
+    """Its end token's embedding is NaN, so the step ahead draws none for it."""
+    model = tiny_model("llama", device)
+    model.config.tie_word_embeddings = False
+    with torch.inference_mode(False), torch.no_grad():
+        rows = model.model.embed_tokens.weight
+        model.lm_head.weight = torch.nn.Parameter(rows.clone(), requires_grad=False)
+    patch(model)
+    params = [SamplingParams(temperature=5.0, seed=seed) for seed in (3, 4)]
+    prompts = [PROMPT[:3], PROMPT[4:8]]
+    plain = list(TokenGenerator(model).generate(prompts, params, COUNT))
+    others = {*prompts[0], *prompts[1], *plain[0], *(second for _, second in plain)}
+    end = next(first for first, _ in plain if first not in others)
+    with torch.inference_mode(False), torch.no_grad():
+        rows[end] = torch.nan
+    generator = TokenGenerator(model)
+    steps, found = generator.generate(prompts, params, COUNT, eos_token_ids={end}), []
+    while not found or found[-1][0] is not None:
+        found.append(next(steps))
+    found.append(next(steps))
+    list(generator.generate(prompts[::-1], [GREEDY] * 2, 3))  # takes the step's rows
+    found += steps
+    assert [second for _, second in found] == [second for _, second in plain]
+
+
 def test_generations_in_turns(device, ahead):
     model = patched(device)
     alone = [list(TokenGenerator(model).generate([p], [GREEDY], COUNT)) for p in PROMPTS]
