@@ -12,7 +12,7 @@ from llamatelemetry._native import library
 # and what of an op they serve where that is not all of it.
 TRITON_OPS = {
     "advance_step_": "",
-    "append_kv_": "",
+    "append_kv_": "caches of 16 or 32 bits",
     "flash_attn_varlen": "",
     "fused_add_rms_norm_": "",
     "fused_add_rms_norm_quantize_": "",
@@ -20,15 +20,15 @@ TRITON_OPS = {
     "gelu_tanh_and_mul": "",
     "layer_norm": "",
     "linear": "",
-    "paged_attention": "",
+    "paged_attention": "caches of 16 or 32 bits",
     "quant_linear": "U4, S4, S8",  # as triton_ops.group_gemm.FORMATS
     "quantize_rows": "",
     "rms_norm": "",
     "rms_norm_quantize": "",
-    "rope_append_kv_": "",
+    "rope_append_kv_": "caches of 16 or 32 bits",
     "rotary_embedding_": "",
     "sample": "",
-    "scaled_linear": "",
+    "scaled_linear": "k a multiple of 16",
     "silu_and_mul": "",
     "silu_and_mul_quantize": "",
     "slot_mapping": "",

@@ -49,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
     """Exit code: 0; after a sentence on stderr 2 for bad input, 1 where nothing can be tuned."""
     try:
         return _tune(args)
-    except (ValueError, ImportError) as error:
+    except (ValueError, ImportError, RuntimeError) as error:
         print(f"llamatelemetry: {error}", file=sys.stderr)
         return 2 if isinstance(error, ValueError) else 1
 

@@ -65,7 +65,7 @@ def load_directory(
         if has_static_inputs(quantization):
             warnings.warn(
                 f"load_model: {path}: scales of the linears' inputs (a static activation scheme) "
-                "are not used: weights alone are in 8 bits, and inputs stay as they are",
+                "are not used",
                 stacklevel=3,
             )
         _read_generation_config(path, model)

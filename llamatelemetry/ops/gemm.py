@@ -85,9 +85,10 @@ def quant_linear(
             (``scale = absmax / 127``), which is several times faster; a block with NaN or infinity
             gives NaN. CUDA never rounds x; from 17 rows on of 16-bit x on Hopper, of some formats
             and shapes from 9 on, elsewhere for many rows (past 32 or 64 of 16-bit x, past 8 of
-            float32), it rounds the weights to the dtype of x; those of "NF4" and "FP4" for any
-            number of rows of 16-bit x where capability is 8.0 or more. "E4M3", "NF4" and "FP4" are
-            always exact on the CPU.
+            float32), it rounds the weights to the dtype of x, but on Hopper not those of "U4" and
+            "S4" in groups of 128 or more at 17 to 64 rows, in some shapes at up to 256; those of
+            "NF4" and "FP4" for any number of rows of 16-bit x where capability is 8.0 or more.
+            "E4M3", "NF4" and "FP4" are always exact on the CPU.
         scales: [ceil(n / 16), groups, 16] float32, for the formats named above alone: 16 rows side
             by side. A group is 32, 64, 128 or all weights of a row.
         zeros: Likewise uint8, for "U4": ``weight = scale * (code - zero)``.

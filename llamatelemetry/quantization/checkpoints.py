@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from llamatelemetry.quantization import bitsandbytes
-from llamatelemetry.quantization.fields import tensor_of, two_sizes
+from llamatelemetry.quantization.fields import MOST_INT8_COLUMNS, tensor_of, two_sizes
 from llamatelemetry.quantization.groups import GroupedWeight, of_known_groups, pack_groups
 from llamatelemetry.quantization.layouts import Layout
-from llamatelemetry.quantization.w8a8 import MOST_INT8_COLUMNS, W8A8Linear
+from llamatelemetry.quantization.w8a8 import W8A8Linear
 
 _AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 

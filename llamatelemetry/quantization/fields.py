@@ -7,6 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
+MOST_INT8_COLUMNS = 131071  # of a product, whose sums then fit int32
+
 
 def tensor_of(found: Mapping[str, Tensor], name: str) -> Tensor:
     """The tensor of that name.

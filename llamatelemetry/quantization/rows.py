@@ -36,7 +36,8 @@ class Quantising(NamedTuple):
     rms_norm: Callable[..., tuple[Tensor, Tensor]]
     fused_add_rms_norm_: Callable[..., tuple[Tensor, Tensor]]
     silu_and_mul: Callable[..., tuple[Tensor, Tensor]]
-    quantize_rows: Callable[..., tuple[Tensor, Tensor]]
+    # Of rows that nothing else makes; without it W8A8Linear does it.
+    quantize_rows: Callable[..., tuple[Tensor, Tensor]] | None = None
 
 
 _ops = torch.ops.llamatelemetry
@@ -44,5 +45,4 @@ NATIVE_QUANTISING = Quantising(
     _ops.rms_norm_quantize.default,
     _ops.fused_add_rms_norm_quantize_.default,
     _ops.silu_and_mul_quantize.default,
-    _ops.quantize_rows.default,
 )

@@ -16,7 +16,6 @@ from llamatelemetry.quantization.rows import RowFormat
 from llamatelemetry.quantization.w8a8_config import quantization_config
 
 MOST_OWN_ROWS = 64  # of e4m3 by our product; of more, torch's is faster
-MOST_INT8_COLUMNS = 131071  # of ops.scaled_linear
 DTYPES = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
@@ -24,23 +22,10 @@ from llamatelemetry.triton_ops.launch import (
     precision_of,
     shared_bytes_per_program,
 )
-from llamatelemetry.triton_ops.tuning import prefill_fields
+from llamatelemetry.triton_ops.tuning import AttentionConfig, prefill_fields
 
 _MOST_SPLITS = 64
 _KEYS_OF_A_SPLIT = 64  # fewer are not worth a program
-
-
-@dataclass(frozen=True)
-class AttentionConfig:
-    """How attention_kernel is launched; splits: parts of the keys; tma: keys and values are read
-    by descriptors where they can be."""
-
-    block_m: int
-    block_n: int
-    num_warps: int
-    num_stages: int
-    splits: int = 1
-    tma: bool = False
 
 
 def attention_config(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
@@ -63,6 +64,54 @@ def check_shape(op: str, name: str, x: Tensor, shape: Sequence[int]) -> None:
     """
     if list(x.shape) != list(shape):
         raise RuntimeError(f"{op}: {name} must have shape {list(shape)}, got {list(x.shape)}")
+
+
+def rows_to_write(op: str, name: str, x: Tensor) -> Tensor:
+    """[rows, width] of x itself.
+
+    Raises:
+        RuntimeError: It has no dimension, or rows that are not evenly spaced or share memory.
+    """
+    if not x.dim():
+        raise RuntimeError(f"{op}: {name} must have at least one dimension, got a scalar")
+    count, width = math.prod(x.shape[:-1]), x.shape[-1]
+    try:
+        rows = x.view(count, width)
+    except RuntimeError:
+        raise RuntimeError(
+            f"{op}: {name} must have evenly spaced rows, got strides that fold into no single "
+            "row stride; call .contiguous()"
+        ) from None
+    if count > 1 and rows.stride(0) < width:
+        raise RuntimeError(
+            f"{op}: {name} must not overlap itself (stride >= {width}), got stride {rows.stride(0)}"
+        )
+    return rows
+
+
+def check_apart(op: str, x: Tensor, residual: Tensor) -> None:
+    """Refuses a residual in x's memory: it is written before all of x has been read.
+
+    Args:
+        x, residual: [rows, width]; those of residual are apart in themselves.
+
+    Raises:
+        RuntimeError: Naming the argument, the rule and the value.
+    """
+    if not x.numel():
+        return
+    distance = (residual.data_ptr() - x.data_ptr()) // x.element_size()
+    width, stride = x.shape[1], x.stride(0)
+    if distance >= _extent(x) or -distance >= _extent(residual):
+        return
+    # Rows side by side in one buffer, as halves of its columns are, do not meet.
+    if stride == residual.stride(0) >= 2 * width and width <= distance % stride <= stride - width:
+        return
+    raise RuntimeError(f"{op}: residual must not overlap x, got memory {distance} elements from it")
+
+
+def _extent(rows: Tensor) -> int:
+    return (rows.shape[0] - 1) * rows.stride(0) + rows.shape[1]
 
 
 def width_of(op: str, x: Tensor) -> int:

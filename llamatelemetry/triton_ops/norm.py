@@ -9,10 +9,12 @@ from llamatelemetry.triton_ops.kernels.activation import gated_kernel
 from llamatelemetry.triton_ops.kernels.norm import layer_norm_kernel, rms_norm_kernel
 from llamatelemetry.triton_ops.launch import (
     check,
+    check_apart,
     check_shape,
     dependent,
     next_power_of_2,
     on_device,
+    rows_to_write,
 )
 
 _LANES = 512  # elements of a row for each 32 threads
@@ -87,8 +89,9 @@ def fused_add_rms_norm_(
     check(op, "weight", weight, like=x)
     check_shape(op, "residual", residual, x.shape)
     check_shape(op, "weight", weight, x.shape[-1:])
-    rows = x.view(-1, x.shape[-1])
-    _run_rms_norm(rows, residual.view(-1, x.shape[-1]), weight, rows, eps, weight_offset)
+    rows, sums = rows_to_write(op, "x", x), rows_to_write(op, "residual", residual)
+    check_apart(op, rows, sums)
+    _run_rms_norm(rows, sums, weight, rows, eps, weight_offset)
 
 
 @fused_add_rms_norm_.register_fake

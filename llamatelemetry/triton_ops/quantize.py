@@ -8,10 +8,12 @@ from torch import Tensor
 from llamatelemetry.triton_ops.kernels.quantize import quantize_kernel
 from llamatelemetry.triton_ops.launch import (
     check,
+    check_apart,
     check_shape,
     dependent,
     next_power_of_2,
     on_device,
+    rows_to_write,
     why_no_e4m3_on,
 )
 
@@ -144,7 +146,8 @@ def fused_add_rms_norm_quantize_(
     check(op, "weight", weight, like=x)
     check_shape(op, "residual", residual, x.shape)
     check_shape(op, "weight", weight, x.shape[-1:])
-    rows = residual.view(-1, x.shape[-1])
+    rows = rows_to_write(op, "residual", residual)
+    check_apart(op, x.reshape(rows.shape), rows)
     return _run(x, x.shape[-1], dtype, block, "rms_norm", rows, weight, eps, weight_offset)
 
 

@@ -7,6 +7,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from llamatelemetry.quantization.fields import MOST_INT8_COLUMNS
 from llamatelemetry.triton_ops import gemm
 from llamatelemetry.triton_ops.launch import (
     FLOATS,
@@ -18,8 +19,6 @@ from llamatelemetry.triton_ops.launch import (
 )
 from llamatelemetry.triton_ops.quantize import BLOCK
 from llamatelemetry.triton_ops.tuning import linear_config
-
-MOST_INT8_COLUMNS = 131071  # whose sums fit int32
 
 
 @torch.library.custom_op("llamatelemetry_triton::scaled_linear", mutates_args=())

@@ -16,12 +16,13 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention, silu
 
 from llamatelemetry.triton_ops import attention, gemm
-from llamatelemetry.triton_ops.attention import AttentionConfig
 from llamatelemetry.triton_ops.launch import has_tma, num_multiprocessors
 from llamatelemetry.triton_ops.quantize import quantize_rows
 from llamatelemetry.triton_ops.tuning import (
+    AttentionConfig,
     LinearConfig,
     LinearShape,
+    named,
     row_of,
     shared_bytes_of,
     start_value,
@@ -279,8 +280,8 @@ def tune(
         found, best, us = fastest(searched, progress)
         start = next((t for t, config in found if config == searched.candidates()[0]), None)
         progress(
-            f"{i + 1} of {len(waiting)}, {key}: {us:.1f} us of {len(found)} launches; the start "
-            f"value took {'none' if start is None else f'{start:.1f} us'}"
+            f"{i + 1} of {len(waiting)}, {named(key)}: {us:.1f} us of {len(found)} launches; "
+            f"the start value took {'none' if start is None else f'{start:.1f} us'}"
         )
         of_kind.append(searched.row(best, us))
         text = {"measured_on": _machine(), "linear": linear, "prefill": prefill}

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from functools import cache
 from itertools import product
 from pathlib import Path
@@ -58,6 +58,19 @@ class LinearConfig:
     num_stages: int = 3
     tma: bool = False
     stream: int = 0
+
+
+@dataclass(frozen=True)
+class AttentionConfig:
+    """How attention_kernel is launched; splits: parts of the keys; tma: keys and values are read
+    by descriptors where they can be."""
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+    splits: int = 1
+    tma: bool = False
 
 
 @dataclass(frozen=True)
@@ -156,7 +169,7 @@ def table_of(text: str, where: str) -> dict[tuple[LinearShape, str], LinearConfi
     try:
         rows = json.loads(text)["linear"]
         return {
-            (LinearShape(**row["shape"]), row["dtype"]): LinearConfig(**row["config"])
+            (_made(LinearShape, row["shape"]), row["dtype"]): _made(LinearConfig, row["config"])
             for row in rows
         }
     except (KeyError, TypeError, ValueError) as error:
@@ -173,16 +186,42 @@ def prefill_rows(text: str, where: str) -> dict[tuple[int, str], dict[str, Any]]
     """
     try:
         rows = json.loads(text).get("prefill", [])
-        return {(int(row["head_dim"]), row["dtype"]): dict(row["config"]) for row in rows}
+        return {
+            (int(row["head_dim"]), row["dtype"]): asdict(_made(AttentionConfig, row["config"]))
+            for row in rows
+        }
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(
             f"{where}: must hold the rows that `llamatelemetry tune` writes, got {error!r}"
         ) from error
 
 
+def _made(kind: Any, given: Mapping[str, Any]) -> Any:
+    """A kind of these fields.
+
+    Raises:
+        TypeError: For names or types that are not its own.
+    """
+    made = kind(**given)
+    for field in fields(made):
+        value = getattr(made, field.name)
+        if type(value).__name__ != field.type:
+            raise TypeError(f"{field.name} must be of type {field.type}, got {value!r}")
+    return made
+
+
 def row_of(shape: LinearShape, dtype: str, config: LinearConfig, us: float) -> dict[str, Any]:
     """A row of a tuned file; us: microseconds that it took, weights out of L2."""
     return {"shape": asdict(shape), "dtype": dtype, "config": asdict(config), "us": round(us, 2)}
+
+
+def named(key: Any) -> str:
+    """What is measured, in words."""
+    if isinstance(key, int):
+        return f"prompts of head_dim {key}"
+    shape, kind = key
+    gated = ", gated" if shape.gated else ""
+    return f"{shape.m} rows by {shape.n} x {shape.k}{gated} in {kind}"
 
 
 def _files(capability: tuple[int, int]) -> list[Path]:

@@ -104,6 +104,7 @@ def test_triton_serves_a_gpu_that_the_build_does_not(gpu, monkeypatch, capsys):
     reason = "the GPU has compute capability 7.0, this build holds 7.5, 8.0, 9.0+PTX"
     assert doctor.cuda_kernel("rms_norm") == "triton"
     assert doctor.cuda_kernel("quant_linear") == "triton: U4, S4, S8"
+    assert doctor.cuda_kernel("paged_attention") == "triton: caches of 16 or 32 bits"
     assert doctor.cuda_kernel("repack") == f"none: {reason}"
     assert main(["doctor", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)["build"]["backend"]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from closeness import assert_close
@@ -11,8 +13,9 @@ from torch.nn import functional
 
 pytest.importorskip("triton")
 
+from llamatelemetry import ops as native
 from llamatelemetry.ops import reference
-from llamatelemetry.triton_ops import norm
+from llamatelemetry.triton_ops import norm, quantize
 
 WIDTHS = [1, 3, 96, 127, 1000]
 
@@ -95,3 +98,42 @@ def test_refuses(device):
 def test_empty_and_one_row(device, rows):
     x = torch.randn(rows, 8, device=device)
     assert norm.rms_norm(x, torch.ones(8, device=device), 1e-6).shape == (rows, 8)
+
+
+def _pairs(device):
+    """x and residual, and what both paths say of them: a part of a sentence, or that they agree."""
+    rows = torch.randn(3, 2, 32, device=device).transpose(0, 1)
+    halves = torch.randn(4, 64, device=device)
+    long = torch.randn(4 * 32, device=device)
+    return {
+        "apart": (torch.randn(2, 3, 32, device=device), torch.randn(2, 3, 32, device=device), None),
+        "halves": (halves[:, :32], halves[:, 32:], None),
+        "empty": (torch.zeros(2, 0, device=device), torch.zeros(2, 0, device=device), None),
+        "uneven": (torch.randn(2, 3, 32, device=device), rows, "residual must have evenly spaced"),
+        "x": (long.view(4, 32), long.view(4, 32), "residual must not overlap x"),
+        "meets x": (long[:96].view(3, 32), long[16:112].view(3, 32), "residual must not overlap x"),
+        "itself": (
+            torch.randn(4, 32, device=device),
+            torch.randn(32, device=device).expand(4, 32),
+            "residual must not overlap itself",
+        ),
+    }
+
+
+@pytest.mark.parametrize("case", list(_pairs("cpu")))
+@pytest.mark.parametrize("name", ["fused_add_rms_norm_", "fused_add_rms_norm_quantize_"])
+def test_residuals_are_the_native_op_s(device, name, case):
+    """What is refused, and what is added where."""
+    kinds = (torch.int8,) if "quantize" in name else (1e-6,)
+    found = []
+    for module in (native, quantize if "quantize" in name else norm):
+        torch.manual_seed(0)
+        x, residual, refusal = _pairs(device)[case]
+        weight = torch.ones(x.shape[-1], device=device)
+        call = partial(getattr(module, name), x, residual, weight, *kinds)
+        if refusal is not None:
+            assert_refuses(call, refusal)
+        else:
+            found.append((call(), x, residual))
+    if found:
+        torch.testing.assert_close(*found)

@@ -83,8 +83,9 @@ class Joined:
             y: Tensor = linear.multiply(*x)
             return y
         if not isinstance(x, QuantisedRows):
-            assert ops.quantising is not None
-            quantised = ops.quantising.quantize_rows(x.contiguous(), *linear.takes)
+            quantise = None if ops.quantising is None else ops.quantising.quantize_rows
+            assert quantise is not None
+            quantised = quantise(x.contiguous(), *linear.takes)
             x = QuantisedRows(*quantised, x.dtype)
         return ops.scaled_linear(x, linear)
 

@@ -41,14 +41,11 @@ def persistent_linear_kernel(
         for step in range(0, k, BLOCK_K):
             x = x_desc.load([row, step])
             w = weight_desc.load([column, step])
-            if SCALE_BLOCK:
-                rows, columns = row + tl.arange(0, BLOCK_M), column + tl.arange(0, BLOCK_N)
-                sums = added(
-                    x, tl.trans(w), sums, x_scales_ptr, weight_scales_ptr, rows, columns,
-                    rows < m, columns < n, step, k, SCALE_BLOCK, PRECISION,
-                )  # fmt: skip
-            else:
-                sums = product(x, tl.trans(w), sums, PRECISION)
+            rows, columns = row + tl.arange(0, BLOCK_M), column + tl.arange(0, BLOCK_N)
+            sums = added(
+                x, tl.trans(w), sums, x_scales_ptr, weight_scales_ptr, rows, columns,
+                rows < m, columns < n, step, k, SCALE_BLOCK, PRECISION,
+            )  # fmt: skip
             if ACTIVATION is not None:
                 u = weight_desc.load([column + n, step])
                 ups = product(x, tl.trans(u), ups, PRECISION)
