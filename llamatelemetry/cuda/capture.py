@@ -17,6 +17,7 @@ from llamatelemetry.cuda.capture_inputs import call_with, check_input
 from llamatelemetry.cuda.devices import device_of
 from llamatelemetry.cuda.eager_replay import EagerReplay, shallow_copy
 from llamatelemetry.inference.arguments import instance, integer
+from llamatelemetry.inference.failed_capture import close_failed_capture
 
 _ERROR_MODES = ("global", "thread_local", "relaxed")
 
@@ -224,9 +225,7 @@ class CUDAGraph:
                     _end_capture(graph, device)
                 except BaseException:
                     self._result = None
-                    with contextlib.suppress(RuntimeError):  # open only if capture_end failed
-                        torch._C._cuda_endAllocateToPool(device.index, pool)
-                    graph.reset()
+                    close_failed_capture(graph, device, pool)
                     raise
         self._graph = graph
 

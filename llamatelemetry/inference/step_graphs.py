@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from llamatelemetry.inference.failed_capture import close_failed_capture
+
 
 class StepGraphs:
     """Captures steps whose replays follow one another on one stream, so that all may have their
@@ -59,12 +61,16 @@ class StepGraphs:
             # thread_local: what other threads do meanwhile is no error of this capture.
             graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
             try:
-                run()
+                try:
+                    run()
+                except BaseException:
+                    with suppress(RuntimeError):  # the step's exception says more
+                        graph.capture_end()
+                    raise
+                graph.capture_end()
             except BaseException:
-                with suppress(RuntimeError):
-                    graph.capture_end()
+                close_failed_capture(graph, self._stream.device, self._pool)
                 raise
-            graph.capture_end()
         if any("graph is empty" in str(warning.message).lower() for warning in caught):
             raise RuntimeError(
                 "DecodeStep: the graph must hold the step's kernels, got an empty one on "

@@ -85,6 +85,7 @@ def test_what_a_graph_cannot_hold_is_refused_and_the_next_capture_works():
     with pytest.raises(RuntimeError):
         graph.capture(lambda: x * x.sum().item())
     assert not graph.is_captured()
+    assert torch.rand(4, device="cuda").unique().numel() > 1  # its generator is not captured
     assert graph.capture(lambda: x + 1).tolist() == [2.0, 2.0]
     assert (torch.ones(1 << 20, device="cuda") * 2).sum().item() == 2 << 20
 

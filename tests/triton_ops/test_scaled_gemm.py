@@ -90,8 +90,11 @@ def test_descriptors_and_parts_of_k(device, kind, block):
         out = torch.empty(40, 96, device=device)
         gemm.run(x, weight, None, None, out, config, (x_scales, scales), block)
         results.append(out)
+    # Tensor cores add products of e4m3 up in fewer bits than float32 has, tile by tile.
+    short = device.type == "cuda" and kind == torch.float8_e4m3fn
+    limit = (2**-10 if short else 2**-18) * results[0].abs().max()
     for other in results[1:]:
-        torch.testing.assert_close(other, results[0], rtol=2**-18, atol=2**-16)
+        assert (other - results[0]).abs().max() <= limit
 
 
 def test_opcheck(device):

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_model import text, tiny
+from test_model import prompts_on, text, tiny
 from torch import nn
 
 pytest.importorskip("triton")
 
+from llamatelemetry.inference.generation import TokenGenerator
 from llamatelemetry.inference.sampling import GREEDY
 from llamatelemetry.models.opset import opset_of
 from llamatelemetry.models.patching import ops_of, patch, unpatch
@@ -62,5 +63,10 @@ def test_no_kernel_but_triton_s(device):
     with torch.inference_mode(False), torch.no_grad():
         model = MAKERS["int8"]().to(device).bfloat16()
         patch(model, strict=True, backend="triton")
-        text(model, GREEDY, 2)  # makes the rotary embedding's table, by transformers' own code
-        assert why_not_only("triton", kernels_of(lambda: text(model, GREEDY, 2))) is None
+        generator = TokenGenerator(model)
+
+        def generate():
+            list(generator.generate(prompts_on(device), [GREEDY] * 3, 2))
+
+        generate()  # makes the generator's rotary table, by transformers' own code
+        assert why_not_only("triton", kernels_of(generate)) is None
