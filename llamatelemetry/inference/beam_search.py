@@ -13,6 +13,7 @@ from typing import Literal, NamedTuple
 from llamatelemetry.inference.arguments import at_least, real
 
 EarlyStopping = bool | Literal["never"]
+MAX_LENGTH_PENALTY = 30.0  # either way: any length that may be counted, to this power, is a float
 Best = Sequence[tuple[int, float]]  # (token, log-probability), the best first
 
 
@@ -23,7 +24,7 @@ class BeamParams:
     Attributes:
         num_beams: kept at once, and answers that are kept.
         length_penalty: an answer's score is its log-probability divided by its length to this
-            power: above 0 longer ones gain.
+            power, -30 to 30: above 0 longer ones gain.
         early_stopping: True ends once there are num_beams answers; False once no beam, at its
             present length, scores better than the worst of them; "never" once none can.
 
@@ -38,8 +39,9 @@ class BeamParams:
     def __post_init__(self) -> None:
         at_least("num_beams", self.num_beams, 1)
         penalty = real("length_penalty", self.length_penalty)
-        if not abs(penalty) < float("inf"):
-            raise ValueError(f"length_penalty must be finite, got {penalty}")
+        if not abs(penalty) <= MAX_LENGTH_PENALTY:  # NaN neither
+            most = MAX_LENGTH_PENALTY
+            raise ValueError(f"length_penalty must lie in [{-most:g}, {most:g}], got {penalty}")
         if self.early_stopping != "never" and not isinstance(self.early_stopping, bool):
             raise ValueError(
                 f"early_stopping must be True, False or 'never', got {self.early_stopping!r}"
@@ -88,7 +90,8 @@ class BeamSearch:
     @property
     def num_candidates(self) -> int:
         """Of how many tokens step has to be told after each beam, if there are so many."""
-        return self.params.num_kept(len(self._stops)) + (len(self._stops) if self._min else 0)
+        # Enough where no stop id may be drawn too: num_beams of the others are left then.
+        return self.params.num_kept(len(self._stops))
 
     def step(self, best: Sequence[Best]) -> list[int] | None:
         """All beams by one token.

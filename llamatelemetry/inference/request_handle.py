@@ -23,7 +23,8 @@ class _Text(StopText, Protocol):
 
 @dataclass(frozen=True)
 class RequestStats(RequestTimes):
-    """The times of one request, NaN for what has not happened; see ``RequestTimes``.
+    """The times of one request, NaN for what has not happened; see ``RequestTimes``. The text of
+    beams comes as a whole at the end: first_token is then when their prompt was computed.
 
     Attributes:
         cached_tokens: leading prompt tokens that the cache held already.

@@ -126,7 +126,8 @@ class RunningBatch(OpenRequests):
                 return self._noted(plan, touched)
         if self._flights:
             touched += self._land()
-            plan = self._planned()
+            preempted, plan = plan.preempted, self._planned()
+            plan.preempted[:0] = preempted
         if self._drafts is not None:
             self._drafts.fill(plan, self._runner.width)
         self.plan = plan
@@ -162,7 +163,8 @@ class RunningBatch(OpenRequests):
         self._host.make_copies(plan, self._runner.runner.pages)
         self._is_uncopied = False
         for request in plan.beginning():
-            self.open[request.name].begins()
+            for one in request.draws_for:  # its forward is that of all answers to the prompt
+                self.open[one.name].begins()
         return plan
 
     def _launch(self, plan: Plan) -> None:

@@ -144,6 +144,9 @@ class Submission:
         """
         count = self.beams.num_beams
         if count == 1:
+            for name, unset in (("length_penalty", 1.0), ("early_stopping", False)):
+                if (value := getattr(self, name)) != unset:
+                    raise ValueError(f"{name} must be left out with num_beams 1, got {value!r}")
             return len(params)
         if count > most:
             raise ValueError(

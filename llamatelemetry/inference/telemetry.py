@@ -35,7 +35,7 @@ class StepStats:
         running, waiting: requests at work and in the queue after it; where steps overlap, the last
             one's are those once its tokens were looked at.
         used_blocks, num_blocks: of the cache, likewise; cached ones that nobody uses are not used.
-        preemptions: requests that gave their blocks up for it.
+        preemptions: requests that gave their blocks up for it, or since the step before.
         drafted_tokens, accepted_tokens: that a speculation drafted, and those that were right.
 
     Example:
@@ -103,6 +103,7 @@ class Telemetry:
         self.steps: deque[StepStats] = deque(maxlen=KEPT)
         self.requests: deque[EndedRequest] = deque(maxlen=KEPT)
         self.listeners: list[Callable[[StepStats], None]] = []
+        self._preemptions = 0  # of plans without a forward, for the next step's count
 
     def summary(self, last_s: float | None = None) -> dict[str, Any]:
         """Counts, rates and percentiles.
@@ -172,16 +173,18 @@ class Telemetry:
                 end,
                 plan.num_tokens - len(drawn_before),
                 len(drawn_before) + plan.num_won,
-                preemptions=len(plan.preempted),
+                preemptions=self._preemptions + len(plan.preempted),
                 drafted_tokens=plan.num_drafted,
                 accepted_tokens=plan.num_accepted,
                 **_state(batch),
             )
+            self._preemptions = 0
             self.steps.append(step)
             for listener in self.listeners:
                 listener(step)
             self._note_ends(handles)
         else:
+            self._preemptions += 0 if plan is None else len(plan.preempted)
             self.note_ends(batch, handles)
 
     def note_ends(self, batch: RunningBatch, handles: list[RequestHandle]) -> None:
