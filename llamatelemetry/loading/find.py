@@ -133,8 +133,8 @@ def load_model(
             Weights of GPTQ, AWQ, compressed-tensors, FP8, MXFP4 and bitsandbytes directories stay
             packed (of bitsandbytes in 4 bits, linears whose rows are not whole blocks of 32, 64 or
             a multiple of 128 weights become dense); such directories are read of text models, dense
-            or with routed experts that are quantised one by one or gpt-oss's. On Hopper GPUs
-            linears whose input is quantised too multiply bytes, but with exact
+            or with routed experts that are dense, quantised one by one, or gpt-oss's. On Hopper
+            GPUs linears whose input is quantised too multiply bytes, but with exact
 
     Raises:
         ModelFileError: in one sentence

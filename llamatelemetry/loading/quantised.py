@@ -14,21 +14,17 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from llamatelemetry.loading.errors import ModelFileError, in_one_sentence
 from llamatelemetry.loading.files import tensor_names, weight_files
+from llamatelemetry.loading.loose_experts import LooseExperts, dense_linear
 from llamatelemetry.loading.model_lists import is_ignored, is_of_ignored_layer, loaded_dtype
 from llamatelemetry.quantization import w8a8
 from llamatelemetry.quantization.bitsandbytes import read_four_bits
 from llamatelemetry.quantization.checkpoints import load_linear, load_w8a8
-from llamatelemetry.quantization.experts import (
-    PARTS,
-    LinearExperts,
-    expert_of,
-    expert_sizes,
-    is_known,
-)
+from llamatelemetry.quantization.experts import expert_of
 from llamatelemetry.quantization.group_linear import GroupLinear
 from llamatelemetry.quantization.layouts import METHODS, Layout, layout_of
 from llamatelemetry.quantization.mxfp4 import mxfp4_experts
 from llamatelemetry.quantization.w8a8 import W8A8Linear
+from llamatelemetry.quantization.w8a8_config import describe_w8a8, file_name_in
 
 
 def quantization_of(config: dict[str, Any]) -> dict[str, Any] | None:
@@ -54,7 +50,7 @@ def build_quantised(
     Linears of bitsandbytes' 4-bit codes become dense ones of dtype where their values are neither
     NF4's nor FP4's, or rows no whole blocks of 32, 64 or a multiple of 128 weights. On a Hopper
     GPU, linears of formats that have their input quantised too are W8A8Linear. Routed experts
-    become LinearExperts of these, gpt-oss's QuantExperts.
+    become LinearExperts of these, gpt-oss's QuantExperts; dense ones stay transformers'.
 
     Args:
         path: of a directory with safetensors.
@@ -86,7 +82,7 @@ def build_quantised(
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     model.config.name_or_path = str(path)
     _Filling(path, model, layout, dtype, device, exact).fill()
-    w8a8.describe_w8a8(model)
+    describe_w8a8(model)
     for name, buffer in list(model.named_buffers()):
         if buffer.is_meta:
             raise ModelFileError(f"{path}: transformers' {config.model_type} leaves {name} unmade")
@@ -132,10 +128,8 @@ class _Filling:
         self.dtype, self.device, self.exact = dtype, device, exact
         self._whole: dict[str, set[str]] = {}  # quantised linear -> the tensors it has
         self._parts: dict[str, dict[str, Tensor]] = {}  # those that were read
-        self._loose: dict[str, dict[tuple[int, str], nn.Module]] = {}  # experts, one by one
-        # Files of Mixtral's kind have another name for the module than transformers gives it.
-        has_it = any(name.endswith("block_sparse_moe") for name, _ in model.named_modules())
-        self._renamed = "" if has_it else ".block_sparse_moe."
+        self._experts_apart = LooseExperts(model)
+        self._renamed = file_name_in(model, ".block_sparse_moe.") == ".mlp."
 
     def fill(self) -> None:
         from safetensors import safe_open
@@ -167,7 +161,9 @@ class _Filling:
         if owner is not None:
             known = owner._parameters.get(attribute, owner._buffers.get(attribute))
         if known is None:
-            self._leave_out(name, read)
+            of_expert = attribute == "weight" and expert_of(module) is not None
+            if not (of_expert and self._is_of_expert(module, {attribute: read(name)})):
+                self._leave_out(name, read)
             return
         values = read(name)
         if values.shape != known.shape:
@@ -200,8 +196,8 @@ class _Filling:
     def _refuse_experts(self, name: str) -> None:
         if re.search(r"\.experts\.\d+(\.|$)", name):
             raise ModelFileError(
-                f"{self.path}: {name}: each routed expert must have gate, up and down quantised "
-                "and be laid out as Mixtral's, or they must be gpt-oss's in MXFP4"
+                f"{self.path}: {name}: each routed expert must have gate, up and down and be "
+                "laid out as Mixtral's, or they must be gpt-oss's in MXFP4"
             )
 
     def _owner(self, module: str) -> nn.Module | None:
@@ -231,17 +227,13 @@ class _Filling:
 
     def _is_of_expert(self, name: str, parts: dict[str, Tensor]) -> bool:
         """Takes a linear of one of several routed experts, which the model has as one module."""
-        found = expert_of(name)
-        like: Any = None if found is None else self._owner(found[0])
-        if found is None or not is_known(like):
+        try:
+            sizes = self._experts_apart.sizes_of(name)
+        except ValueError as error:
+            raise ModelFileError(f"{self.path}: {name}: {error}") from None
+        if sizes is None:
             return False
-        if getattr(like, "has_bias", False):
-            raise ModelFileError(f"{self.path}: {name}: experts with biases must be in MXFP4")
-        experts, expert, part = found
-        linears = self._loose.setdefault(experts, {})
-        linears[expert, part] = self._made(name, parts, expert_sizes(like, part))
-        if linears.keys() == {(i, part) for i in range(like.num_experts) for part in PARTS}:
-            self.model.set_submodule(experts, LinearExperts(like, self._loose.pop(experts)))
+        self._experts_apart.put(name, self._made(name, parts, sizes))
         return True
 
     def _made(
@@ -261,6 +253,8 @@ class _Filling:
         return linear
 
     def _linear_of(self, parts: dict[str, Tensor]) -> nn.Linear | GroupLinear | W8A8Linear:
+        if parts.keys() == {"weight"}:
+            return dense_linear(parts["weight"], self.dtype)
         if self.layout.method == "bitsandbytes" and self.layout.bits == 4:
             read = read_four_bits(parts)
             if (packed := read.packed()) is None:
@@ -291,7 +285,7 @@ class _Filling:
     def _split(self, name: str) -> tuple[str, str]:
         """A tensor's module and its name there; of bitsandbytes' with what tells of a weight."""
         if self._renamed:
-            name = name.replace(self._renamed, ".mlp.")
+            name = name.replace(".block_sparse_moe.", ".mlp.")
         module, is_part, part = name.partition(".weight.")
         if is_part:
             return module, f"weight.{part}"

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 from functools import cache
-from types import NoneType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from llamatelemetry import ops
-from llamatelemetry.quantization.group_linear import GroupLinear
 from llamatelemetry.quantization.rows import RowFormat
-from llamatelemetry.quantization.w8a8_config import quantization_config
 
 MOST_OWN_ROWS = 64  # of e4m3 by our product; of more, torch's is faster
 DTYPES = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
@@ -190,7 +187,7 @@ def quantize_w8a8(
 
     patch serves such a model: norms and gates quantise what they give, and q, k and v are one
     product, as are gate and up. save_pretrained writes it as compressed-tensors has it, which
-    load_model reads.
+    load_model reads; where it would not, save_pretrained refuses.
 
     Args:
         model: any module; it is changed. Its other modules stay, and so do linears whose weight
@@ -211,6 +208,10 @@ def quantize_w8a8(
           (0): W8A8Linear(64, 8, torch.int8)
         )
     """
+    from llamatelemetry.quantization.w8a8_config import (
+        describe_w8a8,  # which asks for these linears
+    )
+
     _dtype_of(kind)
     if not isinstance(model, nn.Module):
         raise RuntimeError(f"quantize_w8a8: model must be an nn.Module, got {type(model).__name__}")
@@ -237,23 +238,6 @@ def quantize_w8a8(
         model.set_submodule(name, W8A8Linear.of(part, kind))
     describe_w8a8(model)
     return model
-
-
-def describe_w8a8(model: nn.Module) -> None:
-    """Has a transformers model's config say how its linears are kept, for save_pretrained.
-
-    It says nothing where formats that no one file names are mixed.
-    """
-    config: Any = getattr(model, "config", None)
-    known = getattr(config, "quantization_config", None)
-    if not hasattr(config, "to_dict") or not isinstance(known, (dict, NoneType)):
-        return  # transformers has quantised the model itself
-    if known is not None:
-        del config.quantization_config
-    kinds = {part.takes for part in model.modules() if isinstance(part, W8A8Linear)}
-    if len(kinds) == 1 and not any(isinstance(part, GroupLinear) for part in model.modules()):
-        dense = [name for name, part in model.named_modules() if type(part) is nn.Linear]
-        config.quantization_config = quantization_config(kinds.pop(), dense)
 
 
 def _dtype_of(kind: str) -> torch.dtype:

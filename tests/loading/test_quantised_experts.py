@@ -62,6 +62,25 @@ def test_experts(tmp_path, device, kind, style):
     torch.testing.assert_close(model(ids).logits, expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("whole", [True, False])
+@torch.no_grad()
+def test_dense_experts(tmp_path, whole):
+    """Of a layer, or one beside quantised ones: as a quantiser leaves out what it is told to."""
+    theirs = write(tmp_path, tiny_model("mixtral"), KINDS["float8-column"], "mixtral")
+    file = tmp_path / "model.safetensors"
+    tensors = load_file(file)
+    start = "model.layers.1.block_sparse_moe.experts."
+    of_linears = {name.rpartition(".")[0] for name in tensors if name.startswith(start)}
+    for name in sorted(of_linears)[: None if whole else 1]:
+        codes, scales = tensors[f"{name}.weight"], tensors.pop(f"{name}.weight_scale")
+        tensors[f"{name}.weight"] = codes.float() * scales
+    save_file(tensors, file)
+    model = load_model(tmp_path, dtype=torch.float32, exact=True).model
+    kinds = [type(layer.mlp.experts) is LinearExperts for layer in model.model.layers]
+    assert kinds == [True, not whole]
+    torch.testing.assert_close(model(IDS).logits, theirs(IDS).logits, rtol=1e-4, atol=1e-4)
+
+
 @torch.no_grad()
 def test_refusals(tmp_path):
     write(tmp_path, tiny_model("mixtral"), KINDS["gptq"], "mixtral")
@@ -78,8 +97,10 @@ def test_refusals(tmp_path):
     rest = {name: t for name, t in tensors.items() if not name.startswith(start)}
     missing = "the weights hold no model.layers.1.mlp.experts.down_proj"
     assert missing in refusal(rest)
-    dense = rest | {f"{start}.weight": torch.zeros(288, 160)}
-    assert "each routed expert must have gate, up and down quantised" in refusal(dense)
+    dense = rest | {f"{start}.weight": torch.zeros(160, 288)}
+    assert "must be (288, 160) as config.json says, got (160, 288)" in refusal(dense)
+    bytes_alone = rest | {f"{start}.weight": torch.zeros(288, 160, dtype=torch.int8)}
+    assert "weight alone must be a matrix of floats, got torch.int8" in refusal(bytes_alone)
     swapped = {n.replace("experts.3.w2", "experts.3.w1"): t for n, t in rest.items()}
     for part in ("qweight", "qzeros", "scales", "g_idx"):
         swapped[f"{start.replace('w2', 'w1')}.{part}"] = tensors[f"{start}.{part}"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 from contextlib import nullcontext
@@ -15,11 +16,14 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from llamatelemetry.loading.find import load_model
 from llamatelemetry.models.patching import patch, unpatch
+from llamatelemetry.ops import QuantFormat, repack
 from llamatelemetry.quantization import w8a8
 from llamatelemetry.quantization.group_linear import GroupLinear
+from llamatelemetry.quantization.modules import QuantLinear, expand
 from llamatelemetry.quantization.w8a8 import W8A8Linear, quantize_w8a8
 
 IDS = torch.tensor([[5, 17, 3, 80, 41, 9]])
+KEPT = {"save_original_format": False}
 STATIC = {"activation_scheme": "static"}
 UNUSED = r"a static activation scheme\) are not used$"
 BYTES = {
@@ -131,3 +135,49 @@ def test_other_inputs_stay_weights_alone(path, fast, inputs):
     says = pytest.warns(UserWarning, match=UNUSED) if "dynamic" in inputs else nullcontext()
     with says:
         assert kinds_of(load_model(path, dtype=torch.float32).model) == {GroupLinear}
+
+
+@pytest.mark.parametrize(
+    ("family", "named"),
+    [("mixtral", {}), ("qwen3_moe", {}), ("olmoe", {}), ("granitemoe", KEPT), ("gpt_neox", KEPT)],
+)
+def test_what_is_saved_is_read(tmp_path, fast, family, named):
+    """Of experts, which stay dense; of models that transformers writes under other names, refused
+    where it is known."""
+    model = quantize_w8a8(tiny_model(family))
+    tiny_tokenizer().save_pretrained(tmp_path)
+    if named:
+        with pytest.raises(RuntimeError, match=r"under other names, as .* save_original_format="):
+            model.save_pretrained(tmp_path)
+        assert not list(tmp_path.glob("*.safetensors"))
+    model.save_pretrained(tmp_path, **named)
+    loaded = load_model(tmp_path, dtype=torch.float32).model
+    torch.testing.assert_close(loaded(IDS).logits, model(IDS).logits)
+
+
+def test_formats_that_no_config_names_are_not_saved(tmp_path):
+    """Not silently, for they would be read as what they are not; once they are alike they are."""
+    model = quantize_w8a8(tiny_model("qwen2"), skip=("lm_head", "mlp"))
+    model = copy.deepcopy(quantize_w8a8(model, "fp8"))
+    with pytest.raises(RuntimeError, match=r"one format, got torch.float8_e4m3fn and torch.int8"):
+        model.save_pretrained(tmp_path)
+    for layer in model.model.layers:
+        for name in ("gate_proj", "up_proj", "down_proj"):
+            setattr(layer.mlp, name, layer.mlp.get_submodule(name).dense(torch.float32))
+    quantize_w8a8(model).save_pretrained(tmp_path)
+    assert quantization(tmp_path)["format"] == "int-quantized"
+    tied = pack_quantised(tiny_model("qwen2"), "model.layers.0.self_attn.q_proj")
+    with pytest.raises(RuntimeError, match=r"all that is quantised, got .*q_proj, a QuantLinear"):
+        quantize_w8a8(tied).save_pretrained(tmp_path)
+    assert not hasattr(tied.config, "quantization_config")
+    expand(tied, torch.float32)
+    tied.save_pretrained(tmp_path)  # dense again, and said to be
+    assert "quantization_config" not in json.loads((tmp_path / "config.json").read_text())
+
+
+def pack_quantised(model, name):
+    """The model with one linear of a GGUF file."""
+    n, k = model.get_submodule(name).weight.shape
+    rows = torch.zeros(n, QuantFormat.Q4_0.row_bytes(k), dtype=torch.uint8)
+    model.set_submodule(name, QuantLinear(repack(rows, QuantFormat.Q4_0), QuantFormat.Q4_0, n))
+    return model
