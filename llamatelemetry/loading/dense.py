@@ -8,7 +8,6 @@ from typing import Any
 import torch
 
 from llamatelemetry.loading.find import load_model
-from llamatelemetry.quantization.modules import expand
 
 
 def load_dense(name_or_path: str | Path, *, device: str | torch.device, dtype: torch.dtype) -> Any:
@@ -21,8 +20,4 @@ def load_dense(name_or_path: str | Path, *, device: str | torch.device, dtype: t
         >>> load_dense(directory, device="cpu", dtype=torch.bfloat16).dtype
         torch.bfloat16
     """
-    model = load_model(name_or_path, device=device, dtype=dtype).model
-    expand(model, dtype)
-    if model.config.tie_word_embeddings:
-        model.lm_head.weight = model.get_input_embeddings().weight
-    return model
+    return load_model(name_or_path, device=device, dtype=dtype, dequantize=True).model

@@ -121,6 +121,7 @@ def load_model(
     device: str | torch.device = "cpu",
     dtype: torch.dtype | None = None,
     exact: bool = False,
+    dequantize: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> LoadedModel:
     """Loads a packaged model by name, a GGUF file, a transformers directory (whole or in shards),
@@ -129,12 +130,13 @@ def load_model(
     Nothing is fetched, and no code that lies beside a model is run.
 
     Args:
-        device, dtype, exact, progress: as in load_gguf; a directory keeps its own dtype by default.
-            Weights of GPTQ, AWQ, compressed-tensors, FP8, MXFP4 and bitsandbytes directories stay
-            packed (of bitsandbytes in 4 bits, linears whose rows are not whole blocks of 32, 64 or
-            a multiple of 128 weights become dense); such directories are read of text models, dense
-            or with routed experts that are dense, quantised one by one, or gpt-oss's. On Hopper
-            GPUs linears whose input is quantised too multiply bytes, but with exact
+        device, dtype, exact, dequantize, progress: as in load_gguf; a directory keeps its own
+            dtype by default. Weights of GPTQ, AWQ, compressed-tensors, FP8, MXFP4 and bitsandbytes
+            directories stay packed (of bitsandbytes in 4 bits, linears whose rows are not whole
+            blocks of 32, 64 or a multiple of 128 weights become dense); such directories are read
+            of text models, dense or with routed experts that are dense, quantised one by one, or
+            gpt-oss's. On Hopper GPUs, and where k is no multiple of 32, linears whose input is
+            quantised too multiply bytes, but with exact
 
     Raises:
         ModelFileError: in one sentence
@@ -149,8 +151,11 @@ def load_model(
     if path.is_dir():
         is_id = not Path(name_or_path).expanduser().exists()
         name = str(name_or_path) if is_id else path.resolve().name
-        return _load_directory(path, name, device, dtype, exact)
-    return load_gguf(path, device=device, dtype=dtype, exact=exact, progress=progress)
+        found = _load_directory(path, name, device, dtype, exact)
+        return _dense(found, dtype) if dequantize else found
+    return load_gguf(
+        path, device=device, dtype=dtype, exact=exact, dequantize=dequantize, progress=progress
+    )
 
 
 def load_gguf(
@@ -159,6 +164,7 @@ def load_gguf(
     device: str | torch.device = "cpu",
     dtype: torch.dtype | None = None,
     exact: bool = False,
+    dequantize: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> LoadedModel:
     """Loads a GGUF file; quantised weights stay packed.
@@ -168,6 +174,7 @@ def load_gguf(
         dtype: of activations and norms; float32 on the CPU and with exact, else bfloat16 where the
             GPU computes in it, else float16
         exact: float32 activations in the quantised linears instead of int8 ones on the CPU
+        dequantize: whether packed weights are expanded to dtype, for what takes no packed ones
         progress: called with (bytes done, bytes in all) after each tensor
 
     Raises:
@@ -180,7 +187,22 @@ def load_gguf(
     file = GgufFile(path)
     model = build_model(file, device, dtype or _default_dtype(device, exact), exact, progress)
     name = file.value("general.name", str, file.path.stem)
-    return LoadedModel(model, build_tokenizer(file), name, eos_ids(file))
+    loaded = LoadedModel(model, build_tokenizer(file), name, eos_ids(file))
+    return _dense(loaded, dtype) if dequantize else loaded
+
+
+def _dense(loaded: LoadedModel, dtype: torch.dtype | None) -> LoadedModel:
+    """It with every packed weight expanded to dtype, in place; None is the model's."""
+    from llamatelemetry.quantization.modules import expand
+    from llamatelemetry.quantization.w8a8_config import describe_w8a8
+
+    model = loaded.model
+    expand(model, dtype or model.dtype)
+    if model.config.tie_word_embeddings:
+        model.tie_weights()
+    describe_w8a8(model)
+    model.eval().requires_grad_(False)
+    return loaded
 
 
 def _load_directory(

@@ -48,9 +48,10 @@ def build_quantised(
     """The directory's model in eval mode; most quantised linears stay packed, as GroupLinear.
 
     Linears of bitsandbytes' 4-bit codes become dense ones of dtype where their values are neither
-    NF4's nor FP4's, or rows no whole blocks of 32, 64 or a multiple of 128 weights. On a Hopper
-    GPU, linears of formats that have their input quantised too are W8A8Linear. Routed experts
-    become LinearExperts of these, gpt-oss's QuantExperts; dense ones stay transformers'.
+    NF4's nor FP4's, or rows no whole blocks of 32, 64 or a multiple of 128 weights. Linears of
+    formats that have their input quantised too are W8A8Linear on a Hopper GPU, and where rows are
+    no whole blocks of 32. Routed experts become LinearExperts of these, gpt-oss's QuantExperts;
+    dense ones stay transformers'.
 
     Args:
         path: of a directory with safetensors.
@@ -261,9 +262,10 @@ class _Filling:
                 return read.dense(self.dtype)
             n, k = read.codes.shape
             return GroupLinear(packed, k, n, None, None, self.exact)
-        if self.layout.takes_rows and not self.exact and w8a8.is_fast_on(self.device):
+        # GroupLinear, whose weights alone are in 8 bits, has whole blocks of 32.
+        if self.layout.takes_rows and not self.exact:
             linear = load_w8a8(self.layout, parts)
-            if linear is not None:
+            if linear is not None and (w8a8.is_fast_on(self.device) or linear.in_features % 32):
                 return linear
         weight, (n, k), perm = load_linear(self.layout, parts)
         return GroupLinear(weight, k, n, None, perm, self.exact)

@@ -109,6 +109,22 @@ def test_four_bits(tmp_path, device, kind, nested, block):
     assert torch.equal(ours.weight, linear.weight.half())
 
 
+def test_dequantised(tmp_path, device):
+    """As torch's linears, for what takes no NF4: the same model, and one that is saved as dense."""
+    theirs = write(tmp_path, tiny_model("qwen2"), lambda linear: four_bits(linear, "nf4", True, 32))
+    loaded = load_model(tmp_path, device=device, dtype=torch.float32, dequantize=True)
+    kinds = {type(part) for name, part in loaded.model.named_modules() if name.endswith("_proj")}
+    assert kinds == {nn.Linear}
+    assert not any(part.training for part in loaded.model.modules())
+    assert not any(parameter.requires_grad for parameter in loaded.model.parameters())
+    for name, linear in linears_of(theirs):
+        assert torch.equal(loaded.model.get_submodule(name).weight.cpu(), linear.weight)
+    loaded.model.save_pretrained(tmp_path / "dense")
+    tiny_tokenizer().save_pretrained(tmp_path / "dense")
+    again = load_model(tmp_path / "dense", device=device).model
+    assert torch.equal(again(IDS.to(device)).logits, loaded.model(IDS.to(device)).logits)
+
+
 def test_eight_bits(tmp_path, device):
     config = {"quant_method": "bitsandbytes", "load_in_8bit": True}
     theirs = write(tmp_path, tiny_model("llama"), eight_bits, config).to(device)

@@ -11,6 +11,7 @@ from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
 from llamatelemetry.loading.find import ModelFileError, find_model, load_model
+from llamatelemetry.quantization.modules import QuantEmbedding, QuantLinear, expand
 
 
 class Installed:
@@ -51,6 +52,18 @@ def test_file(tmp_path):
     write_model(path)
     loaded = load_model(str(path))
     assert (loaded.name, loaded.context_length) == ("small", 64)
+
+
+def test_dequantised_file(tmp_path):
+    path = tmp_path / "small.gguf"
+    write_model(path)
+    packed, dense = load_model(path).model, load_model(path, dequantize=True).model
+    ours = (QuantLinear, QuantEmbedding)
+    assert any(isinstance(part, ours) for part in packed.modules())
+    assert not any(isinstance(part, ours) for part in dense.modules())
+    expand(packed, torch.float32)
+    ids = torch.tensor([[1, 2, 3]])
+    assert torch.equal(dense(ids).logits, packed(ids).logits)
 
 
 @pytest.mark.parametrize("dtype", [None, torch.float32])

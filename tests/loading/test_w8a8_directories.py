@@ -155,6 +155,18 @@ def test_what_is_saved_is_read(tmp_path, fast, family, named):
     torch.testing.assert_close(loaded(IDS).logits, model(IDS).logits)
 
 
+def test_rows_that_are_no_whole_blocks(tmp_path):
+    """Of 48 columns, which weights in 8 bits alone have no layout for, on any device."""
+    model = quantize_w8a8(tiny_model("qwen2_moe"))
+    model.save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    loaded = load_model(tmp_path, dtype=torch.float32).model
+    down = loaded.model.layers[0].mlp.shared_expert.down_proj
+    assert (type(down), down.in_features) == (W8A8Linear, 48)
+    error = (loaded(IDS).logits - model(IDS).logits).norm()
+    assert error < 0.1 * model(IDS).logits.norm()
+
+
 def test_formats_that_no_config_names_are_not_saved(tmp_path):
     """Not silently, for they would be read as what they are not; once they are alike they are."""
     model = quantize_w8a8(tiny_model("qwen2"), skip=("lm_head", "mlp"))

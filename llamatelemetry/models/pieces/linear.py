@@ -56,7 +56,8 @@ class Joined:
             formats = ", ".join(ops.group_formats) or "none"
             raise ValueError(
                 "these ops take torch's Linear, W8A8Linear, or GroupLinear of "
-                f"{formats}, got {kind}; load the weights dense, or use the native ops"
+                f"{formats}, got {kind}; load_model(dequantize=True) expands them, and the native "
+                "ops take them packed"
             )
 
     def __call__(self, x: Rows) -> Any:
