@@ -69,15 +69,18 @@ struct QuantLinearDescriptor {
 // The rows of x that the fused kernel of CUDA serves with one decoding of a weight, in registers.
 constexpr int kMaxFusedRows = 8;
 // Hopper: from here on wgmma is ahead of the skinny kernel, which decodes bytes more slowly than
-// nibbles and has as many blocks as the weight has tiles, and up to kMaxWgmmaRows of dense weights
-// and torch's matmul (benchmarks/notes/gemm.md).
+// nibbles and has as many blocks as the weight has tiles. Up to 16 rows that was measured of the
+// wgmma kernel of before, which had blocks of 16 rows of x, but not for groups.
 static inline constexpr int min_wgmma_rows(CodeFamily codes, ScaleRule rule, int64_t n,
                                            int num_sms) {
-  if (rule == ScaleRule::kGroup) return 17;  // no wgmma kernel of theirs has 16 rows of x
+  if (rule == ScaleRule::kGroup) return 17;
   const bool many_tiles = n > int64_t{2} * kTileRows * num_sms;
   return codes == CodeFamily::kS8 || (many_tiles && rule != ScaleRule::kSubBlock32) ? 9 : 17;
 }
-constexpr int kMaxWgmmaRows = 128;
+// Instead of dense weights and torch's matmul: at 256 rows of S4, U4, S8 and E4M3 wgmma takes 3 to
+// 34 % less time in O, gate+up and down of Llama-3-8B, in QKV 4 to 9 % more; scales in the blocks
+// and NF4 are not measured there (benchmarks/notes/gemm.md).
+constexpr int kMaxWgmmaRows = 256;
 // Elsewhere, up to here the skinny kernel, which reads the weights once for 16 rows, is faster than
 // writing dense ones, which decoding sub-blocks makes slower, and reading them.
 static inline constexpr int max_skinny_rows(ScaleRule rule) {
@@ -110,43 +113,6 @@ static inline constexpr QuantLinearImpl choose_quant_linear(const QuantLinearDes
   const bool takes_rows = takes_any_rows || (!d.exact && d.m <= max_skinny_rows(d.scale_rule));
   if (serves_skinny(d) && takes_rows) return QuantLinearImpl::kSkinny;
   return d.exact || d.m <= kMaxFusedRows ? QuantLinearImpl::kFused : QuantLinearImpl::kDense;
-}
-
-// kWgmma: rows of x in a block, and its warpgroups, which have 64 rows of the weight each.
-struct QuantWgmmaConfig {
-  int tokens;
-  int groups;
-};
-
-static inline constexpr int wgmma_tokens(int64_t m) {
-  return m <= 16 ? 16 : m <= 32 ? 32 : m <= 64 ? 64 : 128;
-}
-
-static inline constexpr QuantWgmmaConfig wgmma_config(int tokens, CodeFamily codes) {
-  if (tokens <= 16) return {tokens, 2};
-  // With planes of high bits two stages of 256 rows do not fit beside 128 rows of x, or registers
-  // do not suffice.
-  const bool planes = codes == CodeFamily::kU5 || codes == CodeFamily::kU6;
-  return {tokens, tokens == 128 && planes ? 3 : 4};
-}
-
-// How many blocks, a cluster, share the k of a tile; slots[i]: how many clusters of i + 1 blocks
-// run at once. The time of the last to end, in chunks; a block costs about two beside its own. It
-// does not depend on m but through the config, so neither do the sums of a row.
-constexpr int kMaxWgmmaSplits = 8;
-static inline constexpr int wgmma_splits(int64_t tiles, int64_t chunks, int chunk,
-                                         const int (&slots)[kMaxWgmmaSplits]) {
-  constexpr int kBlockCost = 512;  // of a block beside its chunks, in weights of a row
-  int best = 1;
-  int64_t least = 0;
-  for (int splits = 1; splits <= kMaxWgmmaSplits && splits <= chunks; ++splits) {
-    const int64_t at_once = slots[splits - 1];
-    if (at_once == 0) continue;
-    const int64_t waves = (tiles + at_once - 1) / at_once;
-    const int64_t cost = waves * ((chunks + splits - 1) / splits * chunk + kBlockCost);
-    if (least == 0 || cost < least) best = splits, least = cost;
-  }
-  return best;
 }
 
 }  // namespace llamatelemetry

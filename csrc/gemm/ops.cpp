@@ -7,7 +7,6 @@
 #include "format/checks.h"
 #include "gemm/choice.h"
 #include "gemm/params.h"
-#include "gemm/wgmma_plan.h"
 
 namespace llamatelemetry {
 namespace {
@@ -103,7 +102,7 @@ Tensor quant_linear(const Tensor& given_x, const Tensor& packed, StringHandle fo
   const Tensor x = perm ? permute_columns(op, given_x, rows, dtype, *perm) : given_x;
   if (perm) rows.row_stride = rows.row_size;
   const auto* packed_data = static_cast<const uint8_t*>(packed.const_data_ptr());
-  const QuantLinearImpl impl = choose_many_rows(descriptor_of(x, rows, n, format, dtype, exact));
+  const QuantLinearImpl impl = choose_quant_linear(descriptor_of(x, rows, n, format, dtype, exact));
   if constexpr (kHasDenseWeights) {
     if (impl == QuantLinearImpl::kDense) {
       return dense_linear(op, x, bias,
@@ -135,7 +134,6 @@ Tensor quant_linear(const Tensor& given_x, const Tensor& packed, StringHandle fo
       .dtype = dtype,
       .exact = exact,
       .impl = impl,
-      .splits = 1,
   };
   std::optional<Tensor> workspace;
   if (const int64_t num_bytes = quant_linear_workspace_bytes(params)) {

@@ -60,22 +60,11 @@ struct QuantLinearParams {
   DType dtype;  // of x, bias and out
   bool exact;
   QuantLinearImpl impl;  // not kDense
-  int splits;            // kWgmma: blocks that share a tile's k; its launcher says how many
 };
 Error launch_quant_linear(const QuantLinearParams& params, Stream stream);
 
 // What a launch needs beside its output; each backend says. workspace may still be null.
 int64_t quant_linear_workspace_bytes(const QuantLinearParams& params);
-
-// CUDA: what launch_quant_linear hands kWgmma to, by the rows of x that a block takes.
-Error launch_quant_wgmma_16(const QuantLinearParams& params, Stream stream);
-Error launch_quant_wgmma_32(const QuantLinearParams& params, Stream stream);
-Error launch_quant_wgmma_64(const QuantLinearParams& params, Stream stream);
-Error launch_quant_wgmma_128(const QuantLinearParams& params, Stream stream);
-// Those of FormatSet::kGroups, which go there from more rows on.
-Error launch_quant_wgmma_groups_32(const QuantLinearParams& params, Stream stream);
-Error launch_quant_wgmma_groups_64(const QuantLinearParams& params, Stream stream);
-Error launch_quant_wgmma_groups_128(const QuantLinearParams& params, Stream stream);
 
 // CUDA: what launch_quant_linear hands kSkinny to, by the set of formats and the dtype of x.
 Error launch_quant_skinny_f16(const QuantLinearParams& params, Stream stream);

@@ -30,7 +30,6 @@ Error launch_stream(const QuantLinearParams& p, Stream stream) {
 
 #ifdef LT_SM90
 Error launch_wgmma(const QuantLinearParams& p, FormatSet set, Stream stream) {
-  if (p.m <= 16 && set != FormatSet::kGroups) return launch_quant_wgmma_16(p, stream);
   const QuantWgmmaPlan plan =
       wgmma_plan(p.m, p.n, p.k, kFormats[p.format].codes, quant_wgmma_slots());
   const bool groups = set == FormatSet::kGroups;

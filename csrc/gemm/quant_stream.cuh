@@ -12,7 +12,8 @@
 //
 // Against the rule of tile/dependent_launch.cuh the first weights are read before the wait, which
 // alone promises to show earlier writes. It rests on the hardware, as tests measure: a grid starts
-// when the blocks ahead have ended, or let it start early: of such kernels none writes weights.
+// when the blocks ahead have ended, or let it start early. None that does so writes packed weights,
+// their scales or zero points: codes of quantize_rows are packed by repack, which does not.
 //
 // A block has the tiles first_tile .. of 16 rows and a range of k, whose x lies in shared memory,
 // permuted as the codes are. Its items, 128 weights of a tile, are dealt out evenly in their order:

@@ -5,7 +5,7 @@
 // W is the A operand of wgmma, decoded into registers (quant_wgmma_fragments.cuh), 16 rows a warp;
 // rows of x are the columns of B, in shared memory. Where 128 weights of a row share a scale and
 // accumulators suffice (kExactCodes), W's codes are multiplied as they are and each 128 products
-// are scaled as they are added up, in float32; x past 1e36 may leave its range then. Elsewhere
+// are scaled as they are added up, in float32; x past 1e34 may leave its range then. Elsewhere
 // weights are scaled first and rounded to T.
 //
 // A block has kConfig.row_groups warpgroups side by side, of 64 rows of W each, and kConfig.parts

@@ -6,12 +6,6 @@ Error launch_quant_wgmma_32(const QuantLinearParams& p, const QuantWgmmaPlan& pl
   return launch_quant_wgmma<32, FormatSet::kWide>(p, plan, stream);
 }
 
-// In the same blocks: rows of x that are not there read as zeros.
-Error launch_quant_wgmma_16(const QuantLinearParams& p, Stream stream) {
-  const CodeFamily codes = kFormats[p.format].codes;
-  return launch_quant_wgmma_32(p, wgmma_plan(p.m, p.n, p.k, codes, quant_wgmma_slots()), stream);
-}
-
 const WgmmaSlots& quant_wgmma_slots() {
   constexpr WgmmaConfig kConfig = wgmma_config(32, WgmmaShape::kWide, kFormats[0].codes);
   return ClusterSlots<QuantWgmma<BFloat16, 0, kConfig, false>>::of_device();

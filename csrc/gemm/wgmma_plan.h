@@ -9,13 +9,6 @@
 
 namespace llamatelemetry {
 
-// Up to so many rows of x it is ahead of dense weights and torch's matmul.
-constexpr int kMaxWgmmaPlanRows = 256;
-static inline constexpr QuantLinearImpl choose_many_rows(const QuantLinearDescriptor& d) {
-  const bool more = d.m > kMaxWgmmaRows && d.m <= kMaxWgmmaPlanRows && d.n > 0 && d.k > 0;
-  return more && serves_wgmma(d) ? QuantLinearImpl::kWgmma : choose_quant_linear(d);
-}
-
 // kWgmma: a block has `tokens` rows of x, and row_groups warpgroups side by side, of 64 rows of the
 // weight each, for each of its parts, which share k.
 struct WgmmaConfig {
@@ -38,8 +31,9 @@ static inline constexpr WgmmaConfig wgmma_config(int tokens, WgmmaShape shape, C
   return large ? WgmmaConfig{tokens, 2, 2} : WgmmaConfig{tokens, 1, 4};
 }
 
-// How long blocks take, in ns of an H200 with codes of four bits: each kWgmmaStep weights of a row,
-// what a block costs beside them, and what a cluster does (benchmarks/notes/gemm.md).
+// About how long blocks take, in ns of an H200: each kWgmmaStep weights of a row, what a block
+// costs beside them, and what a cluster does. They choose plans, and promise no time
+// (benchmarks/notes/gemm.md).
 struct WgmmaCosts {
   int step;
   int block;
@@ -54,6 +48,8 @@ static inline constexpr WgmmaCosts wgmma_costs(const WgmmaConfig& config) {
     default: return {1330, 7700, 7000};
   }
 }
+
+constexpr int kMaxWgmmaSplits = 8;
 
 struct QuantWgmmaPlan {
   int tokens;

@@ -15,7 +15,7 @@ constexpr int kTileKeys = kNumWarps * kWarpKeys;
 constexpr int kLongestShortRun = 4;  // tiles, decode.cuh
 constexpr int kMaxPartsAtOnce = 32;
 constexpr int kMaxClusterBlocks = 16;      // cluster.cuh
-constexpr int64_t kMaxClusterKeys = 8192;  // that the sequence may have
+constexpr int64_t kMaxClusterKeys = 8192;  // that the sequence's block table may hold
 
 // What keys and values are stored in.
 enum class Stored { kAsQueries, kE4M3, kInt8 };
