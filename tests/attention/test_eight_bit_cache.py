@@ -143,7 +143,7 @@ def test_widths_and_pages(device, dtype, stored, head_dim, page_size, heads):
 @pytest.mark.parametrize("head_dim", [64, 128, 192, 256])
 @pytest.mark.parametrize("batch", [1, 3])
 def test_without_terms(device, dtype, stored, head_dim, batch):
-    """Of softcap or ALiBi, which kernels of their own serve on a GPU, as do those of a sequence."""
+    """No softcap, no ALiBi: on a GPU other kernels, on Hopper others again for one sequence."""
     case = random_case(device, dtype, [(1, 1100), (4, 300), (1, 1)][:batch], (16, 8), head_dim)
     case, scales = eight_bit(case, stored)
     assert_is_attention_of_what_is_stored(case, scales, {})

@@ -30,10 +30,17 @@ def grouped(n: int, k: int, group: int | None, format: str) -> GroupedWeight:
     groups = k // (group or k)
     # Of 16 bits: of more, weights that are rounded may be an ulp of float32 off.
     scales = (0.01 * torch.randn(n, groups, device="cuda")).half()
-    if format == "S4":
-        codes = torch.randint(-8, 8, (n, k), device="cuda", dtype=torch.int8)
+    if format == "E4M3":
+        return pack_groups(
+            (9 * torch.randn(n, k, device="cuda")).to(torch.float8_e4m3fn), format, scales
+        )
+    if format in ("S4", "S8"):
+        bound = 8 if format == "S4" else 128
+        codes = torch.randint(-bound, bound, (n, k), device="cuda", dtype=torch.int8)
         return pack_groups(codes, format, scales)
     codes = torch.randint(0, 16, (n, k), device="cuda", dtype=torch.uint8)
+    if format == "NF4":
+        return pack_groups(codes, format, scales)
     w = pack_groups(codes, format, scales, torch.zeros_like(scales, dtype=torch.uint8))
     w.zeros.random_(0, 256)  # more than a packed checkpoint has
     return w
@@ -49,6 +56,17 @@ def assert_values(ours: torch.Tensor, x: torch.Tensor, weights: torch.Tensor) ->
     assert_within_2x(ours, (x.float() @ weights.to(x.dtype).float().T).to(x.dtype), truth)
 
 
+def assert_products(w: GroupedWeight, weights: torch.Tensor, m: int, dtype: torch.dtype) -> None:
+    n, k = weights.shape
+    x = torch.randn(m, k, device="cuda", dtype=dtype)
+    assert_values(product(x, w, n), x, weights)
+    picked = torch.randint(0, k, (m,), device="cuda")
+    one_hot = torch.zeros_like(x).index_put_(
+        (torch.arange(m, device="cuda"), picked), torch.ones((), device="cuda", dtype=dtype)
+    )
+    assert torch.equal(product(one_hot, w, n), weights[:, picked].T.to(dtype))
+
+
 @pytest.mark.parametrize(("n", "k", "group"), SHAPES)
 @pytest.mark.parametrize("format", ["S4", "U4"])
 def test_shapes(n, k, group, format):
@@ -58,19 +76,25 @@ def test_shapes(n, k, group, format):
         (17, torch.bfloat16), (32, torch.float16), (61, torch.bfloat16), (64, torch.float16),
         (100, torch.bfloat16), (128, torch.float16), (129, torch.bfloat16), (256, torch.bfloat16),
     ]:  # fmt: skip
-        x = torch.randn(m, k, device="cuda", dtype=dtype)
-        assert_values(product(x, w, n), x, weights)
-        picked = torch.randint(0, k, (m,), device="cuda")
-        one_hot = torch.zeros_like(x).index_put_(
-            (torch.arange(m, device="cuda"), picked), torch.ones((), device="cuda", dtype=dtype)
-        )
-        assert torch.equal(product(one_hot, w, n), weights[:, picked].T.to(dtype))
+        assert_products(w, weights, m, dtype)
+
+
+@pytest.mark.parametrize(("n", "k", "group"), [SHAPES[3], SHAPES[4], SHAPES[5]])
+@pytest.mark.parametrize("format", ["S8", "E4M3", "NF4"])
+def test_bytes_and_float_tables(n, k, group, format):
+    w = grouped(n, k, group, format)
+    weights = unpack_groups(w, n, k)
+    for m, dtype in [
+        (20, torch.bfloat16), (50, torch.float16), (100, torch.bfloat16), (200, torch.float16),
+    ]:  # fmt: skip
+        assert_products(w, weights, m, dtype)
 
 
 @pytest.mark.parametrize("format", ["Q4_0", "Q4_1", "Q5_0", "Q8_0", "Q4_K", "Q5_K", "Q6_K"])
 def test_scales_in_the_blocks(format):
     format = QuantFormat[format]
-    for n, k in [(1040, 2304), (12000, 1024)]:
+    # Deep blocks in clusters, deep blocks alone, and wide blocks up to 128 rows of x.
+    for n, k in [(1040, 2304), (12000, 1024), (40000, 256)]:
         rows = torch.randint(0, 64, (n, format.row_bytes(k)), device="cuda", dtype=torch.uint8)
         weights = dequantize(rows, format, torch.float32)
         packed = repack(rows, format)
