@@ -8,7 +8,7 @@ import shutil
 import pytest
 from gguf_models import write_model
 
-from llamatelemetry.cli import serve
+from llamatelemetry.cli import serve, speculation
 from llamatelemetry.cli.main import main
 
 
@@ -54,6 +54,36 @@ def test_serve_has_a_model_draft(models):
     assert 0 < handle.stats.accepted_tokens == handle.stats.drafted_tokens
     plain, _ = serve._made(serving(target))
     assert plain.submit([5, 9, 2], max_tokens=12).result().token_ids == handle.token_ids
+
+
+def test_serve_passes_on_how_requests_share(models):
+    pytest.importorskip("fastapi")
+    words = ["--max-batch-size", 3, "--prefill-chunk", 48, "--num-blocks", 9]
+    batcher, _ = serve._made(serving(models[0], *words, "--num-host-blocks", 4))
+    batcher.submit([5, 9, 2], max_tokens=2).result()
+    scheduler = batcher._batch.scheduler
+    found = scheduler.max_running, scheduler.prefill_chunk, scheduler.blocks.num_blocks
+    assert found == (3, 48, 9)
+    assert scheduler.host.num_blocks == 4
+
+
+class Words:
+    def __init__(self, *words):
+        self.words = words
+
+    def get_vocab(self):
+        return {word: i for i, word in enumerate(self.words)}
+
+
+def test_another_tokenizer_is_refused(models, monkeypatch):
+    speculation._check_tokenizer(Words("a", "b"), Words("a", "b", "[PAD2]"))
+    with pytest.raises(
+        ValueError, match=r"--draft-model must .* whose token 1 is 'b', got one whose is 'c'"
+    ):
+        speculation._check_tokenizer(Words("a", "c"), Words("a", "b"))
+    args = serving(models[0], "--draft-model", models[1])
+    with pytest.raises(ValueError, match="--draft-model must have the tokenizer"):
+        speculation.speculation_of(args, Words("no such token"), "cpu")
 
 
 def test_refusals(capsys, models, tmp_path):

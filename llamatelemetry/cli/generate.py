@@ -157,7 +157,7 @@ def _generate(args: argparse.Namespace) -> int:
     _quiet_transformers()
     with _progress_bar("loading") as progress:
         loaded = load_model(args.model, device=device, exact=args.exact, progress=progress)
-    speculation = speculation_of(args, device, args.exact)
+    speculation = speculation_of(args, loaded.tokenizer, device, args.exact)
     engine = InferenceEngine(loaded, backend=args.backend)
     params = replace(engine.defaults.unasked(), **given)
     drafts: list[tuple[str, str]] = []

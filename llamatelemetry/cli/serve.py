@@ -53,7 +53,10 @@ def run(args: argparse.Namespace) -> int:
     the installation cannot."""
     try:
         with warnings_as_sentences():
-            return _serve(args)
+            try:
+                return _serve(args)
+            finally:
+                gc.unfreeze()
     except ImportError as error:
         print(
             f"llamatelemetry: serve needs {error.name}, which is not installed; install what it "
@@ -109,7 +112,8 @@ def _otel(model: str) -> Any:
 
 @contextlib.contextmanager
 def _no_collections() -> Iterator[None]:
-    """What a start makes stays: looking for garbage in it took a tenth of the time."""
+    """What a start makes stays: looking for garbage in it took a tenth of the time. It is frozen;
+    the end takes that back, for the interpreter would find extensions' types leaked."""
     gc.disable()
     try:
         yield
@@ -134,7 +138,7 @@ def _made(args: argparse.Namespace) -> tuple[Any, Any]:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     check_options(args)
     engine = InferenceEngine(load_model(args.model, device=device))
-    speculation = speculation_of(args, device)
+    speculation = speculation_of(args, engine.tokenizer, device)
     config = ServerConfig(
         model=args.served_model_name or args.model,
         api_key=args.api_key or os.environ.get(KEY) or None,

@@ -10,7 +10,7 @@ from llamatelemetry.inference.engine import InferenceEngine
 from llamatelemetry.inference.packed import why_not_packed
 from llamatelemetry.inference.sampling import GREEDY, SamplingParams
 from llamatelemetry.inference.submission import eos_of
-from llamatelemetry.models.patching import patch
+from llamatelemetry.models.patching import ops_of, patch
 
 
 @dataclass(frozen=True)
@@ -50,17 +50,18 @@ def served_by(engine: Any) -> Served:
 
 
 def check_draft_model(draft: Any, target: Any) -> None:
-    """Patches a model that is to draft for another.
+    """Patches a model that is to draft for another, with the backend of that.
 
     Raises:
-        ValueError: for a model that packed steps do not serve, another vocabulary or device.
+        ValueError: for a model that packed steps do not serve, or that is patched with another
+            backend; for another vocabulary or device.
     """
     if not hasattr(getattr(draft, "config", None), "get_text_config"):
         raise ValueError(
             "SpeculationConfig: draft_model must be a transformers model, got "
             f"{type(draft).__name__}"
         )
-    patch(draft)
+    patch(draft, ops=ops_of(target))
     _check_packed("draft_model", draft)
     sizes = [model.config.get_text_config().vocab_size for model in (target, draft)]
     if sizes[0] != sizes[1]:

@@ -15,7 +15,10 @@ from llamatelemetry.inference.continuous import ContinuousBatching
 from llamatelemetry.inference.logit_options import LogitOptions
 from llamatelemetry.inference.runner import StepRunner
 from llamatelemetry.inference.sampling import GREEDY, SamplingParams
+from llamatelemetry.inference.served import check_draft_model
 from llamatelemetry.inference.speculation_config import SpeculationConfig
+from llamatelemetry.models.opset import REFERENCE
+from llamatelemetry.models.patching import ops_of, patch
 
 
 @pytest.fixture(autouse=True)
@@ -107,3 +110,10 @@ def test_refusals(device):
         wider.resize_token_embeddings(128)
     with pytest.raises(ValueError, match="target's vocabulary of 97 tokens, got 128"):
         ContinuousBatching(1, target, speculation=SpeculationConfig(draft_model=wider))
+
+
+def test_a_draft_model_has_the_target_s_backend(device):
+    target, twin, _ = models(device)
+    patch(target, ops=REFERENCE)
+    check_draft_model(twin, target)
+    assert ops_of(twin) is REFERENCE
