@@ -20,6 +20,7 @@ from llamatelemetry.inference.step_limits import StepLimits
 from llamatelemetry.inference.submission import Submission, checked_params
 from llamatelemetry.inference.telemetry import Telemetry
 from llamatelemetry.inference.turns import Turns
+from llamatelemetry.loading.find import context_length_of
 from llamatelemetry.models.patching import ops_of
 
 
@@ -163,6 +164,19 @@ class ContinuousBatching:
     def decode_mode(self) -> str:
         """How the last decode step was run: "recorded" (CPU), "graph" (CUDA) or "eager"."""
         return "eager" if self._batch is None else self._batch.decode_mode
+
+    def max_model_len(self, num_beams: int = 1) -> int:
+        """Tokens that a prompt and its answer may have together, by the model's context and by
+        num_blocks.
+
+        Args:
+            num_beams: as submit_group's.
+        """
+        context = context_length_of(self.model.config)
+        if self._turns is None or self._fixed_blocks is None:
+            return context
+        page_size = self._turns.batch.scheduler.blocks.page_size
+        return min(context, self._fixed_blocks // num_beams * page_size)
 
     def submit(
         self,

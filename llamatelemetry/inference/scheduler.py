@@ -74,9 +74,10 @@ class Scheduler:
         """Raises OutOfBlocks for a request that the whole cache could not hold count times."""
         needed = self.blocks.blocks_for(request.most_tokens) * count
         if needed > self.blocks.num_blocks:
+            beams = f" in each of {count} beams" if count > 1 else ""
             raise OutOfBlocks(
                 f"Out of KV cache memory: a prompt of {len(request.prompt)} tokens and "
-                f"{request.max_tokens} more need {needed} blocks of {self.blocks.page_size} "
+                f"{request.max_tokens} more{beams} need {needed} blocks of {self.blocks.page_size} "
                 f"tokens, the whole cache has {self.blocks.num_blocks}"
             )
 

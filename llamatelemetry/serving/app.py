@@ -22,6 +22,7 @@ from starlette.exceptions import HTTPException
 from llamatelemetry.inference.continuous import ContinuousBatching
 from llamatelemetry.inference.embedding import Pooling
 from llamatelemetry.serving.answers import CHAT, COMPLETION, Answer, Shape
+from llamatelemetry.serving.beam_fields import check_count
 from llamatelemetry.serving.body_limit import BodyLimit
 from llamatelemetry.serving.embeddings import EmbeddingRequest, embeddings
 from llamatelemetry.serving.errors import add_errors
@@ -97,7 +98,7 @@ def create_app(batcher: ContinuousBatching, config: ServerConfig, otel: Any = No
         if tools is not None:
             form = form_of(batcher.engine.tokenizer.chat_template)
         ids = await asyncio.to_thread(batcher.engine.encode, messages, None, tools)
-        left = batcher.engine.loaded.context_length - len(ids)
+        left = batcher.max_model_len(body.beams.get("num_beams", 1)) - len(ids)
         limit = body.limit or max(min(left, DEFAULT_MAX_TOKENS), 1)
         return await service.answer(CHAT, body, [ids], limit, request, form)
 
@@ -116,7 +117,7 @@ def create_app(batcher: ContinuousBatching, config: ServerConfig, otel: Any = No
         made = embeddings(body, config.model, worker)
         return JSONResponse(await _unless_gone(made, request, config.timeout_s))
 
-    _add_models(app, service, batcher.engine.loaded.context_length)
+    _add_models(app, service, batcher.max_model_len())
 
     @app.get("/health")
     async def health() -> Response:
@@ -212,6 +213,7 @@ class _Service:
             grammar_of, body.response_format, body.structured_outputs, self.structures
         )
         params = body.sampling(engine.defaults)
+        check_count(body, self.worker.batcher.max_batch_size)
         handles = self.worker.submit(
             prompts,
             params,

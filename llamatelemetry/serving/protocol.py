@@ -6,11 +6,21 @@ import dataclasses
 import random
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StrictInt, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ModelWrapValidatorHandler,
+    StrictInt,
+    field_validator,
+    model_validator,
+)
 
+from llamatelemetry.inference.beam_search import MAX_LENGTH_PENALTY
 from llamatelemetry.inference.defaults import ModelDefaults, UnsetFloat, UnsetInt
 from llamatelemetry.inference.logit_options import MAX_LOGPROBS, LogitOptions
 from llamatelemetry.inference.sampling import GREEDY, SamplingParams
+from llamatelemetry.serving.beam_fields import check_fields, is_among
 from llamatelemetry.serving.messages import Message, Tool
 from llamatelemetry.serving.structure import ResponseFormat, StructuredOutputs
 
@@ -25,21 +35,6 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "modalities": (["text"], None),
     "reasoning_effort": (None,),
     "audio": (None,),
-}
-# What a search of beams has of fields that ask for something else, at the values that do not.
-NEUTRAL_TO_BEAMS: dict[str, tuple[Any, ...]] = {
-    "temperature": (0, 1),
-    "top_p": (1,),
-    "top_k": (0,),
-    "min_p": (0,),
-    "repetition_penalty": (1,),
-    "presence_penalty": (0,),
-    "frequency_penalty": (0,),
-    "logit_bias": ({},),
-    "stop": ([],),
-    "logprobs": (False, None),
-    "response_format": (None,),
-    "structured_outputs": (None,),
 }
 # Fields that never change an answer.
 IGNORED = {
@@ -72,9 +67,10 @@ class Generation(BaseModel):
         stop: an answer ends before the first of these strings.
         presence_penalty, frequency_penalty, logit_bias: see LogitOptions.
         min_tokens, stop_token_ids, ignore_eos, priority: see ContinuousBatching.submit_group.
-        disable_spec_decode: whether no tokens are drafted for it, as in vLLM's SamplingParams.
+        disable_spec_decode: whether no tokens are drafted for it.
         use_beam_search, length_penalty: whether the choices are the best of as many beams, or of
-            best_of, and how their length counts, as in vLLM.
+            best_of, and how their length counts. The names are those of vLLM's API, the search is
+            that of transformers; see BeamParams.
         response_format, structured_outputs: what form the text has; at most one of them.
         stream: whether the answer comes in server-sent events.
     """
@@ -100,7 +96,7 @@ class Generation(BaseModel):
     priority: int = 0
     disable_spec_decode: bool = False
     use_beam_search: bool = False
-    length_penalty: Annotated[float, Field(allow_inf_nan=False)] = 1.0
+    length_penalty: Annotated[float, Field(ge=-MAX_LENGTH_PENALTY, le=MAX_LENGTH_PENALTY)] = 1.0
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None
     stream: bool = False
@@ -115,7 +111,7 @@ class Generation(BaseModel):
         kept = {}
         for name, value in values.items():
             if name in NEUTRAL:
-                if value not in NEUTRAL[name]:
+                if not is_among(value, NEUTRAL[name]):
                     raise ValueError(f"{name} is not supported by this server, got {value!r:.80}")
             elif name not in IGNORED and not (value is None and name in cls.model_fields):
                 kept[name] = value
@@ -129,21 +125,17 @@ class Generation(BaseModel):
             raise ValueError("stop must not hold an empty string, which stops everything")
         return stops
 
-    @model_validator(mode="after")
-    def _searches_or_draws(self) -> Generation:
-        if not self.use_beam_search:
-            if self.length_penalty != 1:
-                raise ValueError("length_penalty must come with use_beam_search true")
-            return self
-        for name, values in NEUTRAL_TO_BEAMS.items():
-            if (value := getattr(self, name, values[0])) not in values:
-                raise ValueError(f"{name} must be left out with use_beam_search, got {value!r:.80}")
-        return self
+    @model_validator(mode="wrap")
+    @classmethod
+    def _searches_or_draws(cls, given: Any, handler: ModelWrapValidatorHandler[Any]) -> Any:
+        made = handler(given)
+        check_fields(made, given)
+        return made
 
     @property
     def beams(self) -> dict[str, Any]:
         """What submit_group is asked for beside the rest."""
-        if not self.use_beam_search:
+        if not self.use_beam_search or self.num_drawn == 1:  # the only text of its length
             return {}
         return {"num_beams": self.num_drawn, "length_penalty": self.length_penalty}
 

@@ -227,6 +227,8 @@ def test_refusals_of_params_and_blocks(device, models):
         batcher.submit([1, 2], SamplingParams(), 4, num_beams=2)
     with pytest.raises(ValueError, match=r"params must be of at most num_beams \(2\) answers"):
         batcher.submit_group([1, 2], [None] * 3, 4, num_beams=2)
-    with pytest.raises(RuntimeError, match="need 6 blocks of 4 tokens, the whole cache has 4"):
+    with pytest.raises(
+        RuntimeError, match="in each of 2 beams need 6 blocks of 4 tokens, the whole"
+    ):
         batcher.submit([1, 2], GREEDY, 8, num_beams=2)
     assert len(batcher.submit([1, 2], GREEDY, 4, num_beams=2).result().token_ids) == 4

@@ -7,7 +7,7 @@ import json
 import httpx
 import pytest
 import torch
-from http_servers import tiny_engine
+from http_servers import served, tiny_engine
 
 from llamatelemetry.inference.continuous import ContinuousBatching
 
@@ -40,7 +40,8 @@ def test_choices_are_the_best_of_the_beams(server):
     assert texts(server, ASK | {"n": 3, "length_penalty": 0.5}) == wanted
     assert texts(server, ASK | {"n": 2, "best_of": 3, "length_penalty": 0.5}) == wanted[:2]
     greedy = ContinuousBatching(1, tiny_engine()).submit(IDS, max_tokens=9).result().text
-    assert texts(server, ASK) == [greedy]
+    free = {"response_format": {"type": "text"}, "length_penalty": 2}
+    assert texts(server, ASK) == texts(server, ASK | free) == [greedy]
     lines = post(server, ASK | {"n": 3, "length_penalty": 0.5, "stream": True}).text.splitlines()
     chunks = [json.loads(line[6:]) for line in lines if line.startswith("data: {")]
     streamed = ["", "", ""]
@@ -55,9 +56,20 @@ def test_choices_are_the_best_of_the_beams(server):
     ("wrong", "words"),
     [
         ({"temperature": 0.5}, "temperature must be left out with use_beam_search, got 0.5"),
-        ({"stop": "x"}, "stop must be left out with use_beam_search"),
         ({"logprobs": 2}, "logprobs must be left out with use_beam_search, got 2"),
-        ({"n": 8}, "num_beams must be at most max_batch_size (4)"),
+        ({"logprobs": 0}, "logprobs must be left out with use_beam_search, got 0"),
+        ({"stop": "x"}, "stop must be left out with use_beam_search, got 'x'"),
+        (
+            {"structured_outputs": {"json": {"type": "null"}}},
+            "structured_outputs must be left out with use_beam_search, got {'json': {'type'",
+        ),
+        (
+            {"n": 8},
+            "n must be at most 4, the server's --max-batch-size, with use_beam_search, got 8",
+        ),
+        ({"best_of": 8}, "best_of must be at most 4, the server's --max-batch-size, with use"),
+        ({"length_penalty": 31}, "length_penalty: Input should be less than or equal to 30"),
+        ({"echo": 0}, "echo is not supported by this server, got 0"),
         ({"use_beam_search": False, "length_penalty": 2}, "must come with use_beam_search"),
     ],
 )
@@ -65,3 +77,19 @@ def test_refusals(server, wrong, words):
     answer = post(server, ASK | {"n": 2} | wrong)
     assert answer.status_code == 400
     assert words in answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(("blocks", "n"), [(1, 1), (2, 2)])
+def test_a_cache_without_room_for_the_default(blocks, n):
+    """A chat that names no limit gets what the cache can hold, of beams what is left to each."""
+    ask = {"messages": [{"role": "user", "content": "hello"}], "use_beam_search": True, "n": n}
+    with (
+        served(num_blocks=blocks) as (address, _),
+        httpx.Client(base_url=address, timeout=60) as http,
+    ):
+        (model,) = http.get("/v1/models").json()["data"]
+        assert model["max_model_len"] == blocks * 64
+        usage = http.post("/v1/chat/completions", json=ask).raise_for_status().json()["usage"]
+        assert usage["completion_tokens"] == n * (64 - usage["prompt_tokens"])
+        answer = http.post("/v1/completions", json=ASK | {"n": 2, "max_tokens": 61})
+        assert "in each of 2 beams need 4 blocks" in answer.json()["error"]["message"]

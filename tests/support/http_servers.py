@@ -49,9 +49,11 @@ def free_port() -> int:
 
 
 @contextlib.contextmanager
-def served(engine=None, step_s=0.0, otel=None, speculation=None, **config):
+def served(engine=None, step_s=0.0, otel=None, speculation=None, num_blocks=None, **config):
     """The address of a running server whose steps take at least step_s, and the uvicorn server."""
-    batcher = ContinuousBatching(4, engine or tiny_engine(), speculation=speculation)
+    batcher = ContinuousBatching(
+        4, engine or tiny_engine(), speculation=speculation, num_blocks=num_blocks
+    )
     step = batcher.step
     batcher.step = lambda: (time.sleep(step_s), step())[1]
     app = create_app(batcher, ServerConfig("tiny", **config), otel)
