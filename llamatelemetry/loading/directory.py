@@ -18,6 +18,7 @@ from llamatelemetry.quantization.layouts import has_static_inputs
 ADAPTER = "adapter_config.json"
 # Nothing outside the directory is fetched, and no code in it is run.
 _LOCAL = {"local_files_only": True, "trust_remote_code": False}
+_TOKENIZER_FILES = ("*token*", "vocab*", "merges*", "*.model")  # of any kind of tokenizer
 
 
 @dataclass(frozen=True)
@@ -105,8 +106,16 @@ def _read_generation_config(path: Path, model: Any) -> None:
 def _load_tokenizer(path: Path) -> Any:
     from transformers import AutoTokenizer
 
-    with in_one_sentence(path, "transformers cannot load its tokenizer"):
-        return AutoTokenizer.from_pretrained(path, **_LOCAL)
+    try:
+        with in_one_sentence(path, "transformers cannot load its tokenizer"):
+            return AutoTokenizer.from_pretrained(path, **_LOCAL)
+    except ModelFileError as error:  # which then speaks of packages
+        if any(any(path.glob(name)) for name in _TOKENIZER_FILES):
+            raise
+        raise ModelFileError(
+            f"{path}: it has no tokenizer files, such as tokenizer.json; "
+            "tokenizer.save_pretrained(directory) writes them"
+        ) from error
 
 
 def _check_loaded(path: Path, found: dict[str, Any]) -> None:

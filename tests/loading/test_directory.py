@@ -113,6 +113,13 @@ def test_shards(tmp_path):
     assert "index.json: must be a JSON object" in refusal(path)
 
 
+def test_no_tokenizer_files(path):
+    for file in path.glob("*token*"):
+        file.unlink()
+    assert "it has no tokenizer files" in (said := refusal(path))
+    assert "tokenizer.save_pretrained(directory)" in said
+
+
 def test_no_code_is_run(path, capsys, monkeypatch):
     ran = path / "ran"
     (path / "own.py").write_text(f"open({str(ran)!r}, 'w')\n")
