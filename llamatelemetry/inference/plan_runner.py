@@ -230,7 +230,7 @@ class PlanRunner:
         """A forward of any pieces."""
         begin = time.perf_counter()
         drawn = draw_for_pieces(self._prefill(pieces), pieces, self._asked_of)
-        if any(drawn):  # else a GPU may be at work yet
+        if any(drawn) or self.runner.pages.device.type == "cpu":  # else a GPU may be at work yet
             self.costs.note_forward(pieces, time.perf_counter() - begin)
         return drawn
 

@@ -12,7 +12,7 @@ from llamatelemetry.inference import running_batch
 from llamatelemetry.inference.block_manager import BlockManager
 from llamatelemetry.inference.continuous import ContinuousBatching
 from llamatelemetry.inference.plan import Piece
-from llamatelemetry.inference.preemption_costs import LEAST, PreemptionCosts
+from llamatelemetry.inference.preemption_costs import AGAIN, LEAST, PreemptionCosts
 from llamatelemetry.inference.scheduler import Scheduler
 from llamatelemetry.inference.stopwatch import Stopwatch
 
@@ -28,6 +28,7 @@ def row():
 
 def test_what_is_sooner():
     costs = PreemptionCosts()
+    costs.note_copies(10, 9.0)  # into memory that nobody has touched
     for i in range(LEAST):
         assert costs.favours_copies(4, 1)  # nothing is known
         costs.note_copies(10, 0.01)  # a block in 1 ms, one way
@@ -36,8 +37,45 @@ def test_what_is_sooner():
     assert not costs.favours_copies(4, 7)
 
 
+def test_long_forwards_say_what_a_token_takes():
+    costs = PreemptionCosts()
+    costs.note_copies(1, 0.0)
+    for _ in range(LEAST):
+        costs.note_copies(1, 0.1)
+        costs.note_forward(prompt_of(2), 1.0)  # as long as one of 256 tokens
+    costs.note_forward(prompt_of(256), 1.0)
+    assert not costs.favours_copies(1, 32)
+    assert costs.favours_copies(1, 64)
+
+
+def test_copies_that_were_slow_are_tried_again():
+    costs, copied = PreemptionCosts(), 0
+    for _ in range(LEAST + 1):
+        costs.note_copies(1, 1.0)
+        costs.note_forward(prompt_of(64), 0.64)
+    asked = 6 * AGAIN
+    for _ in range(asked):
+        if costs.favours_copies(4, 256):
+            costs.note_copies(4, 0.04)  # they take a hundredth now
+            copied += 1
+    assert 1 < copied < asked
+    assert costs.favours_copies(4, 256)
+    assert not costs.favours_copies(256, 4)
+
+
+def test_chunks_that_draw_nothing_are_timed_on_the_cpu():
+    batcher = ContinuousBatching(2, tiny_model("llama", "cpu"), prefill_chunk=8, overlap=False)
+    batcher.submit([5, 9], max_tokens=9)
+    batcher.step()
+    batcher.submit([3] * 40, max_tokens=1)
+    batcher.run()
+    forwards = batcher._batch.scheduler.host.costs._forwards
+    assert [count for _, count in forwards] == [2] + [8] * 5
+
+
 def test_a_forward_that_decodes_tells_nothing():
     costs = PreemptionCosts()
+    costs.note_copies(1, 0.0)
     for _ in range(LEAST):
         costs.note_copies(1, 1e9)
         costs.note_forward([row(), row()], 1e-9)
@@ -53,7 +91,7 @@ def test_a_scheduler_goes_by_it(copies_cost):
     blocks = BlockManager(9, PAGE, share_prefixes=False)
     world = World(Scheduler(blocks, 16, 4, 0.0, 9))
     costs = world.scheduler.host.costs
-    for _ in range(LEAST):
+    for _ in range(LEAST + 1):
         costs.note_copies(1, copies_cost)
         costs.note_forward(prompt_of(10), 1.0)
     requests = [a_request(name, prompt_tokens=4, max_tokens=20) for name in range(4)]
@@ -77,10 +115,10 @@ def test_a_batch_measures_both(device, monkeypatch, overlap):
     assert is_free(batcher)
     costs = batcher._batch.scheduler.host.costs
     assert costs is batcher._batch._host.costs is batcher._batch._runner.costs
-    assert all(0 < one < 60 for one in (*costs._block_s, *costs._token_s))
-    assert len(costs._token_s) >= LEAST
+    assert all(0 < one < 60 for one, _ in (*costs._copies, *costs._forwards))
+    assert len(costs._forwards) >= LEAST
     # On a GPU the last copies may not be over when they are asked about.
-    assert costs._block_s or device.type == "cuda"
+    assert costs._copies or device.type == "cuda"
 
 
 def test_a_stopwatch(device):
