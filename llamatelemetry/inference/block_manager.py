@@ -21,6 +21,10 @@ class OutOfBlocks(RuntimeError):
     """The paged cache has too few blocks left; nothing was changed."""
 
 
+class NeverFits(OutOfBlocks, ValueError):
+    """A request is for more blocks than the whole cache has: nothing is won by waiting."""
+
+
 class BlockManager:
     """Gives blocks to sequences, shares the blocks of equal prefixes, and copies before a write.
 

@@ -61,7 +61,8 @@ class ContinuousBatching:
         speculation: SpeculationConfig; None drafts nothing. The text is the same but for near-ties.
 
     Raises:
-        ValueError: for a number below 1, another cache_dtype, a model packed steps do not serve.
+        ValueError: for a number below 1, another cache_dtype, a model packed steps do not serve,
+            more num_blocks or num_host_blocks than there is memory for.
 
     Attributes:
         max_batch_size: as given.
@@ -198,7 +199,8 @@ class ContinuousBatching:
         Raises:
             ValueError: for an argument of another type or out of range, by name; for a prompt that
                 is empty or does not fit the context with max_tokens.
-            OutOfBlocks: for a request that num_blocks can never hold.
+            NeverFits: an OutOfBlocks and a ValueError, for a request that num_blocks can never
+                hold.
         """
         return self.submit_group(prompt, [params], max_tokens, **options)[0]
 
@@ -244,7 +246,7 @@ class ContinuousBatching:
             length_penalty, early_stopping: of beams, as in transformers' generate.
 
         Raises:
-            ValueError, OutOfBlocks: as submit does.
+            ValueError: as submit does.
         """
         turns = self._turns
         if turns is None:

@@ -16,8 +16,8 @@ from llamatelemetry.ops import swap_blocks_
 
 
 class HostPages:
-    """Pages on the host beside those of a cache, pinned where that is on a GPU; allocated when the
-    first block is swapped.
+    """Pages on the host beside those of a cache, pinned where that is on a GPU; allocated by
+    allocate, or else when the first block is swapped.
 
     Args:
         num_blocks: of the host.
@@ -50,7 +50,7 @@ class HostPages:
                 self._swap(plan, pages, count)
 
     def _swap(self, plan: Plan, pages: KvPages, count: int) -> None:
-        self._allocate(pages)
+        self.allocate(pages)
         watch = Stopwatch(pages.device)
         for host, cache in zip(self._layers, pages.layers, strict=True):
             self._copy(cache, host, plan.swaps_out, pages.device)
@@ -77,8 +77,13 @@ class HostPages:
                 )
                 swap_blocks_(k_from, v_from, k_to, v_to, on_device)
 
-    def _allocate(self, pages: KvPages) -> None:
-        if self._layers:
+    def allocate(self, pages: KvPages) -> None:
+        """All of the host's memory for blocks of these pages, unless it is there.
+
+        Raises:
+            RuntimeError: there is too little.
+        """
+        if self._layers or not self.num_blocks:
             return
         is_pinned = pages.device.type == "cuda"
         self._layers = [

@@ -76,6 +76,11 @@ class KvPages:
         return sum(x.nbytes for layer in self.layers for x in layer)
 
     @property
+    def block_bytes(self) -> int:
+        """Of one block, in all layers."""
+        return sum(x.shape[1:].numel() * x.itemsize for layer in self.layers for x in layer)
+
+    @property
     def dtype(self) -> torch.dtype:
         return self._like.dtype
 

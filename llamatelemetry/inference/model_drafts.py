@@ -69,6 +69,10 @@ class ModelDrafts:
         self._known: WeakKeyDictionary[ScheduledRequest, _Known] = WeakKeyDictionary()
         self.max_context = context_length_of(model.config)
 
+    def grow(self, num_blocks: int) -> None:
+        """Makes room for so many blocks before there is a request."""
+        self._runner.pages.grow(num_blocks, keep=False)
+
     def ready(self, num_positions: int, num_blocks: int) -> None:
         """Grows tables and cache as StepRunner.ready does."""
         model = self._runner.model

@@ -65,11 +65,28 @@ class RunningBatch(OpenRequests):
         self._num_host_blocks, self._cache_dtype = num_host_blocks, cache_dtype
         self._flights: deque[Flight] = deque()
         self._is_torn = self._is_uncopied = False
-        self._begin()
+        self._begin(allocates=True)
 
-    def _begin(self) -> None:
-        """An empty cache, as the model is now."""
+    def _begin(self, *, allocates: bool = False) -> None:
+        """An empty cache, as the model is now.
+
+        Args:
+            allocates: whether what has a fixed number of blocks is allocated here; else when the
+                first request needs it.
+
+        Raises:
+            ValueError: there is no memory for so many.
+        """
         self._like = floating_parameter(self.model)
+        self._host, self._order = HostPages(self._num_host_blocks), StreamOrder(self._like.device)
+        self._order.follow()  # in the middle of a step it may be made anew
+        config = None if self._speculation is None else self._speculation.config
+        longest = 0 if config is None else config.num_speculative_tokens
+        rows = self._asked_of, self.max_rows, PAGE_SIZE
+        self._runner = PlanRunner(self.model, *rows, self._cache_dtype, self._split_size, longest)
+        self._drafts = drafts_of(config, *rows)
+        if allocates:
+            self._allocate()  # before the books of as many blocks
         blocks = BlockManager(self._fixed or 0, PAGE_SIZE, share_prefixes=self._share)
         self.scheduler = Scheduler(
             *(blocks, self._step_tokens, self.max_rows),
@@ -77,16 +94,27 @@ class RunningBatch(OpenRequests):
             is_fixed=self._split_size > 0,
             prefill_chunk=self._chunk,
         )
-        self._host, self._order = HostPages(self._num_host_blocks), StreamOrder(self._like.device)
-        self._order.follow()  # in the middle of a step it may be made anew
-        config = None if self._speculation is None else self._speculation.config
-        longest = 0 if config is None else config.num_speculative_tokens
-        rows = self._asked_of, self.max_rows, PAGE_SIZE
-        self._runner = PlanRunner(self.model, *rows, self._cache_dtype, self._split_size, longest)
         self._host.costs = self.scheduler.host.costs = self._runner.costs
-        self._drafts = drafts_of(config, *rows)
         room = self.model, self.max_rows, self._fixed, self._share
         self._room = CacheRoom(*room, self.scheduler, self._runner, self._drafts)
+
+    def _allocate(self) -> None:
+        """Pages of a fixed number, so that no step fails for want of them."""
+        pages, fixed = self._runner.runner.pages, self._fixed
+        name, count = "num_blocks", fixed
+        try:
+            with torch.inference_mode(False):  # steps may be run in another mode
+                if fixed is not None:
+                    pages.grow(fixed, keep=False)
+                    if self._drafts is not None:
+                        self._drafts.grow(fixed)
+                name, count = "num_host_blocks", self._num_host_blocks
+                self._host.allocate(pages)
+        except (RuntimeError, MemoryError) as error:
+            raise ValueError(
+                f"ContinuousBatching: {name} must be as many as there is memory for, got {count} "
+                f"of {pages.block_bytes} bytes: {str(error).partition(chr(10))[0]}"
+            ) from error
 
     @property
     def decode_mode(self) -> str:

@@ -9,7 +9,7 @@ tokens stay, so its text does too.
 from __future__ import annotations
 
 from llamatelemetry.inference.admission import has_room
-from llamatelemetry.inference.block_manager import BlockManager, OutOfBlocks
+from llamatelemetry.inference.block_manager import BlockManager, NeverFits, OutOfBlocks
 from llamatelemetry.inference.host_blocks import HostBlocks
 from llamatelemetry.inference.interrupts import as_one
 from llamatelemetry.inference.plan import Piece as Piece
@@ -71,11 +71,11 @@ class Scheduler:
         self._refused: ScheduledRequest | None = None  # the first to wait, until blocks are freed
 
     def require_fit(self, request: ScheduledRequest, count: int = 1) -> None:
-        """Raises OutOfBlocks for a request that the whole cache could not hold count times."""
+        """Raises NeverFits for a request that the whole cache could not hold count times."""
         needed = self.blocks.blocks_for(request.most_tokens) * count
         if needed > self.blocks.num_blocks:
             beams = f" in each of {count} beams" if count > 1 else ""
-            raise OutOfBlocks(
+            raise NeverFits(
                 f"Out of KV cache memory: a prompt of {len(request.prompt)} tokens and "
                 f"{request.max_tokens} more{beams} need {needed} blocks of {self.blocks.page_size} "
                 f"tokens, the whole cache has {self.blocks.num_blocks}"
@@ -85,7 +85,7 @@ class Scheduler:
         """Puts a new request in the queue.
 
         Raises:
-            OutOfBlocks: for one that the whole cache could not hold; nothing was changed.
+            NeverFits: for one that the whole cache could not hold; nothing was changed.
         """
         self.require_fit(request)
         insert(self.waiting, request)

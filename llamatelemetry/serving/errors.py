@@ -11,7 +11,7 @@ from fastapi.responses import JSONResponse
 from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 
-from llamatelemetry.inference.block_manager import OutOfBlocks
+from llamatelemetry.inference.block_manager import NeverFits, OutOfBlocks
 from llamatelemetry.serving.answers import error_body
 from llamatelemetry.serving.worker import ServerBusy
 
@@ -51,6 +51,7 @@ def add_errors(app: FastAPI) -> None:
     async def late(_: Request, error: TimeoutError) -> JSONResponse:
         return refuse(504, error, kind="timeout_error")
 
+    @app.exception_handler(NeverFits)  # a RuntimeError too
     @app.exception_handler(ValueError)
     async def wrong(_: Request, error: ValueError) -> JSONResponse:
         return refuse(400, error)

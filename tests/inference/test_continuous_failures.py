@@ -12,7 +12,7 @@ from engines import make_engine
 from families import tiny_model
 
 from llamatelemetry.inference import running_batch
-from llamatelemetry.inference.block_manager import OutOfBlocks
+from llamatelemetry.inference.block_manager import NeverFits, OutOfBlocks
 from llamatelemetry.inference.continuous import ContinuousBatching
 from llamatelemetry.inference.runner import DecodeStep, StepRunner
 from llamatelemetry.models.patching import patch
@@ -109,7 +109,7 @@ def test_a_text_that_fails_ends_its_request(tmp_path):
 def test_out_of_blocks_is_named_and_leaves_it_usable(device, monkeypatch):
     model = tiny_model("llama", device)
     batcher = ContinuousBatching(2, model, num_blocks=4)
-    with pytest.raises(OutOfBlocks, match="need 5 blocks of 4 tokens, the whole cache has 4"):
+    with pytest.raises(NeverFits, match="need 5 blocks of 4 tokens, the whole cache has 4"):
         batcher.submit([1] * 10, max_tokens=7)
     assert len(batcher.submit([1] * 10, max_tokens=6).result().token_ids) == 6
 

@@ -10,6 +10,8 @@ from scheduling import PAGE, World, a_request, alone, run
 from llamatelemetry.inference import running_batch
 from llamatelemetry.inference.block_manager import BlockManager
 from llamatelemetry.inference.continuous import ContinuousBatching
+from llamatelemetry.inference.host_pages import HostPages
+from llamatelemetry.inference.kv_pages import KvPages
 from llamatelemetry.inference.scheduler import Scheduler
 
 
@@ -81,3 +83,25 @@ def test_swapped_requests_give_the_tokens_of_those_that_stay(device, monkeypatch
     found, preemptions = run(num_blocks=12, num_host_blocks=40)
     assert found == wanted
     assert preemptions > 0
+
+
+def test_all_pages_of_fixed_numbers_are_there_at_the_start(device):
+    batcher = ContinuousBatching(2, tiny_model("llama", device), num_blocks=3, num_host_blocks=5)
+    pages, host = batcher._batch._runner.runner.pages, batcher._batch._host
+    assert (pages.num_bytes, host.num_bytes) == (3 * pages.block_bytes, 5 * pages.block_bytes)
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"), [(KvPages, "num_blocks"), (HostPages, "num_host_blocks")]
+)
+def test_more_than_memory_holds_is_refused_at_the_start(device, monkeypatch, kind, name):
+    def no_memory(*_, **__):
+        raise RuntimeError("CUDA error: out of memory\nand a long story")
+
+    monkeypatch.setattr(kind, {KvPages: "grow", HostPages: "allocate"}[kind], no_memory)
+    model = tiny_model("llama", device)
+    sentence = (
+        f"{name} must be as many as there is memory for, got 3 of [0-9]+ bytes: CUDA .*memory$"
+    )
+    with pytest.raises(ValueError, match=sentence):
+        ContinuousBatching(2, model, **{"num_blocks": 3, "num_host_blocks": 3})

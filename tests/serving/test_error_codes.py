@@ -6,10 +6,13 @@ import json
 
 import httpx
 import torch
-from http_servers import served
+from fastapi.testclient import TestClient
+from http_servers import served, tiny_engine
 
 from llamatelemetry.inference.block_manager import OutOfBlocks
+from llamatelemetry.inference.continuous import ContinuousBatching
 from llamatelemetry.inference.plan_runner import PlanRunner
+from llamatelemetry.serving.app import ServerConfig, create_app
 
 
 def test_errors_have_codes(monkeypatch):
@@ -35,3 +38,16 @@ def check(http, monkeypatch):
         ) as stream:
             (told,) = [line for line in stream.iter_lines() if line.startswith("data: ")]
         assert json.loads(told[6:])["error"]["code"] == code
+
+
+def test_what_never_fits_is_refused_for_good():
+    batcher = ContinuousBatching(4, tiny_engine(), num_blocks=1)
+    app = create_app(batcher, ServerConfig("tiny"), None)
+    with TestClient(app, raise_server_exceptions=False) as http:
+        answer = http.post("/v1/completions", json={"prompt": "x", "max_tokens": 100})
+        assert answer.status_code == 400
+        assert "retry-after" not in answer.headers
+        error = answer.json()["error"]
+        assert (error["type"], error["code"]) == ("invalid_request_error", "out_of_kv_cache")
+        short = http.post("/v1/completions", json={"prompt": "x", "max_tokens": 2})
+        assert short.status_code == 200
