@@ -24,6 +24,14 @@ BOOKS = (
 )
 
 
+@pytest.fixture(autouse=True)
+def python_handler():
+    """A shell's job in the background starts with interrupts ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 class Interrupts:
     """Sends one to this process after so many lines of the books."""
 
