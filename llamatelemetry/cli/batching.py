@@ -19,7 +19,7 @@ def add_batch_options(parser: argparse.ArgumentParser) -> None:
         type=int,
         metavar="N",
         help="tokens of prompts in a step beside requests that decode, which wait less with fewer "
-        "(default: 512 on a GPU, 64 on the CPU)",
+        "(default: 512 on a GPU, 64 on the CPU; at most the 4096 and 256 tokens of a step there)",
     )
     parser.add_argument(
         "--num-blocks",
@@ -46,6 +46,21 @@ def check_batch_options(args: argparse.Namespace) -> None:
         value = getattr(args, name)
         if value is not None and value < least:
             raise ValueError(f"--{name.replace('_', '-')} must be at least {least}, got {value}")
+
+
+def check_prefill_chunk(args: argparse.Namespace, device: str) -> None:
+    """Refuses what no step has room for, before a model is loaded for it.
+
+    Raises:
+        ValueError: with both numbers.
+    """
+    from llamatelemetry.inference.step_limits import StepLimits
+
+    most, asked = StepLimits(args.max_batch_size).step_tokens(device), args.prefill_chunk
+    if asked is not None and asked > most:
+        raise ValueError(
+            f"--prefill-chunk must be at most {most}, the tokens of a step on {device}, got {asked}"
+        )
 
 
 def batch_options(args: argparse.Namespace) -> dict[str, Any]:

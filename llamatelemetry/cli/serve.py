@@ -12,7 +12,12 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
-from llamatelemetry.cli.batching import add_batch_options, batch_options, check_batch_options
+from llamatelemetry.cli.batching import (
+    add_batch_options,
+    batch_options,
+    check_batch_options,
+    check_prefill_chunk,
+)
 from llamatelemetry.cli.output import warnings_as_sentences
 from llamatelemetry.cli.speculation import add_options, check_options, speculation_of
 
@@ -137,6 +142,7 @@ def _made(args: argparse.Namespace) -> tuple[Any, Any]:
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     check_options(args)
+    check_prefill_chunk(args, device)
     engine = InferenceEngine(load_model(args.model, device=device))
     speculation = speculation_of(args, engine.tokenizer, device)
     config = ServerConfig(

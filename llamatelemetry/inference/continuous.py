@@ -43,7 +43,7 @@ class ContinuousBatching:
         max_step_tokens: tokens of one step at most; default 256 on the CPU and 4096 on a GPU.
         prefill_chunk: of these at most so many of prompts where others decode, which wait for them;
             default 512 on a GPU, where both run in one forward, but with split_size, and 64 on the
-            CPU.
+            CPU, or max_step_tokens where that is less.
         num_blocks: blocks of 64 tokens in the cache. None grows it to what max_batch_size of the
             open requests may need at most; with a number, requests wait for blocks, or give
             theirs up and compute them again.
@@ -61,8 +61,8 @@ class ContinuousBatching:
         speculation: SpeculationConfig; None drafts nothing. The text is the same but for near-ties.
 
     Raises:
-        ValueError: for a number below 1, another cache_dtype, a model packed steps do not serve,
-            more num_blocks or num_host_blocks than there is memory for.
+        ValueError: for a number out of range, another cache_dtype, a model packed steps do not
+            serve, more num_blocks or num_host_blocks than there is memory for.
 
     Attributes:
         max_batch_size: as given.

@@ -48,14 +48,36 @@ class StepLimits:
                 "ContinuousBatching: prefill_chunk must be None with split_size, where chunks are "
                 f"the same whatever others there are, got {self.prefill_chunk}"
             )
+        if self.max_step_tokens is not None and self.max_step_tokens < self._least:
+            raise ValueError(
+                f"ContinuousBatching: max_step_tokens must be at least {self._least} with "
+                f"max_batch_size {self.max_batch_size}, so that all can decode in a step, got "
+                f"{self.max_step_tokens}"
+            )
+
+    @property
+    def _least(self) -> int:
+        """Tokens of a step: one for each request; of fixed chunks there is one beside them."""
+        return self.max_batch_size + (1 if self.split_size else 0)
 
     def step_tokens(self, device: str) -> int:
         """max_step_tokens on a kind of device."""
         tokens = STEP_TOKENS.get(device, STEP_TOKENS["cuda"])
-        return self.max_step_tokens or max(tokens, self.max_batch_size)
+        return self.max_step_tokens or max(tokens, self._least)
 
     def chunk(self, device: str) -> int | None:
-        """prefill_chunk on a kind of device; None for no limit but the step's."""
-        if self.prefill_chunk is not None or self.split_size:
-            return self.prefill_chunk
-        return PREFILL_CHUNK.get(device, PREFILL_CHUNK["cuda"])
+        """prefill_chunk on a kind of device; None for no limit but the step's.
+
+        Raises:
+            ValueError: a step there has fewer tokens.
+        """
+        if self.split_size:
+            return None
+        if self.prefill_chunk is None:
+            return PREFILL_CHUNK.get(device, PREFILL_CHUNK["cuda"])
+        if self.prefill_chunk > (most := self.step_tokens(device)):
+            raise ValueError(
+                f"ContinuousBatching: prefill_chunk must be at most max_step_tokens ({most}), all "
+                f"that a step runs on, got {self.prefill_chunk}"
+            )
+        return self.prefill_chunk

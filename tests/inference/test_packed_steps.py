@@ -130,3 +130,28 @@ def test_who_packs_and_refusals(device):
         ContinuousBatching(2, model, prefill_chunk=0)
     with pytest.raises(ValueError, match="prefill_chunk must be None with split_size"):
         ContinuousBatching(2, torch.nn.Linear(1, 1), split_size=64, prefill_chunk=8)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (
+            {"prefill_chunk": 257},
+            r"prefill_chunk must be at most max_step_tokens \(256\).* got 257",
+        ),
+        ({"prefill_chunk": 33, "max_step_tokens": 32}, r"max_step_tokens \(32\).* got 33"),
+        (
+            {"max_step_tokens": 7},
+            "max_step_tokens must be at least 8 with max_batch_size 8.* got 7",
+        ),
+        ({"max_step_tokens": 8, "split_size": 64}, "must be at least 9 with max_batch_size 8"),
+    ],
+)
+def test_a_step_has_room_for_what_is_asked(options, words):
+    """It would do less than it is asked for, and nobody would know."""
+    model = tiny_model("llama", "cpu")
+    with pytest.raises(ValueError, match=f"^ContinuousBatching: .*{words}"):
+        ContinuousBatching(8, model, **options)
+    small = ContinuousBatching(8, model, max_step_tokens=16)  # less than the default chunk
+    assert len(small.submit(list(range(3, 43)), max_tokens=3).result().token_ids) == 3
+    ContinuousBatching(8, model, max_step_tokens=16, prefill_chunk=16)

@@ -40,3 +40,12 @@ def test_they_are_those_of_the_batch():
 def test_refusals(capsys, words, sentence):
     assert main(["serve", "smollm2", *words]) == 2
     assert capsys.readouterr().err == f"llamatelemetry: {sentence}\n"
+
+
+def test_a_chunk_is_no_larger_than_a_step(capsys):
+    """Refused before the model is looked for, by the command's own name."""
+    pytest.importorskip("fastapi")
+    words = ["--device", "cpu", "--prefill-chunk", "257"]
+    assert main(["serve", "no/such/model", *words]) == 2
+    sentence = "--prefill-chunk must be at most 256, the tokens of a step on cpu, got 257"
+    assert capsys.readouterr().err == f"llamatelemetry: {sentence}\n"
