@@ -27,6 +27,7 @@ from llamatelemetry.serving.body_limit import BodyLimit
 from llamatelemetry.serving.embeddings import EmbeddingRequest, embeddings
 from llamatelemetry.serving.errors import add_errors
 from llamatelemetry.serving.event_stream import EventStream
+from llamatelemetry.serving.field_names import named
 from llamatelemetry.serving.logprobs import TokenNames
 from llamatelemetry.serving.metrics import Metrics
 from llamatelemetry.serving.protocol import (
@@ -35,7 +36,7 @@ from llamatelemetry.serving.protocol import (
     CompletionRequest,
     Generation,
 )
-from llamatelemetry.serving.structure import StructuresOnce, grammar_of
+from llamatelemetry.serving.structure import StructuresOnce, check_ends, grammar_of
 from llamatelemetry.serving.tools import ToolForm, form_of
 from llamatelemetry.serving.worker import Worker
 
@@ -97,7 +98,8 @@ def create_app(batcher: ContinuousBatching, config: ServerConfig, otel: Any = No
         tools, form = body.callable_tools, None
         if tools is not None:
             form = form_of(batcher.engine.tokenizer.chat_template)
-        ids = await asyncio.to_thread(batcher.engine.encode, messages, None, tools)
+        with named(body.fields):
+            ids = await asyncio.to_thread(batcher.engine.encode, messages, None, tools)
         left = batcher.max_model_len(body.beams.get("num_beams", 1)) - len(ids)
         limit = body.limit or max(min(left, DEFAULT_MAX_TOKENS), 1)
         return await service.answer(CHAT, body, [ids], limit, request, form)
@@ -185,7 +187,7 @@ class _Service:
         self.check_key(request)
         raw = await request.body()  # whatever content type a client names
         try:
-            values = json.loads(raw)
+            values = json.loads(raw, parse_constant=_no_number)
         except (ValueError, RecursionError) as error:
             raise ValueError(f"the body must be JSON: {error}") from None
         body = kind.model_validate(values)
@@ -209,25 +211,27 @@ class _Service:
     ) -> Response:
         """Submits the answers to each prompt, and answers with their texts or a stream of them."""
         engine = self.worker.batcher.engine
+        check_ends(body, limit)
         grammar = await asyncio.to_thread(
             grammar_of, body.response_format, body.structured_outputs, self.structures
         )
         params = body.sampling(engine.defaults)
         check_count(body, self.worker.batcher.max_batch_size)
-        handles = self.worker.submit(
-            prompts,
-            params,
-            max_tokens=limit,
-            min_tokens=body.min_tokens,
-            stop_sequences=body.stop,
-            stop_token_ids=body.stop_token_ids,
-            ignore_eos=body.ignore_eos,
-            priority=body.priority,
-            logits=body.options(grammar),
-            shown_tokens=() if form is None else form.shown,
-            speculate=not body.disable_spec_decode,
-            **body.beams,
-        )
+        with named(body.fields):
+            handles = self.worker.submit(
+                prompts,
+                params,
+                max_tokens=limit,
+                min_tokens=body.min_tokens,
+                stop_sequences=body.stop,
+                stop_token_ids=body.stop_token_ids,
+                ignore_eos=body.ignore_eos,
+                priority=body.priority,
+                logits=body.options(grammar),
+                shown_tokens=() if form is None else form.shown,
+                speculate=not body.disable_spec_decode,
+                **body.beams,
+            )
         follow = partial(self.worker.follow, timeout=self.config.timeout_s)
         names = None if body.num_told is None else TokenNames(engine.tokenizer)
         model = self.config.model
@@ -259,6 +263,10 @@ class _Service:
             return JSONResponse(await _unless_gone(answer.whole(), request))
         finally:
             count()
+
+
+def _no_number(word: str) -> Any:
+    raise ValueError(f"{word} is no number there")
 
 
 async def _unless_gone(

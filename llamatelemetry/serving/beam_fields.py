@@ -60,8 +60,7 @@ def check_count(request: Any, most: int) -> None:
         ValueError: naming the field.
     """
     if request.use_beam_search and request.num_drawn > most:
-        name = "n" if request.num_drawn == request.n else "best_of"
         raise ValueError(
-            f"{name} must be at most {most}, the server's --max-batch-size, with use_beam_search, "
-            f"got {request.num_drawn}"
+            f"{request.fields['num_beams']} must be at most {most}, the server's --max-batch-size, "
+            f"with use_beam_search, got {request.num_drawn}"
         )

@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, StrictInt, field_validator
 from llamatelemetry.inference.arguments import ContextLengthError
 from llamatelemetry.inference.embedding import groups
 from llamatelemetry.inference.submission import token_ids
+from llamatelemetry.serving.field_names import named
 from llamatelemetry.serving.worker import Worker
 
 MAX_INPUTS = 2048  # of one request, as many as OpenAI's
@@ -66,10 +67,11 @@ async def embeddings(body: EmbeddingRequest, model: str, worker: Worker) -> dict
             f"dimensions must be the model's {embedder.size} or left out, for its vectors are not "
             f"made to be cut, got {body.dimensions}"
         )
-    given: list[Any] = [
-        await asyncio.to_thread(engine.prompts.verbatim, one) if isinstance(one, str) else one
-        for one in body.input
-    ]
+    with named({"prompt": "input"}):
+        given: list[Any] = [
+            await asyncio.to_thread(engine.prompts.verbatim, one) if isinstance(one, str) else one
+            for one in body.input
+        ]
     rows = _checked(given, engine)
     vectors = await _vectors(rows, worker)
     count = sum(map(len, rows))

@@ -36,6 +36,8 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "reasoning_effort": (None,),
     "audio": (None,),
 }
+# What refusals of a chat's prompt are to begin with.
+PROMPT_FIELDS = {"prompt: messages": "messages", "prompt": "messages"}
 # Fields that never change an answer.
 IGNORED = {
     "user",
@@ -140,6 +142,17 @@ class Generation(BaseModel):
         return {"num_beams": self.num_drawn, "length_penalty": self.length_penalty}
 
     @property
+    def limit_name(self) -> str:
+        """The field that says how many tokens an answer has at most."""
+        return "max_tokens"
+
+    @property
+    def fields(self) -> dict[str, str]:
+        """For field_names.named: what refusals of the batcher are to begin with."""
+        drawn = "n" if self.num_drawn == self.n else "best_of"
+        return {"num_beams": drawn, "n times": f"{drawn} times", "logits: logit_bias": "logit_bias"}
+
+    @property
     def includes_usage(self) -> bool:
         return self.stream_options is not None and self.stream_options.include_usage
 
@@ -218,6 +231,16 @@ class ChatRequest(Generation):
         return [tool.model_dump() for tool in self.tools]
 
     @property
+    def limit_name(self) -> str:
+        is_old = self.max_completion_tokens is None and self.max_tokens is not None
+        return "max_tokens" if is_old else "max_completion_tokens"
+
+    @property
+    def fields(self) -> dict[str, str]:
+        whole = {"prompt and max_tokens": f"messages and {self.limit_name}"}
+        return super().fields | whole | PROMPT_FIELDS
+
+    @property
     def limit(self) -> int | None:
         """Tokens of an answer at most, None if the request does not say."""
         return self.max_completion_tokens or self.max_tokens
@@ -263,5 +286,8 @@ class CompletionRequest(Generation):
             raise ValueError("prompt must not be empty")
         count = len(several) * self.num_drawn
         if count > MAX_CHOICES:
-            raise ValueError(f"n times the prompts must be at most {MAX_CHOICES}, got {count}")
+            drawn = self.fields["num_beams"]
+            raise ValueError(
+                f"{drawn} times the prompts must be at most {MAX_CHOICES}, got {count}"
+            )
         return several

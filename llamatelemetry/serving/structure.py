@@ -2,12 +2,28 @@
 
 from __future__ import annotations
 
+import json
 import threading
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from llamatelemetry.inference.structured import Structures
+from llamatelemetry.serving.field_names import named
+
+# What refusals of a form are to begin with.
+_RESPONSE_FIELDS = {"json_schema": "response_format.json_schema"}
+_OUTPUT_FIELDS = {
+    argument: f"structured_outputs.{field}"
+    for argument, field in (
+        ("json_schema", "json"),
+        ("regex", "regex"),
+        ("choice", "choice"),
+        ("grammar", "grammar"),
+    )
+}
+# Fields that say where a text may end, as a form does.
+_ENDS = ("min_tokens", "ignore_eos")
 
 
 class _Strict(BaseModel):
@@ -73,17 +89,45 @@ def grammar_of(
         assert form is not None
         if form.json_schema is None:
             return structures().json()
-        return structures().json_schema(form.json_schema.schema_)
+        with named(_RESPONSE_FIELDS):
+            return structures().json_schema(form.json_schema.schema_)
     if not is_free:
         raise ValueError("response_format must be left out with structured_outputs, got both")
     made = structures()
-    if outputs.json_ is not None:
-        return made.json_schema(outputs.json_)
-    if outputs.regex is not None:
-        return made.regex(outputs.regex)
-    if outputs.choice is not None:
-        return made.choice(outputs.choice)
-    return made.grammar(outputs.grammar)
+    with named(_OUTPUT_FIELDS):
+        if outputs.json_ is not None:
+            return made.json_schema(outputs.json_)
+        if outputs.regex is not None:
+            return made.regex(outputs.regex)
+        if outputs.choice is not None:
+            return made.choice(outputs.choice)
+        return made.grammar(outputs.grammar)
+
+
+def check_ends(request: Any, limit: int) -> None:
+    """Refuses what of a text's end cannot be.
+
+    Args:
+        request: Generation.
+        limit: tokens of an answer at most.
+
+    Raises:
+        ValueError: naming the field.
+    """
+    if request.min_tokens > limit:
+        raise ValueError(
+            f"min_tokens must be at most {request.limit_name} ({limit}), got {request.min_tokens}"
+        )
+    form = request.response_format
+    if request.structured_outputs is None and (form is None or form.type == "text"):
+        return
+    name = "response_format" if request.structured_outputs is None else "structured_outputs"
+    for field in _ENDS:
+        if value := getattr(request, field):
+            raise ValueError(
+                f"{field} must be left out with {name}, which says where the text may end, got "
+                f"{json.dumps(value)}"
+            )
 
 
 class StructuresOnce:
