@@ -194,13 +194,13 @@ def load_gguf(
 def _dense(loaded: LoadedModel, dtype: torch.dtype | None) -> LoadedModel:
     """It with every packed weight expanded to dtype, in place; None is the model's."""
     from llamatelemetry.quantization.modules import expand
-    from llamatelemetry.quantization.w8a8_config import describe_w8a8
+    from llamatelemetry.quantization.saving import describe_quantised
 
     model = loaded.model
     expand(model, dtype or model.dtype)
     if model.config.tie_word_embeddings:
         model.tie_weights()
-    describe_w8a8(model)
+    describe_quantised(model)
     model.eval().requires_grad_(False)
     return loaded
 

@@ -16,6 +16,7 @@ from llamatelemetry.loading.gguf_place import Place
 from llamatelemetry.loading.gguf_rope import FACTORS, TENSORS, rope_factors
 from llamatelemetry.loading.gguf_rows import GgufRow, row_of_file
 from llamatelemetry.quantization.modules import QuantEmbedding, QuantLinear
+from llamatelemetry.quantization.saving import Origin, describe_quantised
 
 Progress = Callable[[int, int], None]
 
@@ -88,6 +89,10 @@ def build_model(
     if config.tie_word_embeddings:
         _tie(model, exact)
     _make_buffers(file, model, config, device)
+    lost = ""
+    if FACTORS in file.tensors:
+        lost = f"the model's tensor {FACTORS} has no field in a config.json; keep its GGUF file"
+    describe_quantised(model, Origin(lost=lost))
     return model.eval()
 
 

@@ -23,8 +23,8 @@ from llamatelemetry.quantization.experts import expert_of
 from llamatelemetry.quantization.group_linear import GroupLinear
 from llamatelemetry.quantization.layouts import METHODS, Layout, layout_of
 from llamatelemetry.quantization.mxfp4 import mxfp4_experts
+from llamatelemetry.quantization.saving import Origin, describe_quantised, file_name_in
 from llamatelemetry.quantization.w8a8 import W8A8Linear
-from llamatelemetry.quantization.w8a8_config import describe_w8a8, file_name_in
 
 
 def quantization_of(config: dict[str, Any]) -> dict[str, Any] | None:
@@ -83,7 +83,7 @@ def build_quantised(
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     model.config.name_or_path = str(path)
     _Filling(path, model, layout, dtype, device, exact).fill()
-    describe_w8a8(model)
+    describe_quantised(model, Origin(takes_rows=layout.takes_rows))
     for name, buffer in list(model.named_buffers()):
         if buffer.is_meta:
             raise ModelFileError(f"{path}: transformers' {config.model_type} leaves {name} unmade")

@@ -73,6 +73,15 @@ class LinearExperts(_Experts):
             of_part = [linears[expert, part] for expert in range(self.num_experts)]
             self.add_module(part, nn.ModuleList(of_part))
 
+    def dense(self, dtype: torch.dtype) -> nn.Module:
+        """transformers' module with the same weights, expanded to dtype."""
+        parts = {}
+        for part in PARTS:
+            linears: Any = self.get_submodule(part)
+            dense = [one.dense(dtype) if hasattr(one, "dense") else one for one in linears]
+            parts[f"{part}.weight"] = torch.stack([one.weight.to(dtype) for one in dense])
+        return fill_experts(self.like, parts)
+
     def _linear(self, part: str, expert: int, x: Tensor) -> Tensor:
         out: Tensor = self.get_submodule(part)[expert](x)  # type: ignore[index]
         return out

@@ -124,21 +124,25 @@ def _check_zeros(zeros: Tensor, scales: Tensor) -> None:
 
 def unpack_groups(weight: GroupedWeight, n: int, k: int) -> Tensor:
     """The weights [n, k] that a GroupedWeight stands for, in float32."""
-    rows = ops.unpack(weight.packed, weight.format, n, k)
-    if weight.format in ("S8", "E4M3"):
-        codes = rows.view(_CODES[weight.format][0]).float()
+    codes = codes_of(weight, n, k)
+    if values := FORMATS[weight.format].values:
+        codes = torch.tensor(values, device=codes.device)[codes.int()]
     else:
-        halves = torch.stack([rows & 15, rows >> 4]).unflatten(2, (-1, 16))
-        codes = halves.permute(1, 2, 0, 3).reshape(n, k)
-        if values := FORMATS[weight.format].values:
-            codes = torch.tensor(values, device=codes.device)[codes.int()]
-        else:
-            codes = codes.float() - (8.0 if weight.format == "S4" else 0.0)
-    scales = _of_rows(weight.scales, n)
+        codes = codes.float() - (8.0 if weight.format == "S4" else 0.0)
+    scales = rows_of_tiles(weight.scales, n)
     grouped = codes.view(n, scales.shape[1], -1)
     if weight.zeros is not None:
-        grouped = grouped - _of_rows(weight.zeros, n).float().unsqueeze(-1)
+        grouped = grouped - rows_of_tiles(weight.zeros, n).float().unsqueeze(-1)
     return (grouped * scales.unsqueeze(-1)).flatten(1)
+
+
+def codes_of(weight: GroupedWeight, n: int, k: int) -> Tensor:
+    """The codes [n, k] as pack_groups took them, but those of "S4" as uint8, 8 more."""
+    rows = ops.unpack(weight.packed, weight.format, n, k)
+    if weight.format in ("S8", "E4M3"):
+        return rows.view(_CODES[weight.format][0])
+    halves = torch.stack([rows & 15, rows >> 4]).unflatten(2, (-1, 16))
+    return halves.permute(1, 2, 0, 3).reshape(n, k)
 
 
 def rows_of_codes(codes: Tensor, format: str) -> Tensor:
@@ -157,6 +161,6 @@ def _in_tiles(values: Tensor) -> Tensor:
     return padded.unflatten(0, (-1, TILE_ROWS)).transpose(1, 2).contiguous()
 
 
-def _of_rows(tiles: Tensor, n: int) -> Tensor:
+def rows_of_tiles(tiles: Tensor, n: int) -> Tensor:
     """The first n rows of what _in_tiles made."""
     return tiles.transpose(1, 2).flatten(0, 1)[:n]

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from llamatelemetry import ops
 from llamatelemetry.ops.formats import TILE_ROWS, QuantFormat
-from llamatelemetry.quantization.experts import QuantExperts
+from llamatelemetry.quantization.experts import LinearExperts, QuantExperts
 from llamatelemetry.quantization.group_linear import GroupLinear
 from llamatelemetry.quantization.w8a8 import W8A8Linear
 
@@ -167,6 +167,9 @@ def _weights_per_row(weight: Tensor, format: QuantFormat) -> int:
 
 def expand(module: nn.Module, dtype: torch.dtype) -> None:
     """Puts dense modules of dtype in the place of the quantised ones inside module."""
+    kinds = QuantLinear, QuantEmbedding, QuantExperts, LinearExperts, GroupLinear, W8A8Linear
+    done: tuple[str, ...] = ()
     for name, part in list(module.named_modules()):
-        if isinstance(part, (QuantLinear, QuantEmbedding, QuantExperts, GroupLinear, W8A8Linear)):
+        if isinstance(part, kinds) and not name.startswith(done):
             module.set_submodule(name, part.dense(dtype))
+            done += (f"{name}.",)  # its parts went with it

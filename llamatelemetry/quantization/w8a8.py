@@ -208,8 +208,8 @@ def quantize_w8a8(
           (0): W8A8Linear(64, 8, torch.int8)
         )
     """
-    from llamatelemetry.quantization.w8a8_config import (
-        describe_w8a8,  # which asks for these linears
+    from llamatelemetry.quantization.saving import (
+        describe_quantised,  # which asks for these linears
     )
 
     _dtype_of(kind)
@@ -236,7 +236,7 @@ def quantize_w8a8(
         if not name:
             return W8A8Linear.of(part, kind)
         model.set_submodule(name, W8A8Linear.of(part, kind))
-    describe_w8a8(model)
+    describe_quantised(model)
     return model
 
 
