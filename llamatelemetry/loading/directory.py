@@ -66,7 +66,7 @@ def load_directory(
         if has_static_inputs(quantization):
             warnings.warn(
                 f"load_model: {path}: scales of the linears' inputs (a static activation scheme) "
-                "are not used",
+                "are not used; their weights alone are in 8 bits",
                 stacklevel=3,
             )
         _read_generation_config(path, model)

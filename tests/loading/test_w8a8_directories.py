@@ -12,6 +12,7 @@ import torch
 from directories import change, tiny_tokenizer
 from families import tiny_model
 from quantised_directories import KINDS, linears_of, write_quantised
+from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from llamatelemetry.loading.find import load_model
@@ -25,7 +26,7 @@ from llamatelemetry.quantization.w8a8 import W8A8Linear, quantize_w8a8
 IDS = torch.tensor([[5, 17, 3, 80, 41, 9]])
 KEPT = {"save_original_format": False}
 STATIC = {"activation_scheme": "static"}
-UNUSED = r"a static activation scheme\) are not used$"
+UNUSED = r"a static activation scheme\) are not used; their weights alone are in 8 bits$"
 BYTES = {
     "int8": dataclasses.replace(KINDS["int8-column"], rows=True),
     "float8": dataclasses.replace(KINDS["float8-column"], rows=True),
@@ -135,6 +136,30 @@ def test_other_inputs_stay_weights_alone(path, fast, inputs):
     says = pytest.warns(UserWarning, match=UNUSED) if "dynamic" in inputs else nullcontext()
     with says:
         assert kinds_of(load_model(path, dtype=torch.float32).model) == {GroupLinear}
+
+
+@pytest.mark.parametrize("scale", [torch.tensor(0.5), torch.tensor(0.0), None])
+@pytest.mark.parametrize("kind", ["float8-tensor", "float8-blocks", "float8-column", "int8-column"])
+def test_static_inputs_are_said_not_to_be_used(tmp_path, fast, kind, scale):
+    """With a scale for each input, with one that is none, and without."""
+    theirs = write_quantised(
+        tmp_path, tiny_model("llama"), dataclasses.replace(KINDS[kind], rows=True)
+    )
+    file = tmp_path / "model.safetensors"
+    tensors = load_file(file)
+    if scale is not None:
+        tensors |= {f"{name}.input_scale": scale.clone() for name, _ in linears_of(theirs)}
+    save_file(tensors, file, metadata={"format": "pt"})
+    said = quantization(tmp_path)
+    if said["quant_method"] == "fp8":
+        said |= STATIC
+    else:
+        said["config_groups"]["group_0"]["input_activations"] |= {"dynamic": False}
+    change(tmp_path / "config.json", quantization_config=said)
+    with pytest.warns(UserWarning, match=UNUSED):
+        model = load_model(tmp_path, dtype=torch.float32, exact=True).model
+    assert kinds_of(model) == {GroupLinear}
+    torch.testing.assert_close(model(IDS).logits, theirs(IDS).logits, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(
