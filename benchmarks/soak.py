@@ -1,7 +1,8 @@
 """A soak: many requests of random shape, cancelled at random, and what is left behind after them.
 
-Run as a script it serves 10,000 requests of a tiny random model from several threads and prints
-blocks, open requests, threads, file handles and memory before and after.
+Run as a script it serves requests of a tiny random model from several threads, for two minutes, and
+prints blocks, open requests, threads, file handles and memory before and after: single ones, groups
+and beams, with drafts and without, that give their blocks up and have them swapped.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ import json
 import random
 import sys
 import threading
+import time
+from collections import Counter
 from concurrent.futures import CancelledError
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -25,6 +28,7 @@ from llamatelemetry.inference.continuous import ContinuousBatching
 from llamatelemetry.inference.logit_options import LogitOptions
 from llamatelemetry.inference.request_handle import RequestHandle
 from llamatelemetry.inference.sampling import SamplingParams
+from llamatelemetry.inference.speculation_config import SpeculationConfig
 
 VOCAB, CONTEXT = 97, 256
 MOST_OPEN = 48
@@ -44,12 +48,13 @@ class Left:
 
 @dataclass(frozen=True)
 class Report:
-    """Before and after a soak, and how its requests ended."""
+    """Before and after a soak, how its requests ended, and what befell them: preemptions, blocks
+    that came back from the host, drafted and accepted tokens, answers of beams."""
 
     before: Left
     after: Left
     ends: dict[str, int]
-    preemptions: int
+    counts: dict[str, int]
 
 
 def tiny_batcher(**options: Any) -> ContinuousBatching:
@@ -66,17 +71,26 @@ def tiny_batcher(**options: Any) -> ContinuousBatching:
         eos_token_id=None,
     )
     model = LlamaForCausalLM(config).eval()
-    sizes = {"num_blocks": 12, "num_host_blocks": 6, "max_step_tokens": 64}
-    return ContinuousBatching(8, model, **sizes | options)
+    sizes = {"num_blocks": 12, "num_host_blocks": 6, "max_step_tokens": 64, "prefill_chunk": 48}
+    drafts = {"speculation": SpeculationConfig(adaptive=False)}
+    return ContinuousBatching(8, model, **sizes | drafts | options)
 
 
 def submit(batcher: ContinuousBatching, rng: random.Random) -> list[RequestHandle]:
-    """One request, or a group, of random shape; every third prompt begins as others do."""
+    """One request, a group, or the answers of beams, of random shape; every third prompt begins as
+    others do."""
     length = rng.choice((1, 3, 10, 40, 100, 150))
     ids = [rng.randrange(VOCAB) for _ in range(length)]
     if rng.random() < 0.3:
         ids = (list(range(64)) + ids)[:150]
-    count = rng.choice((1, 1, 1, 1, 2, 3))
+    common = {
+        "stop_token_ids": range(12) if rng.random() < 0.5 else (),
+        "priority": rng.choice((0, 0, 1)),
+        "time_limit_s": 1e-4 if rng.random() < 0.02 else None,
+    }
+    count, length = rng.choice((1, 1, 1, 1, 2, 3)), rng.choice((1, 2, 5, 20, 60))
+    if count > 1 and rng.random() < 0.5:
+        return batcher.submit_group(ids, [None] * (count - 1), length, num_beams=count, **common)
     params = [
         SamplingParams(temperature=rng.choice((0.0, 1.0)), seed=rng.randrange(99), top_k=20)
         for _ in range(count)
@@ -84,21 +98,23 @@ def submit(batcher: ContinuousBatching, rng: random.Random) -> list[RequestHandl
     logits = None
     if rng.random() < 0.2:
         logits = LogitOptions(presence_penalty=0.5, logprobs=rng.choice((None, 2)))
-    return batcher.submit_group(
-        ids,
-        params,
-        rng.choice((1, 2, 5, 20, 60)),
-        stop_token_ids=range(12) if rng.random() < 0.5 else (),
-        priority=rng.choice((0, 0, 1)),
-        logits=logits,
-        time_limit_s=1e-4 if rng.random() < 0.02 else None,
-    )
+    speculate = rng.random() < 0.7
+    return batcher.submit_group(ids, params, length, logits=logits, speculate=speculate, **common)
 
 
-def serve(batcher: ContinuousBatching, count: int, seed: int) -> tuple[dict[str, int], int]:
-    """Serves requests from three threads; returns how they ended, and preemptions."""
-    ends: dict[str, int] = {}
-    preemptions, lock = [0], threading.Lock()
+def serve(batcher: ContinuousBatching, count: int, seed: int) -> tuple[Counter, Counter]:
+    """Serves requests from three threads; returns how they ended, and what befell them."""
+    ends: Counter = Counter()
+    counts: Counter = Counter()
+    lock = threading.Lock()
+
+    def note(handle: RequestHandle) -> None:
+        ends[str(handle.request.finish_reason)] += 1
+        stats = handle.stats
+        counts["preemptions"] += stats.preemptions
+        counts["drafted"] += stats.drafted_tokens
+        counts["accepted"] += stats.accepted_tokens
+        counts["of beams"] += handle.group is not None
 
     def work(part: int) -> None:
         rng = random.Random(seed * 1000 + part)
@@ -117,9 +133,7 @@ def serve(batcher: ContinuousBatching, count: int, seed: int) -> tuple[dict[str,
                 batcher.step()
             with lock:
                 for handle in [one for one in opened if one.done()]:
-                    reason = str(handle.request.finish_reason)
-                    ends[reason] = ends.get(reason, 0) + 1
-                    preemptions[0] += handle.stats.preemptions
+                    note(handle)
             opened = [one for one in opened if not one.done()]
 
     threads = [threading.Thread(target=work, args=(part,)) for part in range(3)]
@@ -127,7 +141,7 @@ def serve(batcher: ContinuousBatching, count: int, seed: int) -> tuple[dict[str,
         thread.start()
     for thread in threads:
         thread.join()
-    return ends, preemptions[0]
+    return ends, counts
 
 
 def left(batcher: ContinuousBatching) -> Left:
@@ -145,15 +159,39 @@ def left(batcher: ContinuousBatching) -> Left:
     )
 
 
-def soak(batcher: ContinuousBatching, count: int, warm_up: int = WARM_UP) -> Report:
-    """Serves count requests after a warm-up."""
+def count_swaps(batcher: ContinuousBatching) -> Counter:
+    """A count that grows with the blocks that come back from the host."""
+    counts: Counter = Counter()
+    host = batcher._batch.scheduler.host
+    swap_in = host.swap_in
+
+    def counted(*args: Any) -> Any:
+        cached, pairs = swap_in(*args)
+        counts["swapped blocks"] += len(pairs)
+        return cached, pairs
+
+    host.swap_in = counted
+    return counts
+
+
+def soak(
+    batcher: ContinuousBatching, count: int, warm_up: int = WARM_UP, seconds: float = 0.0
+) -> Report:
+    """Serves count requests after a warm-up, and as many again until the seconds are over."""
     serve(batcher, warm_up, seed=0)
-    before = left(batcher)
-    ends, preemptions = serve(batcher, count, seed=1)
-    return Report(before, left(batcher), ends, preemptions)
+    before, end, swapped = left(batcher), time.monotonic() + seconds, count_swaps(batcher)
+    ends, counts = serve(batcher, count, seed=1)
+    seed = 2
+    while time.monotonic() < end:
+        more = serve(batcher, count, seed)
+        ends, counts, seed = ends + more[0], counts + more[1], seed + 1
+    return Report(before, left(batcher), dict(ends), dict(counts + swapped))
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--requests", type=int, default=10_000, metavar="N")
-    print(json.dumps(asdict(soak(tiny_batcher(), parser.parse_args().requests)), indent=2))
+    parser.add_argument("--requests", type=int, default=1000, metavar="N", help="of a round")
+    parser.add_argument("--seconds", type=float, default=120.0, metavar="S")
+    args = parser.parse_args()
+    found = soak(tiny_batcher(), args.requests, seconds=args.seconds)
+    print(json.dumps(asdict(found), indent=2))
