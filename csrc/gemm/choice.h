@@ -6,6 +6,7 @@
 #include "common/backend.h"
 #include "common/dtype.h"
 #include "format/format.h"
+#include "gemm/stream_plan.h"
 
 namespace llamatelemetry {
 
@@ -45,7 +46,8 @@ static inline constexpr LinearImpl choose_linear(const LinearDescriptor& d) {
 
 enum class QuantLinearImpl : int8_t {
   kFused,   // one kernel decodes the weights in registers: launch_quant_linear
-  kSkinny,  // CUDA: likewise, as the operand of tensor cores
+  kStream,  // CUDA: likewise for up to 16 rows, as the operand of tensor cores
+  kSkinny,  // CUDA: likewise for any number of rows, through shared memory
   kWgmma,   // Hopper: likewise for more rows, rounded to the dtype of x; no FormatSet::kLowBit
   kDense,   // CUDA: launch_dense_weights expands them to the dtype of x, torch's matmul reads that
 };
@@ -56,14 +58,16 @@ struct QuantLinearDescriptor {
   int64_t k;
   CodeFamily codes;
   ScaleRule scale_rule;
-  DType dtype;   // of x
-  bool aligned;  // rows of x lie at multiples of 16 bytes
-  bool exact;    // weights must not be rounded to the dtype of x
+  int group_shift;  // of ScaleRule::kGroup: GroupScales::shift
+  DType dtype;      // of x
+  bool aligned;     // rows of x lie at multiples of 16 bytes
+  bool exact;       // weights must not be rounded to the dtype of x
   bool on_cuda;
   int capability;       // of the GPU: 90 for 9.0
   int code_capability;  // of the code that runs on it
   bool has_sm90_code;
   int num_sms;
+  int max_shared_bytes;  // of a block
 };
 
 // The rows of x that the fused kernel of CUDA serves with one decoding of a weight, in registers.
@@ -91,8 +95,10 @@ static inline constexpr int max_skinny_rows(ScaleRule rule) {
 // multiplies in int8 and never writes the weights out.
 constexpr bool kHasDenseWeights = kOnCuda;
 
+constexpr int64_t kMaxGridY = 65535;
+
 static inline constexpr bool serves_skinny(const QuantLinearDescriptor& d) {
-  constexpr int64_t kMaxGridY = 65535, kRowsOfBlock = 16;
+  constexpr int64_t kRowsOfBlock = 16;
   return d.on_cuda && d.code_capability >= 80 && d.dtype != DType::kFloat32 && d.aligned &&
          d.m <= kMaxGridY * kRowsOfBlock;
 }
@@ -102,8 +108,30 @@ static inline constexpr bool serves_wgmma(const QuantLinearDescriptor& d) {
          !is_low_bit(d.codes);
 }
 
+// The stream kernel wherever it can run, up to so many rows: of chunks of 256 weights, where there
+// are at most two tiles a multiprocessor, the skinny kernel, with 16 warps a tile, is ahead of it.
+static inline constexpr int max_stream_rows(const QuantLinearDescriptor& d) {
+  const bool few_tiles = d.n <= int64_t{2} * kTileRows * d.num_sms;
+  if (!few_tiles || stream_chunk(d.scale_rule) != 256) return kMaxStreamRows;
+  return d.codes == CodeFamily::kU6 ? 1 : 8;
+}
+
+static inline constexpr bool serves_stream(const QuantLinearDescriptor& d) {
+  const int64_t max_n = kMaxGridY * kTileRows;  // if a block has one tile
+  // Of bytes whose groups are small the kernel for them all has no instance: they are rare.
+  constexpr int kShiftOf128 = 2;
+  const bool small_groups =
+      d.scale_rule == ScaleRule::kGroup && is_byte(d.codes) && d.group_shift < kShiftOf128;
+  const bool has_clusters =
+      has_stream_clusters(d.capability, d.code_capability, d.max_shared_bytes);
+  return serves_skinny(d) && serves_stream_format(d.codes, d.scale_rule) && !small_groups &&
+         d.n <= max_n && d.m <= kMaxStreamRows &&
+         fits_stream(d.m, d.k, d.codes, d.scale_rule, has_clusters, d.max_shared_bytes);
+}
+
 static inline constexpr QuantLinearImpl choose_quant_linear(const QuantLinearDescriptor& d) {
   if (!d.on_cuda || d.n == 0 || d.k == 0) return QuantLinearImpl::kFused;
+  if (serves_stream(d) && d.m <= max_stream_rows(d)) return QuantLinearImpl::kStream;
   if (serves_wgmma(d) && d.m <= kMaxWgmmaRows &&
       d.m >= min_wgmma_rows(d.codes, d.scale_rule, d.n, d.num_sms)) {
     return QuantLinearImpl::kWgmma;

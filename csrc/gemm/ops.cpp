@@ -12,13 +12,14 @@ namespace llamatelemetry {
 namespace {
 
 QuantLinearDescriptor descriptor_of(const Tensor& x, const Rows& rows, int64_t n, int format,
-                                    DType dtype, bool exact) {
+                                    const GroupScales& groups, DType dtype, bool exact) {
   QuantLinearDescriptor d{
       .m = rows.num_rows,
       .n = n,
       .k = rows.row_size,
       .codes = kFormats[format].codes,
       .scale_rule = kFormats[format].scale_rule,
+      .group_shift = groups.shift,
       .dtype = dtype,
       .aligned = false,
       .exact = exact,
@@ -27,6 +28,7 @@ QuantLinearDescriptor descriptor_of(const Tensor& x, const Rows& rows, int64_t n
       .code_capability = 0,
       .has_sm90_code = false,
       .num_sms = 0,
+      .max_shared_bytes = 0,
   };
 #ifdef LT_CUDA
   constexpr int64_t kVector = 8;  // elements of two bytes
@@ -35,6 +37,7 @@ QuantLinearDescriptor descriptor_of(const Tensor& x, const Rows& rows, int64_t n
   d.capability = current_device().capability;
   d.code_capability = current_device().code_capability;
   d.num_sms = current_device().num_sms;
+  d.max_shared_bytes = current_device().max_shared_bytes;
 #ifdef LT_SM90
   d.has_sm90_code = true;
 #endif
@@ -102,7 +105,8 @@ Tensor quant_linear(const Tensor& given_x, const Tensor& packed, StringHandle fo
   const Tensor x = perm ? permute_columns(op, given_x, rows, dtype, *perm) : given_x;
   if (perm) rows.row_stride = rows.row_size;
   const auto* packed_data = static_cast<const uint8_t*>(packed.const_data_ptr());
-  const QuantLinearImpl impl = choose_quant_linear(descriptor_of(x, rows, n, format, dtype, exact));
+  const QuantLinearImpl impl =
+      choose_quant_linear(descriptor_of(x, rows, n, format, groups, dtype, exact));
   if constexpr (kHasDenseWeights) {
     if (impl == QuantLinearImpl::kDense) {
       return dense_linear(op, x, bias,

@@ -1,5 +1,4 @@
 #include "gemm/quant_linear.cuh"
-#include "gemm/quant_stream.h"
 #include "gemm/wgmma_plan.h"
 
 namespace llamatelemetry {
@@ -57,11 +56,7 @@ int64_t quant_linear_workspace_bytes(const QuantLinearParams&) { return 0; }
 
 Error launch_quant_linear(const QuantLinearParams& p, Stream stream) {
   const FormatSet set = format_set(kFormats[p.format]);
-  const bool on_tensor_cores =
-      p.impl == QuantLinearImpl::kSkinny || p.impl == QuantLinearImpl::kWgmma;
-  if (on_tensor_cores && serves_stream(p, current_device())) {
-    return launch_stream(p, stream);
-  }
+  if (p.impl == QuantLinearImpl::kStream) return launch_stream(p, stream);
   if (p.impl == QuantLinearImpl::kSkinny) return launch_skinny(p, set, stream);
 #ifdef LT_SM90
   if (p.impl == QuantLinearImpl::kWgmma) return launch_wgmma(p, set, stream);

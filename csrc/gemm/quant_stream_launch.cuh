@@ -4,7 +4,6 @@
 #include <mutex>
 
 #include "gemm/quant_stream.cuh"
-#include "gemm/quant_stream.h"
 #include "tile/kernel_entry.cuh"
 
 namespace llamatelemetry {
@@ -17,7 +16,9 @@ template <typename Kernel>
 StreamClusters ask_stream_clusters(const DeviceFacts& device) {
   // The groups of multiprocessors that clusters lie in have even numbers of them.
   StreamClusters clusters{{device.num_sms}};
-  if (!has_stream_clusters(device)) return clusters;
+  if (!has_stream_clusters(device.capability, device.code_capability, device.max_shared_bytes)) {
+    return clusters;
+  }
   clusters.of[1] = device.num_sms / 2;
   for (int blocks = 3; blocks <= max_stream_splits(8 * Kernel::kColumnTiles); ++blocks) {
     cudaLaunchAttribute cluster{};

@@ -1,8 +1,7 @@
-// How the kernel of quant_stream.cuh deals a weight out to blocks: a pure function of the call and
+// How the kernel of quant_stream.cuh divides a weight among blocks: a pure function of the call and
 // the machine.
 #pragma once
 
-#include <algorithm>
 #include <cstdint>
 
 #include "format/format.h"
@@ -22,6 +21,9 @@ static inline constexpr bool serves_stream_format(CodeFamily codes, ScaleRule ru
     default: return false;
   }
 }
+// Codes of more than four bits, whose kernels are compiled in files of their own.
+static inline constexpr bool is_wide_stream(CodeFamily codes) { return codes != CodeFamily::kU4; }
+
 // Weights of a row that a warp takes at once.
 static inline constexpr int stream_chunk(ScaleRule rule) {
   return rule == ScaleRule::kSubBlock32 || rule == ScaleRule::kSubBlock16 ? 256 : 128;
@@ -40,14 +42,31 @@ constexpr int kMaxStreamRows = 16;
 // Likewise of so many rows of x: of up to 8 more than two gain nothing.
 static inline constexpr int max_stream_splits(int64_t m) { return m <= 8 ? 2 : kMaxStreamSplits; }
 
-// How a weight is dealt out to blocks, which have kStreamWarps warps.
+// How a weight is divided among blocks, which have kStreamWarps warps.
 struct StreamPlan {
   int tiles;   // of a block: 16 rows of the weight each
   int splits;  // blocks of a cluster, which share k
 };
 
 constexpr int kStreamWarps = 16;
-constexpr int kMaxStreamShared = 227 * 1024;  // of a block, where blocks form clusters
+
+// Whether blocks may share k. Where shared memory is small, as on GeForce of Blackwell, none do.
+static inline constexpr bool has_stream_clusters(int capability, int code_capability,
+                                                 int max_shared_bytes) {
+  return capability >= 90 && code_capability >= 90 && max_shared_bytes >= 227 * 1024;
+}
+
+// Whether the rows of x that a block has, and at most as much beside them, fit its shared memory.
+static inline constexpr bool fits_stream(int64_t m, int64_t k, CodeFamily codes, ScaleRule rule,
+                                         bool has_clusters, int max_shared_bytes) {
+  const int64_t splits = has_clusters ? max_stream_splits(m) : 1;
+  const int chunk = stream_chunk(rule);
+  const int64_t chunks = (k / chunk + splits - 1) / splits;
+  const int64_t rows = m == 1 ? 1 : m <= 8 ? 8 : 16;  // as they are planned for
+  return k % chunk == 0 &&
+         rows * (chunks * 2 * chunk + 4096) + 192 * max_stream_sums(codes, rule) * chunks <=
+             max_shared_bytes;
+}
 
 // Where things lie in a block's shared memory, in bytes: x at 0, token_bytes a row.
 struct StreamShared {
@@ -73,7 +92,8 @@ static inline constexpr StreamShared stream_shared(const StreamPlan& plan, int m
   shared.token_bytes = chunks * chunk * 2 + 64;  // rows of x in different banks
   shared.starts = m * shared.token_bytes;
   shared.sums = shared.starts + token_tiles * chunks * sums_of_item * 64;
-  shared.slots = std::max(stream_slots(plan.tiles, chunks), stream_slots(plan.tiles, fewer));
+  const int slots = stream_slots(plan.tiles, chunks), of_fewer = stream_slots(plan.tiles, fewer);
+  shared.slots = slots > of_fewer ? slots : of_fewer;
   shared.totals = shared.sums + kStreamWarps * shared.slots * m * 64;
   shared.first_tiles = shared.totals + (plan.splits > 1 ? plan.tiles * m * 64 : 0);
   shared.bytes = shared.first_tiles + kStreamWarps * 4;

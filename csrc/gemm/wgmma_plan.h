@@ -1,4 +1,4 @@
-// How the kernel of quant_wgmma.cuh deals a call out to blocks: a pure function of the call and of
+// How the kernel of quant_wgmma.cuh divides a call among blocks: a pure function of the call and of
 // how many clusters of blocks the machine runs at once.
 #pragma once
 
@@ -32,8 +32,8 @@ static inline constexpr WgmmaConfig wgmma_config(int tokens, WgmmaShape shape, C
 }
 
 // About how long blocks take, in ns of an H200: each kWgmmaStep weights of a row, what a block
-// costs beside them, and what a cluster does. They choose plans, and promise no time
-// (benchmarks/notes/gemm.md).
+// costs beside them, and what a cluster does. They are of a script that was not kept, and follow
+// from no file of results. They rank plans, and promise no time (benchmarks/notes/gemm.md).
 struct WgmmaCosts {
   int step;
   int block;
