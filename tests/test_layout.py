@@ -21,7 +21,7 @@ ROOMS = ("attention", "cache", "gemm", "norm", "quant", "sampling")
 # What each folder of csrc may include, besides itself. Rooms never include each other.
 MAY_INCLUDE = {
     "schema": {"binding"},
-    "facts": {"common", "cpu", "format", "attention", "gemm"},
+    "facts": {"common", "cpu", "format", "attention"},
     "common": set(),
     "binding": {"common", "cpu"},
     "cpu": {"common", "binding"},

@@ -1,16 +1,16 @@
 #include "common/device.h"
 
-#include <mutex>
+#include "common/per_device.h"
 
 namespace llamatelemetry {
 namespace {
 
-constexpr int kMaxDevices = 64;
-
 // Compiled for the same architectures as every portable kernel, so what is true of it is of them.
 __global__ void probe_kernel() {}
 
-DeviceFacts ask(int device) {
+DeviceFacts ask() {
+  int device = 0;
+  cudaGetDevice(&device);
   const auto attribute = [device](cudaDeviceAttr which) {
     int value = 0;
     cudaDeviceGetAttribute(&value, which, device);
@@ -28,12 +28,8 @@ DeviceFacts ask(int device) {
 }  // namespace
 
 const DeviceFacts& current_device() {
-  static DeviceFacts facts[kMaxDevices];
-  static std::once_flag asked[kMaxDevices];
-  int device = 0;
-  cudaGetDevice(&device);
-  std::call_once(asked[device], [device] { facts[device] = ask(device); });
-  return facts[device];
+  static PerDevice<DeviceFacts> facts;
+  return facts.of_current([](DeviceFacts& of_device) { of_device = ask(); });
 }
 
 }  // namespace llamatelemetry

@@ -8,7 +8,7 @@ Error launch_quant_wgmma_32(const QuantLinearParams& p, const QuantWgmmaPlan& pl
 
 const WgmmaSlots& quant_wgmma_slots() {
   constexpr WgmmaConfig kConfig = wgmma_config(32, WgmmaShape::kWide, kFormats[0].codes);
-  return ClusterSlots<QuantWgmma<BFloat16, 0, kConfig, false>>::of_device();
+  return wgmma_slots<QuantWgmma<BFloat16, 0, kConfig, false>>();
 }
 
 }  // namespace llamatelemetry

@@ -1,55 +1,25 @@
 // The launch of quant_wgmma.cuh for a number of rows of x in a block and a set of formats.
 #pragma once
 
-#include <mutex>
-
+#include "common/per_device.h"
 #include "gemm/quant_wgmma.cuh"
-#include "tile/kernel_entry.cuh"
+#include "tile/clusters.cuh"
 #include "tile/tensor_map.h"
 
 namespace llamatelemetry {
 
-// How many clusters of each size the current device runs at once, a block of Kernel a
-// multiprocessor: asked once a device.
+// How many clusters of 1, 2, .. blocks of Kernel the current device runs at once.
 template <typename Kernel>
-class ClusterSlots {
- public:
-  static const WgmmaSlots& of_device() {
-    constexpr int kMaxDevices = 64;
-    static ClusterSlots slots[kMaxDevices];
-    static std::mutex mutex;
-    int device = 0;
-    cudaGetDevice(&device);
-    const std::lock_guard lock(mutex);
-    if (!slots[device].asked_) slots[device].ask();
-    return slots[device].counts_;
-  }
-
- private:
-  void ask() {
-    asked_ = true;
+const WgmmaSlots& wgmma_slots() {
+  static PerDevice<WgmmaSlots> slots;
+  return slots.of_current([](WgmmaSlots& of_device) {
     cudaFuncSetAttribute(kernel_entry<Kernel>, cudaFuncAttributeMaxDynamicSharedMemorySize,
                          Kernel::kMaxShared);
     for (int blocks = 1; blocks <= kMaxWgmmaSplits; ++blocks) {
-      cudaLaunchAttribute cluster{};
-      cluster.id = cudaLaunchAttributeClusterDimension;
-      cluster.val.clusterDim = {static_cast<unsigned>(blocks), 1, 1};
-      cudaLaunchConfig_t config{};
-      config.gridDim = dim3(static_cast<unsigned>(blocks));
-      config.blockDim = dim3(Kernel::kNumThreads);
-      config.dynamicSmemBytes = Kernel::kMaxShared;
-      config.attrs = &cluster;
-      config.numAttrs = 1;
-      int& count = counts_[blocks - 1];
-      if (cudaOccupancyMaxActiveClusters(&count, kernel_entry<Kernel>, &config) != cudaSuccess) {
-        cudaGetLastError();
-        count = 0;
-      }
+      of_device[blocks - 1] = clusters_at_once<Kernel>(blocks, Kernel::kMaxShared);
     }
-  }
-  bool asked_ = false;
-  WgmmaSlots counts_;
-};
+  });
+}
 
 // Boxes of 64 columns of `tokens` rows of x, swizzled; what lies outside reads as 0.
 inline Error encode_tokens(const QuantLinearParams& p, int tokens, CUtensorMap* map) {
@@ -84,20 +54,8 @@ Error launch_wgmma_kernel(const QuantLinearParams& p, const QuantWgmmaPlan& plan
   const int splits = plan.splits;
   QuantWgmmaArgs args{.call = p, .plan = plan, .token_tiles = token_tiles, .x_map = {}};
   if (const Error error = encode_tokens(p, Kernel::kTokens, &args.x_map)) return error;
-  cudaLaunchAttribute attributes[2] = {};
-  attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attributes[0].val.programmaticStreamSerializationAllowed = 1;
-  attributes[1].id = cudaLaunchAttributeClusterDimension;
-  attributes[1].val.clusterDim = {static_cast<unsigned>(splits), 1, 1};
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(static_cast<unsigned>(tiles * token_tiles * splits));
-  config.blockDim = dim3(Kernel::kNumThreads);
-  config.dynamicSmemBytes = Kernel::kSharedBytes;
-  config.stream = stream;
-  config.attrs = attributes;
-  config.numAttrs = splits > 1 ? 2 : 1;
-  cudaLaunchKernelEx(&config, kernel_entry<Kernel>, args);
-  return last_launch_error();
+  const dim3 grid(static_cast<unsigned>(tiles * token_tiles * splits));
+  return launch_clusters<Kernel>(splits > 1 ? splits : 0, grid, Kernel::kSharedBytes, stream, args);
 }
 
 // Codes as they are: where a scale has at least a chunk of them, and products have accumulators of
