@@ -101,9 +101,18 @@ def test_compilers(build_file, monkeypatch, tmp_path):
     assert "maybe-uninitialized" not in build_file.find_cxx()[1]  # a warning of gcc's alone
 
 
+SERIALISED = "Potential Performance Loss: wgmma.mma_async instructions are serialized due to"
+
+
 @pytest.mark.parametrize(
     ("prints", "status"),
-    [("ptxas info : fine", 0), ("ptxas info : (C7510) Potential Performance Loss: wgmma", 1)],
+    [
+        ("ptxas info : fine", 0),
+        ("ptxas info : (C7519) warpgroup.arrive is injected in around line 1 by compiler", 0),
+        (f"ptxas info : (C7510) {SERIALISED} wgmma pipeline crossing function boundary", 1),
+        (f"ptxas info : (C7512) {SERIALISED} insufficient register resources", 1),
+        (f"ptxas info : (C7514) {SERIALISED} non wgmma instructions reading accumulators", 1),
+    ],
 )
 def test_serialised_wgmma_stops_the_build(build_file, tmp_path, prints, status):
     """ptxas only notes it, with exit code 0."""
