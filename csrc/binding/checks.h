@@ -119,6 +119,18 @@ inline void check_contiguous(const char* op, const char* arg, const Tensor& x) {
   check(x.is_contiguous(), op, arg, "be contiguous", "strides that are not; call .contiguous()");
 }
 
+// A vector of so many values in the dtype of like; meaning names its size ("[hidden_size]"). Its
+// data, or null where there is none.
+inline const void* checked_vector(const char* op, const char* arg, const std::optional<Tensor>& x,
+                                  const char* meaning, int64_t size, const char* like_arg,
+                                  const Tensor& like) {
+  if (!x) return nullptr;
+  check_shape(op, arg, *x, meaning, {size});
+  check_like(op, arg, *x, like_arg, like);
+  check_contiguous(op, arg, *x);
+  return x->const_data_ptr();
+}
+
 // Rows that are written must not share memory, as those of an expanded tensor do.
 inline void check_apart(const char* op, const char* arg, int64_t count, int64_t stride,
                         int64_t size) {

@@ -40,15 +40,6 @@ void check_rope(const char* op, const RopeTensors& t, const Tensor& qkv) {
   check_contiguous(op, "positions", *t.positions);
 }
 
-const void* checked_weight(const char* op, const char* arg, const std::optional<Tensor>& weight,
-                           const Tensor& qkv) {
-  if (!weight) return nullptr;
-  check_shape(op, arg, *weight, "[head_dim]", {qkv.size(2)});
-  check_like(op, arg, *weight, "qkv", qkv);
-  check_contiguous(op, arg, *weight);
-  return weight->const_data_ptr();
-}
-
 void check_qkv(const char* op, const Tensor& qkv, const Tensor& k_cache) {
   check_dim(op, "qkv", qkv, 3, "[num_tokens, num_heads_q + 2 * num_heads_kv, head_dim]");
   const int64_t num_heads_kv = k_cache.size(2);
@@ -83,8 +74,11 @@ void rope_append_kv_(Tensor qkv, const Tensor& cos, const Tensor& sin,
   check_qkv(op, qkv, k_cache);
   check_rope(op, {cos, sin, positions}, qkv);
   check_slots(op, slot_mapping, qkv.size(0), k_cache);
-  const void* q_norm = checked_weight(op, "q_weight", q_weight, qkv);
-  const void* k_norm = checked_weight(op, "k_weight", k_weight, qkv);
+  const auto norm_weight = [&](const char* arg, const std::optional<Tensor>& weight) {
+    return checked_vector(op, arg, weight, "[head_dim]", qkv.size(2), "qkv", qkv);
+  };
+  const void* q_norm = norm_weight("q_weight", q_weight);
+  const void* k_norm = norm_weight("k_weight", k_weight);
   const DeviceGuard guard(qkv);
   if (qkv.numel() == 0) return;
   const int64_t num_heads_kv = k_cache.size(2);

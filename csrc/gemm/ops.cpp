@@ -94,11 +94,7 @@ Tensor quant_linear(const Tensor& given_x, const Tensor& packed, StringHandle fo
   Rows rows = rows_of(op, "x", given_x);
   check_packed(op, packed, format, n, rows.row_size);
   check_device(op, "packed", packed, "x", given_x);
-  if (bias) {
-    check_shape(op, "bias", *bias, "[n]", {n});
-    check_like(op, "bias", *bias, "x", given_x);
-    check_contiguous(op, "bias", *bias);
-  }
+  const void* bias_data = checked_vector(op, "bias", bias, "[n]", n, "x", given_x);
   const GroupScales groups = check_groups(op, packed, rows.row_size, scales, zeros);
   if (perm) check_perm(op, *perm, given_x, rows.row_size);
   const DeviceGuard guard(given_x);
@@ -126,7 +122,7 @@ Tensor quant_linear(const Tensor& given_x, const Tensor& packed, StringHandle fo
   QuantLinearParams params{
       .x = x.const_data_ptr(),
       .packed = packed_data,
-      .bias = bias ? bias->const_data_ptr() : nullptr,
+      .bias = bias_data,
       .groups = groups,
       .out = out.mutable_data_ptr(),
       .workspace = nullptr,

@@ -28,18 +28,12 @@ LinearEpilogue check_epilogue(const char* op, const Tensor& x, int64_t n,
                               const std::vector<int64_t>& out_sizes,
                               const NamedActivation& activation) {
   LinearEpilogue epilogue{
-      .bias = nullptr,
+      .bias = checked_vector(op, "bias", bias, "[n]", n, "x", x),
       .residual = nullptr,
       .residual_row_stride = 0,
       .activation = activation.activation,
       .gated = activation.gated,
   };
-  if (bias) {
-    check_shape(op, "bias", *bias, "[n]", {n});
-    check_like(op, "bias", *bias, "x", x);
-    check_contiguous(op, "bias", *bias);
-    epilogue.bias = bias->const_data_ptr();
-  }
   if (residual) {
     bool same = residual->dim() == static_cast<int64_t>(out_sizes.size());
     std::string wanted;

@@ -11,20 +11,16 @@ namespace llamatelemetry {
 namespace {
 
 // A vector over the last dimension of x, or nullptr where an optional one is left out.
-const void* checked_vector(const char* op, const char* arg, const std::optional<Tensor>& vector,
-                           const Tensor& x, int64_t row_size) {
-  if (!vector) return nullptr;
-  check_shape(op, arg, *vector, "[hidden_size]", {row_size});
-  check_like(op, arg, *vector, "x", x);
-  check_contiguous(op, arg, *vector);
-  return vector->const_data_ptr();
+const void* checked_columns(const char* op, const char* arg, const std::optional<Tensor>& vector,
+                            const Tensor& x, int64_t row_size) {
+  return checked_vector(op, arg, vector, "[hidden_size]", row_size, "x", x);
 }
 
 Tensor rms_norm(const Tensor& x, const Tensor& weight, double eps, double weight_offset) {
   constexpr const char* op = "rms_norm";
   const DType dtype = check_floating(op, "x", x);
   const Rows rows = rows_of(op, "x", x);  // leading dimensions folded
-  const void* weight_data = checked_vector(op, "weight", weight, x, rows.row_size);
+  const void* weight_data = checked_columns(op, "weight", weight, x, rows.row_size);
   const DeviceGuard guard(x);
   Tensor out = allocate(x, x.sizes());
   if (x.numel() == 0) return out;  // an empty grid is a launch error
@@ -51,14 +47,9 @@ void fused_add_rms_norm_(Tensor x, Tensor residual, const Tensor& weight, double
   constexpr const char* op = "fused_add_rms_norm_";
   const DType dtype = check_floating(op, "x", x);
   const Rows rows = rows_of(op, "x", x);
-  check(residual.sizes().equals(x.sizes()), op, "residual",
-        "have the shape of x (" + shape_text(x) + ")", "shape " + shape_text(residual));
-  check_like(op, "residual", residual, "x", x);
-  const Rows residual_rows = rows_of(op, "residual", residual);
   check_apart(op, "x", rows.num_rows, rows.row_stride, rows.row_size);
-  check_apart(op, "residual", rows.num_rows, residual_rows.row_stride, rows.row_size);
-  check_apart_from_x(op, residual, residual_rows, x, rows);
-  const void* weight_data = checked_vector(op, "weight", weight, x, rows.row_size);
+  const Rows residual_rows = check_residual(op, residual, x, rows);
+  const void* weight_data = checked_columns(op, "weight", weight, x, rows.row_size);
   const DeviceGuard guard(x);
   if (x.numel() == 0) return;
   const RmsNormParams params{
@@ -83,8 +74,8 @@ Tensor layer_norm(const Tensor& x, std::optional<Tensor> weight, std::optional<T
   constexpr const char* op = "layer_norm";
   const DType dtype = check_floating(op, "x", x);
   const Rows rows = rows_of(op, "x", x);
-  const void* weight_data = checked_vector(op, "weight", weight, x, rows.row_size);
-  const void* bias_data = checked_vector(op, "bias", bias, x, rows.row_size);
+  const void* weight_data = checked_columns(op, "weight", weight, x, rows.row_size);
+  const void* bias_data = checked_columns(op, "bias", bias, x, rows.row_size);
   const DeviceGuard guard(x);
   Tensor out = allocate(x, x.sizes());
   if (x.numel() == 0) return out;

@@ -91,23 +91,16 @@ Quantised normed(const char* op, const Tensor& x, const Tensor* residual, const 
                  ScalarType to, double eps, double weight_offset, std::optional<int64_t> block) {
   const DType dtype = check_floating(op, "x", x), target = check_to(op, to);
   const Rows rows = rows_of(op, "x", x);
-  check_shape(op, "weight", weight, "[hidden_size]", {rows.row_size});
-  check_like(op, "weight", weight, "x", x);
-  check_contiguous(op, "weight", weight);
+  const void* weight_data =
+      checked_vector(op, "weight", weight, "[hidden_size]", rows.row_size, "x", x);
   QuantizeRowsParams params =
       params_of(op, x, dtype, target, RowSource::kRmsNorm, rows.row_size, block);
   if (residual) {
-    check(residual->sizes().equals(x.sizes()), op, "residual",
-          "have the shape of x (" + shape_text(x) + ")", "shape " + shape_text(*residual));
-    check_like(op, "residual", *residual, "x", x);
-    const Rows apart = rows_of(op, "residual", *residual);
-    check_apart(op, "residual", rows.num_rows, apart.row_stride, rows.row_size);
-    check_apart_from_x(op, *residual, apart, x, rows);
+    params.residual_row_stride = check_residual(op, *residual, x, rows).row_stride;
     params.residual = const_cast<void*>(residual->const_data_ptr());
-    params.residual_row_stride = apart.row_stride;
   }
   const DeviceGuard guard(x);
-  params.weight = weight.const_data_ptr();
+  params.weight = weight_data;
   params.eps = static_cast<float>(eps);
   params.weight_offset = static_cast<float>(weight_offset);
   return quantised(op, x, rows, to, params, [&](Tensor& made) {

@@ -32,4 +32,16 @@ inline void check_apart_from_x(const char* op, const Tensor& residual, const Row
         "memory " + std::to_string(distance) + " elements from it");
 }
 
+// Of residual, which x is added to in place: its rows.
+inline Rows check_residual(const char* op, const Tensor& residual, const Tensor& x,
+                           const Rows& x_rows) {
+  check(residual.sizes().equals(x.sizes()), op, "residual",
+        "have the shape of x (" + shape_text(x) + ")", "shape " + shape_text(residual));
+  check_like(op, "residual", residual, "x", x);
+  const Rows rows = rows_of(op, "residual", residual);
+  check_apart(op, "residual", rows.num_rows, rows.row_stride, rows.row_size);
+  check_apart_from_x(op, residual, rows, x, x_rows);
+  return rows;
+}
+
 }  // namespace llamatelemetry

@@ -41,21 +41,27 @@ void check_block_scales(const char* op, const Tensor& x, const Tensor& x_scales,
               {scale_blocks(weight.size(0)), of_row});
 }
 
-Tensor scaled_linear(const Tensor& x, const Tensor& x_scales, const Tensor& weight,
-                     const Tensor& weight_scales, ScalarType out_dtype, std::optional<Tensor> bias,
-                     std::optional<int64_t> block) {
-  constexpr const char* op = "scaled_linear";
+// x and weight, of one dtype: that.
+DType check_bytes(const char* op, const Tensor& x, const Tensor& weight, int64_t k) {
   check(x.scalar_type() == ScalarType::Char || x.scalar_type() == ScalarType::Float8_e4m3fn, op,
         "x", "be int8 or float8_e4m3fn", dtype_text(x.scalar_type()));
   const DType dtype = *dtype_of(x.scalar_type());
-  const Rows rows = rows_of(op, "x", x);
   check_dim(op, "weight", weight, 2, "[n, k]");
-  const int64_t n = weight.size(0), k = rows.row_size;
-  check_shape(op, "weight", weight, "[n, k]", {n, k});
+  check_shape(op, "weight", weight, "[n, k]", {weight.size(0), k});
   check_like(op, "weight", weight, "x", x);
   check(dtype != DType::kInt8 || k <= kMaxInt8Depth, op, "x",
         "have a depth of at most " + std::to_string(kMaxInt8Depth) + ", whose sums fit int32",
         std::to_string(k));
+  return dtype;
+}
+
+Tensor scaled_linear(const Tensor& x, const Tensor& x_scales, const Tensor& weight,
+                     const Tensor& weight_scales, ScalarType out_dtype, std::optional<Tensor> bias,
+                     std::optional<int64_t> block) {
+  constexpr const char* op = "scaled_linear";
+  const Rows rows = rows_of(op, "x", x);
+  const DType dtype = check_bytes(op, x, weight, rows.row_size);
+  const int64_t n = weight.size(0), k = rows.row_size;
   const DType out = check_floating(op, "dtype", out_dtype);
   check(!block || *block == kScaleBlock, op, "block", "be None or " + std::to_string(kScaleBlock),
         std::to_string(block.value_or(0)));
