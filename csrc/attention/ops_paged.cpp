@@ -54,9 +54,9 @@ void check_tables(const char* op, const PagedTensors& t) {
 }
 
 void check_splits(const char* op, int64_t num_splits, int64_t split_size) {
-  constexpr int64_t kMostSplits = 1 << 16;
-  check(num_splits >= 0 && num_splits <= kMostSplits, op, "num_splits",
-        "lie in [0, " + std::to_string(kMostSplits) + "] (0: the kernel chooses)",
+  constexpr int64_t kMaxSplits = 1 << 16;
+  check(num_splits >= 0 && num_splits <= kMaxSplits, op, "num_splits",
+        "lie in [0, " + std::to_string(kMaxSplits) + "] (0: the kernel chooses)",
         std::to_string(num_splits));
   check(split_size >= 0 && split_size % kSplitMultiple == 0 && split_size <= kMaxSplitKeys, op,
         "split_size",

@@ -81,14 +81,27 @@ static inline constexpr ProductImpl choose_product(const ProductDescriptor& d) {
 // Operands of one byte have matrix instructions along k alone.
 static inline constexpr bool takes_rows(DType dtype) { return dtype_bytes(dtype) > 1; }
 
-// Scaled products of bytes for so few rows that the read of b is what they cost; tiles of
-// kTileRows would leave most multiprocessors idle (benchmarks/notes/gemm.md).
-constexpr int64_t kMostFewRows = 16;
-static inline bool has_few_rows(const ProductParams& p) {
+// Scaled products of bytes for so few rows that the read of b is what they cost have kernels of
+// their own: large tiles would leave most multiprocessors idle (benchmarks/notes/gemm.md).
+static inline bool is_scaled_bytes(const ProductParams& p) {
   const bool scaled = p.row_scales != nullptr || p.row_blocks != nullptr;
+  return scaled && dtype_bytes(p.dtype) == 1 && p.batch == 1;
+}
+// few_rows.cuh
+constexpr int64_t kMaxFewRows = 16;
+static inline bool has_few_rows(const ProductParams& p) {
   const bool served = p.impl == ProductImpl::kSm90 || p.impl == ProductImpl::kSm80;
-  return scaled && served && dtype_bytes(p.dtype) == 1 && p.m <= kMostFewRows && p.batch == 1 &&
-         p.k % kLoadBytes == 0;
+  return served && is_scaled_bytes(p) && p.m <= kMaxFewRows && p.k % kLoadBytes == 0;
+}
+// some_rows.cuh, on Hopper
+constexpr int64_t kMaxSomeRows = 64;  // a tile
+static inline bool has_some_rows(const ProductParams& p) {
+  return p.impl == ProductImpl::kSm90 && is_scaled_bytes(p) && p.m <= kMaxSomeRows;
+}
+// Up to here its tiles have 64 columns, so that most multiprocessors have one; of more, 128, which
+// read less of a.
+static inline constexpr bool has_narrow_tiles(int64_t n, int num_sms) {
+  return n <= int64_t{128} * num_sms;
 }
 
 // The CPU's kernel takes any strides.

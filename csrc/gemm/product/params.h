@@ -60,6 +60,7 @@ Error launch_product(const ProductParams& params, Stream stream);
 
 // CUDA: what launch_product hands the others to.
 Error launch_product_few_rows(const ProductParams& params, Stream stream);
+Error launch_product_some_rows(const ProductParams& params, Stream stream);
 Error launch_product_sm75(const ProductParams& params, Stream stream);
 Error launch_product_sm80(const ProductParams& params, Stream stream);
 Error launch_product_wgmma_f16(const ProductParams& params, Stream stream);

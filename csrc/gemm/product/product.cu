@@ -3,7 +3,6 @@
 #include "gemm/product/choice.h"
 #include "gemm/product/pack_rows.cuh"
 #include "gemm/product/simt.cuh"
-#include "gemm/product/some_rows.h"
 #include "tile/kernel_entry.cuh"
 
 namespace llamatelemetry {
@@ -45,7 +44,7 @@ Error launch_product(const ProductParams& p, Stream stream) {
     case ProductImpl::kCpu: return "a product on a GPU must not be the CPU's";
   }
 #ifdef LT_SM90
-  if (takes_some_rows(p)) return launch_product_some_rows(p, stream);
+  if (has_some_rows(p)) return launch_product_some_rows(p, stream);
   switch (p.dtype) {
     case DType::kFloat16: return launch_product_wgmma_f16(p, stream);
     case DType::kBFloat16: return launch_product_wgmma_bf16(p, stream);

@@ -1,6 +1,5 @@
 // The launch of some_rows.cuh.
-#include "gemm/product/some_rows.h"
-
+#include "gemm/product/choice.h"
 #include "gemm/product/some_rows.cuh"
 #include "gemm/product/wgmma_launch.cuh"
 

@@ -14,7 +14,6 @@
 #include "gemm/product/choice.h"
 #include "gemm/product/epilogue.cuh"
 #include "ptx/shared.cuh"
-#include "ptx/tensor_copy.cuh"
 #include "ptx/tma.cuh"
 #include "ptx/wgmma.cuh"
 #include "ptx/wgmma_majors.cuh"
