@@ -89,8 +89,6 @@ std::string facts() {
   const auto dtype = [](int i) { return quoted(dtype_name(static_cast<DType>(i))); };
   std::string text;
   add(text, "formats", list(kNumFormats, [](int i) { return format_facts(kFormats[i]); }));
-  add(text, "packed_layouts",
-      list(std::size(kPackedLayouts), [](int i) { return quoted(kPackedLayouts[i]); }));
   add(text, "cpu_levels", list(std::size(kIsaNames), [](int i) { return quoted(kIsaNames[i]); }));
   add(text, "dtypes", list(kNumDTypes, dtype));
   add(text, "attention_backends",

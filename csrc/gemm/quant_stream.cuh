@@ -16,7 +16,7 @@
 // their scales or zero points: codes of quantize_rows are packed by repack, which does not.
 //
 // A block has the tiles first_tile .. of 16 rows and a range of k, whose x lies in shared memory,
-// permuted as the codes are. Its items, 128 weights of a tile, are dealt out evenly in their order:
+// permuted as the codes are. Its items, 128 weights of a tile, are divided evenly in their order:
 // a warp has consecutive ones, ends of tiles or not, so few warps share a tile. Where splits > 1
 // the blocks of a cluster share k and add their sums up through each other's shared memory.
 // Grid [splits, ceil(tiles / tiles of a block)], clusters of splits, block kNumThreads.
@@ -31,7 +31,6 @@
 #include "gemm/stream_sides.cuh"
 #include "gemm/stream_weights.cuh"
 #include "ptx/cluster.cuh"
-#include "ptx/dependent_launch.cuh"
 #include "ptx/mma.cuh"
 #include "ptx/shared.cuh"
 #include "tile/dependent_launch.cuh"

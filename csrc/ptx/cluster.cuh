@@ -8,15 +8,6 @@
 
 namespace llamatelemetry::ptx {
 
-// #special-registers-cluster-ctarank
-__device__ inline uint32_t cluster_rank() {
-  uint32_t rank = 0;
-#if __CUDA_ARCH__ >= 900
-  asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
-#endif
-  return rank;
-}
-
 // #parallel-synchronization-and-communication-instructions-barrier-cluster
 // Every thread of every block of the cluster; what they wrote before is visible after.
 __device__ inline void cluster_sync() {

@@ -50,6 +50,24 @@ __device__ inline void mbarrier_wait(uint32_t barrier, uint32_t parity) {
 }
 
 // #data-movement-and-conversion-instructions-cp-async-bulk-tensor
+// The box of a 2-dimensional map at c0, c1 into shared memory.
+__device__ inline void tma_load_2d(uint32_t to, const CUtensorMap* map, uint32_t barrier, int c0,
+                                   int c1) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes "
+      "[%0], [%1, {%3, %4}], [%2];" ::"r"(to),
+      "l"(map), "r"(barrier), "r"(c0), "r"(c1)
+      : "memory");
+}
+// The box of a 3-dimensional map at c0..c2 into shared memory.
+__device__ inline void tma_load_3d(uint32_t to, const CUtensorMap* map, uint32_t barrier, int c0,
+                                   int c1, int c2) {
+  asm volatile(
+      "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes "
+      "[%0], [%1, {%3, %4, %5}], [%2];" ::"r"(to),
+      "l"(map), "r"(barrier), "r"(c0), "r"(c1), "r"(c2)
+      : "memory");
+}
 // The box of a 4-dimensional map at c0..c3 into shared memory. cache_hint: a policy of
 // createpolicy.
 __device__ inline void tma_load_4d(uint32_t to, const CUtensorMap* map, uint32_t barrier, int c0,

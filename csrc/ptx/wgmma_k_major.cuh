@@ -35,7 +35,6 @@ __device__ inline void wgmma_registers_k_major(float (&d)[kN / 2], const uint32_
   LT_WGMMA(Half, "f16", N, i0, i1, i2, i3, i4, i5) \
   LT_WGMMA(BFloat16, "bf16", N, i0, i1, i2, i3, i4, i5)
 
-LT_WGMMA_TYPES(16, "8", "9", "10", "11", "12", "13")
 LT_WGMMA_TYPES(32, "16", "17", "18", "19", "20", "21")
 LT_WGMMA_TYPES(64, "32", "33", "34", "35", "36", "37")
 LT_WGMMA_TYPES(128, "64", "65", "66", "67", "68", "69")

@@ -55,7 +55,6 @@ def _format(row: dict[str, Any]) -> FormatFacts:
 
 _facts = _read()
 FORMATS: dict[str, FormatFacts] = {row["name"]: _format(row) for row in _facts["formats"]}
-PACKED_LAYOUTS: list[str] = _facts["packed_layouts"]
 CPU_LEVELS: list[str] = _facts["cpu_levels"]
 DTYPES: list[str] = _facts["dtypes"]
 ATTENTION_BACKENDS: list[str] = _facts["attention_backends"]

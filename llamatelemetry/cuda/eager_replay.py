@@ -80,11 +80,6 @@ class EagerReplay:
             self._tape = None
         # Beside a recording the tape only keeps tensors alive: the recording holds pointers.
 
-    @property
-    def is_recorded(self) -> bool:
-        """Whether replays come from a Recording."""
-        return self._recording is not None
-
     def run(self) -> Any:
         """Runs the function for the first time and returns its result."""
         assert self._function is not None

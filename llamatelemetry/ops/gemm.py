@@ -68,7 +68,7 @@ def quant_linear(
     zeros: Tensor | None = None,
     perm: Tensor | None = None,
 ) -> Tensor:
-    """``x @ weight.T + bias`` with the weight packed in 4 to 8 bits; sums in float32.
+    """``x @ weight.T + bias`` with the weight packed in 8 bits or fewer; sums in float32.
 
     On CUDA, of up to 16 rows of bfloat16 x, values of x past about 1e34 may give inf or NaN where
     the result would be finite: multiples of their sums pass float32's range.
