@@ -9,9 +9,10 @@ from __future__ import annotations
 import pytest
 import torch
 from gguf_rows import gguf_rows
+from packed_products import assert_one_hot_rows, assert_repacked_weights_are_seen, product
 from tolerance import assert_within_2x
 
-from llamatelemetry.ops import QuantFormat, dequantize, quant_linear, repack, rms_norm
+from llamatelemetry.ops import QuantFormat, dequantize, quant_linear, repack
 from llamatelemetry.quantization.groups import GroupedWeight, pack_groups, unpack_groups
 
 pytestmark = pytest.mark.gpu
@@ -41,10 +42,6 @@ def grouped(n: int, k: int, group: int | None, format: str = "S4") -> GroupedWei
     return pack_groups(codes, format, scales, zeros)
 
 
-def product(x: torch.Tensor, w: GroupedWeight, n: int, bias=None) -> torch.Tensor:
-    return quant_linear(x, w.packed, w.format, n, bias, False, w.scales, w.zeros)
-
-
 def assert_values(ours: torch.Tensor, x: torch.Tensor, weights: torch.Tensor) -> None:
     truth = x.double() @ weights.double().T
     assert_within_2x(ours, (x.float() @ weights.T).to(x.dtype), truth)
@@ -70,11 +67,7 @@ def assert_grouped(n: int, k: int, group: int | None, format: str) -> None:
     ]:  # fmt: skip
         x = torch.randn(m, k, device="cuda", dtype=dtype)
         assert_values(product(x, w, n), x, weights)
-        picked = torch.randint(0, k, (m,), device="cuda")
-        one_hot = torch.zeros_like(x).index_put_(
-            (torch.arange(m, device="cuda"), picked), torch.ones((), device="cuda", dtype=dtype)
-        )
-        assert torch.equal(product(one_hot, w, n), weights[:, picked].T.to(dtype))
+        assert_one_hot_rows(w, weights, m, dtype)
 
 
 @pytest.mark.parametrize("format", ["Q4_0", "Q4_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K"])
@@ -137,28 +130,4 @@ def test_weights_made_by_the_kernel_ahead():
 
 @pytest.mark.parametrize("between", [False, True], ids=["repack", "repack, rms_norm"])
 def test_weights_repacked_ahead(between):
-    """Other weights at each call, where the last ones lay; rms_norm lets its successor start early.
-
-    Only the wait promises that earlier writes are seen, and weights are read before it.
-    """
-    format = QuantFormat.Q4_0
-    weights = [
-        torch.randint(0, 64, (4096, format.row_bytes(4096)), device="cuda", dtype=torch.uint8)
-        for _ in range(3)
-    ]
-    x = torch.randn(1, 4096, device="cuda", dtype=torch.bfloat16)
-    scale = torch.ones_like(x[0])
-    normed = rms_norm(x, scale)
-    truths = [
-        quant_linear(normed, packed, format, 4096)
-        for packed in [repack(rows, format) for rows in weights]
-    ]
-    assert not torch.equal(*truths[:2])
-    places = set()
-    for i in range(21):
-        packed = repack(weights[i % 3], format)
-        out = quant_linear(rms_norm(x, scale) if between else normed, packed, format, 4096)
-        places.add(packed.data_ptr())
-        del packed  # the next call's lie there
-        assert torch.equal(out, truths[i % 3])
-    assert len(places) <= 2  # in turns, so that three weights never find their own there
+    assert_repacked_weights_are_seen(1, between)

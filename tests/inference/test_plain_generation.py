@@ -11,6 +11,7 @@ import transformers
 from directories import write_directory
 from engines import NEW_TOKENS, PROMPTS, rows_of
 from families import tiny_model
+from hf_models import TINY_SIZES
 
 from llamatelemetry.inference.engine import InferenceEngine
 from llamatelemetry.inference.generation import TokenGenerator
@@ -21,11 +22,7 @@ from llamatelemetry.models.patching import patch
 
 _SIZES = {
     "vocab_size": 97,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
+    **TINY_SIZES,
     "pad_token_id": 0,
     "eos_token_id": None,
     "bos_token_id": None,

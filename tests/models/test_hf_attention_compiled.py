@@ -29,6 +29,13 @@ def test_compiled_whole(name, side, is_ours, device):
     inputs = inputs_of(name, side, device) | ({} if name == "bert" else {"use_cache": False})
     want = result(model, inputs)
     enable_flash_attention(model)
+    compiled, graphs = compiled_whole(model)
+    assert_close(result_of(compiled, inputs), want)
+    assert ("llamatelemetry.paged_attention" in graphs[0]) or not is_ours
+
+
+def compiled_whole(model):
+    """The compiled model, and a list that gets the text of each graph made of it."""
     graphs = []
 
     def backend(graph, _):
@@ -36,9 +43,7 @@ def test_compiled_whole(name, side, is_ours, device):
         return graph
 
     torch._dynamo.reset()
-    compiled = torch.compile(model, fullgraph=True, backend=backend)
-    assert_close(result_of(compiled, inputs), want)
-    assert ("llamatelemetry.paged_attention" in graphs[0]) or not is_ours
+    return torch.compile(model, fullgraph=True, backend=backend), graphs
 
 
 def result_of(compiled, inputs):
@@ -49,14 +54,7 @@ def result_of(compiled, inputs):
 def test_compiled_decode_with_a_static_cache_is_ours(device):
     eager, model = build("mistral", device=device), build("mistral", device=device)
     enable_flash_attention(model)
-    graphs = []
-
-    def backend(graph, _):
-        graphs.append(graph.print_readable(print_output=False))
-        return graph
-
-    torch._dynamo.reset()
-    compiled = torch.compile(model, fullgraph=True, backend=backend)
+    compiled, graphs = compiled_whole(model)
 
     def steps(model, step):
         inputs = inputs_of("mistral", "left", device)

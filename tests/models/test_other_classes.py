@@ -9,6 +9,7 @@ import reach
 import torch
 import transformers
 from families import VOCAB, PackedRun, tiny_model
+from hf_models import TINY_SIZES
 from torch import nn
 from torch.testing import assert_close
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel
@@ -19,11 +20,7 @@ from llamatelemetry.models.patching import forward_tokens, patch, unpatch
 
 SIZES = {
     "vocab_size": VOCAB,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
+    **TINY_SIZES,
     "pad_token_id": 0,
 }
 CLOSE = {"atol": 2e-5, "rtol": 1e-5}

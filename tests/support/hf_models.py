@@ -13,13 +13,16 @@ BATCH, SEQLEN, VOCAB = 2, 12, 128
 PADDING = 3  # fewer than a window, or padding would see no key and have no right value
 WINDOW = 4
 
-_TEXT = {
-    "vocab_size": VOCAB,
+TINY_SIZES = {
     "hidden_size": 64,
     "intermediate_size": 96,
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
+}
+_TEXT = {
+    "vocab_size": VOCAB,
+    **TINY_SIZES,
     "pad_token_id": 0,
     "bos_token_id": 1,
     "eos_token_id": None,

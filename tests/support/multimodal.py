@@ -9,15 +9,12 @@ from typing import Any
 import torch
 import transformers
 from families import VOCAB
+from hf_models import TINY_SIZES
 
 IMAGE = VOCAB - 1  # the token that stands for a piece of an image
 TEXT = {
     "vocab_size": VOCAB,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
+    **TINY_SIZES,
     "max_position_embeddings": 128,
     "pad_token_id": 0,
     "bos_token_id": 1,

@@ -8,6 +8,7 @@ import pickle
 
 import pytest
 import torch
+from hf_models import TINY_SIZES
 from perplexity import perplexities
 from transformers import GraniteConfig, GraniteForCausalLM, LlamaConfig, LlamaForCausalLM
 
@@ -25,11 +26,7 @@ from llamatelemetry.profiling.kernels import kernels_of, why_not_only
 
 SIZES = {
     "vocab_size": 97,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
+    **TINY_SIZES,
     "max_position_embeddings": 256,
     "eos_token_id": None,
     "pad_token_id": None,
