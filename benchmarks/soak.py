@@ -14,7 +14,6 @@ import json
 import random
 import sys
 import threading
-import time
 from collections import Counter
 from concurrent.futures import CancelledError
 from dataclasses import asdict, dataclass
@@ -179,12 +178,15 @@ def soak(
 ) -> Report:
     """Serves count requests after a warm-up, and as many again until the seconds are over."""
     serve(batcher, warm_up, seed=0)
-    before, end, swapped = left(batcher), time.monotonic() + seconds, count_swaps(batcher)
+    before, swapped = left(batcher), count_swaps(batcher)
+    over = threading.Timer(seconds, lambda: None)
+    over.start()
     ends, counts = serve(batcher, count, seed=1)
     seed = 2
-    while time.monotonic() < end:
+    while over.is_alive():
         more = serve(batcher, count, seed)
         ends, counts, seed = ends + more[0], counts + more[1], seed + 1
+    over.join()
     return Report(before, left(batcher), dict(ends), dict(counts + swapped))
 
 
