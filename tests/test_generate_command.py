@@ -116,7 +116,7 @@ def test_an_installation_that_cannot_serve_is_said(capsys, monkeypatch, error, s
     ids=["python", "cuda", "cpu"],
 )
 def test_running_out_of_memory_is_said(capsys, tmp_path, monkeypatch, error):
-    def allocate(*_):
+    def allocate(*_, **__):
         raise error
 
     write_model(tmp_path / "tiny.gguf", "llama")

@@ -119,10 +119,6 @@ static inline constexpr bool has_fixed_splits(const AttentionDescriptor& d) {
   return d.num_splits > 0 || d.split_keys > 0;
 }
 
-static inline constexpr bool is_16_bit(DType dtype) {
-  return dtype == DType::kFloat16 || dtype == DType::kBFloat16;
-}
-
 // Blocks of a grid that has one for each tile of block_rows queries.
 static inline constexpr bool grid_fits(const AttentionDescriptor& d, int block_rows,
                                        int64_t max_blocks) {
@@ -247,7 +243,9 @@ static inline constexpr const char* why_not(AttentionImpl impl, const AttentionD
   if (impl != AttentionImpl::kCpu && !d.on_cuda) return "the tensors are on the CPU";
   const bool takes_8_bit =
       impl == AttentionImpl::kCpu || impl == AttentionImpl::kDecode || impl == AttentionImpl::kSimt;
-  if (d.kv_dtype != d.dtype && !(takes_8_bit && is_8_bit_cache(d.kv_dtype))) {
+  const bool converts = (takes_8_bit && is_8_bit_cache(d.kv_dtype)) ||
+                        is_16_bit_cache(d.on_cuda, d.dtype, d.kv_dtype);
+  if (d.kv_dtype != d.dtype && !converts) {
     return "keys and values must be stored in q's dtype";
   }
   switch (impl) {
@@ -316,7 +314,7 @@ static inline constexpr int num_splits_of(AttentionImpl impl, const AttentionDes
 static inline constexpr TileClass tile_class_of(AttentionImpl impl, const AttentionDescriptor& d) {
   switch (impl) {
     case AttentionImpl::kCpu: {
-      if (d.kv_dtype != d.dtype) return TileClass::kRow;
+      if (is_8_bit_cache(d.kv_dtype)) return TileClass::kRow;
       const int64_t rows = d.seqlen_q * (d.num_heads_q / d.num_heads_kv);
       return rows <= kMaxDecodeRows ? TileClass::kRow : TileClass::kLarge;
     }

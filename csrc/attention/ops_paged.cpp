@@ -19,11 +19,11 @@ struct PagedTensors {
   const std::optional<Tensor>& v_scales;
 };
 
-// The dtype of the caches: q's, or 8 bits with scales.
+// The dtype of the caches: q's, 8 bits with scales, or on the CPU 16 bits beside float32.
 DType check_stored(const char* op, const PagedTensors& t) {
   check_dim(op, "k_cache", t.k_cache, 4, "[num_blocks, page_size, num_heads_kv, head_dim]");
   check_cache_scales(op, t.k_cache, t.k_scales, t.v_scales);
-  if (is_8_bit(t.k_cache)) {
+  if (is_converted(t.q, t.k_cache)) {
     check_device(op, "k_cache", t.k_cache, "q", t.q);
   } else {
     check_like(op, "k_cache", t.k_cache, "q", t.q);

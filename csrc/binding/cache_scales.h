@@ -1,4 +1,5 @@
-// Scales of caches of 8 bits: checks and strides, shared by the rooms cache and attention.
+// Caches of another dtype than the activations, and the scales of those of 8 bits: checks and
+// strides, shared by the rooms cache and attention.
 #pragma once
 
 #include <optional>
@@ -12,6 +13,14 @@ namespace llamatelemetry {
 inline bool is_8_bit(const Tensor& cache) {
   const std::optional<DType> dtype = dtype_of(cache.scalar_type());
   return dtype && is_8_bit_cache(*dtype);
+}
+
+// Whether kernels convert between x and a cache of its keys or values: one of 8 bits, or on the
+// CPU of 16 beside float32.
+inline bool is_converted(const Tensor& x, const Tensor& cache) {
+  const std::optional<DType> dtype = dtype_of(x.scalar_type());
+  const std::optional<DType> stored = dtype_of(cache.scalar_type());
+  return is_8_bit(cache) || (dtype && stored && is_16_bit_cache(kOnCuda, *dtype, *stored));
 }
 
 // A scale for each token and head, [num_blocks, page_size, num_heads_kv] of any strides, or one for

@@ -1,9 +1,11 @@
-// cache[slot_mapping[t]] = source[t] for K and V, as it is or in 8 bits: round(source[t] / scale)
-// for each head, in float8_e4m3 or int8. Memory bound. One item per token.
+// cache[slot_mapping[t]] = source[t] for K and V, as it is, float32 rounded to 16 bits, or in 8
+// bits: round(source[t] / scale) for each head, in float8_e4m3 or int8. Memory bound. One item per
+// token.
 #include <cstring>
 
 #include "cache/eight_bit.h"
 #include "cache/params.h"
+#include "cache/sixteen_bit.h"
 #include "cpu/isa.h"
 #include "cpu/parallel.h"
 
@@ -39,6 +41,13 @@ void append_kv_items(const AppendKvParams& p, int64_t begin, int64_t end) {
   });
 }
 
+void append_16_bit_items(const AppendKvParams& p, int64_t begin, int64_t end) {
+  const int64_t head_dim = p.head_bytes / dtype_bytes(p.stored);
+  for_each_head(p, begin, end, [&](int, int64_t, int64_t, const char* source, char* row) {
+    store_row_in_16_bits(reinterpret_cast<const float*>(source), head_dim, p.stored, row);
+  });
+}
+
 void append_8_bit_items(const AppendKvParams& p, int64_t begin, int64_t end) {
   dispatch_dtype(p.dtype, [&](auto type) {
     using T = typename decltype(type)::type;
@@ -55,7 +64,12 @@ void append_8_bit_items(const AppendKvParams& p, int64_t begin, int64_t end) {
 
 Error launch_append_kv(const AppendKvParams& params, Stream) {
   const auto bytes = static_cast<double>(2 * params.num_heads * params.head_bytes);
-  parallel_over<append_kv_items>("append_kv_", Work{params.num_tokens, 20.0 + 0.1 * bytes}, params);
+  const Work work{params.num_tokens, 20.0 + 0.1 * bytes};
+  if (params.stored != params.dtype) {
+    parallel_over<append_16_bit_items>("append_kv_", work, params);
+  } else {
+    parallel_over<append_kv_items>("append_kv_", work, params);
+  }
   return nullptr;
 }
 

@@ -22,7 +22,7 @@ void check_rows(const char* op, const char* arg, const Tensor& x, const Tensor& 
                 const Tensor& k_cache) {
   check_shape(op, arg, x, "[num_tokens, num_heads_kv, head_dim] as k and the caches are",
               {k.size(0), k_cache.size(2), k_cache.size(3)});
-  if (is_8_bit(k_cache)) {
+  if (is_converted(k, k_cache)) {
     check_floating(op, arg, x);
     check_like(op, arg, x, "k", k);
     check_device(op, arg, x, "k_cache", k_cache);

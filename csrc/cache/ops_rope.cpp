@@ -51,7 +51,7 @@ void check_qkv(const char* op, const Tensor& qkv, const Tensor& k_cache) {
         std::to_string(qkv.size(2)));
   check(qkv.size(2) <= kMaxRopeHeadDim, op, "head_dim",
         "be at most " + std::to_string(kMaxRopeHeadDim), std::to_string(qkv.size(2)));
-  if (is_8_bit(k_cache)) {
+  if (is_converted(qkv, k_cache)) {
     check_floating(op, "qkv", qkv);
     check_device(op, "qkv", qkv, "k_cache", k_cache);
   } else {

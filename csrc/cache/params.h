@@ -55,6 +55,7 @@ struct AppendKvParams {
   DType dtype;   // of the sources
   DType stored;  // of the caches
 };
+// Copies; on the CPU float32 to caches of 16 bits too, rounded.
 Error launch_append_kv(const AppendKvParams& params, Stream stream);
 Error launch_append_8_bit(const AppendKvParams& params, Stream stream);
 

@@ -2,9 +2,11 @@
 // of both in place, and the cache write of k and v. Rounds where rms_norm, rotary_embedding_ and
 // append_kv_ would. Memory bound. One item per token: its row of cos and sin serves every head.
 #include <cstring>
+#include <type_traits>
 
 #include "cache/eight_bit.h"
 #include "cache/params.h"
+#include "cache/sixteen_bit.h"
 #include "cpu/parallel.h"
 #include "vec/row_ops.h"
 
@@ -14,7 +16,7 @@ namespace {
 
 template <typename T>
 void rope_append_tokens(const RopeAppendKvParams& p, int64_t begin, int64_t end) {
-  const auto head_bytes = static_cast<size_t>(p.head_dim) * sizeof(T);
+  const int64_t stored_bytes = p.head_dim * dtype_bytes(p.stored);  // of a head in the cache
   for (int64_t token = begin; token < end; ++token) {
     int64_t position = token;
     if (p.positions) {
@@ -39,11 +41,14 @@ void rope_append_tokens(const RopeAppendKvParams& p, int64_t begin, int64_t end)
       char* row = static_cast<char*>(plane.cache) + slot / p.page_size * plane.block_stride_bytes +
                   slot % p.page_size * plane.slot_stride_bytes;
       for (int64_t head = 0; head < p.num_heads_kv; ++head, source += p.head_stride) {
-        if (is_8_bit_cache(p.stored)) {
+        char* to = row + head * stored_bytes;
+        if (p.stored == p.dtype) {
+          std::memcpy(to, source, static_cast<size_t>(stored_bytes));
+        } else if (is_8_bit_cache(p.stored)) {
           store_row_in_8_bits(source, p.head_dim, p.stored, p.scales[which], p.page_size, slot,
-                              head, reinterpret_cast<uint8_t*>(row) + head * p.head_dim);
-        } else {
-          std::memcpy(row + head * static_cast<int64_t>(head_bytes), source, head_bytes);
+                              head, reinterpret_cast<uint8_t*>(to));
+        } else if constexpr (std::is_same_v<T, float>) {
+          store_row_in_16_bits(source, p.head_dim, p.stored, to);
         }
       }
     }

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
+from llamatelemetry.cli.cache_dtype import add_cache_option, cache_dtype_of
 from llamatelemetry.cli.output import OutputError, emit, warnings_as_sentences
 from llamatelemetry.cli.speculation import add_options, check_options, speculation_of
 
@@ -45,6 +46,7 @@ def add_command(commands: Any) -> None:
     parser.add_argument("--seed", type=int, default=0, metavar="S")
     parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="repeatable")
     add_options(parser)
+    add_cache_option(parser)
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
     parser.add_argument(
         "--backend",
@@ -158,7 +160,8 @@ def _generate(args: argparse.Namespace) -> int:
     with _progress_bar("loading") as progress:
         loaded = load_model(args.model, device=device, exact=args.exact, progress=progress)
     speculation = speculation_of(args, loaded.tokenizer, device, args.exact)
-    engine = InferenceEngine(loaded, backend=args.backend)
+    kept = {"cache_dtype": cache_dtype_of(args)}
+    engine = InferenceEngine(loaded, backend=args.backend, **kept)
     params = replace(engine.defaults.unasked(), **given)
     drafts: list[tuple[str, str]] = []
     if speculation is None:
@@ -167,7 +170,8 @@ def _generate(args: argparse.Namespace) -> int:
         stats = engine.stats
     else:
         asked = params, args.max_tokens, stops
-        stats, drafts = _speculate(engine, engine.encode(prompt, system), *asked, speculation)
+        ids = engine.encode(prompt, system)
+        stats, drafts = _speculate(engine, ids, *asked, kept | {"speculation": speculation})
     emit("\n")
     rows = [*_rows(stats), *drafts, _peak_memory()]
     print(" · ".join(f"{name} {value}" for name, value in rows), file=sys.stderr)
@@ -181,13 +185,18 @@ def _generate(args: argparse.Namespace) -> int:
 
 
 def _speculate(
-    engine: Any, prompt: list[int], params: Any, max_tokens: int, stops: list[str], config: Any
+    engine: Any,
+    prompt: list[int],
+    params: Any,
+    max_tokens: int,
+    stops: list[str],
+    options: dict[str, Any],
 ) -> tuple[Any, list[tuple[str, str]]]:
     """Emits the text of a batch of one with drafts; GenerationStats, and a row about drafts."""
     from llamatelemetry.inference.continuous import ContinuousBatching
     from llamatelemetry.inference.engine import GenerationStats
 
-    batcher = ContinuousBatching(1, engine, speculation=config)
+    batcher = ContinuousBatching(1, engine, **options)
     handle = batcher.submit(prompt, params, max_tokens, stop_sequences=stops)
     for piece in handle:
         emit(piece)

@@ -18,6 +18,7 @@ from llamatelemetry.cli.batching import (
     check_batch_options,
     check_prefill_chunk,
 )
+from llamatelemetry.cli.cache_dtype import add_cache_option, cache_dtype_of
 from llamatelemetry.cli.output import warnings_as_sentences
 from llamatelemetry.cli.speculation import add_options, check_options, speculation_of
 
@@ -35,6 +36,7 @@ def add_command(commands: Any) -> None:
     parser.add_argument("--served-model-name", metavar="NAME", help="default: MODEL as given")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
     add_batch_options(parser)
+    add_cache_option(parser)
     add_options(parser)
     parser.add_argument(
         "--max-open", type=int, default=256, metavar="N", help="requests open at once; then 429"
@@ -155,7 +157,11 @@ def _made(args: argparse.Namespace) -> tuple[Any, Any]:
         pooling=args.pooling,
     )
     batcher = ContinuousBatching(
-        args.max_batch_size, engine, speculation=speculation, **batch_options(args)
+        args.max_batch_size,
+        engine,
+        speculation=speculation,
+        cache_dtype=cache_dtype_of(args),
+        **batch_options(args),
     )
     return batcher, create_app(batcher, config, _otel(config.model) if args.otel else None)
 

@@ -54,7 +54,8 @@ class ContinuousBatching:
         overlap: whether the next step is launched before a step's tokens are looked at, so that a
             GPU does not wait for the host; None does so on a GPU. The text is the same, and step
             gives it one step later; an edit of the model tells one token later too.
-        cache_dtype: of keys and values: torch.float8_e4m3fn or torch.int8; None is the model's.
+        cache_dtype: of keys and values: torch.float8_e4m3fn or torch.int8; for a float32 model on
+            the CPU torch.float16 or torch.bfloat16 too; None is the model's.
         split_size: a multiple of 64, at which attention's keys are cut: then no bit of a request's
             tokens depends on the others, but where it gave its blocks up. Steps have max_batch_size
             rows, a prompt a forward of its own, and no prefix is shared; 0 is faster.
@@ -103,8 +104,7 @@ class ContinuousBatching:
             at_least("ContinuousBatching: num_blocks", num_blocks, 1)
         at_least("ContinuousBatching: num_host_blocks", num_host_blocks, 0)
         check_cache_dtype("ContinuousBatching", cache_dtype)
-        self.max_batch_size = max_batch_size
-        self.engine = engine
+        self.max_batch_size, self.engine = max_batch_size, engine
         self._names = itertools.count()
         self._turns: Turns | None = None
         self._fixed_blocks = num_blocks

@@ -79,7 +79,8 @@ class InferenceEngine:
     A prompt is text, which becomes a user's turn where the model has a chat template, messages
     (mappings with role and content), or token ids. A model that the packed steps do not serve
     generates by transformers' own forward, which a warning says once. What generation_config.json
-    asks for holds where a request says no other. Threads share an engine, by turns.
+    asks for holds where a request says no other. Threads share an engine, by turns. Keys and values
+    are of cache_dtype, which may be what ContinuousBatching's may, and is not handed on to it.
 
     Attributes:
         loaded: the LoadedModel that was given; its transformers model is patched in place
@@ -91,18 +92,18 @@ class InferenceEngine:
         4
 
     Raises:
-        ValueError: for no LoadedModel, numbers of a config that are none, and a backend that fails
+        ValueError: for no LoadedModel, a config's bad numbers, a backend or cache_dtype that fails
     """
 
-    def __init__(self, model: LoadedModel, *, backend: str | None = None) -> None:
+    def __init__(
+        self, model: LoadedModel, *, backend: str | None = None, cache_dtype: Any = None
+    ) -> None:
         instance("InferenceEngine: model", model, LoadedModel, "what load_model returned")
-        self.loaded = model
-        self.tokenizer = model.tokenizer
+        self.loaded, self.tokenizer = model, model.tokenizer
         self.defaults = ModelDefaults(model.generation)
         self.patch_report, reason = patch_or_reason(model.model, backend)
-        self.generator = TokenGenerator(model.model, reason)
-        self.stats = GenerationStats()
-        self.prompts = PromptEncoder(model.tokenizer)
+        self.generator = TokenGenerator(model.model, reason, cache_dtype)
+        self.stats, self.prompts = GenerationStats(), PromptEncoder(model.tokenizer)
 
     def encode(self, prompt: Any, system_prompt: str | None = None, tools: Any = None) -> list[int]:
         """Token ids of a prompt.
@@ -140,16 +141,15 @@ class InferenceEngine:
                 arguments of another type, by name
         """
         params = self.defaults.unasked() if params is None else params
-        stops = () if stop_sequences is None else stop_sequences
         stats = GenerationStats()
-        return self._stream(prompt, params, max_tokens, stops, stats, system_prompt)
+        return self._stream(prompt, params, max_tokens, stop_sequences, stats, system_prompt)
 
     def _stream(
         self,
         prompt: Any,
         params: SamplingParams,
         max_tokens: int,
-        stop_sequences: str | Sequence[str],
+        stop_sequences: str | Sequence[str] | None,
         stats: GenerationStats,
         system_prompt: str | None,
     ) -> Iterator[str]:
@@ -158,7 +158,8 @@ class InferenceEngine:
             raise ValueError(f"params must be SamplingParams, got {params!r:.80}")
         ids = self.encode(prompt, system_prompt)
         stats.prompt_tokens = len(ids)
-        text = TextStream(self.tokenizer, stop_sequences, "stop_sequences")
+        stops = () if stop_sequences is None else stop_sequences
+        text = TextStream(self.tokenizer, stops, "stop_sequences")
         steps = self.generator.generate([ids], [params], max_tokens, self.loaded.eos_ids)
         return self._texts(steps, text, stats)
 
@@ -212,9 +213,8 @@ class InferenceEngine:
                 repetition_penalty=repetition_penalty,
                 seed=seed,
             )
-            stops = () if stop_sequences is None else stop_sequences
-            pieces = self._stream(prompt, params, max_tokens, stops, stats, system_prompt)
-            text = "".join(pieces)
+            asked = prompt, params, max_tokens, stop_sequences
+            text = "".join(self._stream(*asked, stats, system_prompt))
         except _FAILURES as error:
             message = str(error) or type(error).__name__
             return InferResult(False, "", 0, _ms_since(start), 0.0, message)

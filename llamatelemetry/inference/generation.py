@@ -14,6 +14,7 @@ from torch import Tensor
 
 from llamatelemetry.inference.arguments import integer
 from llamatelemetry.inference.block_manager import BlockManager
+from llamatelemetry.inference.kv_pages import check_cache_dtype, check_cache_of
 from llamatelemetry.inference.packed import NotPackedError, why_not_packed
 from llamatelemetry.inference.plain_generation import PlainGenerator
 from llamatelemetry.inference.rows import Rows, prefill_pieces
@@ -53,13 +54,24 @@ class TokenGenerator:
 
     Args:
         not_packed: why the packed steps do not serve the model, where that is known.
+        cache_dtype: as in StepRunner. Transformers' own forward keeps a cache of its own.
+
+    Raises:
+        ValueError: for a cache_dtype that does not serve the model.
     """
 
-    def __init__(self, model: Any, not_packed: str | None = None) -> None:
+    def __init__(
+        self,
+        model: Any,
+        not_packed: str | None = None,
+        cache_dtype: torch.dtype | None = None,
+    ) -> None:
+        check_cache_dtype("InferenceEngine", cache_dtype, not_packed)
+        check_cache_of(model, cache_dtype)
         self.model = model
         self.decode_mode = "eager"
         self.max_context = context_length_of(model.config)
-        self._not_packed = not_packed
+        self._not_packed, self._cache_dtype = not_packed, cache_dtype
         self._plain = PlainGenerator(model)
         self._said: set[str] = set()
         self.runner: StepRunner | None = None
@@ -222,7 +234,7 @@ class TokenGenerator:
         runner, blocks = self.runner, self.blocks
         if runner is None or blocks is None or not runner.serves(self.model):
             self.runner = self.blocks = None  # frees the cache first
-            runner = StepRunner(self.model)
+            runner = StepRunner(self.model, cache_dtype=self._cache_dtype)
             self._order = StreamOrder(runner.pages.device)
             self._order.follow()
             # A prompt that begins in the cache runs through other kernels than a whole one, so its

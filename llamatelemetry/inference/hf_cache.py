@@ -137,7 +137,8 @@ class _PagedLayer(_Layer):
         slots = torch.stack([self.cache.slot_mapping(row) for row in self.rows])
         k, v = (x.transpose(1, 2).flatten(0, 1) for x in (key_states, value_states))
         pages = self.cache.update(self.index, k, v, slots[:, begin:].flatten().contiguous())
-        k, v = (x.flatten(0, 1)[slots].transpose(1, 2) for x in pages)
+        # The cache may be of 16 bits beside float32.
+        k, v = (x.flatten(0, 1)[slots].transpose(1, 2).to(key_states.dtype) for x in pages)
         return k, v
 
     def get_seq_length(self) -> int:

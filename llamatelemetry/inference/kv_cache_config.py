@@ -11,6 +11,8 @@ from llamatelemetry.inference.arguments import instance, integer
 
 # What caches of 8 bits hold, with scales.
 EIGHT_BIT = (torch.float8_e4m3fn, torch.int8)
+# What caches beside float32 hold on the CPU.
+SIXTEEN_BIT = (torch.float16, torch.bfloat16)
 
 
 class ServesTransformers:
@@ -31,7 +33,7 @@ class KVCacheConfig:
     Attributes:
         num_heads: query heads; keys and values have num_kv_heads, None for as many.
         dtype: of keys and values; PagedKVCache keeps those of 8 bits with a float32 scale for each
-            token and head.
+            token and head, and on the CPU rounds float32 to 16 bits.
         device: None is torch's default device.
 
     Raises:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llamatelemetry.inference.kv_cache_config import EIGHT_BIT
+from llamatelemetry.inference.kv_cache_config import EIGHT_BIT, SIXTEEN_BIT
 from llamatelemetry.inference.step import keep_until_read, put
 from llamatelemetry.ops import copy_blocks_
 
@@ -46,15 +46,9 @@ class KvPages:
         """Pages that fit a transformers model's layers, on its device, in its dtype or another.
 
         Raises:
-            ValueError: for 8 bits and a model that is patched with ops that do not take them.
+            ValueError: for a dtype that steps of the model do not take: check_cache_of.
         """
-        patched = model.__dict__.get("_llamatelemetry")
-        decoder = None if patched is None else patched.decoder
-        if dtype in EIGHT_BIT and decoder is not None and not decoder.ops.takes_8_bit_caches:
-            raise ValueError(
-                f"cache_dtype must be None for a model patched with {decoder.ops.name} ops, got "
-                f"{dtype}"
-            )
+        check_cache_of(model, dtype)
         like, (layers, heads, head_dim) = floating_parameter(model), _sizes(model)
         stored = like.dtype if dtype is None else dtype
         pages = cls(layers, num_blocks, page_size, heads, head_dim, stored, like.device)
@@ -120,11 +114,44 @@ class KvPages:
         return tuple(kept)
 
 
-def check_cache_dtype(who: str, dtype: Any) -> None:
-    """Raises ValueError for what is neither None nor a dtype of 8 bits that caches hold."""
-    if dtype is not None and dtype not in EIGHT_BIT:
-        names = " or ".join(map(str, EIGHT_BIT))
-        raise ValueError(f"{who}: cache_dtype must be None, {names}, got {dtype!r}")
+def check_cache_dtype(who: str, dtype: Any, not_packed: str | None = None) -> None:
+    """
+    Raises:
+        ValueError: for what is neither None nor a dtype that caches hold beside another, and for
+            one beside a reason why packed steps, whose cache it is, do not serve the model.
+    """
+    if dtype is not None and not_packed is not None:
+        raise ValueError(
+            f"{who}: cache_dtype must be None where transformers' own forward generates, got "
+            f"{dtype!r}: {not_packed}"
+        )
+    if dtype is not None and dtype not in EIGHT_BIT + SIXTEEN_BIT:
+        *names, last = map(str, EIGHT_BIT + SIXTEEN_BIT)
+        raise ValueError(
+            f"{who}: cache_dtype must be None, {', '.join(names)} or {last}, got {dtype!r}"
+        )
+
+
+def check_cache_of(model: Any, dtype: torch.dtype | None) -> None:
+    """
+    Raises:
+        ValueError: for a dtype other than the model's where its ops do not convert, and for one of
+            16 bits where the model is not float32 on the CPU.
+    """
+    like = floating_parameter(model)
+    if dtype is None or dtype == like.dtype:
+        return
+    patched = model.__dict__.get("_llamatelemetry")
+    decoder = None if patched is None else patched.decoder
+    if decoder is not None and not decoder.ops.converts_caches:
+        raise ValueError(
+            f"cache_dtype must be None for a model patched with {decoder.ops.name} ops, got {dtype}"
+        )
+    if dtype in SIXTEEN_BIT and (like.dtype, like.device.type) != (torch.float32, "cpu"):
+        raise ValueError(
+            "cache_dtype of 16 bits must be the model's own dtype, or the model float32 on the "
+            f"CPU, got {dtype} and a model of {like.dtype} on {like.device}"
+        )
 
 
 def _sizes(model: Any) -> tuple[int, int, int]:

@@ -32,8 +32,8 @@ class OpSet:
         activations: likewise ``act(x)``.
         flash_attn_varlen, paged_attention: return the output alone. The latter takes split_size by
             keyword, in sets other than Triton's.
-        takes_8_bit_caches: whether append_kv_ and rope_append_kv_ take scales last, and
-            paged_attention as ``scales=``.
+        converts_caches: whether caches may be of another dtype than x. Of 8 bits append_kv_ and
+            rope_append_kv_ take scales last, and paged_attention as ``scales=``.
         all_reduce: of what the output and down projections give, where their inputs are split over
             several devices; the identity on one.
         attn_implementation: transformers' name for this set's attention; None leaves the model's.
@@ -62,7 +62,7 @@ class OpSet:
     group_linear: Callable[[Tensor, Any, str | None], Tensor] | None = None
     group_formats: Collection[str] = ()
     linear_of_any_rows: bool = False
-    takes_8_bit_caches: bool = False
+    converts_caches: bool = False
     quantising: Quantising | None = None
     scaled_linear: Callable[[QuantisedRows, Any], Tensor] | None = None
     sample: Callable[..., Tensor] = sample
@@ -208,7 +208,7 @@ NATIVE = OpSet(
     activations=_activations(_ops.activation.default),
     all_reduce=_alone,
     attn_implementation=NAME,
-    takes_8_bit_caches=True,
+    converts_caches=True,
     quantising=NATIVE_QUANTISING,
 )
 
@@ -296,5 +296,5 @@ REFERENCE = OpSet(
     activations=_activations(_in_float64(reference.activation)),
     all_reduce=_alone,
     attn_implementation=None,
-    takes_8_bit_caches=True,
+    converts_caches=True,
 )

@@ -158,7 +158,8 @@ def paged_attention(
         q: [total_q, num_heads_q, head_dim], float32, float16 or bfloat16: the queries of all
             sequences, one after the other; any token and head strides
         k_cache, v_cache: [num_blocks, page_size, num_heads_kv, head_dim], dtype and device of q, or
-            float8_e4m3fn (without NaN) or int8 with scales; any strides with a contiguous last
+            float8_e4m3fn (without NaN) or int8 with scales, or on the CPU float16 or bfloat16
+            beside float32 (all products and sums in float32); any strides with a contiguous last
             dimension; any page_size (on Hopper more than 64 rows of a key head, in chunks of 16 or
             more queries, run on flash_attn's own kernel where it is 8, 16, 32, 64 or a multiple of
             128, or where a sequence has one page). Over 8 bits "decode" serves chunks too, in

@@ -19,6 +19,9 @@ def append_kv_(
 ) -> None:
     """Writes each token's keys and values to its slot: ``cache[slot // page, slot % page] = k[t]``.
 
+    On the CPU a cache of 16 bits takes float32, rounded to nearest even; what is beyond float16's
+    range (from 65520 on) becomes infinite.
+
     A cache of 8 bits gets ``round(x / scale)``. Where each token and head has a scale, it is set to
     ``max |x|`` over 448 (float8_e4m3fn) or 127 (int8), and to NaN where x holds NaN or inf. One
     scale for the whole tensor is read, and what is larger than the type holds becomes its largest.
@@ -27,7 +30,8 @@ def append_kv_(
         k, v: [num_tokens, num_heads_kv, head_dim], float32, float16 or bfloat16; any token and head
             strides (slices of a merged qkv), last dimension contiguous
         k_cache, v_cache: [num_blocks, page_size, num_heads_kv, head_dim], dtype and device of k, or
-            float8_e4m3fn or int8 (head_dim up to 256), written in place; memory of their own; any
+            float8_e4m3fn or int8 (head_dim up to 256), or on the CPU float16 or bfloat16 beside
+            float32; written in place; memory of their own; any
             page_size, any block and slot strides, heads contiguous
         slot_mapping: [num_tokens] int64, block * page_size + offset; -1 skips the token. Slots of
             one call must differ. Any other value outside the cache is a mistake that nothing can
@@ -82,8 +86,8 @@ def rope_append_kv_(
             the heads of q, of k and of v; q and k are written in place; any token and head strides,
             last dimension contiguous; head_dim up to 256
         cos, sin, positions, interleaved: as in rotary_embedding_; a rotary_dim of 0 turns nothing
-        k_cache, v_cache, slot_mapping, k_scales, v_scales: as in append_kv_; dtype of qkv or 8
-            bits
+        k_cache, v_cache, slot_mapping, k_scales, v_scales: as in append_kv_; dtype of qkv, 8 bits,
+            or on the CPU 16 bits beside float32
         q_weight, k_weight: [head_dim], dtype of qkv: of the norm of each head of q and of k; None:
             there is none
         eps, weight_offset: of both norms, as in rms_norm

@@ -123,7 +123,7 @@ FUNCTIONS = {
         "restore_kv_cache": ["model"],
     },
     "engine": {
-        "InferenceEngine": ["model", ("backend", None)],
+        "InferenceEngine": ["model", ("backend", None), ("cache_dtype", None)],
         "InferenceEngine.infer": [
             "prompt",
             ("max_tokens", 128),

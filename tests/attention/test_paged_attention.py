@@ -176,7 +176,13 @@ def test_refusals(device):
     refuses(
         "v_cache must be", "= [5, 16, 2, 64], got shape [4, 16, 2, 64]", v_cache=case.v_cache[1:]
     )
-    refuses("k_cache must have the dtype of q (float32)", k_cache=case.k_cache.half())
+    half = case.k_cache.half(), case.v_cache.half()
+    refuses(
+        "k_cache must have the dtype of q (bfloat16), got float16",
+        q=case.q.bfloat16(),
+        k_cache=half[0],
+        v_cache=half[1],
+    )
     refuses(
         "v_cache must have a contiguous last", v_cache=case.v_cache.repeat(1, 1, 1, 2)[..., ::2]
     )

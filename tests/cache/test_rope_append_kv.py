@@ -144,6 +144,23 @@ def test_caches_of_8_bits(device, dtype, stored, head_dim, rotary_dim):
     assert known.any()
 
 
+@pytest.mark.parametrize("normed", [False, True])
+@pytest.mark.parametrize("stored", [torch.float16, torch.bfloat16], ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize(("head_dim", "rotary_dim"), [(128, 64), (6, 2), (100, 100)])
+def test_caches_of_16_bits_beside_float32(stored, head_dim, rotary_dim, normed):
+    """What torch makes of the keys and values that stand in qkv afterwards, in their slots."""
+    case = random_case("cpu", torch.float32, (6, 2), head_dim, rotary_dim, normed=normed)
+    case["qkv"][3, 7, 0], case["qkv"][4, 8, 1] = torch.inf, 1e5
+    wide = copy_of(case)
+    rope_append_kv_(**wide)
+    for name in ("k_cache", "v_cache"):
+        case[name] = case[name].to(stored)
+    rope_append_kv_(**case)
+    assert torch.equal(case["qkv"].nan_to_num(7.0), wide["qkv"].nan_to_num(7.0))
+    for name in ("k_cache", "v_cache"):
+        assert torch.equal(case[name].nan_to_num(7.0), wide[name].to(stored).nan_to_num(7.0))
+
+
 @given(
     st.integers(0, 9),
     st.tuples(st.integers(0, 4), st.integers(1, 3)),
@@ -169,6 +186,8 @@ def test_refusals(device):
     refuses("qkv must have at least the 2 * 2 heads of k and v, got 3", qkv=qkv[:, :3])
     refuses("qkv must have the head_dim of k_cache = 64, got 62", qkv=qkv[..., :62])
     refuses("qkv must have the dtype of k_cache", qkv=qkv.half())
+    caches = {name: case[name].half() for name in ("k_cache", "v_cache")}
+    refuses("qkv must have the dtype of k_cache (float16)", **caches, qkv=qkv.bfloat16())
     refuses("qkv must have a contiguous last", qkv=qkv.repeat(1, 1, 2)[..., ::2])
     refuses("qkv must", qkv=qkv[:1].expand(9, -1, -1))
     wide = torch.zeros(1, 4, 1, 264, device=device)

@@ -136,7 +136,7 @@ LT_INLINE float exponentiate(float* scores, int begin, int end, int num_keys, fl
 // Rows [begin, end) of a source, at most kMaxDecodeRows.
 template <typename Source>
 void attend_few(const Source& source, int64_t begin, int64_t end) {
-  using T = typename Source::T;
+  using Stored = typename Source::Stored;
   const KeyRange keys = source.keys(begin, end);
   const int64_t head_dim = source.head_dim;
   alignas(64) float q[kMaxDecodeRows * kMaxHeadDim];
@@ -153,12 +153,12 @@ void attend_few(const Source& source, int64_t begin, int64_t end) {
   }
   const int num_parts = static_cast<int>(ceil_div(num_rows, kMaxSharedRows));
   // Values are fetched beside their keys' scores, keys beside the values of the block before.
-  const T* next_rows[kBlockKeys];
+  const Stored* next_rows[kBlockKeys];
   for (int64_t first = keys.begin; first < keys.end; first += kBlockKeys) {
     const KeyRange block{first, smaller(first + kBlockKeys, keys.end)};
     const int num_keys = static_cast<int>(block.end - block.begin);
-    const T* key_rows[kBlockKeys];
-    const T* value_rows[kBlockKeys];
+    const Stored* key_rows[kBlockKeys];
+    const Stored* value_rows[kBlockKeys];
     source.find_keys(block, key_rows);
     source.find_values(block, value_rows);
     const KeyRange next{block.end, smaller(block.end + kBlockKeys, keys.end)};
@@ -172,7 +172,7 @@ void attend_few(const Source& source, int64_t begin, int64_t end) {
         alignas(64) float scores[kRows * kBlockKeys];
         float scale[kRows];
         score_few<kRows>(q + row * stride, stride, key_rows, num_keys, head_dim, scores,
-                         Ahead<T>{value_rows, fetches ? num_keys : 0});
+                         Ahead<Stored>{value_rows, fetches ? num_keys : 0});
         for (int r = 0; r < kRows; ++r) {
           float* row_scores = scores + r * kBlockKeys;
           const int64_t index = begin + row + r;
@@ -193,7 +193,7 @@ void attend_few(const Source& source, int64_t begin, int64_t end) {
         }
         add_values_few<kRows>(
             scores, scale, value_rows, num_keys, head_dim, o + row * stride, stride,
-            Ahead<T>{next_rows, fetches ? static_cast<int>(next.end - next.begin) : 0});
+            Ahead<Stored>{next_rows, fetches ? static_cast<int>(next.end - next.begin) : 0});
       });
     }
   }

@@ -14,6 +14,7 @@ using Params = AttentionParams;
 template <typename Element>
 struct FlashSource {
   using T = Element;
+  using Stored = Element;
   static constexpr bool kAsTheyLie = true;
   static constexpr bool kHasAlibi = true;
 

@@ -2,6 +2,7 @@
 // kept in pages of a cache. Few rows (decode): decode.h; many (prefill): prefill.h.
 // One item per (split, key head, sequence or tile of rows); splits are merged by a second launch.
 #include <memory>
+#include <type_traits>
 
 #include "attention/cpu/decode.h"
 #include "attention/cpu/prefill.h"
@@ -24,10 +25,12 @@ void write_result(const Params& p, int64_t index, const float* o, float row_max,
             p.lse + index % p.num_heads_q * p.total_q + index / p.num_heads_q);
 }
 
-// One sequence, key head and split of the keys.
-template <typename Element>
+// One sequence, key head and split of the keys. Of 16 bits beside float32 queries they are
+// converted in registers, wherever a row is loaded.
+template <typename Element, typename StoredElement = Element>
 struct PagedSource {
   using T = Element;
+  using Stored = StoredElement;
   static constexpr bool kAsTheyLie = true;
   static constexpr bool kHasAlibi = true;
 
@@ -58,13 +61,14 @@ struct PagedSource {
     const int64_t token = first_query + row / p.group_size;
     return (token * p.num_heads_kv + kv_head) * p.group_size + row % p.group_size;
   }
-  void find(const Heads& cache, KeyRange keys, const T** rows) const {
+  void find(const Heads& cache, KeyRange keys, const Stored** rows) const {
     const int32_t* table = p.block_table + sequence * p.block_table_stride;
     int64_t page = keys.begin / p.k.page_size;
     int64_t slot = keys.begin % p.k.page_size;
     for (int64_t key = keys.begin; key < keys.end; ++page, slot = 0) {
-      const T* row = static_cast<const T*>(cache.data) + table[page] * cache.batch_stride +
-                     slot * cache.token_stride + kv_head * cache.head_stride;
+      const Stored* row = static_cast<const Stored*>(cache.data) +
+                          table[page] * cache.batch_stride + slot * cache.token_stride +
+                          kv_head * cache.head_stride;
       const int64_t run = smaller(p.k.page_size - slot, keys.end - key);
       for (int64_t i = 0; i < run; ++i) *rows++ = row + i * cache.token_stride;
       key += run;
@@ -94,8 +98,8 @@ struct PagedSource {
         round_up(ceil_div(larger(all.end - all.begin, 0), p.plan.num_splits), step);
     return {all.begin + index * size, all.begin + (index + 1) * size};
   }
-  void find_keys(KeyRange keys, const T** rows) const { find(p.k.rows, keys, rows); }
-  void find_values(KeyRange keys, const T** rows) const { find(p.v.rows, keys, rows); }
+  void find_keys(KeyRange keys, const Stored** rows) const { find(p.k.rows, keys, rows); }
+  void find_values(KeyRange keys, const Stored** rows) const { find(p.v.rows, keys, rows); }
   int64_t head(int64_t row) const { return kv_head * p.group_size + row % p.group_size; }
   float slope(int64_t row) const {
     return p.alibi_slopes[sequence * p.alibi_batch_stride + head(row)];
@@ -128,6 +132,7 @@ struct PagedSource {
 template <typename Element>
 struct EightBitSource {
   using T = float;
+  using Stored = float;
   static constexpr bool kAsTheyLie = false;
   static constexpr bool kHasAlibi = true;
 
@@ -207,40 +212,60 @@ void merge_rows(const Params& p, int64_t begin, int64_t end) {
   }
 }
 
-template <typename T>
+template <typename T, typename Stored>
 void decode_items(const Params& p, int64_t begin, int64_t end) {
   for (int64_t item = begin; item < end; ++item) {
     const int64_t split = item / (p.batch * p.num_heads_kv);
-    const PagedSource<T> source(p, item / p.num_heads_kv % p.batch, item % p.num_heads_kv, split);
-    if (is_8_bit_cache(p.k.dtype)) {
-      using Scratch = typename EightBitSource<T>::Scratch;
-      thread_local const std::unique_ptr<Scratch> scratch(new Scratch);  // too large for stacks
-      attend_rows(EightBitSource<T>(source, *scratch));
-    } else {
-      attend_rows(source);
+    const PagedSource<T, Stored> source(p, item / p.num_heads_kv % p.batch, item % p.num_heads_kv,
+                                        split);
+    if constexpr (std::is_same_v<T, Stored>) {
+      if (is_8_bit_cache(p.k.dtype)) {
+        using Scratch = typename EightBitSource<T>::Scratch;
+        thread_local const std::unique_ptr<Scratch> scratch(new Scratch);  // too large for stacks
+        attend_rows(EightBitSource<T>(source, *scratch));
+        continue;
+      }
     }
+    attend_rows(source);
   }
 }
 
-template <typename T>
+template <typename T, typename Stored>
 void prefill_items(const Tiled<Params>& tiles, int64_t begin, int64_t end) {
   const Params& p = tiles.p;
   attend_tiles(
       tiles, begin, end,
       [&](int64_t i) { return (p.cu_seqlens_q[i + 1] - p.cu_seqlens_q[i]) * p.group_size; },
       [&](int64_t i, int64_t head) {  // the key heads of each split in turn
-        return PagedSource<T>(p, i, head % p.num_heads_kv, head / p.num_heads_kv);
+        return PagedSource<T, Stored>(p, i, head % p.num_heads_kv, head / p.num_heads_kv);
       });
 }
 
+// Calls body with the Types of q and of keys and values; those of 8 bits count as q's. What has
+// bfloat16's instructions gets no q of float32.
+template <typename Body>
+void dispatch_types(const Params& p, Body&& body) {
+#if !defined(__AVX512BF16__)
+  if (p.dtype == DType::kFloat32 && p.k.dtype == DType::kFloat16) {
+    return body(Type<float>{}, Type<Half>{});
+  }
+  if (p.dtype == DType::kFloat32 && p.k.dtype == DType::kBFloat16) {
+    return body(Type<float>{}, Type<BFloat16>{});
+  }
+#endif
+  dispatch_level_dtype(p.dtype, [&](auto type) { body(type, type); });
+}
+
 void decode_body(const Params& p, int64_t begin, int64_t end) {
-  dispatch_level_dtype(
-      p.dtype, [&](auto type) { decode_items<typename decltype(type)::type>(p, begin, end); });
+  dispatch_types(p, [&](auto type, auto stored) {
+    decode_items<typename decltype(type)::type, typename decltype(stored)::type>(p, begin, end);
+  });
 }
 
 void prefill_body(const Tiled<Params>& tiles, int64_t begin, int64_t end) {
-  dispatch_level_dtype(tiles.p.dtype, [&](auto type) {
-    prefill_items<typename decltype(type)::type>(tiles, begin, end);
+  dispatch_types(tiles.p, [&](auto type, auto stored) {
+    prefill_items<typename decltype(type)::type, typename decltype(stored)::type>(tiles, begin,
+                                                                                  end);
   });
 }
 

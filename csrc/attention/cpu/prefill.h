@@ -170,13 +170,14 @@ void pack_words(const T* src, int64_t head_dim, float factor, float* words) {
 // other tile; the rest is zeros.
 template <typename Source>
 void pack_block(const Source& source, KeyRange block, int64_t first, Tile& tile) {
-  using T = typename Source::T;
-  constexpr int kPer = kPerWord<T>;
+  using Stored = typename Source::Stored;
+  constexpr int kPer = kPerWord<Stored>;
+  static_assert(kPer == kPerWord<typename Source::T>);  // words of keys meet words of queries
   const KeyRange all{source.keys(0).begin, source.keys(source.num_rows() - 1).end};
   const auto from = static_cast<int>((block.begin - first) / kSummed * kSummed);
   const auto to = static_cast<int>(round_up(block.end - first, kSummed));
   const KeyRange found{larger(first + from, all.begin), smaller(first + to, all.end)};
-  const T* rows[kTileKeys] = {};  // nullptr: zeros
+  const Stored* rows[kTileKeys] = {};  // nullptr: zeros
   source.find_keys(found, rows + (found.begin - first));
   for (int j = from; j < to; ++j) {
     pack_words<kPer>(rows[j], source.head_dim, 1.0f, tile.keys + j * kRowWords);
@@ -193,7 +194,7 @@ void look_ahead(const Source& source, KeyRange keys, int64_t begin, int num_rows
   static_assert(kTileKeys <= kMaxTileRows);  // ahead holds either
   int count = 0;
   if (keys.begin < keys.end) {
-    const typename Source::T* rows[2 * kTileKeys];
+    const typename Source::Stored* rows[2 * kTileKeys];
     source.find_keys(keys, rows);
     source.find_values(keys, rows + (keys.end - keys.begin));
     for (; count < 2 * (keys.end - keys.begin); ++count) tile.ahead[count] = rows[count];

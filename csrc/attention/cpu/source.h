@@ -3,7 +3,8 @@
 //
 // The rows of a key head are the (query, head) pairs that share it: row r is query r / group_size,
 // head r % group_size. Where they lie is told by a Source, one sequence and key head of an op:
-//   T                               element type
+//   T                               element type of queries and results
+//   Stored                          element type of keys and values
 //   kAsTheyLie                      whether rows are found where the cache has them, not in copies
 //   kHasAlibi                       whether scores may lose slope(row) * |position(row) - key|
 //   int64_t head_dim, num_rows(); ScoreRule rule;

@@ -100,6 +100,7 @@ def paged_attention(
             cache.to(q.dtype) * scales.to(q.dtype).unsqueeze(-1)
             for cache, scales in ((k_cache, k_scales), (v_cache, v_scales))
         )
+    k_cache, v_cache = k_cache.to(q.dtype), v_cache.to(q.dtype)
     out, lse = torch.zeros_like(q), q.new_full((q.shape[1], q.shape[0]), -torch.inf)
     starts = cu_seqlens_q.tolist()
     for b, num_keys in enumerate(cache_seqlens.tolist()):

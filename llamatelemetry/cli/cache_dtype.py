@@ -1,0 +1,34 @@
+"""The option of generate and serve that says what keys and values are kept in."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+# vLLM's names -> torch's; "auto" is the model's own.
+_DTYPES = {
+    "float16": "float16",
+    "bfloat16": "bfloat16",
+    "fp8": "float8_e4m3fn",
+    "fp8_e4m3": "float8_e4m3fn",
+    "int8": "int8",
+}
+
+
+def add_cache_option(parser: argparse.ArgumentParser) -> None:
+    """Adds --kv-cache-dtype."""
+    parser.add_argument(
+        "--kv-cache-dtype",
+        choices=["auto", *_DTYPES],
+        default="auto",
+        help="of keys and values: 16 bits for a float32 model on the CPU, as GGUF files are there, "
+        "or 8 bits (default: the model's own dtype)",
+    )
+
+
+def cache_dtype_of(args: argparse.Namespace) -> Any:
+    """What InferenceEngine and ContinuousBatching take as cache_dtype."""
+    import torch
+
+    name = args.kv_cache_dtype
+    return None if name == "auto" else getattr(torch, _DTYPES[name])

@@ -1,0 +1,167 @@
+"""Float32 models on the CPU over pages of float16 and bfloat16: batches, the engine, commands."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import replace
+
+import pytest
+import torch
+from batching import COUNTS, PAGE, PROMPTS, alone, is_free
+from families import tiny_model
+from gguf_models import write_model
+
+from llamatelemetry.cli import cache_dtype
+from llamatelemetry.cli.main import main
+from llamatelemetry.inference import running_batch
+from llamatelemetry.inference.continuous import ContinuousBatching
+from llamatelemetry.inference.engine import InferenceEngine
+from llamatelemetry.inference.generation import TokenGenerator
+from llamatelemetry.inference.kv_cache import PagedKVCache
+from llamatelemetry.inference.sampling import GREEDY
+from llamatelemetry.loading.find import load_model
+from llamatelemetry.models.opset import NATIVE, REFERENCE
+from llamatelemetry.models.patching import patch
+
+STORED = pytest.mark.parametrize(
+    "stored", [torch.float16, torch.bfloat16], ids=lambda d: str(d)[6:]
+)
+SIZES = {"num_layers": 2, "num_heads": 6, "num_kv_heads": 3, "head_dim": 8}
+
+
+def assert_nearly(model, prompt, ours, wanted):
+    """Equal up to a token where the model's own logits of both are close."""
+    same = next((i for i in range(len(wanted)) if ours[i] != wanted[i]), None)
+    if same is not None:
+        logits = model(torch.tensor([prompt + wanted[:same]])).logits[0, -1]
+        gap = logits[wanted[same]] - logits[ours[same]]
+        assert gap < 0.05 * logits.std(), (gap, logits.std())
+
+
+def test_pages_keep_rounded_rows():
+    cache = PagedKVCache(num_blocks=6, block_size=4, dtype=torch.float16, device="cpu", **SIZES)
+    cache.allocate("a", 6)
+    k, v = torch.randn(2, 6, 3, 8)
+    cache.update(1, k, v, cache.slot_mapping("a"))
+    for kept, given in zip(cache.get(1, "a"), (k, v), strict=True):
+        assert torch.equal(kept, given.half())
+
+
+@STORED
+def test_batches(stored, monkeypatch):
+    monkeypatch.setattr(running_batch, "PAGE_SIZE", PAGE)
+    model = tiny_model("llama")
+    patch(model)
+    options = {"num_blocks": 14, "num_host_blocks": 30, "cache_dtype": stored}
+    batcher = ContinuousBatching(5, model, **options)
+    batcher._batch.scheduler.expected_share = 0.0  # overcommits, so that some go to the host
+    pairs = list(zip(PROMPTS, COUNTS, strict=True))
+    handles = [batcher.submit(prompt, max_tokens=count) for prompt, count in pairs]
+    batcher.run()
+    pages = batcher._batch._runner.runner.pages
+    assert (pages.dtype, pages.model_dtype) == (stored, torch.float32)
+    assert sum(handle.stats.preemptions for handle in handles) > 0
+    for (prompt, count), handle in zip(pairs, handles, strict=True):
+        assert_nearly(model, prompt, handle.result().token_ids, alone(model, prompt, count))
+    assert is_free(batcher)
+
+
+@pytest.mark.parametrize(
+    "stored", [torch.float16, torch.bfloat16, torch.int8], ids=lambda d: str(d)[6:]
+)
+@pytest.mark.parametrize("ops", [NATIVE, REFERENCE], ids=["native", "reference"])
+def test_generation(stored, ops):
+    model = tiny_model("llama")
+    patch(model, ops=ops)
+    generator = TokenGenerator(model, cache_dtype=stored)
+    rows = list(generator.generate(PROMPTS, [GREEDY] * len(PROMPTS), 12))
+    assert generator.decode_mode == ("recorded" if ops is NATIVE else "eager")
+    assert generator.runner.pages.dtype == stored
+    for row, prompt in enumerate(PROMPTS):
+        assert_nearly(model, prompt, [step[row] for step in rows], alone(model, prompt, 12))
+
+
+def test_refusals():
+    model = tiny_model("llama")
+    with pytest.raises(ValueError, match=r"InferenceEngine: cache_dtype must be None, .*float64"):
+        TokenGenerator(model, cache_dtype=torch.float64)
+    with pytest.raises(ValueError, match="must be None where transformers' own forward generates"):
+        TokenGenerator(model, "it is odd", torch.float16)
+    plain = replace(NATIVE, converts_caches=False, name="plain")
+    patch(model, ops=plain)
+    for stored in (torch.int8, torch.float16):
+        with pytest.raises(ValueError, match="None for a model patched with plain ops, got torch"):
+            TokenGenerator(model, cache_dtype=stored)
+    halved = tiny_model("llama").bfloat16()
+    with pytest.raises(ValueError, match=r"float32 on the CPU, got torch.float16 and a model of t"):
+        ContinuousBatching(2, halved, cache_dtype=torch.float16)
+    ContinuousBatching(2, halved, cache_dtype=torch.bfloat16)  # its own
+
+
+@pytest.mark.gpu
+def test_a_gpu_keeps_the_model_s_own():
+    model = tiny_model("llama", torch.device("cuda"))
+    with pytest.raises(ValueError, match=r"or the model float32 on the CPU, got torch\.float16"):
+        ContinuousBatching(2, model, cache_dtype=torch.float16)
+
+
+def test_transformers_generates_over_16_bits():
+    model, ids = tiny_model("llama"), torch.tensor([PROMPTS[2]])
+    sizes = {"num_layers": 2, "num_heads": 9, "num_kv_heads": 3, "head_dim": 64}
+    cache = PagedKVCache(num_blocks=20, dtype=torch.bfloat16, device="cpu", **sizes)
+    given = cache.for_transformers(["a"])
+    out = model.generate(ids, past_key_values=given, max_new_tokens=8, do_sample=False)
+    wanted = model.generate(ids, max_new_tokens=8, do_sample=False)
+    assert_nearly(
+        model, PROMPTS[2], out[0, len(PROMPTS[2]) :], wanted[0, len(PROMPTS[2]) :].tolist()
+    )
+    assert cache.get(0, "a")[0].dtype == torch.bfloat16
+
+
+def parsed(*words):
+    parser = argparse.ArgumentParser()
+    cache_dtype.add_cache_option(parser)
+    return parser.parse_args([*words])
+
+
+def test_names_of_the_option():
+    assert cache_dtype.cache_dtype_of(parsed()) is None
+    names = ("auto", "float16", "bfloat16", "fp8", "fp8_e4m3", "int8")
+    found = [cache_dtype.cache_dtype_of(parsed("--kv-cache-dtype", name)) for name in names]
+    fp8 = torch.float8_e4m3fn
+    assert found == [None, torch.float16, torch.bfloat16, fp8, fp8, torch.int8]
+
+
+def test_commands(capsys, tmp_path, monkeypatch):
+    path = tmp_path / "tiny.gguf"
+    write_model(path, "llama")
+    kept = []
+    allocated = TokenGenerator.__init__
+
+    def seen(self, model, reason=None, stored=None):
+        kept.append(stored)
+        allocated(self, model, reason, stored)
+
+    monkeypatch.setattr(TokenGenerator, "__init__", seen)
+    asked = ["generate", "cat", "--model", str(path), "--max-tokens", "9"]
+    for more in ([], ["--num-speculative-tokens", "2"]):
+        assert main([*asked, "--kv-cache-dtype", "float16", *more]) == 0
+        assert "generated 9 tokens" in capsys.readouterr().err
+    assert kept == [torch.float16] * 2
+    engine = InferenceEngine(load_model(path, device="cpu"), cache_dtype=torch.float16)
+    assert engine.infer("cat", max_tokens=3).success
+    assert engine.generator.runner.pages.dtype == torch.float16
+
+
+def test_serve_has_it(tmp_path):
+    pytest.importorskip("fastapi")
+    from llamatelemetry.cli import serve
+
+    path = tmp_path / "tiny.gguf"
+    write_model(path, "llama")
+    parser = argparse.ArgumentParser()
+    serve.add_command(parser.add_subparsers())
+    words = ["serve", str(path), "--device", "cpu", "--kv-cache-dtype", "bfloat16"]
+    batcher, _ = serve._made(parser.parse_args(words))
+    assert batcher._batch._runner.runner.pages.dtype == torch.bfloat16
+    assert len(batcher.submit([5, 9, 2], max_tokens=3).result().token_ids) == 3
