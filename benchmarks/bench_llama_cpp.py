@@ -1,6 +1,6 @@
 """Whole models beside llama.cpp on the CPU: first token and each further one, per CPU level.
 
-    python benchmarks/bench_llama_cpp.py model-Q4_0.gguf --levels avx2 avx512
+    python benchmarks/bench_llama_cpp.py model-Q4_0.gguf --levels avx2 avx512 --prompts 128
 
 llama.cpp is the wheel xllamacpp (pip install xllamacpp), which is built for AVX2. Each contestant
 is a process of its own that keeps its model, for a CPU level and spinning threads are a process's;
@@ -108,11 +108,14 @@ class Contestant:
         return first, other
 
 
-def measure(path: str, levels: list[str], threads: int, rounds: int) -> list[harness.Row]:
+def measure(
+    path: str, levels: list[str], prompts: list[int], threads: int, rounds: int
+) -> list[harness.Row]:
     names = [*levels, PEER]
     contestants = {name: Contestant(name, path, threads) for name in names}
     rows = []
-    for prompt, new in PROMPTS.items():
+    for prompt in prompts:
+        new = PROMPTS[prompt]
         samples: dict[str, list[tuple[float, float]]] = {name: [] for name in names}
         for number in range(rounds + 1):
             for name in names[number % len(names) :] + names[: number % len(names)]:
@@ -149,6 +152,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("file", help="a GGUF file")
     parser.add_argument("--levels", nargs="+", default=["avx2"], help="CPU levels of ours")
+    parser.add_argument(
+        "--prompts", nargs="+", type=int, choices=PROMPTS, default=[*PROMPTS], help="tokens"
+    )
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--quick", action="store_true", help="one round, no JSON")
@@ -160,7 +166,7 @@ def main() -> None:
     if importlib.util.find_spec("xllamacpp") is None:
         raise SystemExit("llama.cpp is absent: pip install xllamacpp")
     rounds = 1 if arguments.quick else arguments.rounds
-    rows = measure(arguments.file, arguments.levels, arguments.threads, rounds)
+    rows = measure(arguments.file, arguments.levels, arguments.prompts, arguments.threads, rounds)
     harness.print_rows(rows)
     if not arguments.quick:
         all_rows = sorted([*kept_rows(rows), *rows], key=lambda row: row.name)
