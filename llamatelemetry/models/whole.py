@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from llamatelemetry.models.decoder import Decoder, decoder_of, rope_tables
+from llamatelemetry.models.huge_pages import use_huge_pages
 from llamatelemetry.models.opset import OpSet
 from llamatelemetry.models.pieces.base import Piece
 from llamatelemetry.models.probe_setting import undisturbed
@@ -80,11 +81,17 @@ class WholeProbe:
 def whole_decoder(
     model: Any, stack: Stack, ops: OpSet, pieces: Mapping[str, Piece], whole: WholeProbe | None
 ) -> tuple[Decoder | None, str | None]:
-    """The packed forward of a patched model, or why it has none; whole holds it to the model's."""
+    """The packed forward of a patched model, or why it has none; whole holds it to the model's.
+
+    The weights of one on the CPU go to huge pages: the pieces have merged theirs by now.
+    """
     decoder, reason = decoder_of(model, stack, ops, pieces)
     if decoder is not None and whole is not None:
         reason = whole.packed_disagreement(decoder)
-    return (decoder, None) if reason is None else (None, reason)
+    if reason is not None:
+        return None, reason
+    use_huge_pages((*model.parameters(), *model.buffers()))
+    return decoder, None
 
 
 def _disagreement(ours: Tensor, theirs: Tensor) -> str | None:
