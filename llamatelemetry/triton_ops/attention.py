@@ -247,15 +247,21 @@ def _run(
             num_stages=config.num_stages,
             **dependent(q.device),
         )
-        if splits > 1:
-            combine_attention_kernel[(total_q * num_heads,)](
-                *(target, lse, sinks, out, total_q * num_heads, num_heads, head_dim),
-                SPLITS=splits,
-                BLOCK_S=next_power_of_2(splits),
-                BLOCK_D=block_d,
-                num_warps=4,
-                **dependent(q.device),
-            )
+        if lse is not None:
+            _add_parts(target, lse, sinks, out, block_d)
+
+
+def _add_parts(parts: Tensor, lse: Tensor, sinks: Tensor | None, out: Tensor, width: int) -> None:
+    """parts: [splits, total_q, num_heads, head_dim]; width: head_dim or the next power of 2."""
+    splits, total_q, num_heads = lse.shape
+    combine_attention_kernel[(total_q * num_heads,)](
+        *(parts, lse, sinks, out, total_q * num_heads, num_heads, out.shape[-1]),
+        SPLITS=splits,
+        BLOCK_S=next_power_of_2(splits),
+        BLOCK_D=width,
+        num_warps=4,
+        **dependent(out.device),
+    )
 
 
 def _descriptors(

@@ -87,6 +87,31 @@ def _check(
     block: int | None,
 ) -> None:
     op = "scaled_linear"
+    k = _check_x(op, x, dtype, block)
+    if not weight.dim():
+        raise RuntimeError(f"{op}: weight must be [n, {k}], got {list(weight.shape)}")
+    check_shape(op, "weight", weight, (weight.shape[0], k))
+    n, counts = weight.shape[0], (x.numel() // k, weight.shape[0])
+    if block is not None:
+        blocks = -(-k // block)
+        check_shape(op, "x_scales", x_scales, (*x.shape[:-1], blocks))
+        check_shape(op, "weight_scales", weight_scales, (-(-n // block), blocks))
+        counts = (x_scales.numel(), weight_scales.numel())
+    _check_kind(op, "weight", weight, x, x.dtype)
+    _check_kind(op, "x_scales", x_scales, x, torch.float32, counts[0])
+    _check_kind(op, "weight_scales", weight_scales, x, torch.float32, counts[1])
+    if bias is not None:
+        check_shape(op, "bias", bias, (n,))
+        _check_kind(op, "bias", bias, x, dtype, n)
+    for name, tensor in (("x", x), ("weight", weight)):
+        if tensor.numel() and tensor.stride(-1) != 1:
+            raise RuntimeError(
+                f"{op}: {name} must have contiguous rows, got strides {tensor.stride()}"
+            )
+
+
+def _check_x(op: str, x: Tensor, dtype: torch.dtype, block: int | None) -> int:
+    """The columns of x."""
     if (reason := why_not_on(x.device)) is not None:
         raise RuntimeError(f"{op}: x: {reason}")
     if x.dtype not in (torch.int8, torch.float8_e4m3fn):
@@ -106,37 +131,19 @@ def _check(
         raise RuntimeError(
             f"{op}: k of int8 must be at most {MOST_INT8_COLUMNS}, whose sums fit int32, got {k}"
         )
-    if not weight.dim():
-        raise RuntimeError(f"{op}: weight must be [n, {k}], got {list(weight.shape)}")
-    check_shape(op, "weight", weight, (weight.shape[0], k))
-    n, m = weight.shape[0], x.numel() // max(k, 1)
-    counts = (m, n)
-    if block is not None:
-        blocks = -(-k // block)
-        check_shape(op, "x_scales", x_scales, (*x.shape[:-1], blocks))
-        check_shape(op, "weight_scales", weight_scales, (-(-n // block), blocks))
-        counts = (x_scales.numel(), weight_scales.numel())
-    wanted = [
-        ("weight", weight, x.dtype, None),
-        ("x_scales", x_scales, torch.float32, counts[0]),
-        ("weight_scales", weight_scales, torch.float32, counts[1]),
-    ]
-    if bias is not None:
-        check_shape(op, "bias", bias, (n,))
-        wanted.append(("bias", bias, dtype, n))
-    for name, tensor, kind, count in wanted:
-        if tensor.dtype != kind or tensor.device != x.device:
-            raise RuntimeError(
-                f"{op}: {name} must be {kind} on {x.device} as x, got {tensor.dtype} on "
-                f"{tensor.device}"
-            )
-        if count is not None and (tensor.numel() != count or not tensor.is_contiguous()):
-            raise RuntimeError(
-                f"{op}: {name} must be {count} contiguous values, got {list(tensor.shape)} with "
-                f"strides {tensor.stride()}"
-            )
-    for name, tensor in (("x", x), ("weight", weight)):
-        if tensor.numel() and tensor.stride(-1) != 1:
-            raise RuntimeError(
-                f"{op}: {name} must have contiguous rows, got strides {tensor.stride()}"
-            )
+    return k
+
+
+def _check_kind(
+    op: str, name: str, tensor: Tensor, x: Tensor, kind: torch.dtype, count: int | None = None
+) -> None:
+    """On the device of x; of count contiguous values where that is given."""
+    if tensor.dtype != kind or tensor.device != x.device:
+        raise RuntimeError(
+            f"{op}: {name} must be {kind} on {x.device} as x, got {tensor.dtype} on {tensor.device}"
+        )
+    if count is not None and (tensor.numel() != count or not tensor.is_contiguous()):
+        raise RuntimeError(
+            f"{op}: {name} must be {count} contiguous values, got {list(tensor.shape)} with "
+            f"strides {tensor.stride()}"
+        )
