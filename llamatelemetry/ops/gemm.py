@@ -70,8 +70,9 @@ def quant_linear(
 ) -> Tensor:
     """``x @ weight.T + bias`` with the weight packed in 8 bits or fewer; sums in float32.
 
-    On CUDA, of up to 16 rows of bfloat16 x, values of x past about 1e34 may give inf or NaN where
-    the result would be finite: multiples of their sums pass float32's range.
+    On CUDA values of bfloat16 x past about 1e34 may give inf or NaN where the result would be
+    finite: kernels that scale sums of x times codes, as those for few rows do, pass float32's
+    range.
 
     Args:
         x: [..., k], float32, float16 or bfloat16; rows contiguous, evenly spaced.
