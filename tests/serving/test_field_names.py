@@ -22,6 +22,10 @@ ROUTES = {
     "embeddings": (EmbeddingRequest, {"input": "hello"}),
 }
 WRONG = ("", "?", -1, -(10**40), 10**40, 0.5, 1e308, [], [1], ["?", ""], [[]], {}, {"?": 1}, True)
+NUMBERS = (
+    *("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty"),
+    *("frequency_penalty", "logit_bias", "length_penalty", "max_tokens", "seed", "n"),
+)
 ARGUMENTS = re.compile(
     r"num_beams|SamplingParams|LogitOptions|stop_sequences|logits|ContinuousBatching|params|"
     r"engine|max_batch_size\b(?!,)|json_schema:|json_$|schema_"
@@ -134,12 +138,14 @@ def test_sentences_of_forms(http, form, words):
 
 
 @pytest.mark.parametrize("word", ["NaN", "Infinity", "-Infinity"])
-def test_words_that_are_no_json(http, word):
-    """Python reads them, and a temperature that is no number was Python's to refuse."""
-    body = f'{{"prompt": "hello", "temperature": {word}}}'
-    answer = http.post("/v1/completions", content=body)
+@pytest.mark.parametrize("field", NUMBERS)
+def test_words_that_are_no_numbers(http, field, word):
+    """Python reads them, though JSON has none."""
+    value = f'{{"40": {word}}}' if field == "logit_bias" else word
+    answer = http.post("/v1/completions", content=f'{{"prompt": "hello", "{field}": {value}}}')
     assert answer.status_code == 400
-    assert answer.json()["error"]["message"] == f"the body must be JSON: {word} is no number there"
+    assert field in answer.json()["error"]["message"]
+    assert not ARGUMENTS.search(answer.json()["error"]["message"])
 
 
 def test_a_chat_that_the_template_refuses():
