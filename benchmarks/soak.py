@@ -187,7 +187,7 @@ def soak(
         more = serve(batcher, count, seed)
         ends, counts, seed = ends + more[0], counts + more[1], seed + 1
     over.join()
-    return Report(before, left(batcher), dict(ends), dict(counts + swapped))
+    return Report(before, left(batcher), dict(ends), dict(counts | swapped))
 
 
 if __name__ == "__main__":

@@ -85,5 +85,5 @@ def test_refusals():
     model = tiny_model("llama", torch.device("cpu"))
     with pytest.raises(ValueError, match="split_size must be a multiple of 64, got 100"):
         ContinuousBatching(2, model, split_size=100)
-    with pytest.raises(ValueError, match="must be above max_running where chunks are fixed"):
+    with pytest.raises(ValueError, match="must be at least 5 with max_batch_size 4"):
         ContinuousBatching(4, model, split_size=64, max_step_tokens=4)
