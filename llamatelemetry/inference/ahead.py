@@ -38,7 +38,12 @@ class Run:
         """The next token of each row, -1 for NaN; waits for the run."""
         if self._end is not None:
             self._end.synchronize()
-        if self._copy is not None:
-            return self._copy.tolist()
-        tokens = self.step.input_ids.tolist()
-        return self.step.drawn().tolist() if 0 in tokens else tokens  # 0: what NaN alone gives
+        return tokens_of(self.step) if self._copy is None else self._copy.tolist()
+
+
+def tokens_of(step: DecodeStep) -> list[int]:
+    """What a step's run drew, -1 for NaN; waits for it."""
+    if step.input_ids.is_cuda:
+        return step.drawn().tolist()
+    tokens = step.input_ids.tolist()
+    return step.drawn().tolist() if 0 in tokens else tokens  # 0: what NaN alone gives

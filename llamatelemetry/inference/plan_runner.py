@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llamatelemetry.inference.ahead import tokens_of
 from llamatelemetry.inference.chunk_steps import ROWS, TOKENS, ChunkSteps
 from llamatelemetry.inference.decode_rows import (
     added_blocks,
@@ -35,7 +36,7 @@ from llamatelemetry.inference.preemption_costs import PreemptionCosts
 from llamatelemetry.inference.runner import DecodeStep, StepRunner
 from llamatelemetry.inference.sampling import GREEDY, nan_error, sampling_tensors
 from llamatelemetry.inference.scheduled_request import ScheduledRequest
-from llamatelemetry.inference.step import current, put
+from llamatelemetry.inference.step import current, no_autocast, put
 from llamatelemetry.inference.verify import MAX_VERIFY_STEPS, Verifier
 
 MIN_WIDTH = 8  # blocks in a table; wider ones come in powers of two
@@ -175,7 +176,7 @@ class PlanRunner:
         if not pieces:
             return []
         try:
-            with torch.autocast(self.runner.pages.device.type, enabled=False):  # the cache's dtype
+            with no_autocast(self.runner.pages.device):  # in the cache's dtype
                 return list(zip(pieces, forward(pieces), strict=True))
         except Exception as error:
             self.runner.drop_steps()
@@ -235,8 +236,7 @@ class PlanRunner:
         return drawn
 
     def _decode(self, pieces: list[Piece]) -> list[list[Drawn] | Exception]:
-        step = self._run_step(pieces, None)
-        tokens = step.drawn().tolist()[: len(pieces)]
+        tokens = tokens_of(self._run_step(pieces, None))[: len(pieces)]
         if min(tokens) < 0:
             raise nan_error(self.runner.pages.model_dtype)
         return [[Drawn(token)] for token in tokens]

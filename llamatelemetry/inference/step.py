@@ -82,6 +82,13 @@ def current(device: torch.device) -> AbstractContextManager[object]:
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
+def no_autocast(device: torch.device) -> AbstractContextManager[object]:
+    """Steps run in the model's own dtype; where no autocast is on, nothing is entered for that."""
+    if torch.is_autocast_enabled(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()
+
+
 def prepare(
     chunks: Sequence[Chunk],
     page_size: int,
