@@ -49,6 +49,17 @@ def instance(name: str, value: Any, kind: type, wanted: str) -> None:
         raise ValueError(f"{name} must be {wanted}, got {type(value).__name__}")
 
 
+def boolean(name: str, value: Any) -> bool:
+    """value, a truth value.
+
+    Raises:
+        ValueError: "<name> must be True or False, got <value>".
+    """
+    if not isinstance(value, bool):
+        raise ValueError(f"{name} must be True or False, got {value!r}")
+    return value
+
+
 def real(name: str, value: Any) -> float:
     """value as a float: any real number, but no truth value.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import sys
 import typing
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -72,6 +72,10 @@ class BatchInferenceOptimizer:
     ) -> None:
         self.config = BatchConfig() if config is None else config
         instance("BatchInferenceOptimizer: config", self.config, BatchConfig, "a BatchConfig")
+        if count_tokens is not None and not callable(count_tokens):
+            raise ValueError(
+                f"BatchInferenceOptimizer: count_tokens must be callable, got {count_tokens!r:.80}"
+            )
         self._count_tokens = count_tokens
 
     def batch_infer(
@@ -101,6 +105,11 @@ class BatchInferenceOptimizer:
         instance("prompts", prompts, Iterable, "a list of prompts")
         if not callable(inference_fn):
             raise ValueError(f"inference_fn must be callable, got {inference_fn!r}")
+        if inspect.iscoroutinefunction(inference_fn):
+            raise ValueError(
+                f"inference_fn must give its results when it is called, got {inference_fn!r:.80}, "
+                "whose calls are to be awaited"
+            )
         prompts = list(prompts)
         results: list[Any] = [None] * len(prompts)
         failures: dict[int, Exception] = {}
@@ -233,7 +242,13 @@ def _together(
     """One call for all prompts of a batch; where it raises, one for each."""
 
     def checked(several: list[Any]) -> list[Any]:
-        found = list(call(several))
+        given = call(several)
+        if isinstance(given, (str, bytes, Mapping)) or not isinstance(given, Iterable):
+            raise _WrongCount(
+                "inference_fn must return a list of one result a prompt, got "
+                f"{type(given).__name__}"
+            )
+        found = list(given)
         if len(found) != len(several):
             raise _WrongCount(
                 f"inference_fn must return one result a prompt, got {len(found)} for {len(several)}"

@@ -17,7 +17,7 @@ from llamatelemetry.inference.served import check_draft_model, served_by
 from llamatelemetry.inference.speculation import Speculation
 from llamatelemetry.inference.speculation_config import SpeculationConfig, checked_speculation
 from llamatelemetry.inference.step_limits import StepLimits
-from llamatelemetry.inference.submission import Submission, checked_params
+from llamatelemetry.inference.submission import Submission, several_params
 from llamatelemetry.inference.telemetry import Telemetry
 from llamatelemetry.inference.turns import Turns
 from llamatelemetry.loading.find import context_length_of
@@ -173,8 +173,11 @@ class ContinuousBatching:
         Args:
             num_beams: as submit_group's.
         """
+        at_least("ContinuousBatching: num_beams", num_beams, 1)
+        if self._turns is None:
+            raise ValueError("ContinuousBatching: engine must be given for a max_model_len")
         context = context_length_of(self.model.config)
-        if self._turns is None or self._fixed_blocks is None:
+        if self._fixed_blocks is None:
             return context
         page_size = self._turns.batch.scheduler.blocks.page_size
         return min(context, self._fixed_blocks // num_beams * page_size)
@@ -251,10 +254,7 @@ class ContinuousBatching:
         turns = self._turns
         if turns is None:
             raise ValueError("ContinuousBatching: engine must be given to submit a request")
-        if not params:
-            raise ValueError("params must hold at least one SamplingParams or None, got none")
-        for one in params:
-            checked_params(one)
+        several_params(params)
         asked = Submission(
             self._ids(prompt),
             *(max_tokens, min_tokens, stop_sequences, stop_token_ids, ignore_eos, priority),

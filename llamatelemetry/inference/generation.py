@@ -12,11 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llamatelemetry.inference.arguments import integer
+from llamatelemetry.inference.arguments import instance, integer
 from llamatelemetry.inference.block_manager import BlockManager
 from llamatelemetry.inference.kv_pages import check_cache_dtype, check_cache_of
 from llamatelemetry.inference.packed import NotPackedError, why_not_packed
 from llamatelemetry.inference.plain_generation import PlainGenerator
+from llamatelemetry.inference.prompts import sequence
 from llamatelemetry.inference.rows import Rows, prefill_pieces
 from llamatelemetry.inference.runner import StepRunner
 from llamatelemetry.inference.sampling import (
@@ -105,6 +106,9 @@ class TokenGenerator:
             FloatingPointError: when the model's logits are NaN
         """
         rows = self.check(prompts, params, max_tokens)
+        instance("eos_token_ids", eos_token_ids, Collection, "a collection of token ids")
+        for token in eos_token_ids:
+            integer("eos_token_ids: a token id", token)
         return self._generate(rows, params, max_tokens, eos_token_ids, stopped)
 
     @torch.inference_mode()
@@ -166,6 +170,11 @@ class TokenGenerator:
         Raises:
             ValueError: as generate.
         """
+        for name, several in (("prompts", prompts), ("params", params)):
+            if isinstance(several, (str, bytes)) or not isinstance(several, Sequence):
+                raise ValueError(f"{name} must be a list of one for each row, got {several!r:.80}")
+        for one in params:
+            instance("params: one", one, SamplingParams, "SamplingParams")
         if not prompts or len(prompts) != len(params):
             raise ValueError(
                 f"prompts and params must be as many and at least one, got {len(prompts)} and "
@@ -173,7 +182,9 @@ class TokenGenerator:
             )
         if integer("max_tokens", max_tokens) < 1:
             raise ValueError(f"max_tokens must be at least 1, got {max_tokens}")
-        rows = [[integer("prompt: a token id", token) for token in row] for row in prompts]
+        rows = [
+            [integer("prompt: a token id", token) for token in sequence(row)] for row in prompts
+        ]
         if not all(rows):
             raise ValueError("every prompt must hold at least one token, got an empty one")
         embeddings = self.model.get_input_embeddings()

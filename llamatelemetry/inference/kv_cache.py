@@ -144,9 +144,15 @@ class KVCache(ServesTransformers):
     def reorder(self, layer_idx: int, rows: Tensor) -> None:
         """Row b of a layer becomes what row rows[b] is, as beam search asks for; the layer has
         len(rows) rows then. An empty layer stays as it is."""
-        size, count, limit = self._sizes[layer_idx], len(rows), self.config.max_batch_size
+        size = self._sizes[self._layer("reorder", layer_idx)]
+        is_known = isinstance(rows, Tensor) and rows.dtype in (torch.int32, torch.int64)
+        if not is_known or rows.dim() != 1:
+            raise ValueError(
+                f"KVCache.reorder: rows must be an int32 or int64 tensor [batch], got {rows!r:.80}"
+            )
         if size is None:
             return
+        count, limit = len(rows), self.config.max_batch_size
         if count > limit:
             raise ValueError(
                 f"KVCache.reorder: rows must be at most max_batch_size = {limit}, got {count}"
@@ -158,7 +164,7 @@ class KVCache(ServesTransformers):
 
     def truncate(self, layer_idx: int, length: int) -> None:
         """Takes the last tokens of a layer away, so that length stay."""
-        size, now = self._sizes[layer_idx], self.length(layer_idx)
+        size, now = self._sizes[self._layer("truncate", layer_idx)], self.length(layer_idx)
         if not 0 <= integer("KVCache.truncate: length", length) <= now:
             raise ValueError(f"KVCache.truncate: length must lie in [0, {now}], got {length}")
         self._sizes[layer_idx] = (size[0], length) if size and length else None

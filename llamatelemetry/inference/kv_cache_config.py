@@ -58,6 +58,13 @@ class KVCacheConfig:
             self._check(name)
         if self.num_kv_heads is not None:
             self._check("num_kv_heads")
+        if self.device is not None:
+            try:
+                torch.device(self.device)
+            except (RuntimeError, TypeError):
+                raise ValueError(
+                    f"KVCacheConfig: device must be one of torch's, got {self.device!r:.80}"
+                ) from None
         is_dtype = isinstance(self.dtype, torch.dtype)
         if not is_dtype or not (self.dtype.is_floating_point or self.dtype == torch.int8):
             raise ValueError(

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from llamatelemetry.inference.decode_step import DecodeStep, modules_of
+from llamatelemetry.inference.forked import note_step
 from llamatelemetry.inference.frozen import Frozen, version_of
 from llamatelemetry.inference.kv_pages import KvPages
 from llamatelemetry.inference.packed import NotPackedError
@@ -80,6 +81,7 @@ class StepRunner:
         Raises:
             NotPackedError: for a rotary embedding that has no table for so many positions.
         """
+        note_step()
         modules = modules_of(self.model)
         pointers, versions = _weights_of(modules)
         same_weights = versions == self._versions and self._frozen.holds()
@@ -149,6 +151,7 @@ class StepRunner:
         Returns:
             Logits [batch, vocab_size] of the tokens that are kept.
         """
+        note_step()
         self._follow_angles()
         device = self.pages.device
         slots_of = ops_of(self.model).slot_mapping
@@ -175,6 +178,7 @@ class StepRunner:
         Returns:
             The step, and the next token of each of its rows.
         """
+        note_step()
         step = load()
         looks_first = looks_first or not step.input_ids.is_cuda
         if step.is_stale if looks_first else step.reads_elsewhere:

@@ -110,7 +110,7 @@ class RunningBatch(OpenRequests):
                         self._drafts.grow(fixed)
                 name, count = "num_host_blocks", self._num_host_blocks
                 self._host.allocate(pages)
-        except (RuntimeError, MemoryError) as error:
+        except (RuntimeError, MemoryError, TypeError) as error:  # the last beyond 64 bits
             raise ValueError(
                 f"ContinuousBatching: {name} must be as many as there is memory for, got {count} "
                 f"of {pages.block_bytes} bytes: {str(error).partition(chr(10))[0]}"

@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from llamatelemetry.inference.arguments import ContextLengthError, integer, real
+from llamatelemetry.inference.arguments import ContextLengthError, boolean, integer, real
 from llamatelemetry.inference.beam_group import beam_handles
 from llamatelemetry.inference.beam_search import BeamParams, BeamSearch, EarlyStopping
 from llamatelemetry.inference.drawing import Asked
@@ -76,8 +76,8 @@ class Submission:
                 f"prompt and max_tokens must fit the model's context of {context} tokens, got "
                 f"{len(ids)} + {count}"
             )
-        if not isinstance(self.speculate, bool):
-            raise ValueError(f"speculate must be True or False, got {self.speculate!r}")
+        boolean("speculate", self.speculate)
+        boolean("ignore_eos", self.ignore_eos)
         self._check_options(vocab_size)
         stops = token_ids("stop_token_ids", self.stop_token_ids, vocab_size)
         ends = frozenset([*stops, *(() if self.ignore_eos else eos)])
@@ -87,6 +87,7 @@ class Submission:
                 f"num_beams must be so few that the model has the {needed} tokens of which beams "
                 f"are chosen, it has {vocab_size}, got {self.num_beams}"
             )
+        token_names("shown_tokens", self.shown_tokens)
         if tokenizer is None and self.stop_sequences:
             raise ValueError("stop_sequences: an engine with a tokenizer must be given for them")
         return [
@@ -218,6 +219,31 @@ def checked_params(params: Any) -> None:
     """
     if params is not None and not isinstance(params, SamplingParams):
         raise ValueError(f"params must be SamplingParams or None, got {params!r}")
+
+
+def several_params(params: Any) -> None:
+    """Refuses what is no sequence of SamplingParams and None.
+
+    Raises:
+        ValueError: with the value.
+    """
+    if not isinstance(params, Sequence) or isinstance(params, (str, bytes)) or not params:
+        raise ValueError(
+            f"params must hold at least one SamplingParams or None, got {params!r:.80}"
+        )
+    for one in params:
+        checked_params(one)
+
+
+def token_names(name: str, names: Any) -> None:
+    """Refuses what holds something else than names of tokens.
+
+    Raises:
+        ValueError: naming the argument and the value.
+    """
+    is_several = isinstance(names, Collection) and not isinstance(names, (str, bytes))
+    if not is_several or not all(isinstance(one, str) for one in names):
+        raise ValueError(f"{name} must be names of tokens, got {names!r:.80}")
 
 
 def token_ids(name: str, ids: Any, vocab_size: int) -> list[int]:

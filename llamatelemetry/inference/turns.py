@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from llamatelemetry.inference.arguments import real
 from llamatelemetry.inference.interrupts import uninterrupted, watched
 from llamatelemetry.inference.request_handle import RequestHandle
 from llamatelemetry.inference.running_batch import RunningBatch
@@ -55,7 +57,10 @@ class Turns:
 
         Raises:
             TimeoutError: it is not so after timeout seconds.
+            ValueError: timeout is no number.
         """
+        if timeout is not None and math.isnan(real("timeout", timeout)):
+            raise ValueError(f"timeout must be a number of seconds, got {timeout}")
         end = None if timeout is None else time.monotonic() + timeout
         while not until():
             if end is not None and time.monotonic() >= end:
