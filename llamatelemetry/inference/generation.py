@@ -12,12 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llamatelemetry.inference.arguments import instance, integer
 from llamatelemetry.inference.block_manager import BlockManager
 from llamatelemetry.inference.kv_pages import check_cache_dtype, check_cache_of
 from llamatelemetry.inference.packed import NotPackedError, why_not_packed
 from llamatelemetry.inference.plain_generation import PlainGenerator
-from llamatelemetry.inference.prompts import sequence
+from llamatelemetry.inference.row_arguments import check_ends, checked_rows
 from llamatelemetry.inference.rows import Rows, prefill_pieces
 from llamatelemetry.inference.runner import StepRunner
 from llamatelemetry.inference.sampling import (
@@ -106,9 +105,7 @@ class TokenGenerator:
             FloatingPointError: when the model's logits are NaN
         """
         rows = self.check(prompts, params, max_tokens)
-        instance("eos_token_ids", eos_token_ids, Collection, "a collection of token ids")
-        for token in eos_token_ids:
-            integer("eos_token_ids: a token id", token)
+        check_ends(eos_token_ids)
         return self._generate(rows, params, max_tokens, eos_token_ids, stopped)
 
     @torch.inference_mode()
@@ -170,23 +167,7 @@ class TokenGenerator:
         Raises:
             ValueError: as generate.
         """
-        for name, several in (("prompts", prompts), ("params", params)):
-            if isinstance(several, (str, bytes)) or not isinstance(several, Sequence):
-                raise ValueError(f"{name} must be a list of one for each row, got {several!r:.80}")
-        for one in params:
-            instance("params: one", one, SamplingParams, "SamplingParams")
-        if not prompts or len(prompts) != len(params):
-            raise ValueError(
-                f"prompts and params must be as many and at least one, got {len(prompts)} and "
-                f"{len(params)}"
-            )
-        if integer("max_tokens", max_tokens) < 1:
-            raise ValueError(f"max_tokens must be at least 1, got {max_tokens}")
-        rows = [
-            [integer("prompt: a token id", token) for token in sequence(row)] for row in prompts
-        ]
-        if not all(rows):
-            raise ValueError("every prompt must hold at least one token, got an empty one")
+        rows = checked_rows(prompts, params, max_tokens)
         embeddings = self.model.get_input_embeddings()
         vocab_size = getattr(embeddings, "num_embeddings", None) or embeddings.weight.shape[0]
         for token in {end for row in rows for end in (min(row), max(row))}:
