@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 
 import torch
 from harness import Case, assert_close, main
@@ -37,9 +38,13 @@ def sdpa(q: Tensor, *inputs: Tensor) -> Tensor:
     return out[0].transpose(0, 1)
 
 
-def decode(q: Tensor, *inputs: Tensor) -> Tensor:
+def decode(q: Tensor, *inputs: Tensor, **named: object) -> Tensor:
     """One query a sequence over pages."""
-    return paged_attention(q[:, 0], *inputs[:5], max_seqlen_q=1)[0][:, None]
+    return paged_attention(q[:, 0], *inputs[:5], max_seqlen_q=1, **named)[0][:, None]
+
+
+decode_cut = partial(decode, split_size=1024)  # bit for bit the same whatever the batch
+sm75 = partial(decode, backend="decode_sm75")  # the code for compute capability 7.5
 
 
 def decode_sdpa(q: Tensor, *inputs: Tensor) -> Tensor:
@@ -47,11 +52,6 @@ def decode_sdpa(q: Tensor, *inputs: Tensor) -> Tensor:
     k, v = inputs[-2:]
     out = torch.nn.functional.scaled_dot_product_attention(q.transpose(1, 2), k, v, enable_gqa=True)
     return out.transpose(1, 2)
-
-
-def decode_cut(q: Tensor, *inputs: Tensor) -> Tensor:
-    """The same, bit for bit whatever the batch."""
-    return paged_attention(q[:, 0], *inputs[:5], max_seqlen_q=1, split_size=1024)[0][:, None]
 
 
 def decode_terms(q: Tensor, *inputs: Tensor) -> Tensor:
@@ -150,19 +150,20 @@ def decode_case(
     num_keys: int,
     page_size: int = PAGE_SIZE,
     heads: tuple[int, int] = (32, 8),
+    dtype: torch.dtype = torch.bfloat16,
 ) -> Case:
     """A decode step of a batch on a GPU, Llama-3-8B's heads unless said."""
     (heads_q, heads_kv), head_dim = heads, 128
     pages = num_keys // page_size
     shape = (batch * pages, page_size, heads_kv, head_dim)
-    q = torch.randn(batch, 1, heads_q, head_dim, device=device, dtype=torch.bfloat16)
+    q = torch.randn(batch, 1, heads_q, head_dim, device=device, dtype=dtype)
     keys, values = (torch.randn(shape, device=device, dtype=q.dtype) for _ in range(2))
     order = torch.randperm(batch * pages, device=device)
     contiguous = (
         x[order].view(batch, num_keys, heads_kv, head_dim).transpose(1, 2).contiguous()
         for x in (keys, values)
     )
-    name = f"batch {batch}, 1 of {num_keys} {heads_q}/{heads_kv}x{head_dim} bfloat16"
+    name = f"batch {batch}, 1 of {num_keys} {heads_q}/{heads_kv}x{head_dim} {str(dtype)[6:]}"
     return Case(
         name if page_size == PAGE_SIZE else f"{name}, pages of {page_size}",
         inputs=(
@@ -202,6 +203,9 @@ def decode_cases(device: torch.device, quick: bool) -> Iterator[Case]:
         if (batch, num_keys) in ((1, 4096), (8, 4096), (32, 4096), (32, 8192)):
             for stored in (torch.float8_e4m3fn, torch.int8):
                 yield in_8_bits(case, stored)
+        if (batch, num_keys) in ((1, 4096), (32, 1024)):
+            half = decode_case(device, batch, num_keys, dtype=torch.float16)
+            yield replace(half, name=f"{half.name}, sm75", ours=sm75, baselines={"chosen": decode})
 
 
 def cascade(device: torch.device, batch: int, num_shared: int, num_own: int) -> Case:

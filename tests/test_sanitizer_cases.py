@@ -79,7 +79,8 @@ def decode(options):
     def run(q, k_cache, v_cache, table, lengths, starts, sinks, slopes):
         args = (q.half(), k_cache.half(), v_cache.half(), table, lengths, starts)
         terms = {"sinks": sinks, "alibi_slopes": slopes}
-        return ops.paged_attention(*args, max_seqlen_q=2, **terms, **options)
+        named = options if q.is_cuda else {**options, "backend": None}
+        return ops.paged_attention(*args, max_seqlen_q=2, **terms, **named)
 
     return run
 
@@ -278,7 +279,10 @@ CASES = {
             torch.tensor([0, 2, 3], dtype=torch.int32),
             *(randn(6), torch.rand(6)),
         )
-        for options in ({}, {"split_size": 64}, {"num_splits": 2}, {"window_size": (70, 0)})
+        for options in (
+            *({}, {"split_size": 64}, {"num_splits": 2}, {"window_size": (70, 0)}),
+            *({"backend": "decode_sm75", **splits} for splits in ({}, {"split_size": 64})),
+        )
     },
     **{
         f"scaled_linear, {k}": lambda k=k: (bytes_a_value, randn(5, k), randn(21, k), randn(k))

@@ -31,17 +31,27 @@ constexpr int64_t kSplitMultiple = 64;
 static_assert(kSplitMultiple % decode::kTileKeys == 0 && kSplitMultiple % kMinSplitKeys == 0);
 constexpr int64_t kMaxSplitKeys = int64_t{1} << 30;
 
-enum class AttentionImpl : int { kNone, kCpu, kDecode, kSm75, kSm80, kSm90, kSimt };
+enum class AttentionImpl : int { kNone, kCpu, kDecode, kDecodeSm75, kSm75, kSm80, kSm90, kSimt };
+// Whether kDecodeSm75 is chosen without its name too. It has not run on a GPU of compute capability
+// 7.5 yet: until one has measured it, kSimt and kSm75 serve there what they did.
+constexpr bool kChoosesDecodeSm75 = false;
 
 // What `backend` may say, and the only place that spells the names.
 struct NamedImpl {
   AttentionImpl impl;
   const char* name;
 };
-constexpr NamedImpl kNamedImpls[] = {
-    {AttentionImpl::kCpu, "cpu"},   {AttentionImpl::kDecode, "decode"},
-    {AttentionImpl::kSm75, "sm75"}, {AttentionImpl::kSm80, "sm80"},
-    {AttentionImpl::kSm90, "sm90"}, {AttentionImpl::kSimt, "simt"}};
+constexpr NamedImpl kNamedImpls[] = {{AttentionImpl::kCpu, "cpu"},
+                                     {AttentionImpl::kDecode, "decode"},
+                                     {AttentionImpl::kDecodeSm75, "decode_sm75"},
+                                     {AttentionImpl::kSm75, "sm75"},
+                                     {AttentionImpl::kSm80, "sm80"},
+                                     {AttentionImpl::kSm90, "sm90"},
+                                     {AttentionImpl::kSimt, "simt"}};
+
+static inline constexpr bool decodes(AttentionImpl impl) {
+  return impl == AttentionImpl::kDecode || impl == AttentionImpl::kDecodeSm75;
+}
 
 // Which of an implementation's kernels and tile configurations: mma/tiles.h, sm90/tiles.h.
 enum class TileClass : int {
@@ -150,21 +160,21 @@ static inline constexpr const char* why_not_sm90(const AttentionDescriptor& d) {
   return nullptr;
 }
 
-static inline constexpr const decode::Config& decode_config(int64_t head_dim, DType stored,
-                                                            bool is_wide) {
+static inline constexpr const decode::Config& decode_config(AttentionImpl impl, int64_t head_dim,
+                                                            DType stored, bool is_wide) {
   return decode::config_of(head_dim,
                            stored == DType::kFloat8E4M3 ? decode::Stored::kE4M3
                            : stored == DType::kInt8     ? decode::Stored::kInt8
                                                         : decode::Stored::kAsQueries,
-                           is_wide);
+                           is_wide, impl == AttentionImpl::kDecodeSm75);
 }
 
 // Rows of a key head: its query heads, of all queries of a sequence.
 static inline constexpr int64_t rows_of_key_head(const AttentionDescriptor& d) {
   return d.num_heads_kv > 0 ? d.seqlen_q * (d.num_heads_q / d.num_heads_kv) : 0;
 }
-// Wide row tiles read keys once for more rows, but their parts take long to combine: where every
-// other multiprocessor has a key head of its own there are few.
+// Whether kDecode takes wide row tiles. They read keys once for more rows, but their parts take
+// long to combine: where every other multiprocessor has a key head of its own there are few.
 static inline constexpr bool decodes_wide(const AttentionDescriptor& d) {
   return rows_of_key_head(d) > decode::kRowTile && d.kv_dtype == d.dtype && !has_fixed_splits(d) &&
          d.head_dim <= decode::kMaxWideHeadDim && 2 * d.batch * d.num_heads_kv >= d.num_sms;
@@ -190,17 +200,21 @@ static inline constexpr int cluster_blocks_of(const AttentionDescriptor& d) {
   return blocks > 1 && 100 * clusters * blocks >= kLeastInUse * d.num_sms ? blocks : 0;
 }
 
-static inline constexpr const char* why_not_decode(const AttentionDescriptor& d) {
-  if (d.code_capability < 80) {
+static inline constexpr const char* why_not_decode(AttentionImpl impl,
+                                                   const AttentionDescriptor& d) {
+  const bool is_sm75 = impl == AttentionImpl::kDecodeSm75;
+  if (!is_sm75 && d.code_capability < 80) {
     return "it needs a GPU of compute capability 8.0 or later and code for it";
   }
+  if (is_sm75 && d.dtype != DType::kFloat16) return "it serves float16";
   if (d.dtype == DType::kFloat32) return "it serves float16 and bfloat16";
   if (!d.aligned) return "rows of q, k and v must lie apart, at multiples of 16 bytes";
   if (is_8_bit_cache(d.kv_dtype)) {
     if (d.head_dim % 16 != 0) return "over 8 bits head_dim must be a multiple of 16";
     if (has_fixed_splits(d)) return "over 8 bits it takes neither num_splits nor split_size";
   }
-  if (decode_config(d.head_dim, d.kv_dtype, decodes_wide(d)).shared_bytes() > d.max_shared_bytes) {
+  const bool is_wide = !is_sm75 && decodes_wide(d);
+  if (decode_config(impl, d.head_dim, d.kv_dtype, is_wide).shared_bytes() > d.max_shared_bytes) {
     return "its blocks need more shared memory than this GPU gives one";
   }
   if (d.far_apart) return "it reaches caches of up to 64 GB";
@@ -250,7 +264,8 @@ static inline constexpr const char* why_not(AttentionImpl impl, const AttentionD
   }
   switch (impl) {
     case AttentionImpl::kCpu: return nullptr;
-    case AttentionImpl::kDecode: return why_not_decode(d);
+    case AttentionImpl::kDecode:
+    case AttentionImpl::kDecodeSm75: return why_not_decode(impl, d);
     case AttentionImpl::kSm90: return why_not_sm90(d);
     case AttentionImpl::kSm80:
     case AttentionImpl::kSm75: return why_not_mma(impl, d);
@@ -272,7 +287,12 @@ static inline constexpr AttentionImpl best_impl(const AttentionDescriptor& d) {
   const bool few_queries = d.seqlen_q < kMinPrefillQueries || few_rows;
   for (const AttentionImpl impl :
        {AttentionImpl::kCpu, AttentionImpl::kDecode, AttentionImpl::kSm90, AttentionImpl::kSm80,
-        AttentionImpl::kSm75, AttentionImpl::kSimt}) {
+        AttentionImpl::kDecodeSm75, AttentionImpl::kSm75, AttentionImpl::kSimt}) {
+    if (impl == AttentionImpl::kDecodeSm75) {
+      if (!kChoosesDecodeSm75) continue;
+      // Over pages nothing else with tensor cores serves chunks on 7.5.
+      if (!few_queries && d.page_size == 0) continue;
+    }
     // Over 8 bits nothing else with tensor cores serves chunks.
     if (impl == AttentionImpl::kDecode && !few_queries && d.kv_dtype == d.dtype) continue;
     const bool is_prefill = impl == AttentionImpl::kSm90 || impl == AttentionImpl::kSm80;
@@ -296,7 +316,7 @@ static inline constexpr int num_splits_of(AttentionImpl impl, const AttentionDes
   }
   const bool on_cpu = impl == AttentionImpl::kCpu;
   if (on_cpu && (d.page_size == 0 || d.seqlen_q > kMaxSplitQueries)) return 1;
-  if (!on_cpu && impl != AttentionImpl::kDecode) return 1;
+  if (!on_cpu && !decodes(impl)) return 1;
   const auto most_parts = [&](int64_t keys) {
     return d.seqlen_k > 0 ? (d.seqlen_k + keys - 1) / keys : 1;
   };
@@ -325,6 +345,7 @@ static inline constexpr TileClass tile_class_of(AttentionImpl impl, const Attent
       return TileClass::kLarge;
     case AttentionImpl::kSm75: return TileClass::kLarge;
     case AttentionImpl::kDecode:
+    case AttentionImpl::kDecodeSm75:
     case AttentionImpl::kSimt:
     case AttentionImpl::kNone: break;
   }
@@ -333,20 +354,19 @@ static inline constexpr TileClass tile_class_of(AttentionImpl impl, const Attent
 
 // What impl runs the call with. why_not must have had nothing to say.
 static inline constexpr AttentionPlan plan_of(AttentionImpl impl, const AttentionDescriptor& d) {
-  const bool decodes = impl == AttentionImpl::kDecode;
-  const bool is_wide = decodes && decodes_wide(d);
+  const bool is_decode = impl == AttentionImpl::kDecode;
+  const bool is_wide = is_decode && decodes_wide(d);
+  const decode::Config& config = decode_config(impl, d.head_dim, d.kv_dtype, is_wide);
   return {.impl = impl,
           .tile = tile_class_of(impl, d),
           .num_splits = num_splits_of(impl, d),
           .split_keys = d.split_keys,
-          .fixed_splits = has_fixed_splits(d) && (decodes || impl == AttentionImpl::kCpu),
-          .num_blocks = decodes ? d.num_sms * decode::resident_blocks(
-                                                  decode_config(d.head_dim, d.kv_dtype, is_wide),
-                                                  d.max_shared_bytes)
-                                : 0,
+          .fixed_splits = has_fixed_splits(d) && (decodes(impl) || impl == AttentionImpl::kCpu),
+          .num_blocks =
+              decodes(impl) ? d.num_sms * decode::resident_blocks(config, d.max_shared_bytes) : 0,
           .is_wide = is_wide,
           .num_sms = d.num_sms,
-          .cluster_blocks = decodes ? cluster_blocks_of(d) : 0};
+          .cluster_blocks = is_decode ? cluster_blocks_of(d) : 0};
 }
 
 }  // namespace llamatelemetry

@@ -7,6 +7,7 @@ namespace llamatelemetry {
 Error launch_dense_attention(const AttentionParams& p, Stream stream) {
   switch (p.plan.impl) {
     case AttentionImpl::kDecode: return launch_decode(p, stream);
+    case AttentionImpl::kDecodeSm75: return launch_decode_sm75(p, stream);
     case AttentionImpl::kSm75: return launch_sm75(p, stream);
     case AttentionImpl::kSm80: return launch_sm80(p, stream);
 #ifdef LT_SM90
@@ -20,6 +21,7 @@ Error launch_dense_attention(const AttentionParams& p, Stream stream) {
 Error launch_paged_attention(const AttentionParams& p, Stream stream) {
   switch (p.plan.impl) {
     case AttentionImpl::kDecode: return launch_decode(p, stream);
+    case AttentionImpl::kDecodeSm75: return launch_decode_sm75(p, stream);
     case AttentionImpl::kSm80: return launch_sm80_paged(p, stream);
 #ifdef LT_SM90
     case AttentionImpl::kSm90: return launch_sm90(p, stream);

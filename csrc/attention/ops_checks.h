@@ -256,7 +256,7 @@ inline Workspace allocate_workspace(const Tensor& q, AttentionParams& p) {
   }
   if (plan.num_blocks > 0 && plan.cluster_blocks == 0) {
     if (!plan.fixed_splits) {  // each leaves at most one part
-      const decode::Config& config = decode_config(p.head_dim, p.k.dtype, plan.is_wide);
+      const decode::Config& config = decode_config(plan.impl, p.head_dim, p.k.dtype, plan.is_wide);
       allocate_partials(int64_t{plan.num_blocks} * config.row_tile, config.head_dim);
     }
     workspace.flags = allocate(q, {plan.num_blocks}, ScalarType::Long);

@@ -38,12 +38,13 @@ def flash_attn(
         softcap: at most 10000; 0: off
         sinks: [num_heads_q] float32 or None: one more score a head, without a value
         alibi_slopes: [num_heads_q] or [batch, num_heads_q] float32 or None
-        backend: None chooses the best that serves the call; one of "cpu", "decode", "simt", "sm75",
-            "sm80", "sm90" that this build has forces it. "decode", which serves fewer than 16
-            queries a sequence on a GPU, divides the keys of the whole batch evenly, and "sm90" cuts
-            long keys where there are few queries in all, so the last bits of a row may depend on
-            the rest of the batch. "decode" by name lets clusters of blocks share the keys of one
-            sequence on Hopper: less time alone, more in a step of 16-bit linears
+        backend: None chooses the best that serves the call; one of "cpu", "decode",
+            "decode_sm75", "simt", "sm75", "sm80", "sm90" that this build has forces it. "decode",
+            which serves fewer than 16 queries a sequence on a GPU, divides the keys of the whole
+            batch evenly, and "sm90" cuts long keys where there are few queries in all, so the last
+            bits of a row may depend on the rest of the batch. "decode" by name lets clusters of
+            blocks share the keys of one sequence on Hopper: less time alone, more in a step of
+            16-bit linears. "decode_sm75" is its code for 7.5, in float16, by name alone
 
     Returns:
         out as q, contiguous, and lse [batch, num_heads_q, seqlen_q] float32, the natural log of the

@@ -72,6 +72,7 @@ def test_a_single_page_of_any_size_on_hopper():
         (90, FP32, 64, "simt"),
         (80, BF16, 64, "decode"),
         (80, BF16, 65, "sm80"),
+        (75, FP16, 1, "simt"),  # "decode_sm75" by name alone, until a GPU has timed it
         (75, FP16, 64, "simt"),
         (75, BF16, 64, "simt"),
     ],
@@ -110,5 +111,6 @@ def test_splits_on_the_cpu():
 
 
 def test_names():
-    assert ATTENTION_BACKENDS == ["cpu", "decode", "sm75", "sm80", "sm90", "simt"]
+    names = ["cpu", "decode", "decode_sm75", "sm75", "sm80", "sm90", "simt"]
+    assert names == ATTENTION_BACKENDS
     assert flash_why_not("cpu", FP16) is None

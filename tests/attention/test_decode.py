@@ -12,8 +12,17 @@ from tolerance import assert_within_2x
 
 from llamatelemetry.ops import flash_attn, reference
 
-pytestmark = [pytest.mark.gpu, pytest.mark.sm80]
-DTYPES = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=lambda d: str(d)[6:])
+pytestmark = [pytest.mark.gpu]
+# "decode_sm75" is the code for older GPUs, which any GPU runs.
+KERNELS = pytest.mark.parametrize(
+    ("kernel", "dtype"),
+    [
+        pytest.param("decode", torch.float16, marks=pytest.mark.sm80),
+        pytest.param("decode", torch.bfloat16, marks=pytest.mark.sm80),
+        pytest.param("decode_sm75", torch.float16),
+    ],
+    ids=lambda x: x if isinstance(x, str) else str(x)[6:],
+)
 LENGTHS = [
     [70_000],
     [33_000, *[128] * 15],
@@ -26,7 +35,7 @@ LENGTHS = [
 ]
 
 
-@DTYPES
+@KERNELS
 @pytest.mark.parametrize(
     ("heads", "lengths"),
     [
@@ -37,52 +46,52 @@ LENGTHS = [
     ],
     ids=lambda x: str(x) if isinstance(x, tuple) else f"{len(x)} rows",
 )
-def test_lengths(dtype, heads, lengths):
+def test_lengths(kernel, dtype, heads, lengths):
     case = random_case("cuda", dtype, [(1, n) for n in lengths], heads, 128, page_size=16)
-    assert_right(case, backend="decode")
+    assert_right(case, backend=kernel)
 
 
-@DTYPES
+@KERNELS
 @pytest.mark.parametrize("head_dim", [8, 64, 80, 96, 128, 160, 192, 256])
 @pytest.mark.parametrize("page_size", [1, 16, 100])
-def test_widths_and_pages(dtype, head_dim, page_size):
+def test_widths_and_pages(kernel, dtype, head_dim, page_size):
     sequences = [(1, 900), (5, 1700), (15, 2500), (2, 1)]
     case = random_case("cuda", dtype, sequences, (12, 2), head_dim, page_size)
-    assert_right(case, backend="decode")
+    assert_right(case, backend=kernel)
 
 
-@DTYPES
+@KERNELS
 @pytest.mark.parametrize("head_dim", [40, 96, 128])
 @pytest.mark.parametrize(
     "options", [{}, {"window_size": (100, 0)}, {"softcap": 20.0, "causal": False}], ids=str
 )
-def test_rows_of_several_warps(dtype, head_dim, options):
+def test_rows_of_several_warps(kernel, dtype, head_dim, options):
     """Drafts to verify beside single queries and chunks: up to 64 rows over one read of keys."""
     sequences = [(16, 3000), (1, 900), (5, 5), (0, 70), (33, 2000), (9, 20_000)]
     sequences += [(2, 40)] * 60  # as many as it takes for rows to share warps
     case = random_case("cuda", dtype, sequences, (8, 2), head_dim, page_size=16)
-    assert_right(case, backend="decode", **options)
-    again = case.run(backend="decode", **options), case.run(backend="decode", **options)
+    assert_right(case, backend=kernel, **options)
+    again = case.run(backend=kernel, **options), case.run(backend=kernel, **options)
     assert all(torch.equal(a, b) for a, b in zip(*again, strict=True))
 
 
-@DTYPES
+@KERNELS
 @pytest.mark.parametrize("window", [(0, 0), (20, 0), (700, 0)], ids=str)
-def test_what_a_window_hides_is_not_read(dtype, window):
+def test_what_a_window_hides_is_not_read(kernel, dtype, window):
     case = random_case("cuda", dtype, [(1, 1500), (1, 40), (1, 801)], (8, 2), 64, page_size=1)
-    expected = assert_right(case, backend="decode", window_size=window)
+    expected = assert_right(case, backend=kernel, window_size=window)
     for b, length in enumerate(case.cache_seqlens.tolist()):
         hidden = case.block_table[b, : max(length - 1 - window[0], 0)]
         case.k_cache[hidden] = torch.nan
         case.v_cache[hidden] = torch.nan
-    for ours, theirs in zip(case.run(backend="decode", window_size=window), expected, strict=True):
+    for ours, theirs in zip(case.run(backend=kernel, window_size=window), expected, strict=True):
         assert torch.equal(ours, theirs)
 
 
-@DTYPES
+@KERNELS
 @pytest.mark.parametrize("softcap", [0.0, 20.0])
 @pytest.mark.parametrize("seqlens", [(1, 3000), (3, 200), (7, 7)], ids=str)
-def test_dense_keys_with_sinks_and_alibi(dtype, seqlens, softcap):
+def test_dense_keys_with_sinks_and_alibi(kernel, dtype, seqlens, softcap):
     q, k, v = (
         torch.randn(2, n, h, 64, device="cuda", dtype=dtype)
         for n, h in zip((seqlens[0], seqlens[1], seqlens[1]), (6, 2, 2), strict=True)
@@ -93,7 +102,7 @@ def test_dense_keys_with_sinks_and_alibi(dtype, seqlens, softcap):
         "sinks": torch.randn(6, device="cuda"),
         "alibi_slopes": torch.rand(2, 6, device="cuda"),
     }
-    ours = flash_attn(q, k, v, backend="decode", **options)
+    ours = flash_attn(q, k, v, backend=kernel, **options)
     in_32, in_64 = (
         reference.flash_attn(q.to(d), k.to(d), v.to(d), **options)
         for d in (torch.float32, torch.float64)
@@ -102,18 +111,29 @@ def test_dense_keys_with_sinks_and_alibi(dtype, seqlens, softcap):
     assert_within_2x(ours[1], in_32[1], in_64[1])
 
 
-@DTYPES
-def test_it_gives_the_same_bits_each_time(dtype):
+@KERNELS
+def test_it_gives_the_same_bits_each_time(kernel, dtype):
     case = random_case("cuda", dtype, [(1, n) for n in (9000, 10, 700)], (8, 2), 128)
-    first = case.run(backend="decode")
+    first = case.run(backend=kernel)
     for _ in range(20):
-        again = case.run(backend="decode")
+        again = case.run(backend=kernel)
         assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
 
 
-def test_a_graph_replays_with_other_lengths():
+@KERNELS
+@pytest.mark.parametrize("head_dim", [40, 64, 96, 128, 192, 256])
+@pytest.mark.parametrize("splits", [{"num_splits": 3}, {"split_size": 128}], ids=str)
+def test_fixed_splits(kernel, dtype, head_dim, splits):
+    sequences = [(2, 900), (1, 130), (0, 70), (4, 2), (1, 0)]
+    case = random_case("cuda", dtype, sequences, (12, 2), head_dim)
+    assert_right(case, backend=kernel, **splits)
+    assert_right(case, backend=kernel, sinks=torch.randn(12, device="cuda"), **splits)
+
+
+@pytest.mark.parametrize("kernel", [pytest.param("decode", marks=pytest.mark.sm80), "decode_sm75"])
+def test_a_graph_replays_with_other_lengths(kernel):
     def case_of(lengths):
-        return random_case("cuda", torch.bfloat16, [(1, n) for n in lengths], max_blocks=300)
+        return random_case("cuda", torch.float16, [(1, n) for n in lengths], max_blocks=300)
 
     case, other = case_of((4000, 30, 200, 0)), case_of((5, 4700, 64, 1000))
     num_pages = max(len(case.k_cache), len(other.k_cache))
@@ -127,7 +147,8 @@ def test_a_graph_replays_with_other_lengths():
 
     def run(q, k_cache, v_cache, table, lengths):
         return torch.ops.llamatelemetry.paged_attention.default(
-            q, k_cache, v_cache, table, lengths, case.cu_seqlens_q, 1, 0.125, True, -1, -1, 0.0
+            *(q, k_cache, v_cache, table, lengths, case.cu_seqlens_q),
+            *(1, 0.125, True, -1, -1, 0.0, kernel),
         )
 
     assert_replays(run, tensors(case), tensors(other))

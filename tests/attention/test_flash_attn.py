@@ -227,7 +227,11 @@ def test_refusals(device):
     refuses("alibi_slopes must be [num_heads_q] = [6]", alibi_slopes=torch.zeros(5, device=device))
     slopes = torch.zeros(3, 6, device=device)
     refuses("alibi_slopes must be [batch, num_heads_q] = [2, 6]", alibi_slopes=slopes)
-    refuses("backend must be None or one of cpu, decode, sm75", 'got "cudnn"', backend="cudnn")
+    refuses(
+        "backend must be None or one of cpu, decode, decode_sm75, sm75",
+        'got "cudnn"',
+        backend="cudnn",
+    )
     other = "simt" if device.type == "cpu" else "cpu"
     where = "the CPU" if device.type == "cpu" else "a GPU"
     refuses(f"backend must serve the call, got {other}: the tensors are on {where}", backend=other)

@@ -196,7 +196,10 @@ def test_refusals(device):
     refuses("window_right must be at least -1, got -3", options={"window_size": (0, -3)})
     refuses("softcap must lie in [0, 10000] (0: off)", options={"softcap": -1.0})
     refuses("softmax_scale must be finite", "inf", options={"softmax_scale": torch.inf})
-    refuses("backend must be None or one of cpu, decode, sm75", options={"backend": "flash"})
+    refuses(
+        "backend must be None or one of cpu, decode, decode_sm75, sm75",
+        options={"backend": "flash"},
+    )
     other = "simt" if device.type == "cpu" else "cpu"
     refuses(f"backend must serve the call, got {other}: the tensors", options={"backend": other})
     with torch.inference_mode(False), torch.enable_grad():

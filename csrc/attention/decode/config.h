@@ -29,12 +29,17 @@ struct Config {
   // Rows of a segment: kRowTile, whose keys warps share out; or as many for each warp, which then
   // all read the same keys.
   int row_tile = kRowTile;
+  // What the code needs. 80: products of m16n8k16, copies by cp.async. 75: products of m16n8k8, in
+  // float16 alone, and copies through registers, for which a warp has one stage.
+  int capability = 80;
 
   constexpr bool is_wide() const { return row_tile > kRowTile; }
+  constexpr bool copies_by_registers() const { return capability < 80; }
 
   constexpr bool is_8_bit() const { return stored != Stored::kAsQueries; }
-  // Keys and values of a warp; of 8 bits with a scale for each.
+  // Keys and values of a warp; of 8 bits with a scale for each; by registers keys or values.
   constexpr int stage_bytes() const {
+    if (copies_by_registers()) return kWarpKeys * head_dim * 2;
     return is_8_bit() ? 2 * kWarpKeys * (head_dim + 4) : 2 * kWarpKeys * head_dim * 2;
   }
   // Of the queries of a row tile in shared memory.
@@ -43,9 +48,12 @@ struct Config {
     constexpr int kPadding = 8;
     return kRowTile * (is_8_bit() ? head_dim * 2 + kPadding + 4 : head_dim * 2);
   }
-  // Merge of decode.cuh: o of each warp, their row statistics, and statistics of parts.
+  // Warps whose o stand in shared memory at once: where that is 64 KB they add theirs up there.
+  constexpr int merge_slots() const { return copies_by_registers() ? 1 : kNumWarps; }
+  // Merge of decode.cuh: o of warps, the row statistics of each, and statistics of parts.
   constexpr int merge_bytes() const {
-    return kNumWarps * kRowTile * (head_dim + 4 + 2) * 4 + row_tile * kMaxPartsAtOnce * 8;
+    return merge_slots() * kRowTile * (head_dim + 4) * 4 + kNumWarps * kRowTile * 2 * 4 +
+           row_tile * kMaxPartsAtOnce * 8;
   }
   constexpr int shared_bytes() const {
     constexpr int kLine = 128;  // what the struct is aligned to
@@ -107,6 +115,30 @@ constexpr Config kWideConfigs[] = {widened(kConfigs[0]), widened(kConfigs[1]),
                                    widened(kConfigs[2])};
 constexpr int kMaxWideHeadDim = 128;
 
+// For compute capability 7.5; not run on a GPU yet. Of ptxas and its code for sm_75, both kinds of
+// splits:
+//   head_dim  shared memory  registers  stack  loop over 16 keys: instructions, loads from the
+//   stack
+//         64           9 KB        237      0                              759 0 96          12 KB
+//         255     32                              905                     0
+//        128          16 KB        255     80                              958 0 192          30 KB
+//        255    272                             1390                    52 256          40 KB 255
+//        264                             1525                    64
+// A T4 gives each of its 40 multiprocessors 64 KB, 64 K registers and of 320 GB/s 5 bytes a clock.
+// Those instructions ask for 22 to 43 bytes of keys and values a clock, the tensor cores for 64, so
+// memory binds. Its latency, some 700 clocks, needs 4 KB under way: a warp has 2 to 4.
+constexpr Config for_sm75(int head_dim, int blocks_per_sm, bool queries_in_registers) {
+  return {.head_dim = head_dim,
+          .stages = 1,
+          .blocks_per_sm = blocks_per_sm,
+          .queries_in_registers = queries_in_registers,
+          .capability = 75};
+}
+constexpr Config kSm75Configs[] = {
+    for_sm75(64, 2, true),   for_sm75(96, 2, true),   for_sm75(128, 2, true),
+    for_sm75(192, 2, false), for_sm75(256, 1, false),
+};
+
 template <int kCount>
 constexpr const Config& first_that_holds(const Config (&configs)[kCount], int64_t head_dim) {
   for (const Config& config : configs) {
@@ -114,7 +146,8 @@ constexpr const Config& first_that_holds(const Config (&configs)[kCount], int64_
   }
   return configs[kCount - 1];
 }
-constexpr const Config& config_of(int64_t head_dim, Stored stored, bool is_wide) {
+constexpr const Config& config_of(int64_t head_dim, Stored stored, bool is_wide, bool is_sm75) {
+  if (is_sm75) return first_that_holds(kSm75Configs, head_dim);
   if (is_wide) return first_that_holds(kWideConfigs, head_dim);
   if (stored == Stored::kE4M3) return first_that_holds(kE4M3Configs, head_dim);
   if (stored == Stored::kInt8) return first_that_holds(kInt8Configs, head_dim);

@@ -3,7 +3,8 @@
 //
 // Query heads that share a key head, of all queries of a sequence, are the 16 rows of
 // mma.m16n8k16. Each of four warps takes 16 keys of a tile of 64, through its own ring of stages
-// filled by cp.async, with its own online softmax, so tiles need no barrier. Of more rows (wide
+// filled by cp.async, with its own online softmax, so tiles need no barrier. (Compute capability
+// 7.5: two of m16n8k8, one stage, filled through registers.) Of more rows (wide
 // tiles, config.h) each warp takes 16, and all read the keys of all, behind a barrier a tile. Pages
 // are looked up a tile ahead. Rows of keys and values that no query sees are never read. Grid: as
 // many blocks as the GPU holds at once; plan.cuh and segment_parts.cuh say what each does. One
@@ -59,7 +60,7 @@ struct Decode {
   using Loader = decode::Loader<Keys>;
   static constexpr int kHeadDim = kConfig.head_dim;
   static constexpr int kStages = kConfig.stages;
-  static constexpr int kCapability = 80;
+  static constexpr int kCapability = kConfig.capability;
   static constexpr int kNumThreads = kNumWarps * kWarpSize;
   static constexpr int kMinBlocks = kConfig.blocks_per_sm;
   static constexpr int kDimSteps = kHeadDim / 16;
@@ -216,9 +217,14 @@ struct Decode {
     const int end = min(s.end, first_key + num_tiles * kTileKeys);
     Loader loader(p, merge.index, merge.segment.kv_head, s.first_key, first_key, {s.begin, end});
     loader.find_page();
+    typename Loader::Held held;  // where copies go through registers
+    if constexpr (kConfig.copies_by_registers()) {
+      loader.fetch_keys(held);
+    } else {
 #pragma unroll
-    for (int i = 0; i < kStages - kTilesAtOnce; ++i) {
-      i < num_tiles || kTilesAtOnce > 1 ? loader.load(stages[i]) : ptx::cp_async_commit();
+      for (int i = 0; i < kStages - kTilesAtOnce; ++i) {
+        i < num_tiles || kTilesAtOnce > 1 ? loader.load(stages[i]) : ptx::cp_async_commit();
+      }
     }
     typename Keys::Queries q;
     Keys::load_queries([&](int row) { return query_of_warp(merge, row); },
@@ -226,9 +232,8 @@ struct Decode {
     const RowRules rules = rules_of(p, s, merge.index, merge.segment, end);
     float o[2 * kDimSteps][4] = {};
     RowStats rows;
-    int stage = 0;
     // Keys of several stages at once, so that their products and exponentials overlap.
-    const auto add_keys = [&](const auto&... keys) {
+    const auto add_keys = [&](const auto& before_values, const auto&... keys) {
       constexpr int kCount = sizeof...(keys);
       const At at[kCount] = {keys...};
       float scores[kCount][2][4] = {};
@@ -242,9 +247,28 @@ struct Decode {
       } else {
         exponentiate<false>(p, scores, at, rules, scales, rows, o);
       }
+      before_values();
 #pragma unroll
       for (int j = 0; j < kCount; ++j) Keys::multiply_values(scores[j], *at[j].stage, o);
     };
+    if constexpr (kConfig.copies_by_registers()) {
+      take_turns(loader, held, stages[0], first_key, num_tiles, add_keys);
+    } else {
+      go_round(merge, loader, shared, first_key, num_tiles, add_keys);
+    }
+    __syncthreads();
+    to_reference_of_sums(rows, o);
+    merge.template leave_warp<Keys>(o, rows.max, rows.sum);
+    __syncthreads();
+  }
+
+  // The tiles through the ring of stages. add_keys(what comes before their values, keys...).
+  template <typename AddKeys>
+  static __device__ void go_round(const Merge& merge, Loader& loader, Shared& shared, int first_key,
+                                  int num_tiles, const AddKeys& add_keys) {
+    Stage* stages = shared.stages[warp()];
+    const auto nothing = [] {};
+    int stage = 0;
     for (int i = 0; i < num_tiles; i += kTilesAtOnce) {
       const int key = first_key + i * kTileKeys;
       if constexpr (kTilesAtOnce == 2) {
@@ -256,7 +280,7 @@ struct Decode {
         }
         ptx::cp_async_wait<kStages - 2>();
         __syncwarp();  // all lanes' copies are there
-        add_keys(At{&stages[stage], key + warp() * kWarpKeys},
+        add_keys(nothing, At{&stages[stage], key + warp() * kWarpKeys},
                  At{&stages[wrapped(stage + 1)], key + warp() * kWarpKeys + kTileKeys});
       } else {
         ptx::cp_async_wait<kStages - 2>();
@@ -272,21 +296,37 @@ struct Decode {
           if (Merge::first_row_of_warp() < merge.segment.num_rows) {
 #pragma unroll 1
             for (int w = 0; w < kNumWarps; w += 2) {
-              add_keys(At{&shared.stages[w][stage], key + w * kWarpKeys},
+              add_keys(nothing, At{&shared.stages[w][stage], key + w * kWarpKeys},
                        At{&shared.stages[w + 1][stage], key + (w + 1) * kWarpKeys});
             }
           }
         } else {
-          add_keys(At{&stages[stage], key + warp() * kWarpKeys});
+          add_keys(nothing, At{&stages[stage], key + warp() * kWarpKeys});
         }
       }
       stage = wrapped(stage + kTilesAtOnce);
     }
     ptx::cp_async_wait<0>();
-    __syncthreads();
-    to_reference_of_sums(rows, o);
-    merge.template leave_warp<Keys>(o, rows.max, rows.sum);
-    __syncthreads();
+  }
+
+  // The tiles through registers: a warp's keys and values take turns in its one stage, and what
+  // comes next is on its way to registers during the product of what is there.
+  template <typename AddKeys>
+  static __device__ void take_turns(Loader& loader, typename Loader::Held& held, Stage& stage,
+                                    int first_key, int num_tiles, const AddKeys& add_keys) {
+    const auto bring_values = [&] {
+      __syncwarp();  // nobody reads the keys any more
+      loader.store_values(held, stage.v);
+      loader.fetch_keys(held);  // past the last tile zeros, and no reads
+      __syncwarp();
+    };
+    for (int i = 0; i < num_tiles; ++i) {
+      loader.store_keys(held, stage.k);
+      loader.fetch_values(held);
+      __syncwarp();
+      add_keys(bring_values, At{&stage, first_key + i * kTileKeys + warp() * kWarpKeys});
+      __syncwarp();  // nobody reads the values any more
+    }
   }
 
   // Where values have scales, from o's reference to that of the sums.

@@ -2,6 +2,8 @@
 // products of a warp over its 16 keys.
 #pragma once
 
+#include <type_traits>
+
 #include "attention/decode/config.h"
 #include "ptx/shared.cuh"
 #include "tile/convert.cuh"
@@ -21,10 +23,16 @@ struct Keys16Bit {
   static constexpr int kRowChunks = Tile::kChunks;  // of 16 bytes
   static __device__ uint32_t offset(int row, int chunk) { return Tile::offset(row, chunk); }
 
-  struct Stage {
-    char k[Tile::bytes(kWarpKeys)];
-    char v[Tile::bytes(kWarpKeys)];
+  using Mma = std::conditional_t<(kConfig.capability >= 80), MmaSm80, MmaSm75>;
+  using Rows = char[Tile::bytes(kWarpKeys)];
+
+  struct Both {
+    Rows k, v;
   };
+  union Either {
+    Rows k, v;
+  };
+  using Stage = std::conditional_t<kConfig.copies_by_registers(), Either, Both>;
   struct Scales {};
 
   // Fragments of the queries in registers, or the address of this lane's in shared memory.
@@ -80,8 +88,8 @@ struct Keys16Bit {
       uint32_t a[4], b[4];
       q.fragment(step, a);
       ptx::ldmatrix_x4(b, Tile::advance(keys, 2 * step));
-      MmaSm80::add<T>(scores[0], a, b[0], b[1]);
-      MmaSm80::add<T>(scores[1], a, b[2], b[3]);
+      Mma::template add<T>(scores[0], a, b[0], b[1]);
+      Mma::template add<T>(scores[1], a, b[2], b[3]);
     }
     return {};
   }
@@ -99,12 +107,21 @@ struct Keys16Bit {
     for (int step = 0; step < kDimSteps; ++step) {
       uint32_t b[4];
       ptx::ldmatrix_x4_trans(b, Tile::advance(values, 2 * step));
-      MmaSm80::add<T>(o[2 * step], a, b[0], b[1]);
-      MmaSm80::add<T>(o[2 * step + 1], a, b[2], b[3]);
+      Mma::template add<T>(o[2 * step], a, b[0], b[1]);
+      Mma::template add<T>(o[2 * step + 1], a, b[2], b[3]);
     }
   }
 
-  // A row of this lane's share of o: to[c] for each column c.
+  // Adds a row of this lane's share of o, times factor, to to[c] for each column c.
+  static __device__ void add_row(const float (&o)[2 * kDimSteps][4], int half, float factor,
+                                 float* to) {
+#pragma unroll
+    for (int t = 0; t < 2 * kDimSteps; ++t) {
+      auto& sum = *reinterpret_cast<float2*>(to + 8 * t + threadIdx.x % 4 * 2);
+      sum = {sum.x + o[t][2 * half] * factor, sum.y + o[t][2 * half + 1] * factor};
+    }
+  }
+  // Stores such a row.
   static __device__ void store_row(const float (&o)[2 * kDimSteps][4], int half, float* to) {
 #pragma unroll
     for (int t = 0; t < 2 * kDimSteps; ++t) {

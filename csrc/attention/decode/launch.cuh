@@ -22,17 +22,21 @@ Error launch(const AttentionParams& p, Stream stream) {
 
 template <Config kConfig, bool kFixed>
 Error launch(const AttentionParams& p, Stream stream) {
-  return p.dtype == DType::kFloat16 ? launch<Half, kConfig, kFixed>(p, stream)
-                                    : launch<BFloat16, kConfig, kFixed>(p, stream);
+  if constexpr (kConfig.capability < 80) {  // why_not lets float16 pass alone
+    return launch<Half, kConfig, kFixed>(p, stream);
+  } else {
+    return p.dtype == DType::kFloat16 ? launch<Half, kConfig, kFixed>(p, stream)
+                                      : launch<BFloat16, kConfig, kFixed>(p, stream);
+  }
 }
 
-template <bool kFixed>
+template <bool kFixed, const Config (&kTable)[5] = kConfigs>
 Error launch_any_width(const AttentionParams& p, Stream stream) {
-  if (p.head_dim <= 64) return launch<kConfigs[0], kFixed>(p, stream);
-  if (p.head_dim <= 96) return launch<kConfigs[1], kFixed>(p, stream);
-  if (p.head_dim <= 128) return launch<kConfigs[2], kFixed>(p, stream);
-  if (p.head_dim <= 192) return launch<kConfigs[3], kFixed>(p, stream);
-  return launch<kConfigs[4], kFixed>(p, stream);
+  if (p.head_dim <= 64) return launch<kTable[0], kFixed>(p, stream);
+  if (p.head_dim <= 96) return launch<kTable[1], kFixed>(p, stream);
+  if (p.head_dim <= 128) return launch<kTable[2], kFixed>(p, stream);
+  if (p.head_dim <= 192) return launch<kTable[3], kFixed>(p, stream);
+  return launch<kTable[4], kFixed>(p, stream);
 }
 
 // kTable: the configurations of a storage of 8 bits.

@@ -145,25 +145,88 @@ struct Loader {
   // Rows of the lanes from first_lane on.
   __device__ void copy(uint32_t to, const char* rows, uint32_t row_of_lane, int first_lane,
                        unsigned found) const {
+    for_each_chunk<0, kWarpKeys>(rows, row_of_lane, first_lane, found,
+                                 [&](int, int row, int chunk, const char* from, bool valid) {
+                                   ptx::cp_async_16_or_zeros(to + Keys::offset(row, chunk), from,
+                                                             valid);
+                                 });
+  }
+
+  // ---- Through registers ----
+
+  // Rows of a tile's keys, or of its values, that a warp holds at once; all of long ones would
+  // spill. The others are loaded when those are stored.
+  static constexpr int kHeldRows = kRowChunks <= 16 ? kWarpKeys : kWarpKeys / 2;
+  // What a lane holds of them, and which rows the tile has.
+  struct Held {
+    uint32_t row_of_lane;
+    unsigned found;
+    uint4 chunks[kHeldRows * kRowChunks / kWarpSize];
+  };
+
+  // Asks for the next tile's keys. find_page has been called before the first.
+  __device__ void fetch_keys(Held& held) {
+    const bool found = exists() && page >= 0;
+    held.row_of_lane = found ? page * page_chunks + slot * token_chunks : 0;
+    held.found = __ballot_sync(~0u, found);
+    advance();
+    fetch<0>(k_rows, 0, held);
+  }
+  // Asks for the same tile's values.
+  __device__ void fetch_values(Held& held) const { fetch<0>(v_rows, kWarpKeys, held); }
+  // Puts what was asked for where it belongs in the stage.
+  __device__ void store_keys(Held& held, char* to) const { store(k_rows, 0, held, to); }
+  __device__ void store_values(Held& held, char* to) const { store(v_rows, kWarpKeys, held, to); }
+
+ private:
+  // Past L1, as cp.async does: another kernel may yet be writing what L1 would keep.
+  template <int kFirstRow>
+  __device__ void fetch(const char* rows, int first_lane, Held& held) const {
+    for_each_chunk<kFirstRow, kHeldRows>(rows, held.row_of_lane, first_lane, held.found,
+                                         [&](int i, int, int, const char* from, bool valid) {
+                                           held.chunks[i] = uint4{};
+                                           if (valid)
+                                             held.chunks[i] =
+                                                 __ldcg(reinterpret_cast<const uint4*>(from));
+                                         });
+  }
+  template <int kFirstRow = 0>
+  __device__ void store(const char* rows, int first_lane, Held& held, char* to) const {
+#pragma unroll
+    for (int i = 0; i < kHeldRows * kRowChunks / kWarpSize; ++i) {
+      const int at = i * kWarpSize + lane();
+      *reinterpret_cast<uint4*>(to + Keys::offset(kFirstRow + at / kRowChunks, at % kRowChunks)) =
+          held.chunks[i];
+    }
+    if constexpr (kFirstRow + kHeldRows < kWarpKeys) {
+      fetch<kFirstRow + kHeldRows>(rows, first_lane, held);
+      store<kFirstRow + kHeldRows>(rows, first_lane, held, to);
+    }
+  }
+
+  // Calls body(number of the chunk among this lane's, its row and its column in the tile, where it
+  // lies, whether it is one) for kRows rows of the tile. Lanes from first_lane on found them.
+  template <int kFirstRow, int kRows, typename Body>
+  __device__ void for_each_chunk(const char* rows, uint32_t row_of_lane, int first_lane,
+                                 unsigned found, Body&& body) const {
     if constexpr (kOneChunk) {
       const int lane_row = lane() / kRowChunks, chunk = lane() % kRowChunks;
       const unsigned valid = chunk < num_chunks ? found >> lane_row : 0;
 #pragma unroll
-      for (int row = 0; row < kWarpKeys; row += kWarpSize / kRowChunks) {
+      for (int row = kFirstRow; row < kFirstRow + kRows; row += kWarpSize / kRowChunks) {
         const uint32_t first = __shfl_sync(~0u, row_of_lane, first_lane + row + lane_row);
-        ptx::cp_async_16_or_zeros(to + Keys::offset(row + lane_row, chunk),
-                                  rows + uint64_t{first} * kChunkBytes,
-                                  (valid >> (first_lane + row) & 1) != 0);
+        body((row - kFirstRow) * kRowChunks / kWarpSize, row + lane_row, chunk,
+             rows + uint64_t{first} * kChunkBytes, (valid >> (first_lane + row) & 1) != 0);
       }
     } else {
 #pragma unroll
-      for (int i = lane(); i < kWarpKeys * kRowChunks; i += kWarpSize) {
+      for (int i = kFirstRow * kRowChunks + lane(); i < (kFirstRow + kRows) * kRowChunks;
+           i += kWarpSize) {
         const int row = first_lane + i / kRowChunks, chunk = i % kRowChunks;
         const uint32_t first = __shfl_sync(~0u, row_of_lane, row);
         const bool valid = chunk < num_chunks && (found >> row & 1) != 0;
-        ptx::cp_async_16_or_zeros(to + Keys::offset(i / kRowChunks, chunk),
-                                  rows + (uint64_t{first} + (valid ? chunk : 0)) * kChunkBytes,
-                                  valid);
+        body(i / kWarpSize - kFirstRow * kRowChunks / kWarpSize, i / kRowChunks, chunk,
+             rows + (uint64_t{first} + (valid ? chunk : 0)) * kChunkBytes, valid);
       }
     }
   }

@@ -83,8 +83,10 @@ struct Merging {
   static constexpr int kItems = (kRows * kRowVectors + kNumThreads - 1) / kNumThreads;
   static constexpr int kLoadsAtOnce = 8;
 
+  static constexpr bool kAddsWarps = kConfig.merge_slots() < kNumWarps;  // before they are merged
+
   struct Shared {  // row statistics: max in log2 units, and sum
-    float o[kNumWarps][kRowTile][kHeadDim + 4];
+    float o[kConfig.merge_slots()][kRowTile][kHeadDim + 4];
     float2 stats[kNumWarps][kRowTile];
     float2 part_stats[kRows][kMaxPartsAtOnce];
   };
@@ -110,9 +112,37 @@ struct Merging {
       const int row = lane() / 4 + 8 * half;
       const float row_sum = warp_reduce<Sum, 4>(sum[half]);
       if (first_row_of_warp() + row >= segment.num_rows) continue;
-      Keys::store_row(o, half, shared.o[warp()][row]);
+      if constexpr (!kAddsWarps) Keys::store_row(o, half, shared.o[warp()][row]);
       shared.stats[warp()][row] = {max[half], row_sum};
     }
+    if constexpr (kAddsWarps) add_warps<Keys>(o, max);
+  }
+
+  // Where there is room for the o of one warp: each in its turn adds its own, exponentiated against
+  // the maximum of all. Their statistics are there.
+  template <typename Keys>
+  __device__ void add_warps(const float (&o)[2 * kDimSteps][4], const float (&max)[2]) const {
+    for_each_vector([&](int row, int column) {
+      *reinterpret_cast<float4*>(&shared.o[0][row][column]) = float4{};
+    });
+    __syncthreads();
+#pragma unroll 1
+    for (int w = 0; w < kNumWarps; ++w) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int row = lane() / 4 + 8 * half;
+        if (w != warp() || row >= segment.num_rows) continue;
+        const float factor = ptx::exp2_approx(max[half] - finite_or_zero(max_of_warps(row)));
+        Keys::add_row(o, half, factor, shared.o[0][row]);
+      }
+      if (w + 1 < kNumWarps) __syncthreads();
+    }
+  }
+  __device__ float max_of_warps(int row) const {
+    float largest = -INFINITY;
+#pragma unroll
+    for (int w = 0; w < kNumWarps; ++w) largest = fmaxf(largest, shared.stats[w][row].x);
+    return largest;
   }
 
   __device__ Partial merged(int row, int column) const {
@@ -120,10 +150,18 @@ struct Merging {
       const int w = row / kRowTile, at = row % kRowTile;
       const float2 stats = shared.stats[w][at];
       return {*reinterpret_cast<const float4*>(&shared.o[w][at][column]), stats.x, stats.y};
+    } else if constexpr (kAddsWarps) {
+      Partial all;
+      all.max = max_of_warps(row);
+#pragma unroll
+      for (int w = 0; w < kNumWarps; ++w) {
+        all.add(float4{}, shared.stats[w][row].x, shared.stats[w][row].y);
+      }
+      all.o = *reinterpret_cast<const float4*>(&shared.o[0][row][column]);
+      return all;
     } else {
       Partial all;
-#pragma unroll
-      for (int w = 0; w < kNumWarps; ++w) all.max = fmaxf(all.max, shared.stats[w][row].x);
+      all.max = max_of_warps(row);
 #pragma unroll
       for (int w = 0; w < kNumWarps; ++w) {
         all.add(*reinterpret_cast<const float4*>(&shared.o[w][row][column]), shared.stats[w][row].x,

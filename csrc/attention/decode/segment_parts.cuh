@@ -60,14 +60,27 @@ __device__ inline QueriesAndKeys guessed_counts_of_lane(const AttentionParams& p
              p.seqlen_k)};
 }
 
+// The sum of all lanes' values. kCapability: of the code; from 8.0 on it is one instruction.
+template <int kCapability, typename Int>
+__device__ Int sum_of_lanes(Int value) {
+  if constexpr (kCapability >= 80) {
+    return __reduce_add_sync(~0u, value);
+  } else {
+#pragma unroll
+    for (int step = kWarpSize / 2; step > 0; step /= 2) value += __shfl_xor_sync(~0u, value, step);
+    return value;
+  }
+}
+
 // The part of this block. Every warp finds it for itself, a lane each sequence.
-template <int kRows>
+template <Config kConfig>
 __device__ SegmentPart part_of_block(const AttentionParams& p, const QueriesAndKeys& counts) {
-  const Sequence<false, kRows> sequence(p, SequenceSpan{0, counts.num_queries, 0, counts.num_keys});
+  const Sequence<false, kConfig.row_tile> sequence(
+      p, SequenceSpan{0, counts.num_queries, 0, counts.num_keys});
   const int tiles = sequence.tiles;
   const int segments =
       counts.num_queries > 0 ? sequence.row_tiles * static_cast<int>(p.num_heads_kv) : 0;
-  const int total = __reduce_add_sync(~0u, segments * tiles);
+  const int total = sum_of_lanes<kConfig.capability>(segments * tiles);
   // Up to kLongestShortRun tiles a block one block a multiprocessor: more parts take longer to
   // combine than so many tiles to read.
   int places = static_cast<int>(gridDim.x);
@@ -77,7 +90,8 @@ __device__ SegmentPart part_of_block(const AttentionParams& p, const QueriesAndK
   const int most = least + 1 + least / 16, step = 1 + least / 64;
   const auto parts_of = [&](int longest) { return (tiles + longest - 1) / longest; };
   int longest = least;
-  while (longest <= most && __reduce_add_sync(~0u, segments * parts_of(longest)) > places) {
+  while (longest <= most &&
+         sum_of_lanes<kConfig.capability>(segments * parts_of(longest)) > places) {
     longest += step;
   }
   SegmentPart part{.exists = longest <= most, .is_idle = true};
@@ -156,12 +170,12 @@ __device__ SegmentPart wait_for_part(const AttentionParams& p) {
     return {.exists = false};
   }
   const QueriesAndKeys guess = guessed_counts_of_lane(p);
-  const SegmentPart guessed = part_of_block<kRows>(p, guess);
+  const SegmentPart guessed = part_of_block<kConfig>(p, guess);
   prefetch_part<kRows, kNumThreads, Element>(p, guess, guessed);
   wait_for_predecessors();
   const QueriesAndKeys counts = counts_of_lane(p);
   if (!__any_sync(~0u, counts != guess)) return guessed;
-  return part_of_block<kRows>(p, counts);
+  return part_of_block<kConfig>(p, counts);
 }
 
 }  // namespace llamatelemetry::decode
