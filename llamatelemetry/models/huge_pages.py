@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 import sys
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from torch import Tensor
@@ -54,14 +54,27 @@ def _huge_page_bytes() -> int:
 
 
 def _pages(tensors: Iterable[Tensor], size: int) -> list[int]:
-    """Numbers of the huge pages of which tensors fill enough, in order."""
-    spans = {(x.data_ptr(), x.nbytes) for x in tensors if x.device.type == "cpu" and is_plain(x)}
+    """Numbers of the huge pages of which tensors' memory fills enough, in order."""
     filled: Counter[int] = Counter()
-    for begin, nbytes in spans:
-        end = begin + nbytes
+    for begin, end in _spans(tensors):
         for page in range(begin // size, -(-end // size)):
             filled[page] += min(end, (page + 1) * size) - max(begin, page * size)
     return sorted(page for page, nbytes in filled.items() if nbytes >= _LEAST_SHARE * size)
+
+
+def _spans(tensors: Iterable[Tensor]) -> Iterator[tuple[int, int]]:
+    """Begin and end of memory on the CPU that tensors lie in, each byte once.
+
+    That is whole storages: a view's own sizes do not tell where its memory is, as one of some
+    columns has gaps, and one that is expanded has more elements than memory.
+    """
+    whole = [x.untyped_storage() for x in tensors if x.device.type == "cpu" and is_plain(x)]
+    reached = 0
+    for begin, nbytes in sorted({(one.data_ptr(), one.nbytes()) for one in whole}):
+        end = begin + nbytes
+        if end > (begin := max(begin, reached)):
+            yield begin, end
+            reached = end
 
 
 def _madvise(begin: int, nbytes: int, advice: int) -> int:
