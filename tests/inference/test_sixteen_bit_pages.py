@@ -143,7 +143,7 @@ def test_commands(capsys, tmp_path, monkeypatch):
         allocated(self, model, reason, stored)
 
     monkeypatch.setattr(TokenGenerator, "__init__", seen)
-    asked = ["generate", "cat", "--model", str(path), "--max-tokens", "9"]
+    asked = ["generate", "cat", "--model", str(path), "--device", "cpu", "--max-tokens", "9"]
     for more in ([], ["--num-speculative-tokens", "2"]):
         assert main([*asked, "--kv-cache-dtype", "float16", *more]) == 0
         assert "generated 9 tokens" in capsys.readouterr().err
