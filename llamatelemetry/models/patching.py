@@ -78,6 +78,10 @@ def patch(
     followed is said once in a warning and stands in the report. Copies and pickles of the model
     are patched models of their own; loading one needs this package.
 
+    Where the model gets a packed forward, Linux is asked to put its weights on the CPU in huge
+    pages, at the same addresses: since Linux 6.1 patch waits until they are copied there, in time
+    proportional to their size; before, the kernel does it later or never.
+
     Args:
         model: an instance of a class in FAMILIES, of a subclass, or whatever has the base model of
             one inside; plain or with quantised linears.
@@ -287,11 +291,7 @@ def _patched_anew(model: Any, patched: _Patched) -> _Patched:
 
 
 def _packed(
-    model: Any,
-    stack: Stack,
-    ops: OpSet,
-    pieces: Mapping[str, Piece],
-    whole: WholeProbe | None,
+    model: Any, stack: Stack, ops: OpSet, pieces: Mapping[str, Piece], whole: WholeProbe | None
 ) -> tuple[Decoder | None, str | None]:
     """The packed forward, where all that it fuses is replaced, or why the model has none."""
     needed = (name for name, kind in wanted_pieces(stack).items() if kind not in MLPS.values())
