@@ -23,11 +23,14 @@ struct PagedTensors {
 DType check_stored(const char* op, const PagedTensors& t) {
   check_dim(op, "k_cache", t.k_cache, 4, "[num_blocks, page_size, num_heads_kv, head_dim]");
   check_cache_scales(op, t.k_cache, t.k_scales, t.v_scales);
-  if (is_converted(t.q, t.k_cache)) {
-    check_device(op, "k_cache", t.k_cache, "q", t.q);
-  } else {
-    check_like(op, "k_cache", t.k_cache, "q", t.q);
+  if (!is_converted(t.q, t.k_cache)) {
+    const bool takes_16_bits = !kOnCuda && t.q.scalar_type() == ScalarType::Float;
+    check(t.k_cache.scalar_type() == t.q.scalar_type(), op, "k_cache",
+          std::string("have the dtype of q (") + dtype_text(t.q.scalar_type()) + ")" +
+              (takes_16_bits ? ", float16 or bfloat16" : ""),
+          dtype_text(t.k_cache.scalar_type()));
   }
+  check_device(op, "k_cache", t.k_cache, "q", t.q);
   return *dtype_of(t.k_cache.scalar_type());
 }
 

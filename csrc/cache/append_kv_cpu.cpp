@@ -65,10 +65,12 @@ void append_8_bit_items(const AppendKvParams& p, int64_t begin, int64_t end) {
 Error launch_append_kv(const AppendKvParams& params, Stream) {
   const auto bytes = static_cast<double>(2 * params.num_heads * params.head_bytes);
   const Work work{params.num_tokens, 20.0 + 0.1 * bytes};
-  if (params.stored != params.dtype) {
+  if (params.stored == params.dtype) {
+    parallel_over<append_kv_items>("append_kv_", work, params);
+  } else if (is_16_bit_cache(kOnCuda, params.dtype, params.stored)) {
     parallel_over<append_16_bit_items>("append_kv_", work, params);
   } else {
-    parallel_over<append_kv_items>("append_kv_", work, params);
+    return kNotConverted;
   }
   return nullptr;
 }

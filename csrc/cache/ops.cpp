@@ -22,13 +22,7 @@ void check_rows(const char* op, const char* arg, const Tensor& x, const Tensor& 
                 const Tensor& k_cache) {
   check_shape(op, arg, x, "[num_tokens, num_heads_kv, head_dim] as k and the caches are",
               {k.size(0), k_cache.size(2), k_cache.size(3)});
-  if (is_converted(k, k_cache)) {
-    check_floating(op, arg, x);
-    check_like(op, arg, x, "k", k);
-    check_device(op, arg, x, "k_cache", k_cache);
-  } else {
-    check_like(op, arg, x, "k_cache", k_cache);
-  }
+  check_like(op, arg, x, "k", k);
   check_last_contiguous(op, arg, x);
 }
 
@@ -41,6 +35,7 @@ void append_kv_(const Tensor& k, const Tensor& v, Tensor k_cache, Tensor v_cache
   check_cache_scales(op, k_cache, k_scales, v_scales);
   check_scales_apart(op, k_scales, v_scales);
   check_dim(op, "k", k, 3, "[num_tokens, num_heads_kv, head_dim]");
+  check_written_to(op, "k", k, k_cache);
   check_rows(op, "k", k, k, k_cache);
   check_rows(op, "v", v, k, k_cache);
   const int64_t head_dim = k_cache.size(3);

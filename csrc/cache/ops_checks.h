@@ -108,6 +108,23 @@ inline void check_caches(const char* op, const Tensor& k_cache, const Tensor& v_
   check_written_apart(op, "k_cache", k_cache, "v_cache", v_cache);
 }
 
+// Dtype and device of x, whose rows are written to the cache: the cache's, or a dtype that is
+// converted.
+inline void check_written_to(const char* op, const char* arg, const Tensor& x,
+                             const Tensor& k_cache) {
+  const ScalarType stored = k_cache.scalar_type();
+  if (is_converted(x, k_cache)) {
+    check_floating(op, arg, x);
+  } else {
+    const bool takes_float32 = is_16_bit_cache(kOnCuda, DType::kFloat32, *dtype_of(stored));
+    check(x.scalar_type() == stored, op, arg,
+          std::string("have the dtype of k_cache (") + dtype_text(stored) + ")" +
+              (takes_float32 ? " or float32" : ""),
+          dtype_text(x.scalar_type()));
+  }
+  check_device(op, arg, x, "k_cache", k_cache);
+}
+
 // The dimensions of scales for each token and head, those of the shorter steps first, in elements.
 struct ScaleGrid {
   int64_t strides[3];

@@ -51,12 +51,7 @@ void check_qkv(const char* op, const Tensor& qkv, const Tensor& k_cache) {
         std::to_string(qkv.size(2)));
   check(qkv.size(2) <= kMaxRopeHeadDim, op, "head_dim",
         "be at most " + std::to_string(kMaxRopeHeadDim), std::to_string(qkv.size(2)));
-  if (is_converted(qkv, k_cache)) {
-    check_floating(op, "qkv", qkv);
-    check_device(op, "qkv", qkv, "k_cache", k_cache);
-  } else {
-    check_like(op, "qkv", qkv, "k_cache", k_cache);
-  }
+  check_written_to(op, "qkv", qkv, k_cache);
   check_last_contiguous(op, "qkv", qkv);
   check_apart(op, "qkv", qkv.size(0), qkv.stride(0), qkv.size(2));
   check_apart(op, "qkv", qkv.size(1), qkv.stride(1), qkv.size(2));

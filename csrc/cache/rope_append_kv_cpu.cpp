@@ -64,6 +64,10 @@ void rope_append_items(const RopeAppendKvParams& p, int64_t begin, int64_t end) 
 }  // namespace
 
 Error launch_rope_append_kv(const RopeAppendKvParams& params, Stream) {
+  if (params.stored != params.dtype && !is_8_bit_cache(params.stored) &&
+      !is_16_bit_cache(kOnCuda, params.dtype, params.stored)) {
+    return kNotConverted;
+  }
   const auto num_values =
       static_cast<double>((params.num_heads_q + 2 * params.num_heads_kv) * params.head_dim);
   parallel_over<rope_append_items>("rope_append_kv_",

@@ -1,11 +1,14 @@
 // A head's float32 row for a cache of 16 bits, on the CPU.
 #pragma once
 
+#include "common/cache_dtype.h"
 #include "vec/rows.h"
 
 namespace llamatelemetry {
 namespace LT_ISA {
 namespace {
+
+constexpr Error kNotConverted = "rows of this dtype are not converted to that of the cache";
 
 template <typename T>
 void round_row(const float* x, int64_t size, T* to) {

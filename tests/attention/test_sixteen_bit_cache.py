@@ -180,6 +180,8 @@ def test_refusals():
     refuses("k_cache must have the dtype of q (bfloat16), got float16", q=brain)
     wide = {"k_cache": case.k_cache.float(), "v_cache": case.v_cache.float()}
     refuses("k_cache must have the dtype of q (float16), got float32", q=half, **wide)
+    wide = {"k_cache": case.k_cache.double(), "v_cache": case.v_cache.double()}
+    refuses("have the dtype of q (float32), float16 or bfloat16, got float64", **wide)
     other = case.v_cache.bfloat16()
     refuses("v_cache must have the dtype of k_cache (float16), got bfloat16", v_cache=other)
     scales = {"k_scales": torch.ones(1), "v_scales": torch.ones(1)}
@@ -189,9 +191,10 @@ def test_refusals():
     def append_refuses(*parts, k=k, v=v):
         assert_refuses(lambda: append_kv_(k, v, *caches), "append_kv_: ", *parts)
 
-    append_refuses("k must have the dtype of k_cache (float16), got bfloat16", k=k.bfloat16())
+    takes = "k must have the dtype of k_cache (float16) or float32, got"
+    append_refuses(f"{takes} bfloat16", k=k.bfloat16())
     append_refuses("v must have the dtype of k (float32), got float16", v=v.half())
-    append_refuses("k must have the dtype of k_cache (float16), got float64", k=k.double())
+    append_refuses(f"{takes} float64", k=k.double())
 
 
 @pytest.mark.gpu

@@ -89,7 +89,7 @@ def test_refusals(device):
     refuses("k must be [num_tokens, num_heads_kv, head_dim], got shape [7, 3]", k=k[:, :, 0])
     refuses("k must be", "= [7, 3, 16], got shape [7, 2, 16]", k=k[:, :2])
     refuses("v must be", "= [7, 3, 16], got shape [6, 3, 16]", v=v[1:])
-    refuses("v must have the dtype of k_cache (float32), got bfloat16", v=v.bfloat16())
+    refuses("v must have the dtype of k (float32), got bfloat16", v=v.bfloat16())
     refuses("k must have a contiguous last dimension", k=k.repeat_interleave(2, -1)[..., ::2])
     refuses("slot_mapping must be [num_tokens] = [7], got shape [6]", slots=slots[1:])
     refuses("slot_mapping must be int64, got int32", slots=slots.int())

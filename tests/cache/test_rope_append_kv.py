@@ -187,7 +187,8 @@ def test_refusals(device):
     refuses("qkv must have the head_dim of k_cache = 64, got 62", qkv=qkv[..., :62])
     refuses("qkv must have the dtype of k_cache", qkv=qkv.half())
     caches = {name: case[name].half() for name in ("k_cache", "v_cache")}
-    refuses("qkv must have the dtype of k_cache (float16)", **caches, qkv=qkv.bfloat16())
+    takes = "(float16)" if device.type == "cuda" else "(float16) or float32"
+    refuses(f"qkv must have the dtype of k_cache {takes}, got", **caches, qkv=qkv.bfloat16())
     refuses("qkv must have a contiguous last", qkv=qkv.repeat(1, 1, 2)[..., ::2])
     refuses("qkv must", qkv=qkv[:1].expand(9, -1, -1))
     wide = torch.zeros(1, 4, 1, 264, device=device)
