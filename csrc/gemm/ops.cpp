@@ -5,7 +5,7 @@
 #include "binding/launch.h"
 #include "common/device.h"
 #include "format/checks.h"
-#include "gemm/choice.h"
+#include "gemm/choice_checks.h"
 #include "gemm/params.h"
 
 namespace llamatelemetry {
