@@ -46,7 +46,7 @@ def files_of(model: nn.Module, takes_rows: bool) -> Files:
     """How the GroupLinears of a model are kept.
 
     Args:
-        model: whose other linears are dense.
+        model: whose other linears are dense, or W8A8Linears that need no other files.
         takes_rows: whether the inputs of linears of a byte a weight are quantised where that is
             fast, as the files said that they were loaded from.
 
@@ -54,7 +54,7 @@ def files_of(model: nn.Module, takes_rows: bool) -> Files:
         ValueError: no one config names them all.
     """
     linears = {name: m for name, m in model.named_modules() if isinstance(m, GroupLinear)}
-    dense = [name for name, part in model.named_modules() if type(part) is nn.Linear]
+    dense = dense_names(model)
     formats = {linear.format for linear in linears.values()}
     has_columns = all(linear.scales.shape[1] == 1 for linear in linears.values())
     has_order = any(linear.perm is not None for linear in linears.values())
@@ -70,6 +70,11 @@ def files_of(model: nn.Module, takes_rows: bool) -> Files:
         return _table(linears, next(iter(formats)), dense, model)
     said = " and ".join(sorted(formats)) + (" with sorted columns" if has_order else "")
     raise ValueError(f"GroupLinears must all be of one format, or of U4 and S4, got {said}")
+
+
+def dense_names(model: nn.Module) -> list[str]:
+    """Names of the linears that are not quantised."""
+    return [name for name, part in model.named_modules() if type(part) is nn.Linear]
 
 
 def _bytes(dtype: torch.dtype, dense: list[str], takes_rows: bool) -> Files:

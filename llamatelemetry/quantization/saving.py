@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from llamatelemetry.quantization.experts import LinearExperts, QuantExperts, expert_of, is_known
-from llamatelemetry.quantization.group_files import Files, files_of
+from llamatelemetry.quantization.group_files import Files, dense_names, files_of
 from llamatelemetry.quantization.group_linear import GroupLinear
 from llamatelemetry.quantization.modules import QuantEmbedding, QuantLinear
 from llamatelemetry.quantization.rows import RowFormat
@@ -55,13 +55,12 @@ def describe_quantised(model: nn.Module, origin: Origin | None = None) -> None:
     if origin is not None:
         model.__dict__["_origin"] = origin
     kinds = _kinds(model)
-    is_plain = not any(isinstance(part, _QUANTISED) for part in model.modules())
-    if is_plain and not _origin(model).lost:
+    if not _is_quantised(model) and not _origin(model).lost:
         model.__dict__.pop("save_pretrained", None)
         return
     model.__dict__["save_pretrained"] = partial(_save, model)
     if kinds and _mixed(model) is None:
-        config.quantization_config = quantization_config(kinds.pop(), _dense(model))
+        config.quantization_config = quantization_config(kinds.pop(), dense_names(model))
 
 
 def _save(model: Any, *args: Any, **named: Any) -> Any:
@@ -88,7 +87,7 @@ def _save(model: Any, *args: Any, **named: Any) -> Any:
     try:
         return type(model).save_pretrained(*given.args, **given.kwargs)
     finally:
-        del model.config.quantization_config
+        describe_quantised(model)  # the config says what it said before
 
 
 def _files(model: nn.Module) -> Files | None:
@@ -102,7 +101,7 @@ def _files(model: nn.Module) -> Files | None:
     if _kinds(model):
         if (reason := _mixed(model)) is not None:
             raise ValueError(reason)
-        return None
+        return _files_of_groups(model)
     for name, part in model.named_modules():
         if isinstance(part, _PACKED):
             raise ValueError(
@@ -110,6 +109,10 @@ def _files(model: nn.Module) -> Files | None:
                 "they are; keep the files that it was loaded from, or load them with "
                 "dequantize=True and save that"
             )
+    return _files_of_groups(model)
+
+
+def _files_of_groups(model: nn.Module) -> Files | None:
     if not any(isinstance(part, GroupLinear) for part in model.modules()):
         return None
     return files_of(model, _origin(model).takes_rows)
@@ -135,10 +138,6 @@ def _is_quantised(model: nn.Module) -> bool:
     return any(isinstance(part, _QUANTISED) for part in model.modules())
 
 
-def _dense(model: nn.Module) -> list[str]:
-    return [name for name, part in model.named_modules() if type(part) is nn.Linear]
-
-
 def _kinds(model: nn.Module) -> set[RowFormat]:
     return {part.takes for part in model.modules() if isinstance(part, W8A8Linear)}
 
@@ -153,11 +152,20 @@ def _mixed(model: nn.Module) -> str | None:
         )
         return f"W8A8 linears must all be of one format, got {' and '.join(said)}"
     for name, part in model.named_modules():
-        if isinstance(part, (GroupLinear, *_PACKED)):
+        if isinstance(part, _PACKED):
             return (
                 f"W8A8 linears must be all that is quantised, got {name}, a {type(part).__name__}"
             )
-    return None
+    try:
+        files = _files_of_groups(model)
+    except ValueError as error:
+        return str(error)
+    if files is None or files.config == quantization_config(kinds.pop(), dense_names(model)):
+        return None  # load_model makes both of one format, by the sizes of each
+    return (
+        "W8A8 linears must be all that is quantised, or of the format of the GroupLinears beside "
+        "them, got others; load_model(dequantize=True) makes all that a directory holds dense"
+    )
 
 
 def _check_names(model: Any, state: Mapping[str, Tensor]) -> None:

@@ -19,6 +19,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from llamatelemetry.loading.find import load_model
 from llamatelemetry.models.patching import patch
 from llamatelemetry.quantization.group_linear import GroupLinear
+from llamatelemetry.quantization.w8a8 import W8A8Linear
 
 IDS = torch.tensor([[5, 17, 3, 80, 41, 9]])
 ROWS = {
@@ -74,6 +75,37 @@ def test_what_is_saved_is_read(tmp_path, kind):
     patch(again)  # whose linears are views of merged ones
     assert saved(again, tmp_path / "patched") == found
     assert_twins(loaded(tmp_path / "patched"), twin)
+
+
+@pytest.mark.parametrize("kind", ROWS)
+def test_linears_of_two_classes_share_a_format(tmp_path, kind):
+    """On the CPU those with whole blocks of 32 are GroupLinears, the others W8A8Linears."""
+    config = LlamaConfig(
+        vocab_size=97, hidden_size=64, intermediate_size=100, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, eos_token_id=None,
+    )  # fmt: skip
+    with torch.inference_mode(False):
+        write_quantised(tmp_path / "from", LlamaForCausalLM(config).eval(), ROWS[kind])
+    model = loaded(tmp_path / "from")
+    kinds = {type(part) for part in model.modules()}
+    assert {GroupLinear, W8A8Linear} <= kinds
+    found = saved(model, tmp_path / "to")
+    assert (found["format"], found["ignore"]) == (WRITTEN.get(kind, "float-quantized"), ["lm_head"])
+    assert model.config.quantization_config == found  # as of W8A8Linears alone
+    assert_twins(loaded(tmp_path / "to"), model)
+    patch(model)
+    assert saved(model, tmp_path / "patched") == found
+    assert_twins(loaded(tmp_path / "patched"), loaded(tmp_path / "from"))
+
+
+@pytest.mark.parametrize("other", ["int8-column", "float8-column-rows"])
+def test_linears_of_two_formats_are_not_saved(tmp_path, other):
+    write_quantised(tmp_path / "from", tiny_model("llama"), (KINDS | ROWS)[other])
+    model, name = loaded(tmp_path / "from"), "model.layers.0.self_attn.q_proj"
+    linear = model.get_submodule(name).dense(torch.float32)
+    model.set_submodule(name, W8A8Linear.of(linear))
+    with pytest.raises(RuntimeError, match=r"or of the format of the GroupLinears beside them"):
+        model.save_pretrained(tmp_path / "to")
 
 
 def test_blocks_as_deepseeks(tmp_path):
