@@ -24,19 +24,27 @@ LT_INLINE void fetch_row(const T* row, int64_t head_dim) {
   for (int64_t c = 0; c < head_dim; c += kLine) __builtin_prefetch(row + c, 0, 3);
 }
 
-// Rows that are fetched one by one beside other work, which is done before they are needed.
-template <typename T>
+// Rows that are fetched one by one beside other work, which is done before they are needed; none
+// where kAny is false.
+template <typename T, bool kAny>
 struct Ahead {
   const T* const* rows;
   int count;
 };
+// Those of [begin, end) that there are.
+template <typename T, bool kAny>
+LT_INLINE void fetch_rows(Ahead<T, kAny> ahead, int begin, int end, int64_t head_dim) {
+  if constexpr (kAny) {
+    for (int i = begin; i < end && i < ahead.count; ++i) fetch_row(ahead.rows[i], head_dim);
+  }
+}
 
 // scores[r][j] = q[r] . keys[j]. keys holds pointers up to a multiple of 4 past num_keys.
-template <int kRows, typename T>
+template <int kRows, typename T, bool kAny>
 void score_few(const float* q, int64_t q_stride, const T* const* keys, int num_keys,
-               int64_t head_dim, float* scores, Ahead<T> ahead) {
+               int64_t head_dim, float* scores, Ahead<T, kAny> ahead) {
   for (int j = 0; j < num_keys; j += 4) {
-    for (int i = j; i < j + 4 && i < ahead.count; ++i) fetch_row(ahead.rows[i], head_dim);
+    fetch_rows(ahead, j, j + 4, head_dim);
     Vec sum[kRows][4];
     for (auto& row : sum) {
       for (Vec& x : row) x = vec_set(0);
@@ -63,17 +71,17 @@ void score_few(const float* q, int64_t q_stride, const T* const* keys, int num_k
 }
 
 // o[r][c..] = o[r][c..] * scale[r] + sum_j p[r][j] values[j][c..], kVecs registers wide.
-template <int kRows, int kVecs, typename T, typename Load>
+template <int kRows, int kVecs, typename T, bool kAny, typename Load>
 LT_INLINE void add_values(const float* p, const float* scale, const T* const* values, int num_keys,
-                          int64_t c, int64_t head_dim, float* o, int64_t o_stride, Ahead<T> ahead,
-                          Load load) {
+                          int64_t c, int64_t head_dim, float* o, int64_t o_stride,
+                          Ahead<T, kAny> ahead, Load load) {
   // A block is summed by itself: long sums round less that way.
   Vec sum[kRows][kVecs];
   for (auto& row : sum) {
     for (Vec& x : row) x = vec_set(0);
   }
   for (int j = 0; j < num_keys; ++j) {
-    if (j < ahead.count) fetch_row(ahead.rows[j], head_dim);
+    fetch_rows(ahead, j, j + 1, head_dim);
     Vec value[kVecs];
     for (int v = 0; v < kVecs; ++v) value[v] = load(values[j] + c + v * Vec::kLanes);
     for (int r = 0; r < kRows; ++r) {
@@ -89,9 +97,9 @@ LT_INLINE void add_values(const float* p, const float* scale, const T* const* va
   }
 }
 
-template <int kRows, typename T>
+template <int kRows, typename T, bool kAny>
 void add_values_few(const float* p, const float* scale, const T* const* values, int num_keys,
-                    int64_t head_dim, float* o, int64_t o_stride, Ahead<T> ahead) {
+                    int64_t head_dim, float* o, int64_t o_stride, Ahead<T, kAny> ahead) {
   constexpr int kVecs = 4;
   const auto add = [&](int64_t c, auto vecs, auto load) {
     add_values<kRows, decltype(vecs)::value>(p, scale, values, num_keys, c, head_dim, o, o_stride,
@@ -137,6 +145,7 @@ LT_INLINE float exponentiate(float* scores, int begin, int end, int num_keys, fl
 template <typename Source>
 void attend_few(const Source& source, int64_t begin, int64_t end) {
   using Stored = typename Source::Stored;
+  using Rows = Ahead<Stored, Source::kAsTheyLie>;
   const KeyRange keys = source.keys(begin, end);
   const int64_t head_dim = source.head_dim;
   alignas(64) float q[kMaxDecodeRows * kMaxHeadDim];
@@ -166,13 +175,12 @@ void attend_few(const Source& source, int64_t begin, int64_t end) {
     for (int j = num_keys; j % 4 != 0; ++j) key_rows[j] = key_rows[num_keys - 1];
     for (int part = 0; part < num_parts; ++part) {
       const int row = num_rows * part / num_parts;
-      const bool fetches = Source::kAsTheyLie && part == 0;
       with_constant<kMaxSharedRows>(num_rows * (part + 1) / num_parts - row, [&](auto rows) {
         constexpr int kRows = decltype(rows)::value;
         alignas(64) float scores[kRows * kBlockKeys];
         float scale[kRows];
         score_few<kRows>(q + row * stride, stride, key_rows, num_keys, head_dim, scores,
-                         Ahead<Stored>{value_rows, fetches ? num_keys : 0});
+                         Rows{value_rows, part == 0 ? num_keys : 0});
         for (int r = 0; r < kRows; ++r) {
           float* row_scores = scores + r * kBlockKeys;
           const int64_t index = begin + row + r;
@@ -193,7 +201,7 @@ void attend_few(const Source& source, int64_t begin, int64_t end) {
         }
         add_values_few<kRows>(
             scores, scale, value_rows, num_keys, head_dim, o + row * stride, stride,
-            Ahead<Stored>{next_rows, fetches ? static_cast<int>(next.end - next.begin) : 0});
+            Rows{next_rows, part == 0 ? static_cast<int>(next.end - next.begin) : 0});
       });
     }
   }

@@ -25,8 +25,8 @@ void write_result(const Params& p, int64_t index, const float* o, float row_max,
             p.lse + index % p.num_heads_q * p.total_q + index / p.num_heads_q);
 }
 
-// One sequence, key head and split of the keys. Of 16 bits beside float32 queries they are
-// converted in registers, wherever a row is loaded.
+// One sequence, key head and split of the keys. A 16-bit cache beside float32 queries is converted
+// in registers as rows are loaded.
 template <typename Element, typename StoredElement = Element>
 struct PagedSource {
   using T = Element;
@@ -241,8 +241,9 @@ void prefill_items(const Tiled<Params>& tiles, int64_t begin, int64_t end) {
       });
 }
 
-// Calls body with the Types of q and of keys and values; those of 8 bits count as q's. What has
-// bfloat16's instructions gets no q of float32.
+// Calls body with the Types of q and of keys and values. 8-bit caches are dispatched by q's dtype
+// alone. Levels with bfloat16 instructions are compiled for bfloat16 queries only
+// (LT_CPU_LAUNCHER_BF16).
 template <typename Body>
 void dispatch_types(const Params& p, Body&& body) {
 #if !defined(__AVX512BF16__)

@@ -43,6 +43,7 @@ struct Tile {
   // The rows that are yet to be fetched, see look_ahead, and how many to fetch at a time.
   const void* ahead[2 * kMaxTileRows];
   int num_ahead;
+  int64_t ahead_bytes;  // of each
   int fetched_at_once;
   const void* next_queries[kMaxTileRows];  // of the tile after this one, likely the thread's next
   int num_next;
@@ -95,11 +96,11 @@ void adjust_scores(const Source& source, const Tile& tile, int row, int64_t firs
 }
 
 // Fetches more of the rows ahead; many at once would be dropped.
-LT_INLINE void fetch_ahead(Tile& tile, int64_t row_bytes) {
+LT_INLINE void fetch_ahead(Tile& tile) {
   constexpr int64_t kLineBytes = 64;
   for (int n = 0; n < tile.fetched_at_once && tile.num_ahead > 0; ++n) {
     const auto* row = static_cast<const char*>(tile.ahead[--tile.num_ahead]);
-    for (int64_t i = 0; i < row_bytes; i += kLineBytes) __builtin_prefetch(row + i, 0, 2);
+    for (int64_t i = 0; i < tile.ahead_bytes; i += kLineBytes) __builtin_prefetch(row + i, 0, 2);
   }
 }
 
@@ -115,7 +116,7 @@ LT_INLINE void add_block(const Source& source, Tile& tile, int row, int64_t firs
   std::memcpy(row_max, tile.row_max + row, sizeof row_max);
   const int64_t depth = padded_dim(source.head_dim) / kPer;
   for (int j = span.begin; j < span.end; j += kStep) {
-    fetch_ahead(tile, depth * static_cast<int64_t>(sizeof(float)));
+    fetch_ahead(tile);
     score_keys<kPer, kVecs>(tile.keys + j * kRowWords, tile.q + row * depth, depth,
                             dot_factor(source.rule), scores + j * kColumns, row_max);
   }
@@ -193,7 +194,9 @@ template <typename Source>
 void look_ahead(const Source& source, KeyRange keys, int64_t begin, int num_rows, Tile& tile) {
   static_assert(kTileKeys <= kMaxTileRows);  // ahead holds either
   int count = 0;
+  int64_t element_bytes = sizeof(typename Source::T);
   if (keys.begin < keys.end) {
+    element_bytes = sizeof(typename Source::Stored);
     const typename Source::Stored* rows[2 * kTileKeys];
     source.find_keys(keys, rows);
     source.find_values(keys, rows + (keys.end - keys.begin));
@@ -204,6 +207,7 @@ void look_ahead(const Source& source, KeyRange keys, int64_t begin, int num_rows
   }
   const int64_t num_panels = ceil_div(num_rows, kGroupRows) * kTileKeys / kStep;
   tile.num_ahead = count;
+  tile.ahead_bytes = source.head_dim * element_bytes;
   tile.fetched_at_once = static_cast<int>(ceil_div(count, num_panels));
 }
 
