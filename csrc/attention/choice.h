@@ -32,9 +32,6 @@ static_assert(kSplitMultiple % decode::kTileKeys == 0 && kSplitMultiple % kMinSp
 constexpr int64_t kMaxSplitKeys = int64_t{1} << 30;
 
 enum class AttentionImpl : int { kNone, kCpu, kDecode, kDecodeSm75, kSm75, kSm80, kSm90, kSimt };
-// Whether kDecodeSm75 is chosen without its name too. It has not run on a GPU of compute capability
-// 7.5 yet: until one has measured it, kSimt and kSm75 serve there what they did.
-constexpr bool kChoosesDecodeSm75 = false;
 
 // What `backend` may say, and the only place that spells the names.
 struct NamedImpl {
@@ -277,7 +274,8 @@ static inline constexpr const char* why_not(AttentionImpl impl, const AttentionD
 
 // ---- What is chosen ----
 
-// The first in this order that can serve the call and is worth it; kNone where none can.
+// The first in this order that can serve the call and is worth it; kNone where none can. Without
+// kDecodeSm75, which no GPU has run: its place in the order comes with a measurement on one.
 static inline constexpr AttentionImpl best_impl(const AttentionDescriptor& d) {
   // Rows over one read of the keys.
   const int64_t rows = rows_of_key_head(d);
@@ -287,12 +285,7 @@ static inline constexpr AttentionImpl best_impl(const AttentionDescriptor& d) {
   const bool few_queries = d.seqlen_q < kMinPrefillQueries || few_rows;
   for (const AttentionImpl impl :
        {AttentionImpl::kCpu, AttentionImpl::kDecode, AttentionImpl::kSm90, AttentionImpl::kSm80,
-        AttentionImpl::kDecodeSm75, AttentionImpl::kSm75, AttentionImpl::kSimt}) {
-    if (impl == AttentionImpl::kDecodeSm75) {
-      if (!kChoosesDecodeSm75) continue;
-      // Over pages nothing else with tensor cores serves chunks on 7.5.
-      if (!few_queries && d.page_size == 0) continue;
-    }
+        AttentionImpl::kSm75, AttentionImpl::kSimt}) {
     // Over 8 bits nothing else with tensor cores serves chunks.
     if (impl == AttentionImpl::kDecode && !few_queries && d.kv_dtype == d.dtype) continue;
     const bool is_prefill = impl == AttentionImpl::kSm90 || impl == AttentionImpl::kSm80;

@@ -7,7 +7,7 @@ namespace llamatelemetry {
 namespace {
 
 // A GPU of a compute capability that this build holds code for, whatever runs here.
-AttentionDescriptor gpu_of(int capability) {
+constexpr AttentionDescriptor gpu_of(int capability) {
   AttentionDescriptor d{};
   d.on_cuda = true;
   d.has_sm90_code = true;
@@ -21,6 +21,19 @@ AttentionDescriptor gpu_of(int capability) {
                        kKiB;
   return d;
 }
+
+// Caches of 8 bits, which typical_call does not ask about.
+constexpr bool reads_8_bits(AttentionImpl impl) {
+  AttentionDescriptor d = gpu_of(90);
+  d.dtype = DType::kFloat16;
+  d.kv_dtype = DType::kInt8;
+  d.aligned = true;
+  d.page_size = 16;
+  d.head_dim = 128;
+  return why_not(impl, d) == nullptr;
+}
+static_assert(reads_8_bits(AttentionImpl::kDecode) && reads_8_bits(AttentionImpl::kSimt));
+static_assert(!reads_8_bits(AttentionImpl::kDecodeSm75) && !reads_8_bits(AttentionImpl::kSm90));
 
 // Aligned tensors on this library's current device, or on a GPU of capability where that is not 0;
 // everything else as a typical call has it.

@@ -31,20 +31,20 @@ def flash_attn(
     Args:
         q: [batch, seqlen_q, num_heads_q, head_dim], float32, float16 or bfloat16
         k, v: [batch, seqlen_k, num_heads_kv, head_dim], dtype and device of q; num_heads_kv divides
-            num_heads_q; head_dim a multiple of 8 up to 256; any strides with a contiguous last
-            dimension
+            num_heads_q; head_dim a multiple of 8 up to 256; any strides with contiguous rows
         softmax_scale: default 1 / sqrt(head_dim)
         window_size: -1: unlimited
         softcap: at most 10000; 0: off
         sinks: [num_heads_q] float32 or None: one more score a head, without a value
         alibi_slopes: [num_heads_q] or [batch, num_heads_q] float32 or None
-        backend: None chooses the best that serves the call; one of "cpu", "decode",
-            "decode_sm75", "simt", "sm75", "sm80", "sm90" that this build has forces it. "decode",
-            which serves fewer than 16 queries a sequence on a GPU, divides the keys of the whole
-            batch evenly, and "sm90" cuts long keys where there are few queries in all, so the last
-            bits of a row may depend on the rest of the batch. "decode" by name lets clusters of
-            blocks share the keys of one sequence on Hopper: less time alone, more in a step of
-            16-bit linears. "decode_sm75" is its code for 7.5, in float16, by name alone
+        backend: None chooses the best that serves the call; one of "cpu", "decode", "decode_sm75",
+            "simt", "sm75", "sm80", "sm90" that this build has forces it. "decode", which serves
+            fewer than 16 queries a sequence on a GPU, divides the keys of the whole batch evenly,
+            and "sm90" cuts long keys where there are few queries in all, so the last bits of a row
+            may depend on the rest of the batch. "decode" by name lets clusters of blocks share the
+            keys of one sequence on Hopper: less time alone, more in a step of 16-bit linears.
+            "decode_sm75" is "decode" in float16 for compute capability 7.5 and later, without
+            caches of 8 bits; no GPU has run it, so None never chooses it
 
     Returns:
         out as q, contiguous, and lse [batch, num_heads_q, seqlen_q] float32, the natural log of the

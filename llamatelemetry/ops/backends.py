@@ -26,23 +26,26 @@ def _library_of(backend: str) -> ctypes.CDLL | None:
     return library.cpu_library if backend == "cpu" else library.cuda_library
 
 
-def flash_why_not(backend: str, dtype: torch.dtype, *, page_size: int = 0) -> str | None:
+def flash_why_not(
+    backend: str, dtype: torch.dtype, *, page_size: int = 0, capability: int = 0
+) -> str | None:
     """Why a backend cannot serve aligned tensors of dtype on its device.
 
     Args:
         backend: One of ATTENTION_BACKENDS; its device is the CPU or the current GPU.
         dtype: torch.float32, torch.float16 or torch.bfloat16.
         page_size: Tokens of a page of the cache; 0 where keys are dense.
+        capability: As in attention_choice.
 
     Returns:
         The reason, or None where it can.
     """
-    owner = _library_of(backend)
+    owner = _library_of("cpu" if capability else backend)
     if owner is None:
         return library.why_no_cuda_library()
     owner.lt_attention_why_not.argtypes = [ctypes.c_char_p, *_CALL]
     owner.lt_attention_why_not.restype = ctypes.c_char_p
-    call = (0, _DTYPES.index(dtype), _HEAD_DIM, _SEQLEN, _SEQLEN, page_size)
+    call = (capability, _DTYPES.index(dtype), _HEAD_DIM, _SEQLEN, _SEQLEN, page_size)
     reason = owner.lt_attention_why_not(backend.encode(), *call)
     return reason.decode() if reason else None
 

@@ -82,6 +82,20 @@ def test_prefill_over_pages(capability, dtype, seqlen_q, chosen):
     assert choice.partition(",")[0] == chosen
 
 
+@pytest.mark.parametrize(
+    ("name", "dtype", "capability", "reason"),
+    [
+        ("decode_sm75", FP16, 75, None),
+        ("decode_sm75", BF16, 75, "it serves float16"),
+        ("decode_sm75", FP32, 90, "it serves float16"),
+        ("decode", FP16, 75, "it needs a GPU of compute capability 8.0 or later and code for it"),
+        ("decode", FP32, 90, "it serves float16 and bfloat16"),
+    ],
+)
+def test_what_decode_refuses(name, dtype, capability, reason):
+    assert flash_why_not(name, dtype, page_size=16, capability=capability) == reason
+
+
 def test_counts_past_what_a_kernel_takes():
     """What Hopper's kernel cannot count the next one serves; past every grid nobody does."""
     options = {"capability": 90, "seqlen_k": 64}

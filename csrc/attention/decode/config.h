@@ -23,7 +23,7 @@ enum class Stored { kAsQueries, kE4M3, kInt8 };
 struct Config {
   int head_dim;       // up to which it serves, and of its tiles
   int stages;         // of a warp's ring: loads under way that keep memory busy
-  int blocks_per_sm;  // with stages, what fits 227 KB of shared memory
+  int blocks_per_sm;  // with stages, what fits a multiprocessor's shared memory: 227 KB, 64 on 7.5
   bool queries_in_registers;
   Stored stored = Stored::kAsQueries;
   // Rows of a segment: kRowTile, whose keys warps share out; or as many for each warp, which then
@@ -48,7 +48,8 @@ struct Config {
     constexpr int kPadding = 8;
     return kRowTile * (is_8_bit() ? head_dim * 2 + kPadding + 4 : head_dim * 2);
   }
-  // Warps whose o stand in shared memory at once: where that is 64 KB they add theirs up there.
+  // Warps whose o stand in shared memory at once. 1 on 7.5, whose 64 KB do not hold two blocks with
+  // four from head_dim 128 on: there warps add theirs up in turn.
   constexpr int merge_slots() const { return copies_by_registers() ? 1 : kNumWarps; }
   // Merge of decode.cuh: o of warps, the row statistics of each, and statistics of parts.
   constexpr int merge_bytes() const {
@@ -115,15 +116,16 @@ constexpr Config kWideConfigs[] = {widened(kConfigs[0]), widened(kConfigs[1]),
                                    widened(kConfigs[2])};
 constexpr int kMaxWideHeadDim = 128;
 
-// For compute capability 7.5; not run on a GPU yet. Of ptxas and its code for sm_75, both kinds of
-// splits:
-//   head_dim  shared memory  registers  stack  loop over 16 keys: instructions, loads from the
-//   stack
-//         64           9 KB        237      0                              759 0 96          12 KB
-//         255     32                              905                     0
-//        128          16 KB        255     80                              958 0 192          30 KB
-//        255    272                             1390                    52 256          40 KB 255
-//        264                             1525                    64
+// For compute capability 7.5; not run on a GPU yet. By ptxas for sm_75, the larger of fixed and
+// free splits, and in the loop over 16 keys:
+// clang-format off
+//   head_dim  shared memory  registers  stack  instructions of the loop  its loads from the stack
+//         64           9 KB        237      0                       759                         0
+//         96          12 KB        255     32                       905                         0
+//        128          16 KB        255     80                       958                         0
+//        192          30 KB        255    272                      1390                        52
+//        256          40 KB        255    264                      1525                        64
+// clang-format on
 // A T4 gives each of its 40 multiprocessors 64 KB, 64 K registers and of 320 GB/s 5 bytes a clock.
 // Those instructions ask for 22 to 43 bytes of keys and values a clock, the tensor cores for 64, so
 // memory binds. Its latency, some 700 clocks, needs 4 KB under way: a warp has 2 to 4.
