@@ -1,4 +1,4 @@
-// What is asked of each GPU once, and read from memory from then on. CUDA alone.
+// What is asked of each GPU once, the first 64, and read from memory from then on. CUDA alone.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -16,6 +16,15 @@ class PerDevice {
   const T& of_current(Ask&& ask) {
     int device = 0;
     cudaGetDevice(&device);
+    if (device >= kMaxDevices) {  // no place to keep it: asked anew each time
+      struct Answer {
+        T value{};
+      };
+      thread_local Answer answer;
+      answer = Answer{};
+      ask(answer.value);
+      return answer.value;
+    }
     std::call_once(asked_[device], [&] { ask(values_[device]); });
     return values_[device];
   }

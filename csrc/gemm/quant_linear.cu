@@ -30,7 +30,7 @@ Error launch_stream(const QuantLinearParams& p, Stream stream) {
 #ifdef LT_SM90
 Error launch_wgmma(const QuantLinearParams& p, FormatSet set, Stream stream) {
   const QuantWgmmaPlan plan =
-      wgmma_plan(p.m, p.n, p.k, kFormats[p.format].codes, quant_wgmma_slots());
+      wgmma_plan(p.m, p.n, p.k, kFormats[p.format].codes, quant_wgmma_clusters_at_once());
   const bool groups = set == FormatSet::kGroups;
   switch (plan.tokens) {
     case 32:

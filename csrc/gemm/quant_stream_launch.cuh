@@ -8,11 +8,11 @@
 namespace llamatelemetry {
 
 // How many clusters of 1, 2, .. blocks, a block a multiprocessor, the current device runs at once.
-using StreamClusters = int[kMaxStreamSplits];
+using StreamClustersAtOnce = int[kMaxStreamSplits];
 template <typename Kernel>
-const StreamClusters& stream_clusters(const DeviceFacts& device) {
-  static PerDevice<StreamClusters> clusters;
-  return clusters.of_current([&device](StreamClusters& of_device) {
+const StreamClustersAtOnce& stream_clusters_at_once(const DeviceFacts& device) {
+  static PerDevice<StreamClustersAtOnce> at_once;
+  return at_once.of_current([&device](StreamClustersAtOnce& of_device) {
     of_device[0] = device.num_sms;
     if (!has_stream_clusters(device.capability, device.code_capability, device.max_shared_bytes)) {
       return;
@@ -39,7 +39,7 @@ Error launch_stream_kernel(const QuantLinearParams& p, Stream stream) {
       .call = p,
       .plan =
           stream_plan(planned_rows, p.n, p.k, Kernel::kChunk, Kernel::kColumnTiles, Kernel::kStarts,
-                      device.max_shared_bytes, stream_clusters<Kernel>(device)),
+                      device.max_shared_bytes, stream_clusters_at_once<Kernel>(device)),
       .shared = {},
       .num_tiles = static_cast<int>((p.n + kTileRows - 1) / kTileRows),
       .num_chunks = num_chunks};

@@ -10,9 +10,9 @@ namespace llamatelemetry {
 
 // How many clusters of 1, 2, .. blocks of Kernel the current device runs at once.
 template <typename Kernel>
-const WgmmaSlots& wgmma_slots() {
-  static PerDevice<WgmmaSlots> slots;
-  return slots.of_current([](WgmmaSlots& of_device) {
+const WgmmaClustersAtOnce& wgmma_clusters_at_once() {
+  static PerDevice<WgmmaClustersAtOnce> at_once;
+  return at_once.of_current([](WgmmaClustersAtOnce& of_device) {
     cudaFuncSetAttribute(kernel_entry<Kernel>, cudaFuncAttributeMaxDynamicSharedMemorySize,
                          Kernel::kMaxShared);
     for (int blocks = 1; blocks <= kMaxWgmmaSplits; ++blocks) {

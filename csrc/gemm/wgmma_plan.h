@@ -106,7 +106,7 @@ Error launch_quant_wgmma_groups_128(const QuantLinearParams& params, const Quant
 Error launch_quant_wgmma_groups_256(const QuantLinearParams& params, const QuantWgmmaPlan& plan,
                                     Stream stream);
 // How many clusters of 1, 2, .. blocks of theirs the current device runs at once.
-using WgmmaSlots = int[kMaxWgmmaSplits];
-const WgmmaSlots& quant_wgmma_slots();
+using WgmmaClustersAtOnce = int[kMaxWgmmaSplits];
+const WgmmaClustersAtOnce& quant_wgmma_clusters_at_once();
 
 }  // namespace llamatelemetry

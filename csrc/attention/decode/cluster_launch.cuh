@@ -8,15 +8,15 @@
 
 namespace llamatelemetry::decode {
 
-// How many clusters of 1, 2, 4, 8 and 16 blocks the current device runs at
-// once; once a device, as is what allows their shared memory and sizes.
+// How many clusters of 1, 2, 4, 8 and 16 blocks the current device runs at once. Asked once a
+// device, after allowing the kernel its shared memory and clusters of 16.
 constexpr int kClusterSizes = 5;
 static_assert(1 << (kClusterSizes - 1) == kMaxClusterBlocks);
-using ClustersAtOnce = int[kClusterSizes];
+using DecodeClustersAtOnce = int[kClusterSizes];
 template <typename Kernel>
-const ClustersAtOnce& most_clusters() {
-  static PerDevice<ClustersAtOnce> most;
-  return most.of_current([](ClustersAtOnce& of_device) {
+const DecodeClustersAtOnce& decode_clusters_at_once() {
+  static PerDevice<DecodeClustersAtOnce> at_once;
+  return at_once.of_current([](DecodeClustersAtOnce& of_device) {
     const auto kernel = kernel_entry<Kernel>;
     cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Kernel::kSharedBytes);
     cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
@@ -26,14 +26,13 @@ const ClustersAtOnce& most_clusters() {
   });
 }
 
-// Most blocks of a cluster, a power of two up to `blocks`, with which all
-// clusters run at once: where multiprocessors stand in smaller groups, large
-// ones would wait for each other.
+// Most blocks of a cluster, a power of two up to `blocks`, with which all clusters run at once:
+// where multiprocessors stand in smaller groups, large ones would wait for each other.
 template <typename Kernel>
 int blocks_that_run(int blocks, int clusters) {
-  const ClustersAtOnce& most = most_clusters<Kernel>();
+  const DecodeClustersAtOnce& at_once = decode_clusters_at_once<Kernel>();
   unsigned i = 31 - static_cast<unsigned>(__builtin_clz(static_cast<unsigned>(blocks)));
-  while (i > 0 && most[i] < clusters) --i;
+  while (i > 0 && at_once[i] < clusters) --i;
   return 1 << i;
 }
 
