@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 # vLLM's names -> torch's; "auto" is the model's own.
@@ -32,3 +34,18 @@ def cache_dtype_of(args: argparse.Namespace) -> Any:
 
     name = args.kv_cache_dtype
     return None if name == "auto" else getattr(torch, _DTYPES[name])
+
+
+@contextlib.contextmanager
+def refusals_name_the_option() -> Iterator[None]:
+    """For what takes a cache_dtype: only a loaded model tells whether that serves it.
+
+    Raises:
+        ValueError: for one that does not.
+    """
+    from llamatelemetry.inference.kv_pages import CacheDtypeError
+
+    try:
+        yield
+    except CacheDtypeError as error:
+        raise ValueError(f"--kv-cache-dtype {error.what}; auto is the model's own") from None

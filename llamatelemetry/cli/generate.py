@@ -12,7 +12,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
-from llamatelemetry.cli.cache_dtype import add_cache_option, cache_dtype_of
+from llamatelemetry.cli.cache_dtype import (
+    add_cache_option,
+    cache_dtype_of,
+    refusals_name_the_option,
+)
 from llamatelemetry.cli.output import OutputError, emit, warnings_as_sentences
 from llamatelemetry.cli.speculation import add_options, check_options, speculation_of
 
@@ -161,7 +165,8 @@ def _generate(args: argparse.Namespace) -> int:
         loaded = load_model(args.model, device=device, exact=args.exact, progress=progress)
     speculation = speculation_of(args, loaded.tokenizer, device, args.exact)
     kept = {"cache_dtype": cache_dtype_of(args)}
-    engine = InferenceEngine(loaded, backend=args.backend, **kept)
+    with refusals_name_the_option():
+        engine = InferenceEngine(loaded, backend=args.backend, **kept)
     params = replace(engine.defaults.unasked(), **given)
     drafts: list[tuple[str, str]] = []
     if speculation is None:

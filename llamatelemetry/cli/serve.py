@@ -18,7 +18,11 @@ from llamatelemetry.cli.batching import (
     check_batch_options,
     check_prefill_chunk,
 )
-from llamatelemetry.cli.cache_dtype import add_cache_option, cache_dtype_of
+from llamatelemetry.cli.cache_dtype import (
+    add_cache_option,
+    cache_dtype_of,
+    refusals_name_the_option,
+)
 from llamatelemetry.cli.output import warnings_as_sentences
 from llamatelemetry.cli.speculation import add_options, check_options, speculation_of
 
@@ -156,13 +160,14 @@ def _made(args: argparse.Namespace) -> tuple[Any, Any]:
         drain_s=DRAIN_S,
         pooling=args.pooling,
     )
-    batcher = ContinuousBatching(
-        args.max_batch_size,
-        engine,
-        speculation=speculation,
-        cache_dtype=cache_dtype_of(args),
-        **batch_options(args),
-    )
+    with refusals_name_the_option():
+        batcher = ContinuousBatching(
+            args.max_batch_size,
+            engine,
+            speculation=speculation,
+            cache_dtype=cache_dtype_of(args),
+            **batch_options(args),
+        )
     return batcher, create_app(batcher, config, _otel(config.model) if args.otel else None)
 
 

@@ -55,7 +55,7 @@ class ContinuousBatching:
             GPU does not wait for the host; None does so on a GPU. The text is the same, and step
             gives it one step later; an edit of the model tells one token later too.
         cache_dtype: of keys and values: torch.float8_e4m3fn or torch.int8; for a float32 model on
-            the CPU torch.float16 or torch.bfloat16 too; None is the model's.
+            the CPU torch.float16 or torch.bfloat16 too; None is the model's own, as its name is.
         split_size: a multiple of 64, at which attention's keys are cut: then no bit of a request's
             tokens depends on the others, but where it gave its blocks up. Steps have max_batch_size
             rows, a prompt a forward of its own, and no prefix is shared; 0 is faster.
@@ -103,7 +103,7 @@ class ContinuousBatching:
         if num_blocks is not None:
             at_least("ContinuousBatching: num_blocks", num_blocks, 1)
         at_least("ContinuousBatching: num_host_blocks", num_host_blocks, 0)
-        check_cache_dtype("ContinuousBatching", cache_dtype)
+        check_cache_dtype(cache_dtype, "ContinuousBatching: ")
         self.max_batch_size, self.engine = max_batch_size, engine
         self._names = itertools.count()
         self._turns: Turns | None = None

@@ -101,7 +101,7 @@ class InferenceEngine:
         instance("InferenceEngine: model", model, LoadedModel, "what load_model returned")
         self.loaded, self.tokenizer = model, model.tokenizer
         self.defaults = ModelDefaults(model.generation)
-        self.patch_report, reason = patch_or_reason(model.model, backend)
+        self.patch_report, reason = patch_or_reason(model.model, backend, cache_dtype)
         self.generator = TokenGenerator(model.model, reason, cache_dtype)
         self.stats, self.prompts = GenerationStats(), PromptEncoder(model.tokenizer)
 

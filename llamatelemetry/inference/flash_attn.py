@@ -31,7 +31,7 @@ __all__ = [
     "get_optimal_context_length",
 ]
 
-_STATE = "_llamatelemetry_flash_attention"  # attribute of an enabled model: an _Enabled
+STATE = "_llamatelemetry_flash_attention"  # attribute of an enabled model: an _Enabled
 _Model = TypeVar("_Model", bound=nn.Module)
 
 
@@ -151,10 +151,10 @@ def enable_flash_attention(model: _Model, config: FlashAttentionConfig | None = 
         from llamatelemetry.models.hf_attention import choose_ours
         from llamatelemetry.models.hf_configs import lift_causality
 
-        configs = choose_ours(model, _STATE)
+        configs = choose_ours(model, STATE)
         causal = [] if config.causal else configs
         lift_causality(causal)
-    setattr(model, _STATE, _Enabled(plain, overridden, bool(interface), causal))
+    setattr(model, STATE, _Enabled(plain, overridden, bool(interface), causal))
     return model
 
 
@@ -167,7 +167,7 @@ def disable_flash_attention(model: _Model) -> _Model:
         <class 'torch.nn.modules.activation.MultiheadAttention'>
     """
     instance("disable_flash_attention: model", model, nn.Module, "a module")
-    state: _Enabled | None = model.__dict__.pop(_STATE, None)
+    state: _Enabled | None = model.__dict__.pop(STATE, None)
     if state is None:
         return model
     from llamatelemetry.models import plain_attention
@@ -182,7 +182,7 @@ def disable_flash_attention(model: _Model) -> _Model:
         from llamatelemetry.models.hf_configs import restore_causality
 
         restore_causality(state.causal)
-        leave(model, _STATE)
+        leave(model, STATE)
     return model
 
 

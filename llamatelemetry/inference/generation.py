@@ -66,8 +66,8 @@ class TokenGenerator:
         not_packed: str | None = None,
         cache_dtype: torch.dtype | None = None,
     ) -> None:
-        check_cache_dtype("InferenceEngine", cache_dtype, not_packed)
-        check_cache_of(model, cache_dtype)
+        check_cache_dtype(cache_dtype)
+        check_cache_of(model, cache_dtype, not_packed)
         self.model = model
         self.decode_mode = "eager"
         self.max_context = context_length_of(model.config)

@@ -12,6 +12,20 @@ from llamatelemetry.inference.kv_cache_config import EIGHT_BIT, SIXTEEN_BIT
 from llamatelemetry.inference.step import keep_until_read, put
 from llamatelemetry.ops import copy_blocks_
 
+_CACHED = (*EIGHT_BIT, *SIXTEEN_BIT, torch.float32)  # the last of float32 models alone
+
+
+class CacheDtypeError(ValueError):
+    """A cache_dtype that does not serve.
+
+    Attributes:
+        what: the sentence behind the argument's name, for who has another name for it.
+    """
+
+    def __init__(self, what: str, who: str = "") -> None:
+        super().__init__(f"{who}cache_dtype {what}")
+        self.what = what
+
 
 class KvPages:
     """Keys and values of every layer in pages.
@@ -46,7 +60,7 @@ class KvPages:
         """Pages that fit a transformers model's layers, on its device, in its dtype or another.
 
         Raises:
-            ValueError: for a dtype that steps of the model do not take: check_cache_of.
+            CacheDtypeError: for a dtype that steps of the model do not take: check_cache_of.
         """
         check_cache_of(model, dtype)
         like, (layers, heads, head_dim) = floating_parameter(model), _sizes(model)
@@ -114,42 +128,43 @@ class KvPages:
         return tuple(kept)
 
 
-def check_cache_dtype(who: str, dtype: Any, not_packed: str | None = None) -> None:
+def check_cache_dtype(dtype: Any, who: str = "") -> None:
     """
     Raises:
-        ValueError: for what is neither None nor a dtype that caches hold beside another, and for
-            one beside a reason why packed steps, whose cache it is, do not serve the model.
+        CacheDtypeError: for what is neither None nor a dtype that caches of some model hold.
     """
-    if dtype is not None and not_packed is not None:
-        raise ValueError(
-            f"{who}: cache_dtype must be None where transformers' own forward generates, got "
-            f"{dtype!r}: {not_packed}"
-        )
-    if dtype is not None and dtype not in EIGHT_BIT + SIXTEEN_BIT:
-        *names, last = map(str, EIGHT_BIT + SIXTEEN_BIT)
-        raise ValueError(
-            f"{who}: cache_dtype must be None, {', '.join(names)} or {last}, got {dtype!r}"
-        )
+    if dtype is not None and dtype not in _CACHED:
+        *names, last = map(str, _CACHED)
+        raise CacheDtypeError(f"must be None, {', '.join(names)} or {last}, got {dtype!r:.80}", who)
 
 
-def check_cache_of(model: Any, dtype: torch.dtype | None) -> None:
+def check_cache_of(model: Any, dtype: torch.dtype | None, not_packed: str | None = None) -> None:
     """
+    Args:
+        not_packed: why packed steps, whose cache it is, do not serve the model; None where they do.
+
     Raises:
-        ValueError: for a dtype other than the model's where its ops do not convert, and for one of
-            16 bits where the model is not float32 on the CPU.
+        CacheDtypeError: for a dtype other than the model's where no packed steps serve it or its
+            ops do not convert, and for one above 8 bits but 16 where the model is float32 on the
+            CPU.
     """
-    like = floating_parameter(model)
-    if dtype is None or dtype == like.dtype:
+    if dtype is None or dtype == (like := floating_parameter(model)).dtype:
         return
+    if not_packed is not None:
+        raise CacheDtypeError(
+            "must be the model's own where transformers' own forward generates, got "
+            f"{dtype}: {not_packed}"
+        )
     patched = model.__dict__.get("_llamatelemetry")
     decoder = None if patched is None else patched.decoder
     if decoder is not None and not decoder.ops.converts_caches:
-        raise ValueError(
-            f"cache_dtype must be None for a model patched with {decoder.ops.name} ops, got {dtype}"
+        raise CacheDtypeError(
+            f"must be the model's own for one patched with {decoder.ops.name} ops, got {dtype}"
         )
-    if dtype in SIXTEEN_BIT and (like.dtype, like.device.type) != (torch.float32, "cpu"):
-        raise ValueError(
-            "cache_dtype of 16 bits must be the model's own dtype, or the model float32 on the "
+    is_wide = (like.dtype, like.device.type) == (torch.float32, "cpu")
+    if dtype not in EIGHT_BIT and not (is_wide and dtype in SIXTEEN_BIT):
+        raise CacheDtypeError(
+            "must be of 8 bits or the model's own, or of 16 bits and the model float32 on the "
             f"CPU, got {dtype} and a model of {like.dtype} on {like.device}"
         )
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from typing import Any
 
-from llamatelemetry.inference.kv_pages import floating_parameter
+from llamatelemetry.inference.kv_pages import check_cache_dtype, check_cache_of, floating_parameter
 from llamatelemetry.models.opset import backend_of
 from llamatelemetry.models.patching import (
     PatchReport,
@@ -20,17 +20,41 @@ class NotPackedError(ValueError):
     """The packed steps do not serve a model, or not for so long a text."""
 
 
-def patch_or_reason(model: Any, backend: str | None = None) -> tuple[PatchReport, str | None]:
+def patch_or_reason(
+    model: Any, backend: str | None = None, cache_dtype: Any = None
+) -> tuple[PatchReport, str | None]:
     """Patches a model; of one that patch does not know, its attention alone.
 
     Args:
         backend: as patch's; another than the native one serves the model or is refused, if it was
             asked for.
+        cache_dtype: of the steps to come; where it does not serve the model stays as it was.
 
     Returns:
         The report, and why the packed steps do not serve the model; None where they do.
+
+    Raises:
+        ValueError: for a backend or cache_dtype that does not serve the model.
     """
-    asked, backend = backend, backend or backend_of(model)
+    check_cache_dtype(cache_dtype)
+    check_cache_of(model, cache_dtype)
+    before = set(vars(model))
+    report, reason = _patched(model, backend, backend or backend_of(model))
+    try:
+        check_cache_of(model, cache_dtype, reason)  # what only a patched model tells
+    except ValueError:
+        from llamatelemetry.inference.flash_attn import STATE, disable_flash_attention
+
+        if "_llamatelemetry" not in before:
+            unpatch(model)
+        if STATE not in before:
+            disable_flash_attention(model)
+        raise
+    return report, reason
+
+
+def _patched(model: Any, asked: str | None, backend: str) -> tuple[PatchReport, str | None]:
+    """What patch_or_reason returns, with the backend that was asked for, and the one to take."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what matters of it is said when it matters

@@ -60,8 +60,8 @@ def test_sizes_and_refusals(stored):
         cache.for_transformers(["a"])
     with pytest.raises(ValueError, match=r"dtype must be a floating-point torch\.dtype or int8"):
         KVCacheConfig(dtype=torch.int16)
-    with pytest.raises(ValueError, match=r"cache_dtype must be None, .*, got torch.float32"):
-        ContinuousBatching(cache_dtype=torch.float32)
+    with pytest.raises(ValueError, match=r"cache_dtype must be None, .*, got torch.float64"):
+        ContinuousBatching(cache_dtype=torch.float64)
 
 
 @STORED

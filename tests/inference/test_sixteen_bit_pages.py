@@ -8,12 +8,13 @@ from dataclasses import replace
 import pytest
 import torch
 from batching import COUNTS, PAGE, PROMPTS, alone, is_free
+from directories import write_directory
 from families import tiny_model
 from gguf_models import write_model
 
 from llamatelemetry.cli import cache_dtype
 from llamatelemetry.cli.main import main
-from llamatelemetry.inference import running_batch
+from llamatelemetry.inference import packed, running_batch
 from llamatelemetry.inference.continuous import ContinuousBatching
 from llamatelemetry.inference.engine import InferenceEngine
 from llamatelemetry.inference.generation import TokenGenerator
@@ -83,25 +84,58 @@ def test_generation(stored, ops):
 
 def test_refusals():
     model = tiny_model("llama")
-    with pytest.raises(ValueError, match=r"InferenceEngine: cache_dtype must be None, .*float64"):
+    with pytest.raises(ValueError, match=r"^cache_dtype must be None, .*, got torch\.float64$"):
         TokenGenerator(model, cache_dtype=torch.float64)
-    with pytest.raises(ValueError, match="must be None where transformers' own forward generates"):
+    with pytest.raises(ValueError, match=r"^cache_dtype must be the model's own where t"):
         TokenGenerator(model, "it is odd", torch.float16)
+    TokenGenerator(model, "it is odd", torch.float32)  # its own
     plain = replace(NATIVE, converts_caches=False, name="plain")
     patch(model, ops=plain)
     for stored in (torch.int8, torch.float16):
-        with pytest.raises(ValueError, match="None for a model patched with plain ops, got torch"):
+        with pytest.raises(ValueError, match="own for one patched with plain ops, got torch"):
             TokenGenerator(model, cache_dtype=stored)
     halved = tiny_model("llama").bfloat16()
     with pytest.raises(ValueError, match=r"float32 on the CPU, got torch.float16 and a model of t"):
         ContinuousBatching(2, halved, cache_dtype=torch.float16)
     ContinuousBatching(2, halved, cache_dtype=torch.bfloat16)  # its own
+    with pytest.raises(ValueError, match=r"got torch.float32 and a model of torch.bfloat16 on cpu"):
+        ContinuousBatching(2, halved, cache_dtype=torch.float32)
+    batcher = ContinuousBatching(2, tiny_model("llama"), cache_dtype=torch.float32)
+    assert len(batcher.submit([5, 9, 2], max_tokens=3).result().token_ids) == 3
+
+
+@pytest.mark.parametrize("reason", [None, "it is odd"])
+def test_a_refused_engine_leaves_the_model_as_it_was(tmp_path, monkeypatch, reason):
+    path = tmp_path / "tiny.gguf"
+    write_model(path, "llama")
+    loaded = load_model(path, device="cpu", dtype=torch.float32 if reason else torch.bfloat16)
+    before = dict(vars(loaded.model)), loaded.model.config._attn_implementation
+    tried = []
+
+    def refused(model, **options):
+        tried.append(model)
+        raise ValueError(reason)
+
+    if reason is not None:
+        monkeypatch.setattr(packed, "patch", refused)
+    with pytest.raises(ValueError, match=r"^cache_dtype must be .*torch\.float16"):
+        InferenceEngine(loaded, cache_dtype=torch.float16)
+    assert bool(tried) == (reason is not None)
+    assert (vars(loaded.model), loaded.model.config._attn_implementation) == before
+
+
+def test_a_refused_engine_keeps_what_was_patched():
+    model = tiny_model("llama")
+    patch(model, ops=replace(NATIVE, converts_caches=False, name="plain"))
+    with pytest.raises(ValueError, match="own for one patched with plain ops"):
+        packed.patch_or_reason(model, None, torch.float16)
+    assert "_llamatelemetry" in vars(model)
 
 
 @pytest.mark.gpu
 def test_a_gpu_keeps_the_model_s_own():
     model = tiny_model("llama", torch.device("cuda"))
-    with pytest.raises(ValueError, match=r"or the model float32 on the CPU, got torch\.float16"):
+    with pytest.raises(ValueError, match=r"model float32 on the CPU, got torch\.float16"):
         ContinuousBatching(2, model, cache_dtype=torch.float16)
 
 
@@ -165,3 +199,17 @@ def test_serve_has_it(tmp_path):
     batcher, _ = serve._made(parser.parse_args(words))
     assert batcher._batch._runner.runner.pages.dtype == torch.bfloat16
     assert len(batcher.submit([5, 9, 2], max_tokens=3).result().token_ids) == 3
+
+
+@pytest.mark.parametrize("command", ["generate", "serve"])
+def test_commands_refuse_by_their_option_s_name(command, capsys, tmp_path):
+    if command == "serve":
+        pytest.importorskip("fastapi")
+        pytest.importorskip("uvicorn")
+    write_directory(tmp_path, model=tiny_model("llama").bfloat16())
+    words = ["cat", "--model", str(tmp_path)] if command == "generate" else [str(tmp_path)]
+    words += ["--device", "cpu", "--kv-cache-dtype", "float16"]
+    assert main([command, *words]) == 2
+    said = capsys.readouterr().err
+    assert "llamatelemetry: --kv-cache-dtype must be of 8 bits or the model's own" in said
+    assert said.strip().endswith("torch.bfloat16 on cpu; auto is the model's own")
