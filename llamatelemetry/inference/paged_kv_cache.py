@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Sequence
+from dataclasses import fields
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from llamatelemetry.inference.arguments import instance, integer
+from llamatelemetry.inference.arguments import at_least, instance, integer
 from llamatelemetry.inference.block_manager import BlockManager
 from llamatelemetry.inference.kv_cache_config import (
     EIGHT_BIT,
+    SIXTEEN_BIT,
     KVCacheConfig,
     ServesTransformers,
 )
@@ -23,13 +25,18 @@ class PagedKVCache(ServesTransformers):
     """Keys and values of sequences of any lengths in pages, shared where they begin alike.
 
     BlockManager says which blocks a sequence has, KvPages holds the tensors. Either a config, whose
-    max_batch_size and max_seq_length are limits, or sizes by keyword (block_size is page_size), of
-    which those named are. A dtype of float8_e4m3fn or int8 takes half the memory of 16 bits: each
-    token and head has a scale.
+    max_batch_size and max_seq_length are limits, or sizes by keyword, of which those named are.
+    block_size is another name of page_size. A dtype of float8_e4m3fn or int8 takes half the memory
+    of 16 bits: each token and head has a scale.
 
     Attributes:
         blocks: BlockManager.
         pages: KvPages; pages.layers are what paged_attention takes.
+
+    Raises:
+        TypeError: for a keyword that is none of KVCacheConfig's.
+        ValueError: for a size below 1, a page_size and a block_size that differ, and a dtype that
+            paged_attention does not take.
 
     Example:
         >>> cache = PagedKVCache(num_blocks=8, block_size=4, num_layers=1, num_heads=2, head_dim=8)
@@ -57,13 +64,12 @@ class PagedKVCache(ServesTransformers):
             )
         limits = ("max_batch_size", "max_seq_length")
         self._limits = [name for name in limits if config is not None or name in sizes]
-        self.config = config = KVCacheConfig(**sizes) if config is None else config
-        size = page_size if block_size is None else block_size
-        if integer("PagedKVCache: page_size", size) < 1:
-            raise ValueError(f"PagedKVCache: page_size must be at least 1, got {size}")
+        self.config = config = _config_of(sizes) if config is None else config
+        _check_dtype(config.dtype)
+        size = _page_size_of(page_size, block_size)
         if num_blocks is None:
             num_blocks = config.max_batch_size * -(-config.max_seq_length // size)
-        self.blocks = BlockManager(integer("PagedKVCache: num_blocks", num_blocks), size)
+        self.blocks = BlockManager(at_least("PagedKVCache: num_blocks", num_blocks, 1), size)
         device = torch.get_default_device() if config.device is None else config.device
         self.pages = KvPages(
             config.num_layers,
@@ -214,6 +220,35 @@ class PagedKVCache(ServesTransformers):
                 f"PagedKVCache.{method}: a sequence must fit max_seq_length = {limit}, got {begin} "
                 f"+ {more} tokens for {sequence!r}"
             )
+
+
+def _config_of(sizes: dict[str, Any]) -> KVCacheConfig:
+    names = [field.name for field in fields(KVCacheConfig)]
+    if unknown := sorted(set(sizes) - set(names)):
+        raise TypeError(
+            f"PagedKVCache: sizes must be among page_size, block_size, num_blocks, "
+            f"{', '.join(names)}, got {', '.join(unknown)}"
+        )
+    return KVCacheConfig(**sizes)
+
+
+def _check_dtype(dtype: torch.dtype) -> None:
+    if dtype not in (torch.float32, *SIXTEEN_BIT, *EIGHT_BIT):
+        raise ValueError(
+            "PagedKVCache: dtype must be float32, float16, bfloat16, float8_e4m3fn or int8, got "
+            f"{dtype}"
+        )
+
+
+def _page_size_of(page_size: int, block_size: int | None) -> int:
+    if block_size is None:
+        return at_least("PagedKVCache: page_size", page_size, 1)
+    if page_size not in (16, block_size):  # 16 is its default
+        raise ValueError(
+            f"PagedKVCache: block_size must be page_size, {page_size}, or left out, got "
+            f"{block_size}"
+        )
+    return at_least("PagedKVCache: block_size", block_size, 1)
 
 
 def _named(method: str, tokens: Iterable[int] | int) -> list[Any]:
