@@ -86,7 +86,7 @@ def _as_of_transformers(name):
         (
             ModuleNotFoundError("No module named 'tokenizers'", name="tokenizers"),
             "generate needs tokenizers, which is not installed; install what it needs with: pip "
-            'install --no-build-isolation ".[hf]"',
+            "install",
         ),
         (_as_of_transformers("safetensors"), "generate needs safetensors, which is not installed"),
         (ImportError("llamatelemetry: the library is missing; way out"), "the library is missing"),

@@ -19,6 +19,7 @@ from llamatelemetry.cli.cache_dtype import (
 )
 from llamatelemetry.cli.output import OutputError, emit, warnings_as_sentences
 from llamatelemetry.cli.speculation import add_options, check_options, speculation_of
+from llamatelemetry.extras import not_installed
 
 _SAMPLING = (
     ("temperature", float, "T", "0 is greedy", "0"),
@@ -92,10 +93,7 @@ def _missing(error: ImportError) -> str:
         chain.append(cause)
     absent = [e.name for e in chain if isinstance(e, ModuleNotFoundError) and e.name]
     if absent:
-        return (
-            f"generate needs {absent[-1]}, which is not installed; install what it needs with: "
-            'pip install --no-build-isolation ".[hf]"'
-        )
+        return not_installed("generate", absent[-1], "hf")
     return " ".join(str(error).removeprefix("llamatelemetry: ").split())
 
 

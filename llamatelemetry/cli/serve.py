@@ -25,6 +25,7 @@ from llamatelemetry.cli.cache_dtype import (
 )
 from llamatelemetry.cli.output import warnings_as_sentences
 from llamatelemetry.cli.speculation import add_options, check_options, speculation_of
+from llamatelemetry.extras import not_installed
 
 KEY = "LLAMATELEMETRY_API_KEY"
 DRAIN_S = 30.0  # how long a shutdown waits for open requests
@@ -69,11 +70,8 @@ def run(args: argparse.Namespace) -> int:
             finally:
                 gc.unfreeze()
     except ImportError as error:
-        print(
-            f"llamatelemetry: serve needs {error.name}, which is not installed; install what it "
-            'needs with: pip install --no-build-isolation ".[serve]"',
-            file=sys.stderr,
-        )
+        sentence = not_installed("serve", str(error.name), "serve")
+        print(f"llamatelemetry: {sentence}", file=sys.stderr)
         return 1
     except (ValueError, OSError) as error:
         print(f"llamatelemetry: {' '.join(str(error).split())}", file=sys.stderr)
@@ -114,10 +112,7 @@ def _otel(model: str) -> Any:
     try:
         from llamatelemetry.serving.otel import OpenTelemetry
     except ImportError as error:
-        raise ValueError(
-            f"--otel needs {error.name}, which is not installed; install it with: pip install "
-            '--no-build-isolation ".[otel]"'
-        ) from None
+        raise ValueError(not_installed("--otel", str(error.name), "otel")) from None
     return OpenTelemetry(model)
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from llamatelemetry.cuda.triton_configs import KernelConfig, tuning_for
+from llamatelemetry.extras import install_command
 
 try:
     import triton
@@ -61,7 +62,7 @@ class TritonKernel:
         if not TRITON_AVAILABLE:
             raise RuntimeError(
                 f"{self.name}: Triton must be installed to launch a kernel, got none; "
-                'use `pip install "llamatelemetry[triton]"`, or the triton that torch brings'
+                f"install it with: {install_command('triton')}, or take the one that torch brings"
             )
         if self.kernel_func is None:
             raise RuntimeError(

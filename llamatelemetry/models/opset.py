@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from llamatelemetry._native.coverage import backend_for
+from llamatelemetry.extras import not_installed
 from llamatelemetry.models.hf_attention import NAME
 from llamatelemetry.ops import advance_step_, reference, sample, slot_mapping
 from llamatelemetry.quantization.rows import NATIVE_QUANTISING, QuantisedRows, Quantising
@@ -130,10 +131,7 @@ def opset_of(backend: str) -> OpSet:
     except ModuleNotFoundError as error:
         if error.name != "triton":
             raise
-        raise ValueError(
-            "backend triton needs Triton, which is not installed; "
-            'use `pip install "llamatelemetry[triton]"`'
-        ) from error
+        raise ValueError(not_installed("backend triton", "Triton", "triton")) from error
     return TRITON
 
 
