@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import re
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -30,11 +32,10 @@ def add_errors(app: FastAPI) -> None:
     @app.exception_handler(ValidationError)
     async def invalid(_: Request, error: ValidationError) -> JSONResponse:
         first = max(error.errors(), key=lambda one: len(one["loc"]))  # of a union the nearest kind
-        where = ".".join(str(part) for part in first["loc"])
         words = str(first["msg"]).removeprefix("Value error, ")
         if first["type"] not in ("value_error", "missing"):
             words += f", got {first['input']!r:.80}"
-        return refuse(400, f"{where}: {words}" if where else words, kind="invalid_request_error")
+        return refuse(400, _sentence(first["loc"], words), kind="invalid_request_error")
 
     @app.exception_handler(HTTPException)
     async def http(_: Request, error: HTTPException) -> JSONResponse:
@@ -69,3 +70,17 @@ def add_errors(app: FastAPI) -> None:
     # By their names too: after the handler of Exception itself the connection is closed.
     for failure in (*_FAILURES, Exception):
         app.add_exception_handler(failure, failed)
+
+
+def _sentence(place: Sequence[str | int], words: str) -> str:
+    """words after the field that they are about, which they may begin with themselves.
+
+    Args:
+        place: of a ValidationError; pydantic's names of kinds, as list[str] is, are no fields.
+    """
+    parts = [str(part) for part in place]
+    fields = [part for part in parts if not re.fullmatch(r"\[key\]|list\[.*\]", part)]
+    if not fields:
+        return words
+    where, name = ".".join(fields), f"{fields[-1]} "
+    return f"{where} {words[len(name) :]}" if words.startswith(name) else f"{where}: {words}"

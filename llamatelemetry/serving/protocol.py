@@ -134,6 +134,12 @@ class Generation(BaseModel):
         check_fields(made, given)
         return made
 
+    @model_validator(mode="after")
+    def _streams_with_its_options(self) -> Generation:
+        if self.stream_options is not None and not self.stream:
+            raise ValueError("stream_options must come with stream true")
+        return self
+
     @property
     def beams(self) -> dict[str, Any]:
         """What submit_group is asked for beside the rest."""

@@ -137,6 +137,27 @@ def test_sentences_of_forms(http, form, words):
     assert answer.json()["error"]["message"].startswith(words)
 
 
+@pytest.mark.parametrize(
+    ("route", "wrong", "words"),
+    [
+        ("completions", {"stop": ""}, "stop must not hold an empty string"),
+        ("completions", {"structured_outputs": {}}, "structured_outputs must hold one of"),
+        ("completions", {"logit_bias": {"abc": 1}}, "logit_bias.abc: "),
+        ("completions", {"stream_options": {}}, "stream_options must come with stream true"),
+        ("embeddings", {"input": ""}, "input must not be empty"),
+        (
+            "chat/completions",
+            {"messages": [{"role": "user", "content": [{"type": "image", "text": "x"}]}]},
+            "messages.0.content.0.type: ",
+        ),
+    ],
+)
+def test_a_field_is_named_once_and_without_kinds(http, route, wrong, words):
+    answer = http.post(f"/v1/{route}", json=ROUTES[route][1] | wrong)
+    assert answer.status_code == 400
+    assert answer.json()["error"]["message"].startswith(words)
+
+
 @pytest.mark.parametrize("word", ["NaN", "Infinity", "-Infinity"])
 @pytest.mark.parametrize("field", NUMBERS)
 def test_words_that_are_no_numbers(http, field, word):
