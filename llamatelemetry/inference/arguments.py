@@ -24,7 +24,8 @@ def integer(name: str, value: Any) -> int:
     except TypeError:
         number = None
     if number is None or isinstance(value, bool):
-        raise ValueError(f"{name} must be a whole number, got {value!r}")
+        shown = repr(value) if len(repr(value)) <= 80 else type(value).__name__
+        raise ValueError(f"{name} must be a whole number, got {shown}")
     return number
 
 

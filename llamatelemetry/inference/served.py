@@ -6,10 +6,13 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
+from torch import nn
+
 from llamatelemetry.inference.engine import InferenceEngine
 from llamatelemetry.inference.packed import why_not_packed
 from llamatelemetry.inference.sampling import GREEDY, SamplingParams
 from llamatelemetry.inference.submission import eos_of
+from llamatelemetry.loading.find import LoadedModel
 from llamatelemetry.models.patching import ops_of, patch
 
 
@@ -36,8 +39,18 @@ def served_by(engine: Any) -> Served:
         engine: an InferenceEngine, or a transformers model, patched here.
 
     Raises:
-        ValueError: for a model that packed steps do not serve.
+        ValueError: for neither, and for a model that packed steps do not serve.
     """
+    if isinstance(engine, LoadedModel):
+        raise ValueError(
+            "ContinuousBatching: engine must be InferenceEngine(loaded) or, for token ids alone, "
+            "loaded.model, got the LoadedModel itself"
+        )
+    if not isinstance(engine, (InferenceEngine, nn.Module)):
+        raise ValueError(
+            "ContinuousBatching: engine must be an InferenceEngine or a transformers model, got "
+            f"{type(engine).__name__}"
+        )
     if isinstance(engine, InferenceEngine):
         loaded = engine.loaded
         served = Served(loaded.model, engine.tokenizer, loaded.eos_ids, engine.defaults.unasked())

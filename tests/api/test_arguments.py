@@ -35,6 +35,7 @@ from llamatelemetry.inference import (
 from llamatelemetry.ops import rms_norm
 
 SIZES = {"num_layers": 1, "num_heads": 2, "head_dim": 8, "dtype": torch.float32}
+TWO_LAYERS = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 4))
 
 
 @pytest.mark.parametrize(
@@ -44,7 +45,11 @@ SIZES = {"num_layers": 1, "num_heads": 2, "head_dim": 8, "dtype": torch.float32}
         (lambda: enable_flash_attention("smollm2"), "model must be a module, got str"),
         (lambda: InferenceEngine("smollm2"), "must be what load_model returned, got str"),
         (lambda: SpeculativeDecoder("smollm2"), "must be transformers models, got str"),
-        (lambda: ContinuousBatching(8, "smollm2"), "must be a transformers model, got str"),
+        (
+            lambda: ContinuousBatching(8, "smollm2"),
+            "an InferenceEngine or .* got str",
+        ),
+        (lambda: ContinuousBatching(TWO_LAYERS, 4), "must be a whole number, got Sequential$"),
         (lambda: KVCache(None), "config must be a KVCacheConfig, got NoneType"),
         (lambda: BatchInferenceOptimizer().batch_infer(["a"], None), "must be callable, got None"),
         (lambda: ContinuousBatching(None), "max_batch_size must be a whole number, got None"),

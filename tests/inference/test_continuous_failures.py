@@ -48,6 +48,12 @@ def test_a_request_that_fails_ends_alone(device, monkeypatch):
     assert is_free(batcher)
 
 
+def test_what_load_model_returned_is_no_engine(tmp_path, device):
+    engine, _ = make_engine(tmp_path, device)
+    with pytest.raises(ValueError, match=r"ContinuousBatching: engine must .* loaded\.model"):
+        ContinuousBatching(4, engine.loaded)
+
+
 def test_a_decode_step_that_fails_is_run_again_one_by_one(tmp_path, device, monkeypatch):
     engine, _ = make_engine(tmp_path, device)
     batcher = ContinuousBatching(4, engine)
