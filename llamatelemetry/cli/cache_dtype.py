@@ -24,7 +24,8 @@ def add_cache_option(parser: argparse.ArgumentParser) -> None:
         choices=["auto", *_DTYPES],
         default="auto",
         help="of keys and values: 16 bits for a float32 model on the CPU, as GGUF files are there, "
-        "or 8 bits (default: the model's own dtype)",
+        "or 8 bits (default: the model's own dtype). On the CPU packed weights round their inputs "
+        "to 8 bits too, so a near tie may fall otherwise than without",
     )
 
 

@@ -170,7 +170,8 @@ class KVCache(ServesTransformers):
         self._sizes[layer_idx] = (size[0], length) if size and length else None
 
     def for_transformers(self) -> Any:
-        """A transformers Cache over this one, for ``generate(past_key_values=...)``."""
+        """A transformers Cache over this one, for ``generate(past_key_values=...)``, which is
+        ``generate(cache=...)`` from transformers 5.24 on."""
         from llamatelemetry.inference.hf_cache import contiguous_cache
 
         return contiguous_cache(self)
