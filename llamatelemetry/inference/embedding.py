@@ -8,6 +8,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from llamatelemetry.models.forked import note_step
+
 Pooling = Literal["mean", "last"]
 POOLINGS: tuple[Pooling, ...] = ("mean", "last")
 
@@ -48,6 +50,7 @@ class Embedder:
         Raises:
             FloatingPointError: the model gives NaN.
         """
+        note_step()
         longest = max(map(len, rows))
         ids = torch.tensor([[*row, *[0] * (longest - len(row))] for row in rows])
         lengths = torch.tensor([len(row) for row in rows], device=self.model.device)

@@ -18,6 +18,7 @@ from llamatelemetry.inference.sampling import (
     refuse_nan,
     sampling_tensors,
 )
+from llamatelemetry.models.forked import note_step
 from llamatelemetry.models.pieces.watch import SERVED
 
 # What a model's forward calls the cache that it returns and takes back.
@@ -98,6 +99,7 @@ class PlainGenerator:
         self, tokens: Sequence[int], cache: Any, device: torch.device
     ) -> tuple[Tensor, Any]:
         """Logits [vocab_size] behind a row's last token, and the cache with it."""
+        note_step()
         options = dict(self._options)
         if self._turning is not None and len(tokens) == self._turning + 1:
             cache = None

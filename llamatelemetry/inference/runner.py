@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from llamatelemetry.inference.decode_step import DecodeStep, modules_of
-from llamatelemetry.inference.forked import note_step
 from llamatelemetry.inference.frozen import Frozen, version_of
 from llamatelemetry.inference.kv_pages import KvPages
 from llamatelemetry.inference.packed import NotPackedError
 from llamatelemetry.inference.step import Chunk, keep_until_read, prepare, put, take_ids
 from llamatelemetry.inference.step_graphs import StepGraphs
 from llamatelemetry.inference.step_parts import part_by_kind
+from llamatelemetry.models.forked import note_step
 from llamatelemetry.models.patching import forward_tokens, ops_of, rope_state, rope_tables
 from llamatelemetry.models.step_input import DecoderState
 

@@ -13,6 +13,7 @@ from llamatelemetry.inference.interrupts import uninterrupted, watched
 from llamatelemetry.inference.request_handle import RequestHandle
 from llamatelemetry.inference.running_batch import RunningBatch
 from llamatelemetry.inference.telemetry import Telemetry
+from llamatelemetry.models.forked import note_step
 
 _POLL_S = 0.02  # a thread that waits for another's step looks again
 
@@ -46,6 +47,7 @@ class Turns:
         return handles
 
     def _step(self) -> list[RequestHandle]:
+        note_step()  # inside the batch its error would end a request, as another one's
         begin = time.perf_counter()
         with watched():
             handles = self.batch.step()

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from llamatelemetry.models.decoder import Decoder, rope_state, rope_tables
 from llamatelemetry.models.families import FAMILIES
+from llamatelemetry.models.forked import note_step
 from llamatelemetry.models.guess import find_stack
 from llamatelemetry.models.hf_attention import choose_ours, leave, register
 from llamatelemetry.models.opset import NATIVE, OpSet, backend_of, opset_of
@@ -68,8 +69,7 @@ def patch(
     Each replacement first has to give what its module gives on random input; one that does not,
     stays out, is named in the report and, where it costs the packed forward or a whole kind of
     piece, in a warning. Layers that differ in their weights alone are tried once. Where
-    the input or a weight requires gradients, call the model under torch.no_grad() or
-    torch.inference_mode(), as generate does.
+    the input or a weight requires gradients, call the model under torch.no_grad().
 
     On every call a replacement looks whether its module's parts are those that it is bound to,
     without hooks, and their weights where it reads them. Where they are not, and under gradients,
@@ -97,6 +97,7 @@ def patch(
     Raises:
         ValueError: a model of another class, or one that is patched with other ops; with strict, a
             piece that is refused, in a second call too; a backend that cannot run it.
+        RuntimeError: in a forked process whose parent's threads it would wait for.
 
     Example:
         >>> sorted(patch(model).replaced)
@@ -106,12 +107,12 @@ def patch(
     ops = opset_of(backend or backend_of(model)) if ops is None else ops
     if (patched := model.__dict__.get("_llamatelemetry")) is not None:
         return _again(patched, strict, ops)
+    note_step()
     register()
     _remove_strangers(model)
     stack = find_stack(model, lambda stack: refusals(model, stack, ops, wanted_pieces(stack)))
     whole = None if stack.is_known_in(model) else WholeProbe(stack)
-    wanted = wanted_pieces(stack)
-    refused = refusals(model, stack, ops, wanted)
+    refused = refusals(model, stack, ops, wanted := wanted_pieces(stack))
     pieces = _made(model, stack, ops, wanted, refused, strict)
     report = PatchReport(Counter(type(piece).__name__ for piece in pieces.values()), refused)
     for name, piece in pieces.items():
@@ -267,8 +268,7 @@ def _current_decoder(model: Any, renew: bool) -> tuple[Decoder | None, str | Non
         patched.decoder, _ = _packed(model, patched.stack, patched.ops, patched.pieces, None)
     if (old := patched.decoder) is None:
         return None, report.not_packed or str(report.refused)
-    reason = old.why_not()
-    if reason is None or not renew or not old.is_replaced():
+    if (reason := old.why_not()) is None or not renew or not old.is_replaced():
         return old, reason
     patched = _patched_anew(model, patched)
     if patched.decoder is None:
