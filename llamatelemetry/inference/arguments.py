@@ -65,8 +65,11 @@ def real(name: str, value: Any) -> float:
     """value as a float: any real number, but no truth value.
 
     Raises:
-        ValueError: "<name> must be a number, got <value>".
+        ValueError: "<name> must be a number, got <value>", or that it is too large for a float.
     """
     if not isinstance(value, Real) or isinstance(value, bool):
         raise ValueError(f"{name} must be a number, got {value!r}")
-    return float(value)
+    try:
+        return float(value)
+    except OverflowError:
+        raise ValueError(f"{name} must be a number below 1.8e308, got a larger one") from None

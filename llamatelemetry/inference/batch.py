@@ -94,8 +94,8 @@ class BatchInferenceOptimizer:
             kwargs: handed on to each call.
 
         Raises:
-            ValueError: prompts is one text; inference_fn is not callable; a prompt has more tokens
-                than a batch may have; a function that takes batches gave another number of results.
+            ValueError: prompts is one text; inference_fn is not callable, or asynchronous; a prompt
+                has more tokens than a batch may have; of a list the number of results is another.
             Exception: what the first prompt that failed has raised, once all the others are done.
                 Its ``results`` holds theirs in order, with None for those that failed, and its
                 ``failures`` the exception of each index that failed.
@@ -106,10 +106,7 @@ class BatchInferenceOptimizer:
         if not callable(inference_fn):
             raise ValueError(f"inference_fn must be callable, got {inference_fn!r}")
         if inspect.iscoroutinefunction(inference_fn):
-            raise ValueError(
-                f"inference_fn must give its results when it is called, got {inference_fn!r:.80}, "
-                "whose calls are to be awaited"
-            )
+            raise _awaited(inference_fn)
         prompts = list(prompts)
         results: list[Any] = [None] * len(prompts)
         failures: dict[int, Exception] = {}
@@ -228,8 +225,24 @@ def _arguments(kind: Any) -> str:
     return "[" + ", ".join(names) + "]"
 
 
-class _WrongCount(ValueError):
+class _WrongResult(ValueError):
     pass
+
+
+def _awaited(what: Any) -> _WrongResult:
+    return _WrongResult(
+        f"inference_fn must give its results when it is called, got {what!r:.80}, to be awaited"
+    )
+
+
+def _given(result: Any) -> Any:
+    """A result, refused where it is a coroutine or an asynchronous generator. Handles of requests
+    can be awaited, and are results."""
+    if inspect.iscoroutine(result):
+        result.close()  # or Python would warn that nobody awaited it
+    if inspect.iscoroutine(result) or inspect.isasyncgen(result):
+        raise _awaited(result)
+    return result
 
 
 def _together(
@@ -242,22 +255,22 @@ def _together(
     """One call for all prompts of a batch; where it raises, one for each."""
 
     def checked(several: list[Any]) -> list[Any]:
-        given = call(several)
+        given = _given(call(several))
         if isinstance(given, (str, bytes, Mapping)) or not isinstance(given, Iterable):
-            raise _WrongCount(
+            raise _WrongResult(
                 "inference_fn must return a list of one result a prompt, got "
                 f"{type(given).__name__}"
             )
-        found = list(given)
+        found = [_given(result) for result in given]
         if len(found) != len(several):
-            raise _WrongCount(
+            raise _WrongResult(
                 f"inference_fn must return one result a prompt, got {len(found)} for {len(several)}"
             )
         return found
 
     try:
         found = checked([prompts[i] for i in batch])
-    except _WrongCount as error:
+    except _WrongResult as error:
         failures |= dict.fromkeys(batch, error)
     except Exception:
         _one_by_one(batch, prompts, results, failures, lambda prompt: checked([prompt])[0])
@@ -275,7 +288,7 @@ def _one_by_one(
 ) -> None:
     for i in batch:
         try:
-            results[i] = call(prompts[i])
+            results[i] = _given(call(prompts[i]))
         except Exception as error:
             failures[i] = error
 

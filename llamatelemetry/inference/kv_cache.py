@@ -143,7 +143,17 @@ class KVCache(ServesTransformers):
 
     def reorder(self, layer_idx: int, rows: Tensor) -> None:
         """Row b of a layer becomes what row rows[b] is, as beam search asks for; the layer has
-        len(rows) rows then. An empty layer stays as it is."""
+        len(rows) rows then. An empty layer stays as it is.
+
+        Args:
+            layer_idx: which layer.
+            rows: [batch] int32 or int64, each a row that the layer has. Those on a GPU are not
+                looked at, which would wait for it: one out of range is an error of torch there.
+
+        Raises:
+            ValueError: for another layer, dtype or shape, more rows than max_batch_size, and on the
+                CPU a row that the layer does not have.
+        """
         size = self._sizes[self._layer("reorder", layer_idx)]
         is_known = isinstance(rows, Tensor) and rows.dtype in (torch.int32, torch.int64)
         if not is_known or rows.dim() != 1:
@@ -156,6 +166,10 @@ class KVCache(ServesTransformers):
         if count > limit:
             raise ValueError(
                 f"KVCache.reorder: rows must be at most max_batch_size = {limit}, got {count}"
+            )
+        if rows.device.type == "cpu" and ((rows < 0) | (rows >= size[0])).any():
+            raise ValueError(
+                f"KVCache.reorder: rows must lie in [0, {size[0]}), got {rows.tolist()!r:.80}"
             )
         length = self.length(layer_idx)
         for x in (self.keys[layer_idx, :, :length], self.values[layer_idx, :, :length]):

@@ -42,7 +42,7 @@ def test_options(batcher, options, words):
     assert not batcher.active_requests
 
 
-@pytest.mark.parametrize("timeout", ["1", math.nan, True])
+@pytest.mark.parametrize("timeout", ["1", math.nan, True, 10**400, -(10**400)])
 def test_timeouts(batcher, timeout):
     handle = batcher.submit([5, 9], max_tokens=2)
     with pytest.raises(ValueError, match="timeout must be a number"):
@@ -97,6 +97,17 @@ def test_caches(rows):
             KVCacheConfig(device=device)
 
 
+@pytest.mark.parametrize("rows", [[5, 0], [-1, 0], [0, 2]])
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_rows_that_a_layer_does_not_have(rows, dtype):
+    cache = KVCache(KVCacheConfig(max_batch_size=3, max_seq_length=16, **SIZES))
+    cache.update(0, torch.ones(2, 1, 2, 8), torch.ones(2, 1, 2, 8))
+    with pytest.raises(ValueError, match=r"rows must lie in \[0, 2\), got \["):
+        cache.reorder(0, torch.tensor(rows, dtype=dtype))
+    cache.reorder(0, torch.tensor([1, 0, 1], dtype=dtype))
+    assert cache.get(0)[0].shape[0] == 3
+
+
 @pytest.mark.parametrize(
     ("given", "kind"), [("xy", "str"), ({"a": 1, "b": 2}, "dict"), (None, "NoneType")]
 )
@@ -110,10 +121,39 @@ def test_results_that_are_no_list(given, kind):
         BatchInferenceOptimizer().batch_infer(["a", "b"], answer)
 
 
-def test_functions_that_are_none():
-    async def answer(prompt):
-        return prompt
+async def answer(prompt):
+    return prompt
 
+
+async def answers(prompt):
+    yield prompt
+
+
+class Answers:
+    async def __call__(self, prompts: list[str]):
+        return prompts
+
+
+def several(prompts: list[str]):
+    return [answer(prompt) for prompt in prompts]
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("function", [lambda prompt: answer(prompt), answers, Answers(), several])
+def test_results_to_be_awaited(function):
+    with pytest.raises(ValueError, match="inference_fn must give its results when it is called"):
+        BatchInferenceOptimizer().batch_infer(["a"], function)
+
+
+def test_handles_are_results(batcher):
+    """They can be awaited, but need not be."""
+    (handle,) = BatchInferenceOptimizer().batch_infer(
+        [[5, 9]], lambda ids: batcher.submit(ids, max_tokens=2)
+    )
+    assert len(handle.result().token_ids) > 0
+
+
+def test_functions_that_are_none():
     with pytest.raises(ValueError, match="inference_fn must give its results when it is called"):
         BatchInferenceOptimizer().batch_infer(["a", "b"], answer)
     with pytest.raises(ValueError, match="count_tokens must be callable, got 5"):
