@@ -19,7 +19,8 @@ def add_batch_options(parser: argparse.ArgumentParser) -> None:
         type=int,
         metavar="N",
         help="tokens of prompts in a step beside requests that decode, which wait less with fewer "
-        "(default: 512 on a GPU, 64 on the CPU; at most the 4096 and 256 tokens of a step there)",
+        "(default: 512 on a GPU, 64 on the CPU; at most a step's tokens, 4096 and 256 there, or "
+        "--max-batch-size where that is more)",
     )
     parser.add_argument(
         "--num-blocks",

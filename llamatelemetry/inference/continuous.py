@@ -41,9 +41,9 @@ class ContinuousBatching:
         max_batch_size: requests at work at once; others wait.
         engine: an InferenceEngine, or a transformers model (patched here) for prompts of token ids.
         max_step_tokens: tokens of one step at most; default 256 on the CPU and 4096 on a GPU.
-        prefill_chunk: of these at most so many of prompts where others decode, which wait for them;
-            default 512 on a GPU, where both run in one forward, but with split_size, and 64 on the
-            CPU, or max_step_tokens where that is less.
+        prefill_chunk: prompt tokens at most in a step in which others decode, which wait for them;
+            default 512 on a GPU and 64 on the CPU, or max_step_tokens where that is less. With
+            split_size it must be None, as chunks are the same there whoever else is at work.
         num_blocks: blocks of 64 tokens in the cache. None grows it to what max_batch_size of the
             open requests may need at most; with a number, requests wait for blocks, or give
             theirs up and compute them again.

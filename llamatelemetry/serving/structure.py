@@ -115,9 +115,10 @@ def check_ends(request: Any, limit: int) -> None:
         ValueError: naming the field.
     """
     if request.min_tokens > limit:
-        raise ValueError(
-            f"min_tokens must be at most {request.limit_name} ({limit}), got {request.min_tokens}"
-        )
+        most = f"{request.limit_name} ({limit})"
+        if request.limit is None:
+            most = f"{limit}, what the context or the default leaves without {request.limit_name}"
+        raise ValueError(f"min_tokens must be at most {most}, got {request.min_tokens}")
     form = request.response_format
     if request.structured_outputs is None and (form is None or form.type == "text"):
         return

@@ -71,7 +71,16 @@ def test_every_field_of_every_route(http, route, field):
             BEAMS | {"best_of": 3, "stop_token_ids": list(range(64))},
             "best_of must be so few that the model has the 195 tokens",
         ),
-        ("chat/completions", {"min_tokens": 2000}, "min_tokens must be at most max_completion_tok"),
+        (
+            "chat/completions",
+            {"min_tokens": 2000},
+            "min_tokens must be at most 118, what the context or the default leaves without max_c",
+        ),
+        (
+            "chat/completions",
+            {"max_completion_tokens": 3, "min_tokens": 4},
+            "min_tokens must be at most max_completion_tokens (3), got 4",
+        ),
         (
             "chat/completions",
             {"max_tokens": 3, "min_tokens": 4},
