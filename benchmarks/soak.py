@@ -160,7 +160,7 @@ def left(batcher: ContinuousBatching) -> Left:
 
 def count_swaps(batcher: ContinuousBatching) -> Counter:
     """A count that grows with the blocks that come back from the host."""
-    counts: Counter = Counter()
+    counts = Counter({"swapped blocks": 0})
     host = batcher._batch.scheduler.host
     swap_in = host.swap_in
 
@@ -180,14 +180,17 @@ def soak(
     serve(batcher, warm_up, seed=0)
     before, swapped = left(batcher), count_swaps(batcher)
     over = threading.Timer(seconds, lambda: None)
+    over.daemon = True  # an interrupt ends the script at once
     over.start()
     ends, counts = serve(batcher, count, seed=1)
     seed = 2
     while over.is_alive():
         more = serve(batcher, count, seed)
-        ends, counts, seed = ends + more[0], counts + more[1], seed + 1
+        ends.update(more[0])
+        counts.update(more[1])  # + would drop what is 0
+        seed += 1
     over.join()
-    return Report(before, left(batcher), dict(ends), dict(counts | swapped))
+    return Report(before, left(batcher), dict(ends), dict(counts) | dict(swapped))
 
 
 if __name__ == "__main__":
