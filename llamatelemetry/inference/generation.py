@@ -54,7 +54,8 @@ class TokenGenerator:
 
     Args:
         not_packed: why the packed steps do not serve the model, where that is known.
-        cache_dtype: as in StepRunner. Transformers' own forward keeps a cache of its own.
+        cache_dtype: as in StepRunner. Transformers' own forward keeps a cache of the model's
+            dtype, and the warning says so.
 
     Raises:
         ValueError: for a cache_dtype that does not serve the model.
@@ -67,7 +68,8 @@ class TokenGenerator:
         cache_dtype: torch.dtype | None = None,
     ) -> None:
         check_cache_dtype(cache_dtype)
-        check_cache_of(model, cache_dtype, not_packed)
+        if cache_dtype is not None:
+            check_cache_of(model, cache_dtype, not_packed or why_not_packed(model))
         self.model = model
         self.decode_mode = "eager"
         self.max_context = context_length_of(model.config)
@@ -154,8 +156,10 @@ class TokenGenerator:
     def _say(self, reason: str) -> None:
         if reason not in self._said:
             self._said.add(reason)
+            cache = "" if self._cache_dtype is None else ", with keys and values in its own dtype"
             warnings.warn(
-                f"{type(self.model).__name__} generates by transformers' own forward: {reason}",
+                f"{type(self.model).__name__} generates by transformers' own forward{cache}: "
+                f"{reason}",
                 stacklevel=4,
             )
 

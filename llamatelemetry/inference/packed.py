@@ -41,7 +41,8 @@ def patch_or_reason(
     before = set(vars(model))
     report, reason = _patched(model, backend, backend or backend_of(model))
     try:
-        check_cache_of(model, cache_dtype, reason)  # what only a patched model tells
+        if cache_dtype is not None:  # what only a patched model tells
+            check_cache_of(model, cache_dtype, reason or why_not_packed(model))
     except ValueError:
         from llamatelemetry.inference.flash_attn import STATE, disable_flash_attention
 

@@ -132,6 +132,20 @@ def test_a_refused_engine_keeps_what_was_patched():
     assert "_llamatelemetry" in vars(model)
 
 
+def test_a_model_without_packed_steps():
+    model = tiny_model("llama")
+    generator = TokenGenerator(model, cache_dtype=torch.float16)
+    patch(model)
+    hook = model.model.layers[0].mlp.register_forward_hook(lambda *_: None)
+    with pytest.warns(UserWarning, match="own forward, with keys and values in its own dtype: "):
+        next(generator.generate([PROMPTS[2]], [GREEDY], 2))
+    for make in (TokenGenerator, lambda model, **options: packed.patch_or_reason(model, **options)):
+        with pytest.raises(ValueError, match="the model's own where transformers' own forward"):
+            make(model, cache_dtype=torch.float16)
+    hook.remove()
+    TokenGenerator(model, cache_dtype=torch.float16)
+
+
 @pytest.mark.gpu
 def test_a_gpu_keeps_the_model_s_own():
     model = tiny_model("llama", torch.device("cuda"))
