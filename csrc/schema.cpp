@@ -42,7 +42,7 @@ STABLE_TORCH_LIBRARY(llamatelemetry, m) {
 
   // gemm: x [..., k], weight [n, k], packed holds [n, k]; activation: a name of common/activation.h, as kind is
   m.def("linear(Tensor x, Tensor weight, Tensor? bias=None, Tensor? residual=None, str? activation=None) -> Tensor");
-  m.def("quant_linear(Tensor x, Tensor packed, str format, int n, Tensor? bias=None, bool exact=False, Tensor? scales=None, Tensor? zeros=None, Tensor? perm=None) -> Tensor");
+  m.def("quant_linear(Tensor x, Tensor packed, str format, int n, Tensor? bias=None, bool exact=False, Tensor? scales=None, Tensor? zeros=None, Tensor? perm=None, str? activation=None) -> Tensor");
 
   // gemm: alpha * a . b + beta * c of [m, k] and [k, n] or batches of them; backend: a name of gemm/product/choice.h
   m.def("gemm(Tensor a, Tensor b, float alpha=1.0, float beta=0.0, bool trans_a=False, bool trans_b=False, Tensor? c=None, str? backend=None) -> Tensor");

@@ -125,6 +125,15 @@ def grouped(x, codes, scales, zeros):
     )
 
 
+def gated(x, codes, scales):
+    """In half precision the kernel for few rows applies the gate; without, another launch does."""
+    w = pack_groups(codes, "S4", scales)
+    return tuple(
+        ops.quant_linear(t, w.packed, "S4", 96, None, True, w.scales, activation="silu_and_mul")
+        for t in (x.half(), x[:1].half(), x)
+    )
+
+
 def products(a, b):
     """Ragged, and copied first; and rows that need no copy, of every kernel that is there."""
     half, ints = [x.half() for x in (a, b)], [x.to(torch.int8) for x in (a, b)]
@@ -297,6 +306,10 @@ CASES = {
     "grouped": lambda: (
         *(grouped, randn(9, 96), torch.randint(0, 16, (20, 96), dtype=torch.uint8)),
         *(torch.rand(20, 3).half() / 9, torch.randint(0, 16, (20, 3), dtype=torch.uint8)),
+    ),
+    "grouped, gated": lambda: (
+        *(gated, randn(9, 256), torch.randint(-8, 8, (96, 256), dtype=torch.int8)),
+        torch.rand(96, 2) / 99,
     ),
     "quantised": lambda: (quantised, randn(9, 96), q8_0_rows(20, 96)),
     "sample in one slice": lambda: (sample, randn(3, 1003)),

@@ -143,4 +143,10 @@ static inline constexpr QuantLinearImpl choose_quant_linear(const QuantLinearDes
   return d.exact || d.m <= kMaxFusedRows ? QuantLinearImpl::kFused : QuantLinearImpl::kDense;
 }
 
+// Whether launch_quant_linear applies an activation itself: otherwise another launch follows it. Of
+// gates it must find their tiles and those of what they multiply alike.
+static inline constexpr bool applies_activation(QuantLinearImpl impl, int64_t n, bool gated) {
+  return impl == QuantLinearImpl::kStream && (!gated || n % (2 * kTileRows) == 0);
+}
+
 }  // namespace llamatelemetry

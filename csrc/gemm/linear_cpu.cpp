@@ -79,10 +79,10 @@ void products(const LinearParams& p, int64_t first, int count, int64_t token,
   }
 }
 
-// What follows the product, for `count` columns from column on of one row.
-template <typename T>
-void finish(const LinearEpilogue& e, int64_t row, int64_t column, int64_t count, const float* y,
-            const float* up, T* out) {
+// What follows the product, for `count` columns from column on of one row; Y: float32 or T.
+template <typename T, typename Y>
+void finish(const LinearEpilogue& e, int64_t row, int64_t column, int64_t count, const Y* y,
+            const Y* up, T* out) {
   const T* residual = static_cast<const T*>(e.residual);
   if (residual) residual += row * e.residual_row_stride + column;
   for_each_vec(count, [&](int64_t i, auto lanes) {
@@ -127,21 +127,24 @@ void linear_items(const LinearParams& p, int64_t begin, int64_t end) {
   });
 }
 
-// One item a row.
+// An item is a run of columns of one row, so that a single wide row keeps several cores busy.
+constexpr int64_t kEpilogueColumns = 2048;
+
+int64_t epilogue_runs(const LinearEpilogueParams& p) {
+  return (p.out_n + kEpilogueColumns - 1) / kEpilogueColumns;
+}
+
 void epilogue_items(const LinearEpilogueParams& p, int64_t begin, int64_t end) {
   dispatch_dtype(p.dtype, [&](auto type) {
     using T = typename decltype(type)::type;
     const int64_t columns = p.epilogue.gated ? 2 * p.out_n : p.out_n;
-    for (int64_t row = begin; row < end; ++row) {
-      const T* y = static_cast<const T*>(p.y) + row * columns;
-      T* out = static_cast<T*>(p.out) + row * p.out_n;
-      for (int64_t i = 0; i < p.out_n; i += kItemColumns) {
-        const int64_t count = smaller(kItemColumns, p.out_n - i);
-        float values[kItemColumns], up[kItemColumns];
-        for (int j = 0; j < count; ++j) values[j] = to_float(y[i + j]);
-        for (int j = 0; p.epilogue.gated && j < count; ++j) up[j] = to_float(y[p.out_n + i + j]);
-        finish(p.epilogue, row, i, count, values, up, out + i);
-      }
+    for (int64_t item = begin; item < end; ++item) {
+      const int64_t row = item / epilogue_runs(p);
+      const int64_t column = item % epilogue_runs(p) * kEpilogueColumns;
+      const T* y = static_cast<const T*>(p.y) + row * columns + column;
+      T* out = static_cast<T*>(p.out) + row * p.out_n + column;
+      finish(p.epilogue, row, column, smaller(kEpilogueColumns, p.out_n - column), y, y + p.out_n,
+             out);
     }
   });
 }
@@ -159,8 +162,8 @@ Error launch_linear(const LinearParams& p, Stream) {
 }
 
 Error launch_linear_epilogue(const LinearEpilogueParams& p, Stream) {
-  parallel_over<epilogue_items>("linear.epilogue", {p.m, 20.0 + 1.5 * static_cast<double>(p.out_n)},
-                                p);
+  const auto columns = static_cast<double>(smaller(kEpilogueColumns, p.out_n));
+  parallel_over<epilogue_items>("linear.epilogue", {p.m * epilogue_runs(p), 20.0 + columns}, p);
   return nullptr;
 }
 

@@ -6,6 +6,7 @@
 #include "common/device.h"
 #include "format/checks.h"
 #include "gemm/choice_checks.h"
+#include "gemm/epilogue.h"
 #include "gemm/params.h"
 
 namespace llamatelemetry {
@@ -84,10 +85,12 @@ void check_perm(const char* op, const Tensor& perm, const Tensor& x, int64_t k) 
 
 Tensor quant_linear(const Tensor& given_x, const Tensor& packed, StringHandle format_name,
                     int64_t n, std::optional<Tensor> bias, bool exact, std::optional<Tensor> scales,
-                    std::optional<Tensor> zeros, std::optional<Tensor> perm) {
+                    std::optional<Tensor> zeros, std::optional<Tensor> perm,
+                    std::optional<StringHandle> activation_name) {
   constexpr const char* op = "quant_linear";
   const int format = check_format(op, take_string(format_name));
   check_side_tensors(op, format, scales, zeros, perm);
+  const NamedActivation activation = check_activation(op, take_string(activation_name));
   // On the CPU floating-point codes have no products in int8: x stays as it is.
   if (!kOnCuda && is_floating(kFormats[format].codes)) exact = true;
   const DType dtype = check_floating(op, "x", given_x);
@@ -97,28 +100,41 @@ Tensor quant_linear(const Tensor& given_x, const Tensor& packed, StringHandle fo
   const void* bias_data = checked_vector(op, "bias", bias, "[n]", n, "x", given_x);
   const GroupScales groups = check_groups(op, packed, rows.row_size, scales, zeros);
   if (perm) check_perm(op, *perm, given_x, rows.row_size);
+  check_gated_rows(op, "packed", n, activation);
   const DeviceGuard guard(given_x);
   const Tensor x = perm ? permute_columns(op, given_x, rows, dtype, *perm) : given_x;
   if (perm) rows.row_stride = rows.row_size;
   const auto* packed_data = static_cast<const uint8_t*>(packed.const_data_ptr());
   const QuantLinearImpl impl =
       choose_quant_linear(descriptor_of(x, rows, n, format, groups, dtype, exact));
+  const bool follows =
+      activation.activation != Activation::kNone && !applies_activation(impl, n, activation.gated);
+  const LinearEpilogue epilogue{
+      .bias = nullptr,  // already in what it takes
+      .residual = nullptr,
+      .residual_row_stride = 0,
+      .activation = activation.activation,
+      .gated = activation.gated,
+  };
+  std::vector<int64_t> sizes(x.sizes().begin(), x.sizes().end());
+  sizes.back() = activation.gated ? n / 2 : n;
   if constexpr (kHasDenseWeights) {
     if (impl == QuantLinearImpl::kDense) {
-      return dense_linear(op, x, bias,
-                          {.packed = packed_data,
-                           .groups = groups,
-                           .weights = nullptr,
-                           .n = n,
-                           .k = rows.row_size,
-                           .format = format,
-                           .dtype = dtype});
+      Tensor y = dense_linear(op, x, bias,
+                              {.packed = packed_data,
+                               .groups = groups,
+                               .weights = nullptr,
+                               .n = n,
+                               .k = rows.row_size,
+                               .format = format,
+                               .dtype = dtype});
+      return follows ? with_epilogue(op, y, rows.num_rows, sizes, epilogue, dtype) : y;
     }
   }
-  std::vector<int64_t> sizes(x.sizes().begin(), x.sizes().end());
-  sizes.back() = n;
-  Tensor out = allocate(x, sizes);
-  if (out.numel() == 0) return out;
+  std::vector<int64_t> product_sizes = sizes;
+  if (follows) product_sizes.back() = n;
+  Tensor out = allocate(x, product_sizes);
+  if (out.numel() == 0) return follows ? allocate(x, sizes) : out;
   QuantLinearParams params{
       .x = x.const_data_ptr(),
       .packed = packed_data,
@@ -134,6 +150,8 @@ Tensor quant_linear(const Tensor& given_x, const Tensor& packed, StringHandle fo
       .dtype = dtype,
       .exact = exact,
       .impl = impl,
+      .activation = follows ? Activation::kNone : activation.activation,
+      .gated = !follows && activation.gated,
   };
   std::optional<Tensor> workspace;
   if (const int64_t num_bytes = quant_linear_workspace_bytes(params)) {
@@ -141,7 +159,7 @@ Tensor quant_linear(const Tensor& given_x, const Tensor& packed, StringHandle fo
     params.workspace = workspace->mutable_data_ptr();
   }
   launch(op, launch_quant_linear, params, x);
-  return out;
+  return follows ? with_epilogue(op, out, rows.num_rows, sizes, epilogue, dtype) : out;
 }
 
 }  // namespace

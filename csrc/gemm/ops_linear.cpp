@@ -6,21 +6,11 @@
 #include "binding/launch.h"
 #include "common/device.h"
 #include "gemm/choice.h"
+#include "gemm/epilogue.h"
 #include "gemm/params.h"
 
 namespace llamatelemetry {
 namespace {
-
-NamedActivation check_activation(const char* op, const std::optional<std::string>& name) {
-  if (!name) return {"None", Activation::kNone, false};
-  std::string names = "None";
-  for (const NamedActivation& known : kNamedActivations) {
-    if (*name == known.name) return known;
-    names += std::string(", ") + known.name;
-  }
-  check(false, op, "activation", "be one of {" + names + "}", *name);
-  return {};
-}
 
 LinearEpilogue check_epilogue(const char* op, const Tensor& x, int64_t n,
                               const std::optional<Tensor>& bias,
@@ -85,9 +75,7 @@ Tensor linear(const Tensor& x, const Tensor& weight, std::optional<Tensor> bias,
   check_shape(op, "weight", weight, "[n, k]", {n, rows.row_size});
   check_like(op, "weight", weight, "x", x);
   check_last_contiguous(op, "weight", weight);
-  check(!activation.gated || n % 2 == 0, op, "weight",
-        std::string("have an even number of rows for ") + activation.name + " (gate, then up)",
-        std::to_string(n));
+  check_gated_rows(op, "weight", n, activation);
   std::vector<int64_t> sizes(x.sizes().begin(), x.sizes().end());
   sizes.back() = activation.gated ? n / 2 : n;
   const LinearEpilogue epilogue = check_epilogue(op, x, n, bias, residual, sizes, activation);
@@ -107,22 +95,8 @@ Tensor linear(const Tensor& x, const Tensor& weight, std::optional<Tensor> bias,
   Tensor out;
   if (choose_linear(descriptor_of(params)) == LinearImpl::kMatmul) {
     out = call_torch_linear(x, weight, bias);
-    if ((!residual && activation.activation == Activation::kNone) || out.numel() == 0) {
-      return activation.gated ? allocate(x, sizes) : out;
-    }
-    const void* y = out.const_data_ptr();
-    const Tensor product = out;  // lives until the launch is made
-    if (activation.gated) out = allocate(x, sizes);
-    const LinearEpilogueParams after{
-        .y = y,
-        .out = out.mutable_data_ptr(),
-        .m = rows.num_rows,
-        .out_n = sizes.back(),
-        .epilogue = epilogue,
-        .dtype = dtype,
-    };
-    launch(op, launch_linear_epilogue, after, x);
-    return out;
+    if (!residual && activation.activation == Activation::kNone) return out;
+    return with_epilogue(op, out, rows.num_rows, sizes, epilogue, dtype);
   }
   out = allocate(x, sizes);
   if (out.numel() == 0) return out;

@@ -50,7 +50,7 @@ struct QuantLinearParams {
   const uint8_t* packed;  // [n, k] of format in tiles, format/layout.h
   const void* bias;       // [n] or null
   GroupScales groups;     // of formats with scales beside their blocks
-  void* out;              // [m, n], contiguous
+  void* out;              // [m, n], contiguous; [m, n / 2] where gated
   void* workspace;        // quant_linear_workspace_bytes
   int64_t m;
   int64_t n;
@@ -59,7 +59,9 @@ struct QuantLinearParams {
   int format;   // row of kFormats
   DType dtype;  // of x, bias and out
   bool exact;
-  QuantLinearImpl impl;  // not kDense
+  QuantLinearImpl impl;   // not kDense
+  Activation activation;  // of the result; only where applies_activation, as gated is
+  bool gated;             // the first half of the n columns are gates of the second
 };
 Error launch_quant_linear(const QuantLinearParams& params, Stream stream);
 

@@ -16,10 +16,11 @@
 // their scales or zero points: codes of quantize_rows are packed by repack, which does not.
 //
 // A block has the tiles first_tile .. of 16 rows and a range of k, whose x lies in shared memory,
-// permuted as the codes are. Its items, 128 weights of a tile, are divided evenly in their order:
-// a warp has consecutive ones, ends of tiles or not, so few warps share a tile. Where splits > 1
-// the blocks of a cluster share k and add their sums up through each other's shared memory.
-// Grid [splits, ceil(tiles / tiles of a block)], clusters of splits, block kNumThreads.
+// permuted as the codes are. Gated: tiles of gates, then those of what they multiply, as many.
+// Items, 128 weights of a tile, are divided evenly in their order: a warp has consecutive ones,
+// ends of tiles or not, so few warps share a tile. Where splits > 1 the blocks of a cluster share k
+// and add their sums up through each other's shared memory. Grid [splits, ceil(tiles / tiles of a
+// block)], clusters of splits, block kNumThreads.
 #pragma once
 
 #include <cstdint>
@@ -33,6 +34,7 @@
 #include "ptx/cluster.cuh"
 #include "ptx/mma.cuh"
 #include "ptx/shared.cuh"
+#include "tile/activation.cuh"
 #include "tile/dependent_launch.cuh"
 #include "tile/reduce.cuh"
 
@@ -86,9 +88,10 @@ struct QuantStream {
   const QuantLinearParams& p;
   const int warp, lane, group, lane_in_group;
   const int rank, splits;
+  const int num_tiles;            // of W
   const int num_chunks;           // of a whole row
   const int first_chunk, chunks;  // of this block
-  const int first_tile, tiles;    // likewise
+  const int first_tile, tiles;    // likewise, of W
   const int items;                // of the block
   const int begin, end;           // of this warp
   const StreamShared& shared;     // where things lie in s_bytes
@@ -98,7 +101,12 @@ struct QuantStream {
   const uint8_t* next_words;
   const float* next_scales;
   const uint8_t* next_zeros;
-  int next_chunk, num_loaded = 0;
+  int next_chunk;
+
+  // Gated: where the block's gates end, and the tiles of W between them and what they multiply.
+  struct Gap {
+    int item, tiles;
+  };
 
   static __device__ void run(const Params& args) {
     extern __shared__ __align__(128) char s_bytes[];
@@ -106,8 +114,11 @@ struct QuantStream {
     QuantStream work(args, s_bytes);
     Item ring[kDepth];
 #pragma unroll
-    for (int i = 0; i < kDepth; ++i) work.load_next(ring[i]);
+    for (int i = 0; i < kDepth; ++i) {
+      work.load_next(ring[i], work.begin + i, [&] { return work.gap(); });
+    }
     if (work.lane == 0) work.first_tiles()[work.warp] = work.tile_of_begin;
+    if (threadIdx.x == 0) work.share_gap();
     wait_for_predecessors();
     work.stage_tokens();
     __syncthreads();
@@ -124,11 +135,13 @@ struct QuantStream {
         lane_in_group(threadIdx.x % 4),
         rank(static_cast<int>(blockIdx.x)),
         splits(args.plan.splits),
+        num_tiles(args.num_tiles),
         num_chunks(args.num_chunks),
         first_chunk(rank * num_chunks / splits),
         chunks((rank + 1) * num_chunks / splits - first_chunk),
-        first_tile(static_cast<int>(blockIdx.y) * args.plan.tiles),
-        tiles(min(args.plan.tiles, args.num_tiles - first_tile)),
+        first_tile(static_cast<int>(blockIdx.y) * args.plan.tiles / (p.gated ? 2 : 1)),
+        tiles(p.gated ? min(args.plan.tiles, args.num_tiles - 2 * first_tile)
+                      : min(args.plan.tiles, args.num_tiles - first_tile)),
         items(tiles * chunks),
         begin(warp * items / kNumWarps),
         end((warp + 1) * items / kNumWarps),
@@ -137,7 +150,7 @@ struct QuantStream {
         tile_of_begin(begin / chunks),
         chunk_of_begin(begin - tile_of_begin * chunks),
         next_chunk(chunk_of_begin) {
-    const int64_t tile = first_tile + tile_of_begin;
+    const int64_t tile = first_tile + tile_of_begin + (begin < gap().item ? 0 : gap().tiles);
     // Of this lane: its group's two rows, its own words.
     next_words = p.packed + (tile * num_chunks + first_chunk + next_chunk) * kItemBytes +
                  lane_in_group * 4 * kTileRows;
@@ -149,23 +162,36 @@ struct QuantStream {
     }
   }
 
-  __device__ void load_next(Item& item) {
-    if (num_loaded == end - begin) return;
-    ++num_loaded;
-    item.weights.load(next_words, group);
+  __device__ Gap gap() const {
+    if (!p.gated) return {0, 0};
+    return {tiles / 2 * chunks, (num_tiles - tiles) / 2};
+  }
+
+  // The item-th of the block. gap_of() is gap(), in the loop from shared memory: registers are few.
+  template <typename GapOf>
+  __device__ void load_next(Item& to, int item, GapOf gap_of) {
+    if (item >= end) return;
+    to.weights.load(next_words, group);
     if constexpr (Word::kHasGroups) {
       const int first_run = (first_chunk + next_chunk) * kRuns;
-      item.sides.load(next_scales, next_zeros, first_run, kScaleRuns, p.groups.shift);
+      to.sides.load(next_scales, next_zeros, first_run, kScaleRuns, p.groups.shift);
     } else {
-      item.sides.template load<Word>(next_words - lane_in_group * 4 * kTileRows, group);
+      to.sides.template load<Word>(next_words - lane_in_group * 4 * kTileRows, group);
     }
     next_words += kItemBytes;
-    if (++next_chunk == chunks) {
-      next_chunk = 0;
-      next_words += (num_chunks - chunks) * int64_t{kItemBytes};
-      if constexpr (Word::kHasGroups) next_scales += p.groups.groups * kTileRows;
-      if constexpr (Word::kHasZeros) next_zeros += p.groups.groups * kTileRows;
+    if (++next_chunk < chunks) return;
+    next_chunk = 0;
+    next_words += (num_chunks - chunks) * int64_t{kItemBytes};
+    int tiles_on = 1;
+    if (p.gated) {
+      const Gap gap = gap_of();
+      if (item + 1 == gap.item) {
+        next_words += gap.tiles * (num_chunks * int64_t{kItemBytes});
+        tiles_on += gap.tiles;
+      }
     }
+    if constexpr (Word::kHasGroups) next_scales += tiles_on * (p.groups.groups * kTileRows);
+    if constexpr (Word::kHasZeros) next_zeros += tiles_on * (p.groups.groups * kTileRows);
   }
 
   // Rows of x in shared memory: for each run of 32 weights and each lane of a group 16 bytes, what
@@ -235,7 +261,7 @@ struct QuantStream {
       for (int i = 0; i < kDepth; ++i) {
         if (item + i >= end) break;
         multiply_item(ring[i], chunk, sums);
-        load_next(ring[i]);
+        load_next(ring[i], item + i + kDepth, [&] { return shared_gap(); });
         if (++chunk == chunks) {
           keep_sums(sums, slot++);
           chunk = 0;
@@ -336,50 +362,77 @@ struct QuantStream {
   __device__ int* first_tiles() const {  // of the warps
     return reinterpret_cast<int*>(s_bytes + shared.first_tiles);
   }
+  __device__ void share_gap() const {
+    first_tiles()[kNumWarps] = gap().item;
+    first_tiles()[kNumWarps + 1] = gap().tiles;
+  }
+  __device__ Gap shared_gap() const {
+    const volatile int* gap = first_tiles() + kNumWarps;  // volatile: not before the loop
+    return {gap[0], gap[1]};
+  }
 
   // Adds the warps' sums of each tile up, in their order, and then those of the cluster's blocks.
   __device__ void store() const {
     const int of_tile = static_cast<int>(p.m) * kTileRows;
-    auto* totals = reinterpret_cast<float*>(s_bytes + shared.totals);
-    for (int i = threadIdx.x; i < tiles * of_tile; i += kNumThreads) {
-      const int tile = i / of_tile, place = i % of_tile;
-      const int first = tile * chunks, last = first + chunks - 1;
-      const int last_warp = ((last + 1) * kNumWarps - 1) / items;
-      float total = 0;
-      for (int w = ((first + 1) * kNumWarps - 1) / items; w <= last_warp; ++w) {
-        if (w * items / kNumWarps == (w + 1) * items / kNumWarps) continue;  // has no item
-        total += sums_of(w, tile - first_tiles()[w])[place];
+    const int out_tiles = p.gated ? tiles / 2 : tiles;
+    const int up = p.gated ? out_tiles * of_tile : 0;  // from a gate's sum to what it multiplies
+    if (splits == 1) {
+      for (int i = threadIdx.x; i < out_tiles * of_tile; i += kNumThreads) {
+        store_sum(i, of_tile, total(i, of_tile), p.gated ? total(i + up, of_tile) : 0.0f);
       }
-      if (splits == 1) {
-        store_sum(tile, place, total);
-      } else {
-        totals[i] = total;
-      }
+      return;
     }
-    if (splits == 1) return;
+    auto* totals = reinterpret_cast<float*>(s_bytes + shared.totals);
+    for (int i = threadIdx.x; i < tiles * of_tile; i += kNumThreads) totals[i] = total(i, of_tile);
     ptx::cluster_sync();
-    for (int i = threadIdx.x; i < tiles * of_tile / 4; i += kNumThreads) {
+    for (int i = threadIdx.x; i < out_tiles * of_tile / 4; i += kNumThreads) {
       if (i % splits != rank) continue;
-      float total[4] = {};
-      for (int r = 0; r < splits; ++r) {
-        const float4 part =
-            ptx::load_cluster(ptx::cluster_address(ptx::shared_address(totals + 4 * i), r));
-        total[0] += part.x, total[1] += part.y, total[2] += part.z, total[3] += part.w;
-      }
-#pragma unroll
-      for (int e = 0; e < 4; ++e) {
-        store_sum(4 * i / of_tile, 4 * i % of_tile + e, total[e]);
-      }
+      const float4 sums = total_of_cluster(totals + 4 * i);
+      const float4 factors = p.gated ? total_of_cluster(totals + 4 * i + up) : float4{};
+      store_sum(4 * i, of_tile, sums.x, factors.x);
+      store_sum(4 * i + 1, of_tile, sums.y, factors.y);
+      store_sum(4 * i + 2, of_tile, sums.z, factors.z);
+      store_sum(4 * i + 3, of_tile, sums.w, factors.w);
     }
     ptx::cluster_sync();  // nobody leaves while its sums are read
   }
+  // i: of a tile of the block, a row of x and a row of the tile.
+  __device__ float total(int i, int of_tile) const {
+    const int tile = i / of_tile, place = i % of_tile;
+    const int first = tile * chunks, last = first + chunks - 1;
+    const int last_warp = ((last + 1) * kNumWarps - 1) / items;
+    float total = 0;
+    for (int w = ((first + 1) * kNumWarps - 1) / items; w <= last_warp; ++w) {
+      if (w * items / kNumWarps == (w + 1) * items / kNumWarps) continue;  // has no item
+      total += sums_of(w, tile - first_tiles()[w])[place];
+    }
+    return total;
+  }
+  __device__ float4 total_of_cluster(const float* four) const {
+    float4 total{};
+    for (int r = 0; r < splits; ++r) {
+      const float4 part = ptx::load_cluster(ptx::cluster_address(ptx::shared_address(four), r));
+      total.x += part.x, total.y += part.y, total.z += part.z, total.w += part.w;
+    }
+    return total;
+  }
 
-  // place: of a row of x and a row of the tile.
-  __device__ void store_sum(int tile, int place, float total) const {
+  // up: the sum that a gate's, total, multiplies.
+  __device__ void store_sum(int i, int of_tile, float total, float up) const {
+    const int tile = i / of_tile, place = i % of_tile;
+    const int64_t out_n = p.gated ? p.n / 2 : p.n;
     const int64_t column = int64_t{first_tile + tile} * kTileRows + place % kTileRows;
-    if (column >= p.n) return;
+    if (column >= out_n) return;
+    T y = with_bias(total, column);
+    if (p.activation != Activation::kNone) {
+      y = from_float<T>(activated(p.activation, to_float(y)));
+    }
+    if (p.gated) y = from_float<T>(to_float(y) * to_float(with_bias(up, out_n + column)));
+    static_cast<T*>(p.out)[place / kTileRows * out_n + column] = y;
+  }
+  __device__ T with_bias(float total, int64_t column) const {
     if (p.bias != nullptr) total += to_float(static_cast<const T*>(p.bias)[column]);
-    static_cast<T*>(p.out)[place / kTileRows * p.n + column] = from_float<T>(total);
+    return from_float<T>(total);
   }
 };
 

@@ -37,9 +37,9 @@ Error launch_stream_kernel(const QuantLinearParams& p, Stream stream) {
   const int64_t planned_rows = p.m == 1 ? 1 : 8 * Kernel::kColumnTiles;
   QuantStreamArgs args{
       .call = p,
-      .plan =
-          stream_plan(planned_rows, p.n, p.k, Kernel::kChunk, Kernel::kColumnTiles, Kernel::kStarts,
-                      device.max_shared_bytes, stream_clusters_at_once<Kernel>(device)),
+      .plan = stream_plan(planned_rows, p.n, p.k, p.gated, Kernel::kChunk, Kernel::kColumnTiles,
+                          Kernel::kStarts, device.max_shared_bytes,
+                          stream_clusters_at_once<Kernel>(device)),
       .shared = {},
       .num_tiles = static_cast<int>((p.n + kTileRows - 1) / kTileRows),
       .num_chunks = num_chunks};

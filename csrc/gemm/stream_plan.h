@@ -75,7 +75,7 @@ struct StreamShared {
   int sums;         // of each warp: [slots][m][16] float
   int slots;        // tiles that a warp may meet
   int totals;       // splits > 1: [tiles][m][16] float
-  int first_tiles;  // [kStreamWarps] int
+  int first_tiles;  // [kStreamWarps] int, and two more of a gap between tiles
   int bytes;
 };
 // The tiles that a warp's items may be of, if a row has so many chunks.
@@ -96,28 +96,32 @@ static inline constexpr StreamShared stream_shared(const StreamPlan& plan, int m
   shared.slots = slots > of_fewer ? slots : of_fewer;
   shared.totals = shared.sums + kStreamWarps * shared.slots * m * 64;
   shared.first_tiles = shared.totals + (plan.splits > 1 ? plan.tiles * m * 64 : 0);
-  shared.bytes = shared.first_tiles + kStreamWarps * 4;
+  shared.bytes = shared.first_tiles + (kStreamWarps + 2) * 4;
   return shared;
 }
 
 // slots[i]: how many clusters of i + 1 blocks run at once, a block a multiprocessor. The time of
-// the last block to end, in items of one multiprocessor; tiles 0 if none fits.
-static inline constexpr StreamPlan stream_plan(int64_t m, int64_t n, int64_t k, int chunk,
-                                               int token_tiles, int sums_of_item,
+// the last block to end, in items of one multiprocessor; tiles 0 if none fits. gated: blocks have
+// even numbers of tiles.
+static inline constexpr StreamPlan stream_plan(int64_t m, int64_t n, int64_t k, bool gated,
+                                               int chunk, int token_tiles, int sums_of_item,
                                                int max_shared_bytes,
                                                const int (&slots)[kMaxStreamSplits]) {
   // Beside its items a block costs as much as so many of 128 weights, a cluster more; so do kTokens
   // rows of x for each 128 of k.
   constexpr int64_t kBlockCost = 40, kClusterCost = 128, kTokens = 8;
   const int64_t tiles = (n + kTileRows - 1) / kTileRows, num_chunks = k / chunk;
+  const int64_t together = gated ? 2 : 1;
   StreamPlan best{0, 1};
   int64_t least = 0;
   for (int splits = 1; splits <= kMaxStreamSplits && splits <= num_chunks; ++splits) {
     const int64_t at_once = slots[splits - 1];
     const int64_t chunks = (num_chunks + splits - 1) / splits;
     StreamPlan plan{0, splits};
-    for (int64_t waves = 1; at_once > 0 && plan.tiles != 1; waves += waves < 16 ? 1 : waves) {
-      plan.tiles = static_cast<int>((tiles + at_once * waves - 1) / (at_once * waves));
+    for (int64_t waves = 1; at_once > 0 && plan.tiles != together;
+         waves += waves < 16 ? 1 : waves) {
+      const int64_t places = at_once * waves * together;
+      plan.tiles = static_cast<int>((tiles + places - 1) / places * together);
       const StreamShared shared =
           stream_shared(plan, static_cast<int>(m), chunk, static_cast<int>(num_chunks), token_tiles,
                         sums_of_item);

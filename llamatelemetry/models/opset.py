@@ -28,8 +28,7 @@ class OpSet:
     Attributes:
         linear: x, weight, bias, residual, activation as ops.linear has them; None leaves linears
             to their own forward.
-        gated: name of an activation in transformers' configs -> ``act(gate) * up`` of both side by
-            side.
+        gated: name of an activation in transformers' configs -> ``act(gate) * up`` of both.
         activations: likewise ``act(x)``.
         flash_attn_varlen, paged_attention: return the output alone. The latter takes split_size by
             keyword, in sets other than Triton's.
@@ -40,6 +39,7 @@ class OpSet:
         attn_implementation: transformers' name for this set's attention; None leaves the model's.
         group_linear: x, a GroupLinear of one of group_formats, activation as linear has it; None
             leaves such layers to their own forward.
+        activates_packed: whether the forward of QuantLinear and GroupLinear applies activations.
         linear_of_any_rows: whether linear is called for many rows too; layers that neither linear,
             group_linear nor scaled_linear takes are refused.
         quantising, scaled_linear: make and multiply rows of a W8A8Linear; else that does both.
@@ -62,6 +62,7 @@ class OpSet:
     attn_implementation: str | None
     group_linear: Callable[[Tensor, Any, str | None], Tensor] | None = None
     group_formats: Collection[str] = ()
+    activates_packed: bool = False
     linear_of_any_rows: bool = False
     converts_caches: bool = False
     quantising: Quantising | None = None
@@ -154,8 +155,8 @@ def _alone(x: Tensor) -> Tensor:
     return x
 
 
-# Raw ops: a decode step calls ten a layer, and the wrappers' checks for gradients, which a piece
-# makes once a forward, would cost as much again as a small op does.
+# Raw ops: a step calls ten a layer, and the wrappers' checks for gradients, which a piece makes
+# once a forward, would cost as much again as a small op does.
 _ops = torch.ops.llamatelemetry
 _flash_attn_varlen = _ops.flash_attn_varlen.default
 _paged_attention = _ops.paged_attention.default
@@ -206,6 +207,7 @@ NATIVE = OpSet(
     activations=_activations(_ops.activation.default),
     all_reduce=_alone,
     attn_implementation=NAME,
+    activates_packed=True,
     converts_caches=True,
     quantising=NATIVE_QUANTISING,
 )

@@ -53,8 +53,11 @@ def _(
     residual: Tensor | None = None,
     activation: str | None = None,
 ) -> Tensor:
-    n = weight.shape[0]
-    return x.new_empty((*x.shape[:-1], n // 2 if (activation or "").endswith("_and_mul") else n))
+    return x.new_empty((*x.shape[:-1], _columns(weight.shape[0], activation)))
+
+
+def _columns(n: int, activation: str | None) -> int:
+    return n // 2 if activation is not None and activation.endswith("_and_mul") else n
 
 
 def quant_linear(
@@ -67,8 +70,10 @@ def quant_linear(
     scales: Tensor | None = None,
     zeros: Tensor | None = None,
     perm: Tensor | None = None,
+    activation: str | None = None,
 ) -> Tensor:
-    """``x @ weight.T + bias`` with the weight packed in 8 bits or fewer; sums in float32.
+    """``activation(x @ weight.T + bias)`` with the weight packed in 8 bits or fewer; sums in
+    float32.
 
     On CUDA values of bfloat16 x past about 1e34 may give inf or NaN where the result would be
     finite: kernels that scale sums of x times codes, as those for few rows do, pass float32's
@@ -96,10 +101,12 @@ def quant_linear(
         perm: [k] int32, for the formats with scales: column j of the weight meets column perm[j] of
             x, as where a quantiser sorted the columns (GPTQ's act-order). Where perm names no
             column x counts as 0.
+        activation: As in linear. On CUDA the kernel of up to 16 rows applies it; of gates where n
+            is a multiple of 32. Elsewhere another launch does.
 
     Returns:
-        [..., n] in the dtype of x. On the CPU a row does not depend on the other rows, nor on how
-        many there are.
+        [..., n] in the dtype of x, [..., n / 2] where gated. On the CPU a row does not depend on
+        the other rows, nor on how many there are.
 
     Raises:
         RuntimeError: Naming the argument, the rule and the value.
@@ -109,7 +116,7 @@ def quant_linear(
     """
     inference_only("quant_linear", x=x, bias=bias)
     return torch.ops.llamatelemetry.quant_linear.default(
-        x, packed, format_name(format), n, bias, exact, scales, zeros, perm
+        x, packed, format_name(format), n, bias, exact, scales, zeros, perm, activation
     )
 
 
@@ -124,5 +131,6 @@ def _(
     scales: Tensor | None = None,
     zeros: Tensor | None = None,
     perm: Tensor | None = None,
+    activation: str | None = None,
 ) -> Tensor:
-    return x.new_empty((*x.shape[:-1], n))
+    return x.new_empty((*x.shape[:-1], _columns(n, activation)))

@@ -45,7 +45,7 @@ class GroupLinear(nn.Module):
         self.register_buffer("perm", perm)
         self.register_parameter("bias", bias)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, activation: str | None = None) -> Tensor:
         return ops.quant_linear(
             x,
             self.weight,
@@ -56,6 +56,7 @@ class GroupLinear(nn.Module):
             self.scales,
             self.zeros,
             self.perm,
+            activation,
         )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> GroupLinear:

@@ -41,9 +41,15 @@ class QuantLinear(nn.Module):
         self.register_buffer("weight", weight)
         self.register_parameter("bias", bias)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, activation: str | None = None) -> Tensor:
         return ops.quant_linear(
-            x, self.weight, self.format, self.out_features, self.bias, self.exact
+            x,
+            self.weight,
+            self.format,
+            self.out_features,
+            self.bias,
+            self.exact,
+            activation=activation,
         )
 
     def dense(self, dtype: torch.dtype) -> nn.Linear:

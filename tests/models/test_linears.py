@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from families import LAYERS, VOCAB, PackedRun, tiny_model
+from gguf_rows import gguf_rows
 from torch import nn
 from torch.testing import assert_close
 
@@ -15,6 +16,8 @@ from llamatelemetry.inference.sampling import GREEDY
 from llamatelemetry.models.opset import NATIVE
 from llamatelemetry.models.patching import patch, unpatch
 from llamatelemetry.models.pieces.linear import MOST_ROWS, Joined, is_dense
+from llamatelemetry.ops import QuantFormat, repack, silu_and_mul
+from llamatelemetry.quantization.modules import QuantLinear
 
 PROMPTS = [[3, 1, 4, 1, 5], [9, 2]]
 COUNT = 6
@@ -94,6 +97,19 @@ def test_other_linears_keep_their_forward(device):
         assert not is_dense(linear)
     for linear in (Doubled(8, 4, device=device), own):
         assert_close(Joined(linear, (), NATIVE)(x), linear(x))
+
+
+def test_an_own_forward_of_packed_weights_is_called_as_it_is(device):
+    """It need not take an activation; a QuantLinear's applies it, in sets of ops that say so."""
+    rows = repack(gguf_rows(QuantFormat.Q8_0, 8, 32, device), "Q8_0")
+    x = torch.randn(2, 32, device=device)
+    for ops in (NATIVE, replace(NATIVE, activates_packed=False)):
+        linear = QuantLinear(rows, QuantFormat.Q8_0, 8)
+        gated = Joined(linear, (), ops, silu_and_mul, "silu_and_mul")(x)
+        assert_close(gated, silu_and_mul(linear(x)))
+        linear.forward = lambda x: x[:, :4]
+        own = Joined(linear, (), ops, silu_and_mul, "silu_and_mul")(x)
+        assert torch.equal(own, silu_and_mul(x[:, :4].contiguous()))
 
 
 def test_columns_in_any_place_are_served(device):

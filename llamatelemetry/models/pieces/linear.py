@@ -12,12 +12,14 @@ from llamatelemetry.models.opset import OpSet
 from llamatelemetry.models.pieces.merge import is_plain
 from llamatelemetry.models.pieces.watch import EVERYWHERE, SERVED
 from llamatelemetry.quantization.group_linear import GroupLinear
+from llamatelemetry.quantization.modules import QuantLinear
 from llamatelemetry.quantization.rows import QuantisedRows, RowFormat
 from llamatelemetry.quantization.w8a8 import W8A8Linear
 
 Rows = Tensor | QuantisedRows  # what a linear takes: quantised ones where it says how
 
-# Of more rows ops.linear is torch's product, which a call without our op reaches sooner.
+# Of more rows ops.linear is torch's product, which a call without our op reaches sooner, and over
+# packed weights an activation is a launch of its own, of ops.gated too, which is not slower.
 MOST_ROWS = 16
 
 
@@ -28,7 +30,7 @@ class Joined:
         merged: one linear that gives what the linears give side by side.
         linears: over the same input; none for merged alone.
         after: the activation of merged's output.
-        activation: its name in ops.linear; None where that has none.
+        activation: its name in ops.linear; None where after is not that alone, or has none.
 
     Attributes:
         takes: how it takes rows that are quantised already; None where it takes none.
@@ -47,6 +49,8 @@ class Joined:
         self._ops, self._of_any_rows = ops, ops.linear_of_any_rows
         self._is_dense = ops.linear is not None and is_dense(merged)
         self._is_grouped = type(merged) is GroupLinear and merged.format in ops.group_formats
+        is_packed = type(merged) in (QuantLinear, GroupLinear) and "forward" not in vars(merged)
+        self._is_packed = is_packed and ops.activates_packed
         self.takes: RowFormat | None = merged.takes if type(merged) is W8A8Linear else None
         self._is_scaled = self.takes is not None and ops.scaled_linear is not None
         if self._of_any_rows and not (self._is_dense or self._is_grouped or self._is_scaled):
@@ -69,6 +73,8 @@ class Joined:
         if self._of_any_rows or (self._is_dense and _is_small(x)):
             y = self._by_op(x.contiguous(), self.merged, self._activation)
             return y if self._activation is not None else self._followed(y)
+        if self._is_packed and self._activation is not None and _is_small(x):
+            return self._forward(x, self._activation)
         return self._followed(self._forward(x))
 
     def _by_op(self, x: Tensor, linear: Any, activation: str | None) -> Tensor:

@@ -60,6 +60,7 @@ class GatedMlp(_Mlp):
         after: Callable[[Tensor], Rows] = self.ops.gated[self.activation]
         if self.down.takes is not None and not is_dense(merged):
             after = rows_after(self.ops.gated[self.activation], name, self.down.takes, self.ops)
+            name = None
         self.into = Joined(merged, self.linears, self.ops, after, name)
 
     def merged_names(self) -> Sequence[str]:

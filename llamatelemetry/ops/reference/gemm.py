@@ -26,13 +26,17 @@ def linear(
     residual: Tensor | None = None,
     activation: str | None = None,
 ) -> Tensor:
-    y = functional.linear(x, weight, bias)
-    if activation is not None and activation.endswith("_and_mul"):
-        gate, up = y.chunk(2, -1)
-        y = _ACTIVATIONS[activation.removesuffix("_and_mul")](gate) * up
-    elif activation is not None:
-        y = _ACTIVATIONS[activation](y)
+    y = _activated(functional.linear(x, weight, bias), activation)
     return y if residual is None else residual + y
+
+
+def _activated(y: Tensor, activation: str | None) -> Tensor:
+    if activation is None:
+        return y
+    if activation.endswith("_and_mul"):
+        gate, up = y.chunk(2, -1)
+        return _ACTIVATIONS[activation.removesuffix("_and_mul")](gate) * up
+    return _ACTIVATIONS[activation](y)
 
 
 def rounded_activations(x: Tensor) -> Tensor:
@@ -54,12 +58,13 @@ def quant_linear(
     scales: Tensor | None = None,
     zeros: Tensor | None = None,
     perm: Tensor | None = None,
+    activation: str | None = None,
 ) -> Tensor:
     """data: the rows that repack packed; scales and zeros [n, groups], of grouped formats."""
     x = x if perm is None else x[..., perm]
     weight = dequantize(data, format, scales, zeros).to(x.dtype)
     out = (x if exact else rounded_activations(x)) @ weight.T
-    return out if bias is None else out + bias
+    return _activated(out if bias is None else out + bias, activation)
 
 
 def gemm(
