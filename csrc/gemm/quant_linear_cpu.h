@@ -62,21 +62,32 @@ LT_INLINE void add_sub_block(const PackedBlock<kFormat>& block, int sub_block,
   }
 }
 
+// The block behind this one, or this one where it is the last of all.
+template <typename Block>
+LT_INLINE const uint8_t* next_block(const QuantLinearParams& p, const uint8_t* block) {
+  const int64_t num_tiles = (p.n + kTileRows - 1) / kTileRows;
+  const int64_t num_blocks = num_tiles * (p.k / Block::kLayout.block_size);
+  const bool is_last = block + Block::kBytes == p.packed + num_blocks * Block::kBytes;
+  return is_last ? block : block + Block::kBytes;
+}
+
 template <int kFormat, int kTokens>
 LT_INLINE void sum_quantized(const QuantLinearParams& p, int64_t tile_index, const uint8_t* tile,
                              int64_t num_blocks, const ActivationBlock* x, Floats (&sum)[kTokens]) {
   using Block = PackedBlock<kFormat>;
+  constexpr bool kFew = kTokens <= 4;  // they wait for memory, more for their products
   for (int64_t i = 0; i < num_blocks; ++i, tile += Block::kBytes) {
     const Block block(tile, side_of<Block>(p, tile_index, i));
+    const uint8_t* next = next_block<Block>(p, tile);
     if constexpr (kTokens <= 2 && kUnrollSubBlocks) {
 #pragma GCC unroll 8
       for (int sub_block = 0; sub_block < Block::kSubBlocks; ++sub_block, x += kTokens) {
-        fetch_ahead<Block>(tile, sub_block);
+        fetch_ahead<Block, kFew>(tile, sub_block, next);
         add_sub_block(block, sub_block, x, sum);
       }
     } else {
       for (int sub_block = 0; sub_block < Block::kSubBlocks; ++sub_block, x += kTokens) {
-        fetch_ahead<Block>(tile, sub_block);
+        fetch_ahead<Block, kFew>(tile, sub_block, next);
         add_sub_block(block, sub_block, x, sum);
       }
     }

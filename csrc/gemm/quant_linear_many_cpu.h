@@ -15,16 +15,29 @@ LT_INLINE TileScales side_of(const QuantLinearParams& p, int64_t tile, int64_t b
   return {};
 }
 
-// Asks for what lies kBytesAhead behind a sub-block of the tile: few tokens wait for memory, and
-// above all for page walks, since the CPU's own prefetching ends with each page
+// How far ahead of a sub-block the weights are asked for: few tokens wait for memory, and above all
+// for page walks, since the CPU's own prefetching ends with each page. Many tokens need less, and
+// blocks of a code a byte are read so fast that more would be under way than the CPU keeps
 // (benchmarks/notes/gemm.md).
-constexpr int kBytesAhead = 4096;
-template <typename Block>
-LT_INLINE void fetch_ahead(const uint8_t* tile, int sub_block) {
+template <typename Block, bool kFew>
+constexpr int kBytesAhead = !kFew || is_byte(Block::kCodes) ? 4096 : 12288;
+
+// Asks for what lies kBytesAhead behind a sub-block of a block. Blocks of many sub-blocks are read
+// back and forth, scales at their end first, which the CPU does not take for a stream and meets
+// with waiting: for few tokens a load of each line of the next block, in order, makes it one. The
+// empty statement keeps the lines of a sub-block beside its products: GCC would ask for all of a
+// block's at once, which leaves nothing of the gain for Q6_K at AVX2.
+template <typename Block, bool kFew>
+LT_INLINE void fetch_ahead(const uint8_t* block, int sub_block, const uint8_t* next) {
   constexpr int kLineBytes = 64, kBytes = Block::kBytes / Block::kSubBlocks;
+  if constexpr (kFew) __asm__ volatile("" : "+r"(block), "+r"(next));
 #pragma GCC unroll 16
   for (int line = 0; line < kBytes; line += kLineBytes) {
-    __builtin_prefetch(tile + sub_block * kBytes + line + kBytesAhead, 0, 2);
+    const int offset = sub_block * kBytes + line;
+    __builtin_prefetch(block + offset + kBytesAhead<Block, kFew>, 0, 2);
+    if constexpr (kFew && Block::kSubBlocks > 1) {
+      static_cast<void>(*static_cast<const volatile uint8_t*>(next + offset));  // read by nothing
+    }
   }
 }
 
@@ -126,7 +139,7 @@ LT_INLINE void sum_many(const QuantLinearParams& p, int64_t tile_index, const Pa
   for (int64_t i = 0; i < num_blocks; ++i, tile += Block::kBytes) {
     const Block block(tile, side_of<Block>(p, tile_index, i));
     for (int sub_block = 0; sub_block < Block::kSubBlocks; ++sub_block, x += panel.size) {
-      fetch_ahead<Block>(tile, sub_block);
+      fetch_ahead<Block, false>(tile, sub_block, tile);
       Words code[kGroups];
       block.codes(sub_block, code);
       add_products<kFormat>(block, sub_block, code, x, panel.size, sum);
