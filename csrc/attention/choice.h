@@ -98,6 +98,7 @@ struct AttentionPlan {
   bool fixed_splits;   // whether the caller said so; else decode shares the batch's keys evenly
   int num_blocks;      // decode: of the grid; else 0
   bool is_wide;        // decode: row tiles of kWideRowTile
+  bool by_warpgroups;  // and multiplied by wgmma, decode/warpgroup.cuh
   int num_sms;         // decode: of the GPU
   int cluster_blocks;  // decode of one sequence, cluster.cuh: of a cluster; 0: the grid has none
 };
@@ -170,6 +171,10 @@ static inline constexpr const decode::Config& decode_config(AttentionImpl impl, 
 static inline constexpr int64_t rows_of_key_head(const AttentionDescriptor& d) {
   return d.num_heads_kv > 0 ? d.seqlen_q * (d.num_heads_q / d.num_heads_kv) : 0;
 }
+// Whether kernels of Hopper alone, wgmma and clusters, run here.
+static inline constexpr bool runs_sm90_code(const AttentionDescriptor& d) {
+  return d.capability / 10 == 9 && d.has_sm90_code;
+}
 // Whether kDecode takes wide row tiles. They read keys once for more rows, but their parts take
 // long to combine: where every other multiprocessor has a key head of its own there are few.
 static inline constexpr bool decodes_wide(const AttentionDescriptor& d) {
@@ -186,8 +191,8 @@ static inline constexpr int64_t row_tiles_of(const AttentionDescriptor& d) {
 // most of those idle: how many keys there are is known on the GPU alone, after the launch.
 static inline constexpr int cluster_blocks_of(const AttentionDescriptor& d) {
   const bool is_packed_dense = d.is_packed && d.page_size == 0;
-  if (d.capability / 10 != 9 || !d.has_sm90_code || d.batch != 1 || has_fixed_splits(d) ||
-      d.has_score_terms || is_packed_dense || d.seqlen_k > decode::kMaxClusterKeys) {
+  if (!runs_sm90_code(d) || d.batch != 1 || has_fixed_splits(d) || d.has_score_terms ||
+      is_packed_dense || d.seqlen_k > decode::kMaxClusterKeys) {
     return 0;
   }
   const int64_t clusters = d.num_heads_kv * row_tiles_of(d);
@@ -358,6 +363,7 @@ static inline constexpr AttentionPlan plan_of(AttentionImpl impl, const Attentio
           .num_blocks =
               decodes(impl) ? d.num_sms * decode::resident_blocks(config, d.max_shared_bytes) : 0,
           .is_wide = is_wide,
+          .by_warpgroups = is_wide && runs_sm90_code(d),
           .num_sms = d.num_sms,
           .cluster_blocks = is_decode ? cluster_blocks_of(d) : 0};
 }

@@ -6,10 +6,11 @@
 
 namespace llamatelemetry {
 
-Error launch_decode(const AttentionParams& params, Stream stream);        // dense and paged
-Error launch_decode_fixed(const AttentionParams& params, Stream stream);  // of it, fixed splits
-Error launch_decode_wide(const AttentionParams& params, Stream stream);   // of it, plan.is_wide
-Error launch_decode_e4m3(const AttentionParams& params, Stream stream);   // of it, such caches
+Error launch_decode(const AttentionParams& params, Stream stream);            // dense and paged
+Error launch_decode_fixed(const AttentionParams& params, Stream stream);      // of it, fixed splits
+Error launch_decode_wide(const AttentionParams& params, Stream stream);       // of it, plan.is_wide
+Error launch_decode_wide_sm90(const AttentionParams& params, Stream stream);  // by_warpgroups
+Error launch_decode_e4m3(const AttentionParams& params, Stream stream);       // of it, such caches
 Error launch_decode_int8(const AttentionParams& params, Stream stream);
 Error launch_decode_sm75(const AttentionParams& params, Stream stream);     // dense and paged
 Error launch_decode_cluster(const AttentionParams& params, Stream stream);  // plan.cluster_blocks

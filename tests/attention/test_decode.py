@@ -76,6 +76,23 @@ def test_rows_of_several_warps(kernel, dtype, head_dim, options):
 
 
 @KERNELS
+@pytest.mark.parametrize("page_size", [1, 64, 256])
+@pytest.mark.parametrize("terms", [False, True])
+def test_drafts_of_many_sequences(kernel, dtype, page_size, terms):
+    """Of 64 rows each, and parts of them that are combined, with what few calls ask for."""
+    sequences = [(16 - i % 3, 40 + 400 * i) for i in range(9)] + [(1, 7)] * 8
+    case = random_case("cuda", dtype, sequences, (32, 8), 128, page_size)
+    options = {"softcap": 30.0} if terms else {}
+    if terms:
+        options |= {"sinks": torch.randn(32, device="cuda")}
+        options |= {"alibi_slopes": torch.rand(32, device="cuda") / 8}
+    first = assert_right(case, backend=kernel, **options)
+    for _ in range(5):
+        again = case.run(backend=kernel, **options)
+        assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+
+
+@KERNELS
 @pytest.mark.parametrize("window", [(0, 0), (20, 0), (700, 0)], ids=str)
 def test_what_a_window_hides_is_not_read(kernel, dtype, window):
     case = random_case("cuda", dtype, [(1, 1500), (1, 40), (1, 801)], (8, 2), 64, page_size=1)
@@ -131,9 +148,13 @@ def test_fixed_splits(kernel, dtype, head_dim, splits):
 
 
 @pytest.mark.parametrize("kernel", [pytest.param("decode", marks=pytest.mark.sm80), "decode_sm75"])
-def test_a_graph_replays_with_other_lengths(kernel):
+@pytest.mark.parametrize("heads", [(6, 2), (72, 36)], ids=["16 rows", "64 rows"])
+def test_a_graph_replays_with_other_lengths(kernel, heads):
+    queries = 1 if heads[1] == 2 else 16
+
     def case_of(lengths):
-        return random_case("cuda", torch.float16, [(1, n) for n in lengths], max_blocks=300)
+        sequences = [(queries, n) for n in lengths]
+        return random_case("cuda", torch.float16, sequences, heads, max_blocks=300)
 
     case, other = case_of((4000, 30, 200, 0)), case_of((5, 4700, 64, 1000))
     num_pages = max(len(case.k_cache), len(other.k_cache))
@@ -148,7 +169,7 @@ def test_a_graph_replays_with_other_lengths(kernel):
     def run(q, k_cache, v_cache, table, lengths):
         return torch.ops.llamatelemetry.paged_attention.default(
             *(q, k_cache, v_cache, table, lengths, case.cu_seqlens_q),
-            *(1, 0.125, True, -1, -1, 0.0, kernel),
+            *(queries, 0.125, True, -1, -1, 0.0, kernel),
         )
 
     assert_replays(run, tensors(case), tensors(other))

@@ -63,6 +63,7 @@ struct Decode {
   static constexpr int kCapability = kConfig.capability;
   static constexpr int kNumThreads = kNumWarps * kWarpSize;
   static constexpr int kMinBlocks = kConfig.blocks_per_sm;
+  static constexpr bool kCutsSegments = !kFixed && !kConfig.is_wide();  // segment_parts.cuh
   static constexpr int kDimSteps = kHeadDim / 16;
   // Of a warp's ring: two small ones overlap; two of 128 columns spill.
   static constexpr int kTilesAtOnce = Keys::kHasScales && kHeadDim <= 64 ? 2 : 1;
@@ -82,10 +83,16 @@ struct Decode {
 
   static __device__ void run(const Params& p) {
     extern __shared__ __align__(128) char s_bytes[];
-    Shared& shared = *reinterpret_cast<Shared*>(s_bytes);
+    attend_units<Decode>(p, *reinterpret_cast<Shared*>(s_bytes));
+  }
+
+  // What the plan gives this block. Kernel: this one, or warpgroup.cuh's, which attends tiles and
+  // combines parts in its own way.
+  template <typename Kernel>
+  static __device__ void attend_units(const Params& p, typename Kernel::Shared& shared) {
     let_successors_start();
     SegmentPart part{.exists = false};
-    if constexpr (kFixed || kConfig.is_wide()) {
+    if constexpr (!Kernel::kCutsSegments) {
       wait_for_predecessors();
     } else {
       part = wait_for_part<kConfig, kNumThreads, Element>(p);
@@ -119,12 +126,12 @@ struct Decode {
         const int segment_begin = first_unit + which * sequence.units;
         const int from = max(begin, segment_begin);
         const Segment segment(p, sequence, which);
-        const Merge merge{p, sequence, index, segment, shared.merge};
+        const typename Kernel::Merge merge{p, sequence, index, segment, shared.merge};
         const auto block_of = [&](int unit) {
           if (part.exists) return unit == 0 ? part.first_block : part.last_block;
           return runs.block_of(segment_begin + unit);
         };
-        attend_piece(merge, block_of, from - segment_begin, end - segment_begin, shared);
+        attend_piece<Kernel>(merge, block_of, from - segment_begin, end - segment_begin, shared);
         __syncthreads();  // the stages are free again
         end = from;
       }
@@ -143,23 +150,23 @@ struct Decode {
   }
 
   // Units [from, end) of a segment. block_of(unit): whose it is.
-  template <typename BlockOf>
-  static __device__ void attend_piece(const Merge& merge, const BlockOf& block_of, int from,
-                                      int end, Shared& shared) {
+  template <typename Kernel, typename BlockOf>
+  static __device__ void attend_piece(const typename Kernel::Merge& merge, const BlockOf& block_of,
+                                      int from, int end, typename Kernel::Shared& shared) {
     const int num_units = merge.s.units;
     const int block = blockIdx.x;
     const int last_block = block_of(num_units - 1);
     if constexpr (kFixed) {
       for (int unit = end - 1; unit >= from; --unit) {
         const TileRange tiles = merge.s.tiles_of(unit);
-        attend(merge, tiles.begin, tiles.end - tiles.begin, shared);
+        Kernel::attend(merge, tiles.begin, tiles.end - tiles.begin, shared);
         if (num_units == 1) return merge.finish();
         merge.leave_part(unit);
         __syncthreads();  // the stages are free again
       }
       block == last_block ? merge.combine(block_of) : merge.announce();
     } else {
-      attend(merge, from, end - from, shared);
+      Kernel::attend(merge, from, end - from, shared);
       if (block_of(0) == last_block) {
         merge.finish();
       } else if (block == last_block) {
@@ -175,9 +182,11 @@ struct Decode {
 
   // A row of this warp's, or nullptr.
   static __device__ const T* query_of_warp(const Merge& merge, int row_of_warp) {
-    const Params& p = merge.p;
     const int row = Merge::first_row_of_warp() + row_of_warp;
-    if (row >= merge.segment.num_rows) return nullptr;
+    return row < merge.segment.num_rows ? query_of(merge, row) : nullptr;
+  }
+  static __device__ const T* query_of(const Merge& merge, int row) {
+    const Params& p = merge.p;
     return static_cast<const T*>(p.q.data) + merge.index * p.q.batch_stride +
            (merge.s.first_query + merge.segment.query(row)) * p.q.token_stride +
            merge.segment.head(row) * p.q.head_stride;

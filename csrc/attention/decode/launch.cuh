@@ -7,10 +7,8 @@
 
 namespace llamatelemetry::decode {
 
-template <typename T, Config kConfig, bool kFixed>
+template <typename Kernel>
 Error launch(const AttentionParams& p, Stream stream) {
-  using Kernel = Decode<T, kConfig, kFixed>;
-  static_assert(Kernel::kSharedBytes == kConfig.shared_bytes());
   if (cudaFuncSetAttribute(kernel_entry<Kernel>, cudaFuncAttributeMaxDynamicSharedMemorySize,
                            Kernel::kSharedBytes) != cudaSuccess) {
     return last_launch_error();
@@ -18,6 +16,13 @@ Error launch(const AttentionParams& p, Stream stream) {
   launch_overlapped(kernel_entry<Kernel>, dim3(static_cast<unsigned>(p.plan.num_blocks)),
                     Kernel::kNumThreads, stream, p, Kernel::kSharedBytes);
   return last_launch_error();
+}
+
+template <typename T, Config kConfig, bool kFixed>
+Error launch(const AttentionParams& p, Stream stream) {
+  using Kernel = Decode<T, kConfig, kFixed>;
+  static_assert(Kernel::kSharedBytes == kConfig.shared_bytes());
+  return launch<Kernel>(p, stream);
 }
 
 template <Config kConfig, bool kFixed>
