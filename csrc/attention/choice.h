@@ -279,8 +279,7 @@ static inline constexpr const char* why_not(AttentionImpl impl, const AttentionD
 
 // ---- What is chosen ----
 
-// The first in this order that can serve the call and is worth it; kNone where none can. Without
-// kDecodeSm75, which no GPU has run: its place in the order comes with a measurement on one.
+// The first in this order that can serve the call and is worth it; kNone where none can.
 static inline constexpr AttentionImpl best_impl(const AttentionDescriptor& d) {
   // Rows over one read of the keys.
   const int64_t rows = rows_of_key_head(d);
@@ -290,9 +289,12 @@ static inline constexpr AttentionImpl best_impl(const AttentionDescriptor& d) {
   const bool few_queries = d.seqlen_q < kMinPrefillQueries || few_rows;
   for (const AttentionImpl impl :
        {AttentionImpl::kCpu, AttentionImpl::kDecode, AttentionImpl::kSm90, AttentionImpl::kSm80,
-        AttentionImpl::kSm75, AttentionImpl::kSimt}) {
+        AttentionImpl::kDecodeSm75, AttentionImpl::kSm75, AttentionImpl::kSimt}) {
     // Over 8 bits nothing else with tensor cores serves chunks.
     if (impl == AttentionImpl::kDecode && !few_queries && d.kv_dtype == d.dtype) continue;
+    // Where "decode" cannot run for want of code; over pages nothing else there has tensor cores.
+    const bool suits_sm75 = d.code_capability < 80 && (d.page_size > 0 || few_queries);
+    if (impl == AttentionImpl::kDecodeSm75 && !suits_sm75) continue;
     const bool is_prefill = impl == AttentionImpl::kSm90 || impl == AttentionImpl::kSm80;
     if (is_prefill && few_queries && d.page_size > 0) continue;
     if (why_not(impl, d) == nullptr) return impl;

@@ -210,11 +210,7 @@ inline AttentionPlan plan_for(const char* op, const std::optional<std::string>& 
     }
     check(false, op, "the call", "suit an implementation", "one that none serves" + reasons);
   }
-  AttentionPlan plan = plan_of(best, d);
-  // Clusters are faster alone, but a step of a bfloat16 Llama-3-8B at batch 1 took 5.2 ms with them
-  // and 4.5 without: backend="decode" takes them, by name (benchmarks/notes/attention.md).
-  plan.cluster_blocks = 0;
-  return plan;
+  return plan_of(best, d);
 }
 
 // What a launch needs beside its tensors, kept until it is launched: torch's allocator hands the

@@ -58,11 +58,13 @@ struct LinearSkinny {
 
   static __device__ void run(const Params& p) {
     __shared__ float s_sums[kNumWarps][kRows][kTokens + 1];
-    let_successors_start();
     LinearSkinny work(p);
     work.prefetch_weights();
     wait_for_predecessors();
     work.multiply();
+    // Not earlier: blocks of the next kernel that find few places free crowd on those, and their
+    // successors on the ones they leave.
+    let_successors_start();
     work.reduce_and_store(s_sums);
   }
 

@@ -15,7 +15,7 @@
 
 namespace llamatelemetry {
 
-// First thing in the kernel: the next one may take the places that are free.
+// First thing in most kernels: the next one may take the places that are free.
 __device__ inline void let_successors_start() { ptx::griddepcontrol_launch_dependents(); }
 
 __device__ inline void wait_for_predecessors() { ptx::griddepcontrol_wait(); }

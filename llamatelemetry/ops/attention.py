@@ -41,10 +41,8 @@ def flash_attn(
             "simt", "sm75", "sm80", "sm90" that this build has forces it. "decode", which serves
             fewer than 16 queries a sequence on a GPU, divides the keys of the whole batch evenly,
             and "sm90" cuts long keys where there are few queries in all, so the last bits of a row
-            may depend on the rest of the batch. "decode" by name lets clusters of blocks share the
-            keys of one sequence on Hopper: less time alone, more in a step of 16-bit linears.
-            "decode_sm75" is "decode" in float16 for compute capability 7.5 and later, without
-            caches of 8 bits; no GPU has run it, so None never chooses it
+            may depend on the rest of the batch. "decode_sm75" is "decode" in float16 for compute
+            capability 7.5 and later, without caches of 8 bits; None chooses it on 7.5
 
     Returns:
         out as q, contiguous, and lse [batch, num_heads_q, seqlen_q] float32, the natural log of the

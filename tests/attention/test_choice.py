@@ -72,8 +72,8 @@ def test_a_single_page_of_any_size_on_hopper():
         (90, FP32, 64, "simt"),
         (80, BF16, 64, "decode"),
         (80, BF16, 65, "sm80"),
-        (75, FP16, 1, "simt"),  # "decode_sm75" by name alone, until a GPU has timed it
-        (75, FP16, 64, "simt"),
+        (75, FP16, 1, "decode_sm75"),
+        (75, FP16, 64, "decode_sm75"),
         (75, BF16, 64, "simt"),
     ],
 )
