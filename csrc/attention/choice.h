@@ -30,6 +30,11 @@ constexpr int64_t kMinSplitKeys = 64;  // of a part: a block of keys of cpu/deco
 constexpr int64_t kSplitMultiple = 64;
 static_assert(kSplitMultiple % decode::kTileKeys == 0 && kSplitMultiple % kMinSplitKeys == 0);
 constexpr int64_t kMaxSplitKeys = int64_t{1} << 30;
+// Rows that decode beside chunks get a launch of their own where so many keys may be theirs: it
+// costs 5 to 12 us, by measurement 16 of 256 and 4 of 1024 keys gain, 4 of 512 do not, and a single
+// one mostly runs beside the chunk.
+constexpr int64_t kMinKeysBesideChunks = 4096;
+constexpr int64_t kMinKeysOfOneBesideChunks = 16384;
 
 enum class AttentionImpl : int { kNone, kCpu, kDecode, kDecodeSm75, kSm75, kSm80, kSm90, kSimt };
 
@@ -88,19 +93,24 @@ struct AttentionDescriptor {
   // its own sequence.
   int num_splits;
   int split_keys;
+  // Sequences of fewer or more queries are another kernel's of the same call. 0: none are.
+  int64_t min_queries;
+  int64_t max_queries;
 };
 
 struct AttentionPlan {
   AttentionImpl impl;
   TileClass tile;
-  int num_splits;      // parts that the keys of a sequence are cut into, at most
-  int split_keys;      // where they are cut: at multiples of it; 0: into equal parts
-  bool fixed_splits;   // whether the caller said so; else decode shares the batch's keys evenly
-  int num_blocks;      // decode: of the grid; else 0
-  bool is_wide;        // decode: row tiles of kWideRowTile
-  bool by_warpgroups;  // and multiplied by wgmma, decode/warpgroup.cuh
-  int num_sms;         // decode: of the GPU
-  int cluster_blocks;  // decode of one sequence, cluster.cuh: of a cluster; 0: the grid has none
+  int num_splits;       // parts that the keys of a sequence are cut into, at most
+  int split_keys;       // where they are cut: at multiples of it; 0: into equal parts
+  bool fixed_splits;    // whether the caller said so; else decode shares the batch's keys evenly
+  int num_blocks;       // decode: of the grid; else 0
+  bool is_wide;         // decode: row tiles of kWideRowTile
+  bool by_warpgroups;   // and multiplied by wgmma, decode/warpgroup.cuh
+  int num_sms;          // decode: of the GPU
+  int cluster_blocks;   // decode of one sequence, cluster.cuh: of a cluster; 0: the grid has none
+  int64_t min_queries;  // as in AttentionDescriptor
+  int64_t max_queries;
 };
 
 static inline constexpr const char* impl_name(AttentionImpl impl) {
@@ -302,17 +312,42 @@ static inline constexpr AttentionImpl best_impl(const AttentionDescriptor& d) {
   return AttentionImpl::kNone;
 }
 
+// A call of chunks over pages leaves sequences of few queries to kDecode: a launch of its own,
+// whose rows share one read of the keys and whose keys all multiprocessors share. The least queries
+// of a sequence that impl itself is to serve; 0: it serves all.
+static inline constexpr int64_t min_queries_of(AttentionImpl impl, const AttentionDescriptor& d) {
+  if (impl != AttentionImpl::kSm90 || d.page_size == 0 || d.batch < 2) return 0;
+  AttentionDescriptor few = d;
+  if (has_fixed_splits(d)) {  // bits do not depend on who else is in the batch
+    few.seqlen_q = kMinPrefillQueries - 1;
+  } else {
+    const bool are_chunks_alone = d.total_q >= d.batch * d.seqlen_q;
+    const int64_t others = d.batch - 1;
+    const int64_t least = others == 1 ? kMinKeysOfOneBesideChunks : kMinKeysBesideChunks;
+    if (are_chunks_alone || d.seqlen_k < (least + others - 1) / others) return 0;
+    few.seqlen_q = decode::kRowTile * d.num_heads_kv / d.num_heads_q;
+    if (few.seqlen_q < 1) few.seqlen_q = 1;
+  }
+  return why_not(AttentionImpl::kDecode, few) == nullptr ? few.seqlen_q + 1 : 0;
+}
+
 // Into how many parts the keys of a sequence are cut, so that few queries over many keys use every
 // thread. On the CPU a function of shapes only, and not of the batch: a result does not depend on
 // neighbours.
 static inline constexpr int num_splits_of(AttentionImpl impl, const AttentionDescriptor& d) {
   if (impl == AttentionImpl::kSm90) {
-    // Only where the batch is small: else its tiles are enough.
+    // Only where the batch is small: else its tiles are enough. Beside others' sequences how many
+    // are its own is not known, nor how many keys they have: as many rows as there are tokens, and
+    // few parts.
+    const bool is_shared = d.min_queries > 0;
     const int block_rows = sm90::kMinBlockRows * (d.head_dim <= 128 ? 3 : 2) / 2;
-    const int64_t row_blocks = (d.seqlen_q + block_rows - 1) / block_rows;
-    const int64_t heads = d.batch * d.num_heads_q;
+    const int64_t rows = is_shared ? d.total_q : d.seqlen_q;
+    const int64_t row_blocks = (rows + block_rows - 1) / block_rows;
+    const int64_t heads = is_shared ? d.num_heads_q : d.batch * d.num_heads_q;
     if (has_fixed_splits(d) || heads == 0 || row_blocks >= d.num_sms / heads + 1) return 1;
-    return sm90::num_parts(heads * row_blocks, d.seqlen_k, d.num_sms);
+    constexpr int64_t kMostKeys = 4 * sm90::kMinPartKeys;
+    const int64_t keys = is_shared && d.seqlen_k > kMostKeys ? kMostKeys : d.seqlen_k;
+    return sm90::num_parts(heads * row_blocks, keys, d.num_sms);
   }
   const bool on_cpu = impl == AttentionImpl::kCpu;
   if (on_cpu && (d.page_size == 0 || d.seqlen_q > kMaxSplitQueries)) return 1;
@@ -367,7 +402,9 @@ static inline constexpr AttentionPlan plan_of(AttentionImpl impl, const Attentio
           .is_wide = is_wide,
           .by_warpgroups = is_wide && runs_sm90_code(d),
           .num_sms = d.num_sms,
-          .cluster_blocks = is_decode ? cluster_blocks_of(d) : 0};
+          .cluster_blocks = is_decode ? cluster_blocks_of(d) : 0,
+          .min_queries = d.min_queries,
+          .max_queries = d.max_queries};
 }
 
 }  // namespace llamatelemetry

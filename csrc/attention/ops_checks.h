@@ -186,7 +186,7 @@ inline AttentionImpl impl_of_name(const char* op, const std::string& name) {
 // the splits that the caller asked for.
 inline AttentionPlan plan_for(const char* op, const std::optional<std::string>& backend,
                               const AttentionParams& p) {
-  const AttentionDescriptor d = descriptor_of(p);
+  AttentionDescriptor d = descriptor_of(p);
   if (backend) {
     const AttentionImpl wanted = impl_of_name(op, *backend);
     const char* reason = why_not(wanted, d);
@@ -210,7 +210,18 @@ inline AttentionPlan plan_for(const char* op, const std::optional<std::string>& 
     }
     check(false, op, "the call", "suit an implementation", "one that none serves" + reasons);
   }
+  d.min_queries = min_queries_of(best, d);
   return plan_of(best, d);
+}
+
+// Of a call some of whose sequences have too few queries for its plan: the same call for those, its
+// plan included. p.plan holds the splits that the caller asked for.
+inline AttentionParams of_few_queries(AttentionParams p, const AttentionPlan& plan) {
+  p.seqlen_q = plan.min_queries - 1;
+  AttentionDescriptor d = descriptor_of(p);
+  d.max_queries = p.seqlen_q;
+  p.plan = plan_of(AttentionImpl::kDecode, d);
+  return p;
 }
 
 // What a launch needs beside its tensors, kept until it is launched: torch's allocator hands the
@@ -248,7 +259,8 @@ inline Workspace allocate_workspace(const Tensor& q, AttentionParams& p) {
     p.partial_out = workspace.partials->mutable_data_ptr<float>();
     p.partial_stats = workspace.stats->mutable_data_ptr<float>();
   } else if (plan.num_splits > 1) {
-    allocate_partials(plan.num_splits * p.total_q * p.num_heads_q, p.head_dim);
+    p.part_tokens = decodes(plan.impl) ? std::min(p.total_q, p.batch * p.seqlen_q) : p.total_q;
+    allocate_partials(plan.num_splits * p.part_tokens * p.num_heads_q, p.head_dim);
   }
   if (plan.num_blocks > 0 && plan.cluster_blocks == 0) {
     if (!plan.fixed_splits) {  // each leaves at most one part
@@ -260,8 +272,10 @@ inline Workspace allocate_workspace(const Tensor& q, AttentionParams& p) {
     p.launch_number = fresh_launch_number();
   }
   if (plan.impl == AttentionImpl::kSm90) {
-    workspace.counter = allocate(q, {1}, ScalarType::Int);
+    const bool is_shared = plan.min_queries > 0;
+    workspace.counter = allocate(q, {is_shared ? 2 + p.batch : 1}, ScalarType::Int);
     p.tile_counter = workspace.counter->mutable_data_ptr<int32_t>();
+    if (is_shared) p.served = p.tile_counter + 1;
   }
   return workspace;
 }

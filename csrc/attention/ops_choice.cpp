@@ -35,6 +35,26 @@ constexpr bool reads_8_bits(AttentionImpl impl) {
 static_assert(reads_8_bits(AttentionImpl::kDecode) && reads_8_bits(AttentionImpl::kSimt));
 static_assert(!reads_8_bits(AttentionImpl::kDecodeSm75) && !reads_8_bits(AttentionImpl::kSm90));
 
+// The least queries that Hopper's kernel for chunks serves itself, beside rows that decode.
+constexpr int64_t least_of_chunks(int64_t batch, int64_t total_q, int64_t group, int split_keys) {
+  AttentionDescriptor d = gpu_of(90);
+  d.dtype = d.kv_dtype = DType::kFloat16;
+  d.is_packed = d.aligned = true;
+  d.page_size = 16;
+  d.head_dim = 128;
+  d.batch = batch;
+  d.num_heads_kv = 8;
+  d.num_heads_q = 8 * group;
+  d.seqlen_q = 512;
+  d.seqlen_k = 4096;
+  d.total_q = total_q;
+  d.split_keys = split_keys;
+  return min_queries_of(best_impl(d), d);
+}
+static_assert(least_of_chunks(9, 520, 4, 0) == 5 && least_of_chunks(9, 520, 32, 0) == 2);
+static_assert(least_of_chunks(9, 520, 4, 512) == kMinPrefillQueries);
+static_assert(least_of_chunks(1, 512, 4, 512) == 0 && least_of_chunks(2, 1024, 4, 0) == 0);
+
 // Aligned tensors on this library's current device, or on a GPU of capability where that is not 0;
 // everything else as a typical call has it.
 AttentionDescriptor typical_call(int capability, DType dtype, int64_t head_dim, int64_t seqlen_q,

@@ -133,12 +133,19 @@ std::tuple<Tensor, Tensor> paged_attention(
              {sinks, alibi_slopes, softmax_scale, causal, window_left, window_right, softcap});
   params.plan.num_splits = static_cast<int>(num_splits);
   params.plan.split_keys = static_cast<int>(split_size);
-  params.plan = plan_for(op, backend, params);
+  const AttentionPlan plan = plan_for(op, backend, params);
   Tensor out = allocate(q, q.sizes());
   Tensor lse = allocate(q, {params.num_heads_q, params.total_q}, ScalarType::Float);
   if (q.numel() == 0 || params.batch == 0) return {out, lse};
   params.out = out.mutable_data_ptr();
   params.lse = lse.mutable_data_ptr<float>();
+  Workspace of_few;
+  if (plan.min_queries > 0) {
+    AttentionParams few = of_few_queries(params, plan);
+    of_few = allocate_workspace(q, few);
+    launch(op, launch_paged_attention, few, q);
+  }
+  params.plan = plan;
   const Workspace workspace = allocate_workspace(q, params);
   launch(op, launch_paged_attention, params, q);
   return {out, lse};

@@ -62,15 +62,20 @@ struct AttentionParams {
   void* out;                     // like q, contiguous
   float* lse;                    // [batch, num_heads_q, seqlen_q], packed [num_heads_q, total_q]
   // Split-KV workspace (plan.num_splits > 1): unnormalised outputs, and (row max in log2 units, row
-  // sum). [num_splits, total_q * num_heads_q, head_dim] and [num_splits, total_q * num_heads_q, 2].
+  // sum). [num_splits, part_tokens * num_heads_q, head_dim] and [num_splits, part_tokens *
+  // num_heads_q, 2].
   // Decode (plan.num_blocks > 0) where splits are not fixed: a part a block, of 16 rows. Either way
   // a flag for each block, which counts where it is launch_number.
   // kSm90 (plan.num_splits > 1): normalised, [num_splits] times out's shape and lse's.
   float* partial_out;
   float* partial_stats;
+  int64_t part_tokens;  // total_q; decode: or batch * seqlen_q, where those are fewer
   uint64_t* part_flags;
   uint64_t launch_number;
   int32_t* tile_counter;  // [1], what kSm90 schedules its tiles with; else nullptr
+  // kSm90 with plan.min_queries > 0: [1 + batch], how many sequences it serves, and which; else
+  // nullptr.
+  int32_t* served;
   int64_t block_table_stride;
   int64_t num_pages;  // of the cache
   int64_t alibi_batch_stride;
@@ -112,11 +117,18 @@ struct SequenceSpan {
   int64_t first_key;
   int64_t num_keys;
 };
+// num_queries, or 0 where the sequence is another kernel's.
+static inline constexpr int64_t served_queries(const AttentionPlan& plan, int64_t num_queries) {
+  const bool is_served =
+      num_queries >= plan.min_queries && (plan.max_queries == 0 || num_queries <= plan.max_queries);
+  return is_served ? num_queries : 0;
+}
 static inline constexpr SequenceSpan sequence_span(const AttentionParams& p, int64_t index) {
   if (p.cu_seqlens_q == nullptr) return {0, p.seqlen_q, 0, p.seqlen_k};
   const int64_t query = p.cu_seqlens_q[index];
   if (p.k.page_size > 0) {
-    return {query, p.cu_seqlens_q[index + 1] - query, 0, p.cache_seqlens[index]};
+    return {query, served_queries(p.plan, p.cu_seqlens_q[index + 1] - query), 0,
+            p.cache_seqlens[index]};
   }
   const int64_t key = p.cu_seqlens_k[index];
   return {query, p.cu_seqlens_q[index + 1] - query, key, p.cu_seqlens_k[index + 1] - key};

@@ -205,7 +205,9 @@ struct Merging {
   // head.
   __device__ int64_t place(int part, int row) const {
     if constexpr (!kFixed) return int64_t{part} * kRows + row;
-    return (part * p.total_q + token_of(row)) * p.num_heads_q + segment.head(row);
+    const int64_t token =
+        p.part_tokens < p.total_q ? index * p.seqlen_q + segment.query(row) : token_of(row);
+    return (part * p.part_tokens + token) * p.num_heads_q + segment.head(row);
   }
   __device__ float* part_of(int64_t place, int column) const {
     return p.partial_out + place * (kFixed ? p.head_dim : kHeadDim) + column;

@@ -55,7 +55,7 @@ __device__ inline QueriesAndKeys guessed_counts_of_lane(const AttentionParams& p
   };
   const auto within = [](int64_t count, int64_t most) { return max(int64_t{0}, min(count, most)); };
   return {
-      within(length(p.cu_seqlens_q, index), p.seqlen_q),
+      within(served_queries(p.plan, length(p.cu_seqlens_q, index)), p.seqlen_q),
       within(p.k.page_size > 0 ? __ldcg(p.cache_seqlens + index) : length(p.cu_seqlens_k, index),
              p.seqlen_k)};
 }

@@ -113,17 +113,4 @@ __device__ void attend_row(const T* query, KeyRange keys, KeyRow key_row, ValueR
   if (threadIdx.x == 0) *lse = sum == 0.0f ? -INFINITY : row_max + logf(sum);
 }
 
-// The last sequence that starts at or before the token: the one that holds it, as sequences without
-// queries start where the next one does.
-__device__ inline int64_t sequence_of_token(const int32_t* cu_seqlens_q, int64_t batch,
-                                            int64_t token) {
-  int64_t low = 0;
-  int64_t high = batch;  // cu_seqlens_q[low] <= token, cu_seqlens_q[high] is taken as greater
-  while (high - low > 1) {
-    const int64_t middle = (low + high) / 2;
-    (cu_seqlens_q[middle] <= token ? low : high) = middle;
-  }
-  return low;
-}
-
 }  // namespace llamatelemetry

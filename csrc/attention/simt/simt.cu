@@ -7,6 +7,7 @@
 #include <type_traits>
 
 #include "attention/launchers.h"
+#include "attention/schedule.cuh"
 #include "attention/simt/row.cuh"
 
 namespace llamatelemetry {

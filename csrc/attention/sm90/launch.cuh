@@ -122,7 +122,11 @@ Error launch_tile(const Sm90Params& params, Stream stream) {
   }
   const int num_tiles = args.schedule.num_tiles * args.num_parts;
   const int grid = std::min(num_tiles, current_device().num_sms);
-  if (num_tiles > grid) clear_tile_counter(p.tile_counter, stream);
+  if (p.served != nullptr) {
+    list_served(p, stream);
+  } else if (num_tiles > grid) {
+    clear_tile_counter(p.tile_counter, stream);
+  }
   launch_overlapped(kernel, grid, Tile::kThreads, stream, args, kSharedBytes);
   return last_launch_error();
 }

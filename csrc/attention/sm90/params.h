@@ -24,6 +24,9 @@ struct Sm90Params {
 // Sets the counter that tiles are scheduled with to 0. The next kernel may start before it has.
 void clear_tile_counter(int32_t* counter, Stream stream);
 
+// The same, and puts in p.served which sequences have p.plan.min_queries queries.
+void list_served(const AttentionParams& p, Stream stream);
+
 // For heads of at most so many columns.
 Error launch_sm90_hd64(const Sm90Params& params, Stream stream);
 Error launch_sm90_hd96(const Sm90Params& params, Stream stream);

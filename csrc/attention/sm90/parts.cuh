@@ -2,6 +2,7 @@
 // tiles were cut into. Bound by latency: parts come from L2. Grid: threads over vectors of rows.
 #pragma once
 
+#include "attention/schedule.cuh"
 #include "attention/sm90/params.h"
 #include "tile/dependent_launch.cuh"
 #include "tile/vector.cuh"
@@ -24,6 +25,10 @@ static __global__ void __launch_bounds__(kPartThreads)
   const int64_t token = row / p.num_heads_q, head = row % p.num_heads_q;
   const bool packed = p.cu_seqlens_q != nullptr;
   if (packed && token >= p.cu_seqlens_q[p.batch]) return;  // in no sequence: never written
+  if (p.served != nullptr) {
+    const int64_t index = sequence_of_token(p.cu_seqlens_q, p.batch, token);
+    if (sequence_span(p, index).num_queries == 0) return;  // another kernel's
+  }
   const int64_t at =
       packed ? head * p.total_q + token
              : (token / p.seqlen_q * p.num_heads_q + head) * p.seqlen_q + token % p.seqlen_q;

@@ -9,6 +9,25 @@
 
 namespace llamatelemetry {
 
+// Of the sequences that this kernel serves.
+__device__ inline TileSchedule<int> schedule_of(const Sm90Args& a) {
+  const AttentionParams& p = a.p.call;
+  TileSchedule<int> schedule = a.schedule;
+  if (p.served != nullptr) {
+    schedule.num_heads = *p.served * static_cast<int>(p.num_heads_q);
+    schedule.num_tiles = schedule.num_heads * schedule.num_row_blocks;
+  }
+  return schedule;
+}
+
+// tile: of them, parts counted as one.
+__device__ inline TilePlace served_place(const AttentionParams& p,
+                                         const TileSchedule<int>& schedule, int tile) {
+  TilePlace place = place_of_tile(schedule, tile, static_cast<int>(p.num_heads_q));
+  if (p.served != nullptr) place.sequence = p.served[1 + place.sequence];
+  return place;
+}
+
 // One thread: schedules the tiles. A tile is fetched late: then the tiles at work are neighbours in
 // the schedule, which is what keeps keys and values in L2, and nobody sits on a tile that another
 // block could have begun.
@@ -25,7 +44,8 @@ __device__ void publish_tiles(const Sm90Args& a, Sm90Storage<Tile>& s) {
     ptx::mbarrier_arrive(ptx::shared_address(&s.work_full[ring.slot]));
     ring.advance();
   };
-  const int num_tiles = a.schedule.num_tiles * a.num_parts;
+  const TileSchedule<int> schedule = schedule_of(a);
+  const int num_tiles = schedule.num_tiles * a.num_parts;
   const auto fetch = [&] {
     return num_blocks < num_tiles ? num_blocks + atomicAdd(p.tile_counter, 1) : num_blocks;
   };
@@ -33,8 +53,7 @@ __device__ void publish_tiles(const Sm90Args& a, Sm90Storage<Tile>& s) {
 #pragma unroll 1
   for (int tile = blockIdx.x; tile < num_tiles; tile = fetch()) {
     const int part = a.num_parts > 1 ? tile % a.num_parts : 0;
-    const TilePlace place = place_of_tile(a.schedule, a.num_parts > 1 ? tile / a.num_parts : tile,
-                                          static_cast<int>(p.num_heads_q));
+    const TilePlace place = served_place(p, schedule, a.num_parts > 1 ? tile / a.num_parts : tile);
     const SequenceSpan sequence = sequence_span(p, place.sequence);
     const auto num_queries = static_cast<int>(sequence.num_queries);
     const auto num_keys = static_cast<int>(sequence.num_keys);
