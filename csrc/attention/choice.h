@@ -90,7 +90,7 @@ struct AttentionDescriptor {
   int64_t total_k;
   bool has_score_terms;  // softcap or ALiBi
   // What the caller asks of kernels that split, 0: nothing. A row's bits then depend on nothing but
-  // its own sequence.
+  // its own sequence. On a GPU the keys of chunks are not cut.
   int num_splits;
   int split_keys;
   // Sequences of fewer or more queries are another kernel's of the same call. 0: none are.
@@ -223,7 +223,6 @@ static inline constexpr const char* why_not_decode(AttentionImpl impl,
   if (!d.aligned) return "rows of q, k and v must lie apart, at multiples of 16 bytes";
   if (is_8_bit_cache(d.kv_dtype)) {
     if (d.head_dim % 16 != 0) return "over 8 bits head_dim must be a multiple of 16";
-    if (has_fixed_splits(d)) return "over 8 bits it takes neither num_splits nor split_size";
   }
   const bool is_wide = !is_sm75 && decodes_wide(d);
   if (decode_config(impl, d.head_dim, d.kv_dtype, is_wide).shared_bytes() > d.max_shared_bytes) {
@@ -316,7 +315,10 @@ static inline constexpr AttentionImpl best_impl(const AttentionDescriptor& d) {
 // whose rows share one read of the keys and whose keys all multiprocessors share. The least queries
 // of a sequence that impl itself is to serve; 0: it serves all.
 static inline constexpr int64_t min_queries_of(AttentionImpl impl, const AttentionDescriptor& d) {
-  if (impl != AttentionImpl::kSm90 || d.page_size == 0 || d.batch < 2) return 0;
+  const bool cuts_few_alone = impl == AttentionImpl::kDecode && has_fixed_splits(d) &&
+                              d.seqlen_q >= kMinPrefillQueries;  // over 8 bits
+  if (impl != AttentionImpl::kSm90 && !cuts_few_alone) return 0;
+  if (d.page_size == 0 || d.batch < 2) return 0;
   AttentionDescriptor few = d;
   if (has_fixed_splits(d)) {  // bits do not depend on who else is in the batch
     few.seqlen_q = kMinPrefillQueries - 1;
@@ -355,6 +357,7 @@ static inline constexpr int num_splits_of(AttentionImpl impl, const AttentionDes
   const auto most_parts = [&](int64_t keys) {
     return d.seqlen_k > 0 ? (d.seqlen_k + keys - 1) / keys : 1;
   };
+  if (!on_cpu && d.seqlen_q >= kMinPrefillQueries) return 1;
   if (d.split_keys > 0) return static_cast<int>(most_parts(d.split_keys));
   if (d.num_splits > 0) {
     const int64_t most = most_parts(kMinSplitKeys);
@@ -395,7 +398,9 @@ static inline constexpr AttentionPlan plan_of(AttentionImpl impl, const Attentio
   return {.impl = impl,
           .tile = tile_class_of(impl, d),
           .num_splits = num_splits_of(impl, d),
-          .split_keys = d.split_keys,
+          .split_keys = decodes(impl) && has_fixed_splits(d) && d.seqlen_q >= kMinPrefillQueries
+                            ? static_cast<int>(kMaxSplitKeys)
+                            : d.split_keys,
           .fixed_splits = has_fixed_splits(d) && (decodes(impl) || impl == AttentionImpl::kCpu),
           .num_blocks =
               decodes(impl) ? d.num_sms * decode::resident_blocks(config, d.max_shared_bytes) : 0,

@@ -162,9 +162,8 @@ def paged_attention(
             dimension; any page_size (on Hopper more than 64 rows of a key head, in chunks of 16 or
             more queries, run on flash_attn's own kernel where it is 8, 16, 32, 64 or a multiple of
             128, or where a sequence has one page). Over 8 bits "decode" serves chunks too, in
-            float16; what it does not serve (float32, fixed splits, a head_dim that is no multiple
-            of 16) "simt" does. On Hopper sequences of few queries beside chunks have a launch of
-            their own
+            float16; what it does not serve (float32, a head_dim that is no multiple of 16) "simt"
+            does. On Hopper sequences of few queries beside chunks have a launch of their own
         block_table: [batch, max_blocks] int32, the blocks of each sequence in order
         cache_seqlens: [batch] int32, keys of each sequence, its own queries' (appended before)
             included
@@ -176,7 +175,7 @@ def paged_attention(
             GPU, 16 on the CPU) cut the keys of each sequence, at most; 0: they choose
         split_size: the same kernels cut at its multiples, itself a multiple of 64; 0: they choose.
             With either of the two a row's bits depend on its own sequence alone, among calls that
-            the same kernel serves; over 16 bits on Hopper beside longer sequences too
+            the same kernel serves: on Hopper, and over 8 bits, beside longer sequences too
         k_scales, v_scales: [num_blocks, page_size, num_heads_kv] float32 of any strides, or [1]: by
             which caches of 8 bits are multiplied, as append_kv_ writes or takes them; positive
 

@@ -45,12 +45,17 @@ Error launch_any_width(const AttentionParams& p, Stream stream) {
 }
 
 // kTable: the configurations of a storage of 8 bits.
+template <const Config (&kTable)[4], bool kFixed>
+Error launch_8_bit(const AttentionParams& p, Stream stream) {
+  if (p.head_dim <= 64) return launch<kTable[0], kFixed>(p, stream);
+  if (p.head_dim <= 128) return launch<kTable[1], kFixed>(p, stream);
+  if (p.head_dim <= 192) return launch<kTable[2], kFixed>(p, stream);
+  return launch<kTable[3], kFixed>(p, stream);
+}
 template <const Config (&kTable)[4]>
 Error launch_8_bit(const AttentionParams& p, Stream stream) {
-  if (p.head_dim <= 64) return launch<kTable[0], false>(p, stream);
-  if (p.head_dim <= 128) return launch<kTable[1], false>(p, stream);
-  if (p.head_dim <= 192) return launch<kTable[2], false>(p, stream);
-  return launch<kTable[3], false>(p, stream);
+  return p.plan.fixed_splits ? launch_8_bit<kTable, true>(p, stream)
+                             : launch_8_bit<kTable, false>(p, stream);
 }
 
 }  // namespace llamatelemetry::decode
