@@ -186,10 +186,14 @@ static inline constexpr bool runs_sm90_code(const AttentionDescriptor& d) {
   return d.capability / 10 == 9 && d.has_sm90_code;
 }
 // Whether kDecode takes wide row tiles. They read keys once for more rows, but their parts take
-// long to combine: where every other multiprocessor has a key head of its own there are few.
+// long to combine: there must be a key head for two of five multiprocessors, where wgmma multiplies
+// them, or for every other. By measurement: benchmarks/notes/attention.md.
 static inline constexpr bool decodes_wide(const AttentionDescriptor& d) {
+  const int64_t key_heads = d.batch * d.num_heads_kv;
+  const bool has_many =
+      runs_sm90_code(d) ? 5 * key_heads >= 2 * int64_t{d.num_sms} : 2 * key_heads >= d.num_sms;
   return rows_of_key_head(d) > decode::kRowTile && d.kv_dtype == d.dtype && !has_fixed_splits(d) &&
-         d.head_dim <= decode::kMaxWideHeadDim && 2 * d.batch * d.num_heads_kv >= d.num_sms;
+         d.head_dim <= decode::kMaxWideHeadDim && has_many;
 }
 
 static inline constexpr int64_t row_tiles_of(const AttentionDescriptor& d) {
