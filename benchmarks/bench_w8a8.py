@@ -1,10 +1,11 @@
-"""scaled_linear of int8 and e4m3 against torch's bfloat16 linear and its own products of bytes, and
-rows quantised where they are made: SmolLM2-135M's shapes on the CPU, Llama-3-8B's on a GPU.
+"""scaled_linear of int8 and e4m3 against torch's dense linear and its products of bytes, and rows
+quantised where they are made: SmolLM2-135M's shapes and a larger one on the CPU, where dense is
+float32, and Llama-3-8B's on a GPU, where it is bfloat16.
 
 Rows named e4m3 are of W8A8Linear: our product at one and 64 rows, torch's own at 2048 on Hopper.
 Those in blocks are of our product alone.
 
-The limit of products is torch's product of squares in bfloat16; of rows a read and a write.
+The limit of products is torch's product of squares in that dtype; of rows a read and a write.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from llamatelemetry.ops import (
 from llamatelemetry.quantization.w8a8 import W8A8Linear
 
 SHAPES = {  # name: n, k
-    "cpu": {"gate+up": (3072, 576)},
+    "cpu": {"up": (1536, 576), "down": (576, 1536), "large": (4096, 4096)},
     "cuda": {
         "QKV": (6144, 4096),
         "O": (4096, 4096),
@@ -36,8 +37,9 @@ SHAPES = {  # name: n, k
         "down": (4096, 14336),
     },
 }
-ROWS = {"cpu": (128,), "cuda": (1, 64, 2048)}
+ROWS = {"cpu": (1, 16, 128), "cuda": (1, 64, 2048)}
 MADE_ROWS = {"cpu": 128, "cuda": 2048}
+DENSE = {"cpu": torch.float32, "cuda": torch.bfloat16}
 KINDS = {"int8": torch.int8, "e4m3": torch.float8_e4m3fn}
 BLOCK = 128
 
@@ -49,23 +51,30 @@ def near(ours: Tensor, theirs: Tensor) -> None:
 
 
 def torch_bytes(q: Tensor, scales: Tensor, w: Tensor, w_scales: Tensor) -> Tensor:
-    """torch's product of bytes, scaled to bfloat16."""
+    """torch's product of bytes, scaled to the dtype of dense weights."""
+    dtype = DENSE[q.device.type]
     if q.dtype == torch.int8:
         if len(q) <= 16:  # torch asks for 17 rows
             q = torch.cat([q, q.new_zeros(17 - len(q), q.shape[1])])
-            return (torch._int_mm(q, w.T)[: len(scales)] * (scales * w_scales.T)).bfloat16()
-        return (torch._int_mm(q, w.T) * (scales * w_scales.T)).bfloat16()
+            return (torch._int_mm(q, w.T)[: len(scales)] * (scales * w_scales.T)).to(dtype)
+        return (torch._int_mm(q, w.T) * (scales * w_scales.T)).to(dtype)
     return torch._scaled_mm(q, w.T, scales, w_scales.T, out_dtype=torch.bfloat16)
 
 
+def torchs(device: torch.device) -> str:
+    """The name of torch's dense linear."""
+    return f"torch {DENSE[device.type]}".replace("torch.", "")
+
+
 def products(device: torch.device, quick: bool) -> Iterator[Case]:
+    dtype_of_dense = DENSE[device.type]
     for name, (n, k) in list(SHAPES[device.type].items())[: 1 if quick else None]:
-        weight = (torch.randn(n, k, device=device) / k**0.5).bfloat16()
+        weight = (torch.randn(n, k, device=device) / k**0.5).to(dtype_of_dense)
         for m in ROWS[device.type][: 1 if quick else None]:
-            x = torch.randn(m, k, device=device).bfloat16()
+            x = torch.randn(m, k, device=device).to(dtype_of_dense)
             for kind, dtype in KINDS.items():
                 inputs = (*quantize_rows(x, dtype), *quantize_rows(weight, dtype), x, weight)
-                baselines = {"torch bfloat16": lambda q, s, w, ws, x, dense: linear(x, dense)}
+                baselines = {torchs(device): lambda q, s, w, ws, x, dense: linear(x, dense)}
                 if device.type == "cuda" or kind == "int8":
                     baselines["torch bytes"] = lambda q, s, w, ws, x, dense: torch_bytes(
                         q, s, w, ws
@@ -75,34 +84,35 @@ def products(device: torch.device, quick: bool) -> Iterator[Case]:
                     f"{name} {k}->{n} m={m} {kind}",
                     inputs=inputs,
                     ours=lambda q, s, w, ws, x, dense: W8A8Linear(w, ws).multiply(
-                        q, s, torch.bfloat16
+                        q, s, dtype_of_dense
                     ),
                     baselines=baselines,
                     flops=2 * m * n * k,
+                    flops_dtype=dtype_of_dense,
                     check=near,
                 )
 
 
 def blocks(device: torch.device, quick: bool) -> Iterator[Case]:
     """e4m3 with a scale for 1 x 128 values of x and 128 x 128 of the weight."""
+    dtype = DENSE[device.type]
     for name, (n, k) in list(SHAPES[device.type].items())[: 1 if quick else None]:
         weight = torch.randn(n, k, device=device) / k**0.5
         wide = pad(weight, (0, -k % BLOCK, 0, -n % BLOCK))
         tiles = wide.unflatten(0, (-1, BLOCK)).unflatten(2, (-1, BLOCK)).transpose(1, 2)
         w_scales = tiles.abs().amax((2, 3)) / 448
         each = w_scales.repeat_interleave(BLOCK, 0).repeat_interleave(BLOCK, 1)[:n, :k]
-        w, dense = (weight / each).to(torch.float8_e4m3fn), weight.bfloat16()
+        w, dense = (weight / each).to(torch.float8_e4m3fn), weight.to(dtype)
         for m in ROWS[device.type][: 1 if quick else None]:
-            x = torch.randn(m, k, device=device).bfloat16()
+            x = torch.randn(m, k, device=device).to(dtype)
             inputs = (*quantize_rows(x, torch.float8_e4m3fn, BLOCK), w, w_scales, x, dense)
             yield Case(
                 f"{name} {k}->{n} m={m} e4m3 in blocks",
                 inputs=inputs,
-                ours=lambda q, s, w, ws, x, dense: scaled_linear(
-                    q, s, w, ws, torch.bfloat16, None, BLOCK
-                ),
-                baselines={"torch bfloat16": lambda q, s, w, ws, x, dense: linear(x, dense)},
+                ours=lambda q, s, w, ws, x, dense: scaled_linear(q, s, w, ws, dtype, None, BLOCK),
+                baselines={torchs(device): lambda q, s, w, ws, x, dense: linear(x, dense)},
                 flops=2 * m * n * k,
+                flops_dtype=dtype,
                 check=near,
             )
 

@@ -1,15 +1,15 @@
 // out = a . b^T on the CPU. An item is a block of out: both operands' rows are copied, kDepth of k
 // at a time, to panels of floats that the loop over k reads in order. Sums over kDepth stay in
-// registers: of int8 they are whole numbers below 2^24, so floats are exact, and longer sums are
-// int32. Every sum has one order, so a row of out depends neither on the others nor on threads.
-#include <type_traits>
-
+// registers. Every sum has one order, so a row of out depends neither on the others nor on threads.
+// Products of bytes have kernels of their own: bytes_cpu.cpp.
 #include "cpu/parallel.h"
-#include "gemm/product/params.h"
-#include "vec/rows.h"
+#include "gemm/product/epilogue_cpu.h"
 
 namespace llamatelemetry {
 namespace LT_ISA {
+
+Error launch_product_bytes(const ProductParams& p, Stream stream);  // bytes_cpu.cpp
+
 namespace {
 
 constexpr int kPanelRows = 6;                   // of a
@@ -23,15 +23,6 @@ int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 float element(float x) { return x; }
 float element(Half x) { return to_float(x); }
 float element(BFloat16 x) { return to_float(x); }
-float element(int8_t x) { return static_cast<float>(x); }
-
-// A byte of float8_e4m3fn: its exponent and mantissa where float32 has them, and 2^120 for the bias
-// between the two.
-float element(E4M3 x) {
-  const uint32_t size = x.bits & 0x7f, sign = static_cast<uint32_t>(x.bits & 0x80) << 24;
-  if (size == 0x7f) return bits_to_float(sign | 0x7fc00000);
-  return bits_to_float(sign | float_to_bits(bits_to_float(size << 20) * 0x1p120f));
-}
 
 // Rows first to first + kWidth of x over `depth` of k as panel[depth][kWidth], zeros for rows that
 // do not exist.
@@ -74,64 +65,15 @@ void multiply(const float* a, const float* b, int depth, float* sums) {
   }
 }
 
-// Sums over a block of k become what they stand for; kPanelColumns divides a block of n.
-void scale_part(const ProductParams& p, int64_t row, int64_t column, int64_t first_k, float* part) {
-  static_assert(kDepth == kScaleBlock && kScaleBlock % kPanelColumns == 0);
-  const int64_t blocks = (p.k + kScaleBlock - 1) / kScaleBlock, block = first_k / kScaleBlock;
-  const float of_columns = p.column_blocks[column / kScaleBlock * blocks + block];
-  for (int r = 0; r < kPanelRows && row + r < p.m; ++r) {
-    const float scale = p.row_blocks[(row + r) * blocks + block] * of_columns;
-    for (int c = 0; c < kPanelColumns; ++c) part[r * kPanelColumns + c] *= scale;
-  }
-}
-
-template <typename Out>
-void finish_row(const ProductParams& p, int64_t batch, int64_t row, int64_t column, int64_t count,
-                const float* sums, Out* out) {
-  const float scale = p.row_scales ? p.alpha * p.row_scales[row] : p.alpha;
-  const Out* c = static_cast<const Out*>(p.c);
-  if (c) c += batch * p.c_batch_stride + row * p.c_row_stride;
-  const Out* bias = static_cast<const Out*>(p.bias);
-  for (int64_t i = column; i < column + count; ++i) {
-    float value = scale * sums[i - column];
-    if (p.column_scales) value *= p.column_scales[i];
-    if (bias) value += to_float(bias[i]);
-    if (c) value += p.beta * to_float(c[i]);
-    out[i - column] = from_float<Out>(value);
-  }
-}
-
-template <typename Sum>
-void store_row(const ProductParams& p, int64_t batch, int64_t row, int64_t column, int64_t count,
-               const Sum* sums) {
-  const int64_t at = (batch * p.m + row) * p.n + column;
-  if (p.out_type == ProductOut::kInt32) {
-    for (int64_t i = 0; i < count; ++i) {
-      static_cast<int32_t*>(p.out)[at + i] = static_cast<int32_t>(sums[i]);
-    }
-    return;
-  }
-  float values[kItemColumns];
-  for (int64_t i = 0; i < count; ++i) values[i] = static_cast<float>(sums[i]);
-  switch (p.out_type) {
-    case ProductOut::kFloat16:
-      return finish_row(p, batch, row, column, count, values, static_cast<Half*>(p.out) + at);
-    case ProductOut::kBFloat16:
-      return finish_row(p, batch, row, column, count, values, static_cast<BFloat16*>(p.out) + at);
-    default: finish_row(p, batch, row, column, count, values, static_cast<float*>(p.out) + at);
-  }
-}
-
 template <typename T>
 void block(const ProductParams& p, int64_t batch, int64_t first_row, int64_t first_column) {
-  using Sum = std::conditional_t<std::is_same_v<T, int8_t>, int32_t, float>;
   const int rows = static_cast<int>(smaller(kItemRows, p.m - first_row));
   const int columns = static_cast<int>(smaller(kItemColumns, p.n - first_column));
   const T* a = static_cast<const T*>(p.a.data) + batch * p.a.batch_stride;
   const T* b = static_cast<const T*>(p.b.data) + batch * p.b.batch_stride;
   alignas(64) float a_panels[kItemRows * kDepth], b_panels[kItemColumns * kDepth];
   alignas(64) float part[kPanelRows * kPanelColumns];
-  Sum sums[kItemRows][kItemColumns];
+  float sums[kItemRows][kItemColumns];
   for (int r = 0; r < rows; ++r) {
     for (int c = 0; c < columns; ++c) sums[r][c] = 0;
   }
@@ -144,11 +86,10 @@ void block(const ProductParams& p, int64_t batch, int64_t first_row, int64_t fir
       pack<kPanelColumns>(p.b, b, first_column + c, first_k, depth, b_panels + c * kDepth);
       for (int r = 0; r < rows; r += kPanelRows) {
         multiply(a_panels + r * kDepth, b_panels + c * kDepth, depth, part);
-        if (p.row_blocks) scale_part(p, first_row + r, first_column + c, first_k, part);
         for (int i = 0; i < kPanelRows && r + i < rows; ++i) {
           const int width = static_cast<int>(smaller(kPanelColumns, columns - c));
           for (int j = 0; j < width; ++j) {
-            sums[r + i][c + j] += static_cast<Sum>(part[i * kPanelColumns + j]);
+            sums[r + i][c + j] += part[i * kPanelColumns + j];
           }
         }
       }
@@ -168,20 +109,15 @@ void product_items(const ProductParams& p, int64_t begin, int64_t end) {
     const int64_t batch = item / (row_blocks(p) * column_blocks(p));
     const int64_t row = in_batch % row_blocks(p) * kItemRows;
     const int64_t column = in_batch / row_blocks(p) * kItemColumns;
-    if (p.dtype == DType::kInt8) {
-      block<int8_t>(p, batch, row, column);
-    } else if (p.dtype == DType::kFloat8E4M3) {
-      block<E4M3>(p, batch, row, column);
-    } else {
-      dispatch_dtype(
-          p.dtype, [&](auto type) { block<typename decltype(type)::type>(p, batch, row, column); });
-    }
+    dispatch_dtype(p.dtype,
+                   [&](auto type) { block<typename decltype(type)::type>(p, batch, row, column); });
   }
 }
 
 }  // namespace
 
-Error launch_product(const ProductParams& p, Stream) {
+Error launch_product(const ProductParams& p, Stream stream) {
+  if (dtype_bytes(p.dtype) == 1) return launch_product_bytes(p, stream);
   const auto rows = static_cast<double>(smaller(kItemRows, p.m));
   const auto columns = static_cast<double>(smaller(kItemColumns, p.n));
   const double item_ns = static_cast<double>(p.k) * (0.02 * rows * columns + rows + columns);
