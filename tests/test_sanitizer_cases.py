@@ -25,6 +25,9 @@ from llamatelemetry.quantization.groups import pack_groups
 pytestmark = [pytest.mark.gpu, pytest.mark.sanitizer]
 
 
+int32 = partial(torch.tensor, dtype=torch.int32)
+
+
 def randn(*shape):
     return torch.randn(shape)
 
@@ -117,21 +120,12 @@ def linears(x, weight, bias, residual):
     )
 
 
-def grouped(x, codes, scales, zeros):
+def grouped(activation, x, codes, scales, zeros):
+    """In half precision the kernel for few rows applies a gate; without, another launch does."""
     w = pack_groups(codes, "U4", scales, zeros)
-    return tuple(
-        ops.quant_linear(t, w.packed, "U4", 20, None, True, w.scales, w.zeros)
-        for t in (x, x[:1], x.half(), x[:1].half())
-    )
-
-
-def gated(x, codes, scales):
-    """In half precision the kernel for few rows applies the gate; without, another launch does."""
-    w = pack_groups(codes, "S4", scales)
-    return tuple(
-        ops.quant_linear(t, w.packed, "S4", 96, None, True, w.scales, activation="silu_and_mul")
-        for t in (x.half(), x[:1].half(), x)
-    )
+    sides = (None, True, w.scales, w.zeros, None, activation)
+    tensors = (x, x[:1], x.half(), x[:1].half())
+    return tuple(ops.quant_linear(t, w.packed, "U4", len(codes), *sides) for t in tensors)
 
 
 def products(a, b):
@@ -232,14 +226,13 @@ CASES = {
     ),
     "slot_mapping": lambda: (
         *(lambda *args: ops.slot_mapping(*args, 7), torch.tensor([0, 13, 6, 14, 3])),
-        torch.tensor([[3, 0], [-1, 1]], dtype=torch.int32),
-        torch.tensor([0, 2, 4], dtype=torch.int32),
+        *(int32([[3, 0], [-1, 1]]), int32([0, 2, 4])),
     ),
     "advance_step_": lambda: (
         *(advance_step, *(torch.tensor([5, 6, 13]) for _ in range(3))),
-        *(torch.tensor([6, 7, 14], dtype=torch.int32), torch.tensor([0, 3, 9])),
+        *(int32([6, 7, 14]), torch.tensor([0, 3, 9])),
         *(torch.tensor([90, 91, 92]), torch.tensor([True, False, True])),
-        torch.tensor([[3, 0], [2, 1], [4, 5]], dtype=torch.int32),
+        int32([[3, 0], [2, 1], [4, 5]]),
     ),
     **{
         f"flash_attn {name} {head_dim} {options}": flash_case(name, dtype, head_dim, options)
@@ -262,21 +255,17 @@ CASES = {
     },
     "paged_attention": lambda: (
         *(paged_attention, randn(6, 6, 24), randn(4, 7, 2, 24), randn(4, 7, 2, 24)),
-        torch.tensor([[3, 0], [2, 1]], dtype=torch.int32),
-        torch.tensor([11, 9], dtype=torch.int32),
-        torch.tensor([0, 5, 6], dtype=torch.int32),
+        *(int32([[3, 0], [2, 1]]), int32([11, 9]), int32([0, 5, 6])),
     ),
     "flash_attn_varlen": lambda: (
         *(flash_varlen, randn(64, 4, 64), randn(99, 2, 64), randn(99, 2, 64)),
-        torch.tensor([0, 60, 60, 64], dtype=torch.int32),
-        torch.tensor([0, 90, 95, 99], dtype=torch.int32),
+        *(int32([0, 60, 60, 64]), int32([0, 90, 95, 99])),
     ),
     **{
         f"paged prefill, pages of {size}": lambda size=size: (
             *(paged_prefill, randn(21, 6, 24), randn(12, size, 2, 24), randn(12, size, 2, 24)),
             torch.randperm(12, dtype=torch.int32).view(2, 6),
-            torch.tensor([40, 9], dtype=torch.int32),
-            torch.tensor([0, 20, 21], dtype=torch.int32),
+            *(int32([40, 9]), int32([0, 20, 21])),
         )
         for size in (7, 8)
     },
@@ -284,8 +273,7 @@ CASES = {
         f"paged decode, {options}": lambda options=options: (
             *(decode(options), randn(3, 6, 24), randn(90, 4, 2, 24), randn(90, 4, 2, 24)),
             torch.randperm(90, dtype=torch.int32).view(2, 45),
-            torch.tensor([170, 9], dtype=torch.int32),
-            torch.tensor([0, 2, 3], dtype=torch.int32),
+            *(int32([170, 9]), int32([0, 2, 3])),
             *(randn(6), torch.rand(6)),
         )
         for options in (
@@ -303,14 +291,13 @@ CASES = {
         for stored, head_dim in product((torch.float8_e4m3fn, torch.int8), (24, 48, 128, 160))
     },
     "linear": lambda: (linears, randn(13, 72), randn(34, 72) / 8, randn(34), randn(13, 34)),
-    "grouped": lambda: (
-        *(grouped, randn(9, 96), torch.randint(0, 16, (20, 96), dtype=torch.uint8)),
-        *(torch.rand(20, 3).half() / 9, torch.randint(0, 16, (20, 3), dtype=torch.uint8)),
-    ),
-    "grouped, gated": lambda: (
-        *(gated, randn(9, 256), torch.randint(-8, 8, (96, 256), dtype=torch.int8)),
-        torch.rand(96, 2) / 99,
-    ),
+    **{
+        f"grouped, {name}": lambda name=name, n=n, k=k, most=most: (
+            *(partial(grouped, name), randn(9, k), torch.randint(16, (n, k)).byte()),
+            *(most * torch.rand(n, k // 32).half(), torch.randint(16, (n, k // 32)).byte()),
+        )
+        for name, n, k, most in ((None, 20, 96, 1 / 9), ("silu_and_mul", 96, 256, 1 / 99))
+    },
     "quantised": lambda: (quantised, randn(9, 96), q8_0_rows(20, 96)),
     "sample in one slice": lambda: (sample, randn(3, 1003)),
     "sample in slices": lambda: (sample, randn(3, 5003)),

@@ -30,9 +30,9 @@ constexpr int64_t kMinSplitKeys = 64;  // of a part: a block of keys of cpu/deco
 constexpr int64_t kSplitMultiple = 64;
 static_assert(kSplitMultiple % decode::kTileKeys == 0 && kSplitMultiple % kMinSplitKeys == 0);
 constexpr int64_t kMaxSplitKeys = int64_t{1} << 30;
-// Rows that decode beside chunks get a launch of their own where so many keys may be theirs: it
-// costs 5 to 12 us, by measurement 16 of 256 and 4 of 1024 keys gain, 4 of 512 do not, and a single
-// one mostly runs beside the chunk.
+// Rows that decode beside chunks get a launch of their own where so many keys may be theirs: fewer
+// do not win back what it costs, and a single one mostly runs beside the chunk. By measurement:
+// benchmarks/notes/attention.md.
 constexpr int64_t kMinKeysBesideChunks = 4096;
 constexpr int64_t kMinKeysOfOneBesideChunks = 16384;
 
@@ -185,13 +185,18 @@ static inline constexpr int64_t rows_of_key_head(const AttentionDescriptor& d) {
 static inline constexpr bool runs_sm90_code(const AttentionDescriptor& d) {
   return d.capability / 10 == 9 && d.has_sm90_code;
 }
+// Whether wgmma multiplies wide row tiles. Softcap and ALiBi stay with mma.sync, whose scores take
+// tanhf: by wgmma's, of an approximate exponential, an lse was off by more than the tests allow.
+static inline constexpr bool multiplies_by_warpgroups(const AttentionDescriptor& d) {
+  return runs_sm90_code(d) && !d.has_score_terms;
+}
 // Whether kDecode takes wide row tiles. They read keys once for more rows, but their parts take
 // long to combine: there must be a key head for two of five multiprocessors, where wgmma multiplies
 // them, or for every other. By measurement: benchmarks/notes/attention.md.
 static inline constexpr bool decodes_wide(const AttentionDescriptor& d) {
   const int64_t key_heads = d.batch * d.num_heads_kv;
-  const bool has_many =
-      runs_sm90_code(d) ? 5 * key_heads >= 2 * int64_t{d.num_sms} : 2 * key_heads >= d.num_sms;
+  const bool has_many = multiplies_by_warpgroups(d) ? 5 * key_heads >= 2 * int64_t{d.num_sms}
+                                                    : 2 * key_heads >= d.num_sms;
   return rows_of_key_head(d) > decode::kRowTile && d.kv_dtype == d.dtype && !has_fixed_splits(d) &&
          d.head_dim <= decode::kMaxWideHeadDim && has_many;
 }
@@ -409,7 +414,7 @@ static inline constexpr AttentionPlan plan_of(AttentionImpl impl, const Attentio
           .num_blocks =
               decodes(impl) ? d.num_sms * decode::resident_blocks(config, d.max_shared_bytes) : 0,
           .is_wide = is_wide,
-          .by_warpgroups = is_wide && runs_sm90_code(d),
+          .by_warpgroups = is_wide && multiplies_by_warpgroups(d),
           .num_sms = d.num_sms,
           .cluster_blocks = is_decode ? cluster_blocks_of(d) : 0,
           .min_queries = d.min_queries,

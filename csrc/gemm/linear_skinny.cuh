@@ -62,8 +62,8 @@ struct LinearSkinny {
     work.prefetch_weights();
     wait_for_predecessors();
     work.multiply();
-    // Not earlier: blocks of the next kernel that find few places free crowd on those, and their
-    // successors on the ones they leave.
+    // Not earlier: a whole step took longer, most of all with attention in clusters of blocks
+    // (benchmarks/notes/attention.md).
     let_successors_start();
     work.reduce_and_store(s_sums);
   }

@@ -189,9 +189,9 @@ def quantize_w8a8(
     product, as are gate and up. save_pretrained writes it as compressed-tensors has it, which
     load_model reads; where it would not, save_pretrained refuses.
 
-    On a CPU "int8" multiplies bytes: a token of SmolLM2-135M takes about half as long as with its
-    dense float32 weights, a prompt of 128 tokens 0.4 (AVX-512 VNNI) to 0.7 (AVX2) of it. "fp8"
-    weights become float32 on their way to the product, so that only few rows are faster. What
+    On a CPU "int8" multiplies bytes (AVX2, AVX-512 VNNI), and one row of either takes less time
+    than with dense float32 weights. "fp8" weights become float32 on their way to the product, so
+    that many rows are no faster: benchmarks/notes/gemm.md, "A byte a value on the CPU". What
     save_pretrained wrote is read there as GroupLinear, where in_features is a multiple of 32: the
     same weights in 8 bits, but inputs are not quantised row by row, so logits differ.
 

@@ -33,8 +33,7 @@ def assert_values(x, data, format, bias, exact, activation):
     wide, single = (None if bias is None else bias.to(d) for d in (torch.double, torch.float))
     truth = reference.quant_linear(x.double(), data, format, wide, exact, activation=activation)
     y = reference.quant_linear(x.float(), data, format, single, exact).to(x.dtype)
-    parts = 2 if activation in GATED else 1
-    assert_within_2x(ours, activated(y, activation), truth, parts)
+    assert_within_2x(ours, activated(y, activation), truth)
     return ours, activated(quant_linear(x, packed, format, len(data), bias, exact), activation)
 
 
@@ -42,7 +41,7 @@ def assert_values(x, data, format, bias, exact, activation):
 @pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("n", [64, 70, 288])
 def test_gates(device, dtype, format, n, m):
-    x = torch.randn(m, 512, device=device).div(8).to(dtype)  # products fit float16
+    x = torch.randn(m, 512, device=device).to(dtype)
     bias = torch.randn(n, device=device).to(dtype) if m % 2 else None
     data = gguf_rows(QuantFormat[format], n, 512, device)
     ours, apart = assert_values(x, data, QuantFormat[format], bias, False, "silu_and_mul")

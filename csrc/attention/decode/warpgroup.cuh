@@ -5,6 +5,7 @@
 // Floor: reading keys and values. A multiprocessor waits some 1750 clocks for those of 64 keys of
 // 128 columns, and needs 512 for their products and 256 for their exponentials. Two blocks share
 // it: while one exponentiates the other multiplies. Plan, segments and parts are decode.cuh's.
+// Without softcap and ALiBi, which decode.cuh serves.
 #pragma once
 
 #include "attention/decode/decode.cuh"
@@ -210,7 +211,8 @@ struct WarpgroupDecode {
     load_queries(merge, shared.queries);
     const RowRules rules = Plain::rules_of(p, s, merge.index, merge.segment, end);
     const KeysRead seen_by_all = keys_of_all(merge);
-    const bool has_rule = needs_score_rule(p);
+    const float scale = p.softmax_scale * kLog2E;
+    const bool scales_first = !(scale > 0);  // else the exponential's argument takes it along
     RowStats rows;
     float o[kHeadDim / 2] = {};
     int stage = 0;
@@ -227,9 +229,12 @@ struct WarpgroupDecode {
       ptx::wgmma_hold(x);
       const int key = first_key + i * kTileKeys;
       const bool hides = key < seen_by_all.begin || key + kTileKeys > seen_by_all.end;
-      if (has_rule) apply_rule(p, rules, key, x);
+      if (scales_first) {
+#pragma unroll
+        for (int j = 0; j < kTileKeys / 2; ++j) x[j] *= scale;
+      }
       if (hides) hide(rules, key, x);
-      exponentiate(has_rule ? 1.0f : p.softmax_scale * kLog2E, rows, x, o);
+      exponentiate(scales_first ? 1.0f : scale, rows, x, o);
       multiply_values(x, shared.tiles[stage].v, o);
       stage = Plain::wrapped(stage + 1);
     }
@@ -293,28 +298,6 @@ struct WarpgroupDecode {
 
   static __device__ int column() { return Plain::lane() % 4 * 2; }  // a thread's first of a tile
 
-  // From dot products to scores in log2 units, as Decode::score_of but for tanh: sm90/softmax.cuh.
-  static __device__ void apply_rule(const Params& p, const RowRules& rules, int first,
-                                    float (&x)[kTileKeys / 2]) {
-    if (p.softcap > 0) {
-      const float rate = p.softmax_scale / p.softcap * (2.0f * kLog2E), cap = p.softcap * kLog2E;
-#pragma unroll
-      for (int i = 0; i < kTileKeys / 2; ++i) {
-        x[i] = cap - __fdividef(2.0f * cap, ptx::exp2_approx(x[i] * rate) + 1.0f);
-      }
-    } else {
-      const float scale = p.softmax_scale * kLog2E;
-#pragma unroll
-      for (int i = 0; i < kTileKeys / 2; ++i) x[i] *= scale;
-    }
-    if (p.alibi_slopes == nullptr) return;
-#pragma unroll
-    for (int i = 0; i < kTileKeys / 2; ++i) {
-      const int half = i % 4 / 2, key = first + column() + i / 4 * 8 + i % 2;
-      const auto distance = static_cast<float>(rules.position[half] - key);
-      x[i] = fmaf(-rules.slope[half], fabsf(distance), x[i]);
-    }
-  }
   static __device__ void hide(const RowRules& rules, int first, float (&x)[kTileKeys / 2]) {
     const int at = first + column();
     const int begins[2] = {rules.begin[0] - at, rules.begin[1] - at};
