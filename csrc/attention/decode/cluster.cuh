@@ -235,8 +235,9 @@ struct ClusterDecode {
   static __device__ void expect_parts(const ClusterShare& share, const Rows& rows, Shared& shared) {
     if (threadIdx.x != 0) return;
     const Vectors own = vectors_of_block(rows);
-    const int bytes = max(0, own.end - own.begin) * share.num_parts *
-                      static_cast<int>(sizeof(float4) + sizeof(float2));
+    if (own.begin >= own.end) return;  // nor does anybody wait: add_up
+    const int bytes =
+        (own.end - own.begin) * share.num_parts * static_cast<int>(sizeof(float4) + sizeof(float2));
     const uint32_t barrier = ptx::shared_address(&shared.pushed);
     ptx::mbarrier_init(barrier, 1);
     ptx::fence_mbarrier_init();

@@ -95,14 +95,15 @@ struct WarpgroupMerging : Merging<T, kConfig, false> {
     int rows[kItemsAtOnce], columns[kItemsAtOnce];
 #pragma unroll
     for (int k = 0; k < kItemsAtOnce; ++k) {
-      // Past the last row: that row again, by some threads at once, and nobody keeps it.
+      // Past the last row: parts of that row again, which nobody keeps.
       const int i = vector + k * kNumThreads;
       rows[k] = min(i / kRowVectors, segment.num_rows - 1);
       columns[k] = i % kRowVectors * kVector;
       factors[k] = shared.part_stats[rows[k]];
       own[k] =
           reinterpret_cast<float4*>(&shared.o[rows[k] / kRowTile][rows[k] % kRowTile][columns[k]]);
-      o[k] = scaled(*own[k], factors[k][kPartsAtOnce].x);
+      o[k] = float4{};
+      if (i / kRowVectors < segment.num_rows) o[k] = scaled(*own[k], factors[k][kPartsAtOnce].x);
     }
 #pragma unroll 1
     for (int first = 0; first < count; first += kLoadedParts) {
