@@ -7,6 +7,7 @@ from dataclasses import replace
 from functools import partial
 
 import torch
+from flashinfer_decode import flashinfer_baseline
 from harness import Case, assert_close, main
 from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
@@ -124,9 +125,7 @@ def with_drafts(case: Case, num_queries: int) -> Case:
         name=case.name.replace(", 1 of", f", {num_queries} of"),
         inputs=(q, *paged[:-1], starts, last, paged[-1]),
         ours=all_queries,
-        baselines={
-            "1 query": lambda *inputs: decode(inputs[6], *inputs[1:5], inputs[7]),
-        },
+        baselines={"1 query": lambda *inputs: decode(inputs[6], *inputs[1:5], inputs[7])},
         check=lambda ours, theirs: assert_close(ours[:, -1:], theirs),
     )
 
@@ -134,12 +133,13 @@ def with_drafts(case: Case, num_queries: int) -> Case:
 def of_lengths(case: Case, lengths: list[int]) -> Case:
     """A case of decode whose sequences have fewer keys than their pages hold."""
     q, keys, values, table, seqlens, starts, _, _ = case.inputs
+    inputs = (q, keys, values, table, seqlens.new_tensor(lengths), starts)
     num_bytes = sum(lengths) * (keys[0, 0].nbytes + values[0, 0].nbytes)
     return replace(
         case,
         name=f"batch {len(lengths)}, 1 of {min(lengths)} to {max(lengths)} bfloat16",
-        inputs=(q, keys, values, table, seqlens.new_tensor(lengths), starts),
-        baselines={},
+        inputs=inputs,
+        baselines=flashinfer_baseline(*inputs),
         bytes_moved=num_bytes,
     )
 
@@ -163,20 +163,21 @@ def decode_case(
         x[order].view(batch, num_keys, heads_kv, head_dim).transpose(1, 2).contiguous()
         for x in (keys, values)
     )
+    inputs = (
+        q,
+        keys,
+        values,
+        order.int().view(batch, pages),
+        torch.full((batch,), num_keys, dtype=torch.int32, device=device),
+        torch.arange(batch + 1, dtype=torch.int32, device=device),
+        *contiguous,
+    )
     name = f"batch {batch}, 1 of {num_keys} {heads_q}/{heads_kv}x{head_dim} {str(dtype)[6:]}"
     return Case(
         name if page_size == PAGE_SIZE else f"{name}, pages of {page_size}",
-        inputs=(
-            q,
-            keys,
-            values,
-            order.int().view(batch, pages),
-            torch.full((batch,), num_keys, dtype=torch.int32, device=device),
-            torch.arange(batch + 1, dtype=torch.int32, device=device),
-            *contiguous,
-        ),
+        inputs=inputs,
         ours=decode,
-        baselines={"sdpa": decode_sdpa},
+        baselines={"sdpa": decode_sdpa, **flashinfer_baseline(*inputs)},
         bytes_moved=keys.nbytes + values.nbytes,
     )
 
