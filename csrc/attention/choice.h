@@ -3,6 +3,7 @@
 // `doctor` prints it.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <initializer_list>
 
@@ -90,7 +91,8 @@ struct AttentionDescriptor {
   int64_t total_k;
   bool has_score_terms;  // softcap or ALiBi
   // What the caller asks of kernels that split, 0: nothing. A row's bits then depend on nothing but
-  // its own sequence. On a GPU the keys of chunks are not cut.
+  // its own sequence. On a GPU that is calls of fewer than kMinPrefillQueries: others leave keys
+  // whole then, and sequences of fewer to a launch that cuts theirs (min_queries_of).
   int num_splits;
   int split_keys;
   // Sequences of fewer or more queries are another kernel's of the same call. 0: none are.
@@ -185,8 +187,9 @@ static inline constexpr int64_t rows_of_key_head(const AttentionDescriptor& d) {
 static inline constexpr bool runs_sm90_code(const AttentionDescriptor& d) {
   return d.capability / 10 == 9 && d.has_sm90_code;
 }
-// Whether wgmma multiplies wide row tiles. Softcap and ALiBi stay with mma.sync, whose scores take
-// tanhf: by wgmma's, of an approximate exponential, an lse was off by more than the tests allow.
+// Whether wgmma multiplies wide row tiles. Calls with softcap or ALiBi stay with mma.sync, where
+// softcap is computed by tanhf. With wgmma a tanh from an approximate exponential was tried: an lse
+// was off by more than the tests allow.
 static inline constexpr bool multiplies_by_warpgroups(const AttentionDescriptor& d) {
   return runs_sm90_code(d) && !d.has_score_terms;
 }
@@ -310,7 +313,8 @@ static inline constexpr AttentionImpl best_impl(const AttentionDescriptor& d) {
         AttentionImpl::kDecodeSm75, AttentionImpl::kSm75, AttentionImpl::kSimt}) {
     // Over 8 bits nothing else with tensor cores serves chunks.
     if (impl == AttentionImpl::kDecode && !few_queries && d.kv_dtype == d.dtype) continue;
-    // Where "decode" cannot run for want of code; over pages nothing else there has tensor cores.
+    // Where "decode" cannot run for want of code. Over pages for chunks too: nothing else there has
+    // tensor cores, and simt reads keys once for each query head. No T4 has timed the two.
     const bool suits_sm75 = d.code_capability < 80 && (d.page_size > 0 || few_queries);
     if (impl == AttentionImpl::kDecodeSm75 && !suits_sm75) continue;
     const bool is_prefill = impl == AttentionImpl::kSm90 || impl == AttentionImpl::kSm80;
@@ -320,26 +324,37 @@ static inline constexpr AttentionImpl best_impl(const AttentionDescriptor& d) {
   return AttentionImpl::kNone;
 }
 
-// A call of chunks over pages leaves sequences of few queries to kDecode: a launch of its own,
-// whose rows share one read of the keys and whose keys all multiprocessors share. The least queries
-// of a sequence that impl itself is to serve; 0: it serves all.
+// Whose launch of its own serves sequences of few queries of a call over pages whose chunks impl
+// serves.
+static inline constexpr AttentionImpl impl_of_few(AttentionImpl impl) {
+  return decodes(impl) ? impl : AttentionImpl::kDecode;
+}
+
+// A call of chunks over pages leaves sequences of few queries to impl_of_few where that pays: their
+// rows share one read of the keys, and all multiprocessors share their keys. With fixed splits it
+// always does so: a sequence's keys are then cut in the same places beside chunks and without. The
+// least queries of a sequence that impl itself is to serve; 0: it serves all.
 static inline constexpr int64_t min_queries_of(AttentionImpl impl, const AttentionDescriptor& d) {
-  const bool cuts_few_alone = impl == AttentionImpl::kDecode && has_fixed_splits(d) &&
-                              d.seqlen_q >= kMinPrefillQueries;  // over 8 bits
-  if (impl != AttentionImpl::kSm90 && !cuts_few_alone) return 0;
-  if (d.page_size == 0 || d.batch < 2) return 0;
+  const bool is_fixed = has_fixed_splits(d);
+  const bool leaves_some =
+      impl == AttentionImpl::kSm90 || (is_fixed && (impl == AttentionImpl::kSm80 || decodes(impl)));
+  if (!leaves_some || d.page_size == 0 || d.seqlen_q < kMinPrefillQueries) return 0;
   AttentionDescriptor few = d;
-  if (has_fixed_splits(d)) {  // bits do not depend on who else is in the batch
+  if (is_fixed) {
     few.seqlen_q = kMinPrefillQueries - 1;
   } else {
-    const bool are_chunks_alone = d.total_q >= d.batch * d.seqlen_q;
-    const int64_t others = d.batch - 1;
+    few.seqlen_q = std::max<int64_t>(decode::kRowTile * d.num_heads_kv / d.num_heads_q, 1);
+    if (few.seqlen_q >= d.seqlen_q) return 0;
+    // How many may have few: each has one of the tokens beside the longest sequence's, and all of
+    // those must find room in as many sequences.
+    const int64_t tokens = d.total_q - d.seqlen_q;
+    const int64_t room = (d.batch - 1) * d.seqlen_q - tokens;
+    const int64_t others = std::min({d.batch - 1, tokens, room / (d.seqlen_q - few.seqlen_q)});
+    if (others < 1) return 0;
     const int64_t least = others == 1 ? kMinKeysOfOneBesideChunks : kMinKeysBesideChunks;
-    if (are_chunks_alone || d.seqlen_k < (least + others - 1) / others) return 0;
-    few.seqlen_q = decode::kRowTile * d.num_heads_kv / d.num_heads_q;
-    if (few.seqlen_q < 1) few.seqlen_q = 1;
+    if (d.seqlen_k < (least + others - 1) / others) return 0;
   }
-  return why_not(AttentionImpl::kDecode, few) == nullptr ? few.seqlen_q + 1 : 0;
+  return why_not(impl_of_few(impl), few) == nullptr ? few.seqlen_q + 1 : 0;
 }
 
 // Into how many parts the keys of a sequence are cut, so that few queries over many keys use every
@@ -356,8 +371,8 @@ static inline constexpr int num_splits_of(AttentionImpl impl, const AttentionDes
     const int64_t row_blocks = (rows + block_rows - 1) / block_rows;
     const int64_t heads = is_shared ? d.num_heads_q : d.batch * d.num_heads_q;
     if (has_fixed_splits(d) || heads == 0 || row_blocks >= d.num_sms / heads + 1) return 1;
-    constexpr int64_t kMostKeys = 4 * sm90::kMinPartKeys;
-    const int64_t keys = is_shared && d.seqlen_k > kMostKeys ? kMostKeys : d.seqlen_k;
+    constexpr int64_t kMaxKeys = 4 * sm90::kMinPartKeys;
+    const int64_t keys = is_shared && d.seqlen_k > kMaxKeys ? kMaxKeys : d.seqlen_k;
     return sm90::num_parts(heads * row_blocks, keys, d.num_sms);
   }
   const bool on_cpu = impl == AttentionImpl::kCpu;
@@ -366,7 +381,9 @@ static inline constexpr int num_splits_of(AttentionImpl impl, const AttentionDes
   const auto most_parts = [&](int64_t keys) {
     return d.seqlen_k > 0 ? (d.seqlen_k + keys - 1) / keys : 1;
   };
-  if (!on_cpu && d.seqlen_q >= kMinPrefillQueries) return 1;
+  if (!on_cpu && d.seqlen_q >= kMinPrefillQueries) {
+    return has_fixed_splits(d) ? static_cast<int>(most_parts(kMaxSplitKeys)) : 1;
+  }
   if (d.split_keys > 0) return static_cast<int>(most_parts(d.split_keys));
   if (d.num_splits > 0) {
     const int64_t most = most_parts(kMinSplitKeys);

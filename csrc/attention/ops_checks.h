@@ -193,6 +193,7 @@ inline AttentionPlan plan_for(const char* op, const std::optional<std::string>& 
     check(reason == nullptr, op, "backend", "serve the call",
           *backend + ": " + (reason ? reason : "") +
               "; leave backend=None to choose the best that does");
+    if (decodes(wanted)) d.min_queries = min_queries_of(wanted, d);
     return plan_of(wanted, d);
   }
   const AttentionImpl best = best_impl(d);
@@ -220,7 +221,7 @@ inline AttentionParams of_few_queries(AttentionParams p, const AttentionPlan& pl
   p.seqlen_q = plan.min_queries - 1;
   AttentionDescriptor d = descriptor_of(p);
   d.max_queries = p.seqlen_q;
-  p.plan = plan_of(AttentionImpl::kDecode, d);
+  p.plan = plan_of(impl_of_few(plan.impl), d);
   return p;
 }
 
@@ -259,7 +260,8 @@ inline Workspace allocate_workspace(const Tensor& q, AttentionParams& p) {
     p.partial_out = workspace.partials->mutable_data_ptr<float>();
     p.partial_stats = workspace.stats->mutable_data_ptr<float>();
   } else if (plan.num_splits > 1) {
-    p.part_tokens = decodes(plan.impl) ? std::min(p.total_q, p.batch * p.seqlen_q) : p.total_q;
+    p.part_tokens =
+        plan.max_queries > 0 ? std::min(p.total_q, p.batch * plan.max_queries) : p.total_q;
     allocate_partials(plan.num_splits * p.part_tokens * p.num_heads_q, p.head_dim);
   }
   if (plan.num_blocks > 0 && plan.cluster_blocks == 0) {

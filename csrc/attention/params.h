@@ -64,12 +64,12 @@ struct AttentionParams {
   // Split-KV workspace (plan.num_splits > 1): unnormalised outputs, and (row max in log2 units, row
   // sum). [num_splits, part_tokens * num_heads_q, head_dim] and [num_splits, part_tokens *
   // num_heads_q, 2].
-  // Decode (plan.num_blocks > 0) where splits are not fixed: a part a block, of 16 rows. Either way
-  // a flag for each block, which counts where it is launch_number.
+  // Decode (plan.num_blocks > 0) where splits are not fixed: a part a block, of 16 rows, or of 64
+  // where plan.is_wide. Either way a flag for each block, which counts where it is launch_number.
   // kSm90 (plan.num_splits > 1): normalised, [num_splits] times out's shape and lse's.
   float* partial_out;
   float* partial_stats;
-  int64_t part_tokens;  // total_q; decode: or batch * seqlen_q, where those are fewer
+  int64_t part_tokens;  // total_q; with plan.max_queries: or batch times that, if fewer
   uint64_t* part_flags;
   uint64_t launch_number;
   int32_t* tile_counter;  // [1], what kSm90 schedules its tiles with; else nullptr
@@ -132,6 +132,18 @@ static inline constexpr SequenceSpan sequence_span(const AttentionParams& p, int
   }
   const int64_t key = p.cu_seqlens_k[index];
   return {query, p.cu_seqlens_q[index + 1] - query, key, p.cu_seqlens_k[index + 1] - key};
+}
+// The last sequence that starts at or before the token: the one that holds it, as sequences without
+// queries start where the next one does.
+static inline constexpr int64_t sequence_of_token(const int32_t* cu_seqlens_q, int64_t batch,
+                                                  int64_t token) {
+  int64_t low = 0;
+  int64_t high = batch;  // cu_seqlens_q[low] <= token, cu_seqlens_q[high] is taken as greater
+  while (high - low > 1) {
+    const int64_t middle = (low + high) / 2;
+    (cu_seqlens_q[middle] <= token ? low : high) = middle;
+  }
+  return low;
 }
 
 // Keys [begin, end) of a sequence.

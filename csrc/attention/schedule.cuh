@@ -1,6 +1,5 @@
 // The order of the tiles of queries: groups of heads whose keys and values share L2, one group
-// after the other; in a group the tiles of the most work first, and the heads side by side. And
-// whose a token is.
+// after the other; in a group the tiles of the most work first, and the heads side by side.
 #pragma once
 
 #include "attention/params.h"
@@ -35,19 +34,6 @@ __device__ inline TilePlace place_of_tile(const TileSchedule<Index>& s, Index ti
   const Index head = first_head + in_group - row * heads;
   return {static_cast<int>(s.ascends ? row : s.num_row_blocks - 1 - row),
           static_cast<int>(head % num_heads_q), static_cast<int>(head / num_heads_q)};
-}
-
-// The last sequence that starts at or before the token: the one that holds it, as sequences without
-// queries start where the next one does.
-__device__ inline int64_t sequence_of_token(const int32_t* cu_seqlens_q, int64_t batch,
-                                            int64_t token) {
-  int64_t low = 0;
-  int64_t high = batch;  // cu_seqlens_q[low] <= token, cu_seqlens_q[high] is taken as greater
-  while (high - low > 1) {
-    const int64_t middle = (low + high) / 2;
-    (cu_seqlens_q[middle] <= token ? low : high) = middle;
-  }
-  return low;
 }
 
 }  // namespace llamatelemetry

@@ -42,7 +42,8 @@ def flash_attn(
             fewer than 16 queries a sequence on a GPU, divides the keys of the whole batch evenly,
             and "sm90" cuts long keys where there are few queries in all, so the last bits of a row
             may depend on the rest of the batch. "decode_sm75" is "decode" in float16 for compute
-            capability 7.5 and later, without caches of 8 bits; None chooses it on 7.5
+            capability 7.5 and later, without caches of 8 bits; None chooses it on 7.5, where no
+            GPU has timed it yet
 
     Returns:
         out as q, contiguous, and lse [batch, num_heads_q, seqlen_q] float32, the natural log of the
@@ -163,7 +164,8 @@ def paged_attention(
             more queries, run on flash_attn's own kernel where it is 8, 16, 32, 64 or a multiple of
             128, or where a sequence has one page). Over 8 bits "decode" serves chunks too, in
             float16; what it does not serve (float32, a head_dim that is no multiple of 16) "simt"
-            does. On Hopper sequences of few queries beside chunks have a launch of their own
+            does. On Hopper sequences of few queries beside chunks have a launch of their own,
+            where a table holds 16384 keys, or those of several 4096 in all
         block_table: [batch, max_blocks] int32, the blocks of each sequence in order
         cache_seqlens: [batch] int32, keys of each sequence, its own queries' (appended before)
             included
@@ -174,8 +176,8 @@ def paged_attention(
         num_splits: into how many equal parts the kernels of few queries (up to 15 a sequence on a
             GPU, 16 on the CPU) cut the keys of each sequence, at most; 0: they choose
         split_size: the same kernels cut at its multiples, itself a multiple of 64; 0: they choose.
-            With either of the two a row's bits depend on its own sequence alone, among calls that
-            the same kernel serves: on Hopper, and over 8 bits, beside longer sequences too
+            With either of the two a row's bits depend on its own sequence alone: on a GPU beside
+            longer sequences too, on the CPU among calls of up to 16 queries a sequence
         k_scales, v_scales: [num_blocks, page_size, num_heads_kv] float32 of any strides, or [1]: by
             which caches of 8 bits are multiplied, as append_kv_ writes or takes them; positive
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from tolerance import assert_within_2x
 from torch import Tensor
 
 from llamatelemetry.ops import paged_attention, reference
+from llamatelemetry.ops.reference.cache import quantised
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,14 @@ def random_case(
         queries.cumsum(0).int().to(device),
         int(queries.max()),
     )
+
+
+def eight_bit(case: Case, stored: torch.dtype) -> tuple[Case, dict[str, Tensor]]:
+    """The case with its caches rounded, and their scales; NaN stands in scales alone."""
+    k, v = (quantised(cache, stored) for cache in (case.k_cache, case.v_cache))
+    caches = (x.view(torch.uint8).masked_fill(s.isnan().unsqueeze(-1), 7) for x, s in (k, v))
+    k_cache, v_cache = (x.view(stored) for x in caches)
+    return replace(case, k_cache=k_cache, v_cache=v_cache), {"k_scales": k[1], "v_scales": v[1]}
 
 
 def sdpa(case: Case, causal=True, window_size=(-1, -1), softmax_scale=None) -> Tensor:

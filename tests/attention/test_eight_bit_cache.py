@@ -7,11 +7,11 @@ from dataclasses import replace
 import pytest
 import torch
 from op_checks import assert_compiles, assert_refuses, assert_replays, run_opcheck
-from paged_cases import random_case
+from paged_cases import eight_bit, random_case
 from tolerance import assert_within_2x
 
 from llamatelemetry.ops import append_kv_, copy_blocks_, paged_attention, reference, swap_blocks_
-from llamatelemetry.ops.reference.cache import in_8_bits, quantised
+from llamatelemetry.ops.reference.cache import in_8_bits
 
 STORED = pytest.mark.parametrize(
     "stored", [torch.float8_e4m3fn, torch.int8], ids=lambda d: str(d)[6:]
@@ -77,14 +77,6 @@ def test_blocks_and_their_scales_are_copied_and_swapped(device, stored):
             assert torch.equal(bits(other)[[3, 1]], bits(old)[[0, 4]])
 
 
-def eight_bit(case, stored):
-    """The case with its caches rounded, and their scales; NaN stands in scales alone."""
-    k, v = (quantised(cache, stored) for cache in (case.k_cache, case.v_cache))
-    caches = (x.view(torch.uint8).masked_fill(s.isnan().unsqueeze(-1), 7) for x, s in (k, v))
-    k_cache, v_cache = (x.view(stored) for x in caches)
-    return replace(case, k_cache=k_cache, v_cache=v_cache), {"k_scales": k[1], "v_scales": v[1]}
-
-
 def multiplied_out(case, scales, dtype):
     k, v = (
         (x.double() * s.double().unsqueeze(-1)).to(dtype)
@@ -109,7 +101,7 @@ def assert_is_attention_of_what_is_stored(case, scales, options):
 @STORED
 @pytest.mark.parametrize(
     "options",
-    [{}, {"window_size": (100, 0)}, {"softcap": 5.0, "causal": False}, {"split_size": 64}],
+    [{}, {"window_size": (100, 0)}, {"softcap": 5.0, "causal": False}],
     ids=str,
 )
 def test_attention(device, dtype, stored, options):
@@ -147,6 +139,17 @@ def test_without_terms(device, dtype, stored, head_dim, batch):
     case = random_case(device, dtype, [(1, 1100), (4, 300), (1, 1)][:batch], (16, 8), head_dim)
     case, scales = eight_bit(case, stored)
     assert_is_attention_of_what_is_stored(case, scales, {})
+
+
+@STORED
+@pytest.mark.parametrize("head_dim", [64, 96, 128, 192, 256])
+@pytest.mark.parametrize("splits", [{"split_size": 64}, {"num_splits": 3}], ids=str)
+def test_fixed_splits(device, dtype, stored, head_dim, splits):
+    sequences = [(1, 1), (5, 369), (15, 700), (40, 900), (3, 3), (0, 9)]
+    case, scales = eight_bit(random_case(device, dtype, sequences, (8, 2), head_dim), stored)
+    assert_is_attention_of_what_is_stored(case, scales, splits)
+    terms = {"sinks": torch.randn(8, device=device), "window_size": (100, 0)}
+    assert_is_attention_of_what_is_stored(case, scales, splits | terms)
 
 
 @STORED

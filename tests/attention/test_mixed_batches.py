@@ -1,4 +1,5 @@
-"""Rows that decode beside chunks in one call: on Hopper each kind has a launch of its own."""
+"""Rows that decode beside chunks in one call: each kind has a launch of its own, on Hopper by what
+it gains, and on every GPU where the caller says where keys are cut."""
 
 from __future__ import annotations
 
@@ -7,13 +8,15 @@ from dataclasses import replace
 import pytest
 import torch
 from op_checks import assert_replays
-from paged_cases import Case, assert_right, random_case
+from paged_cases import Case, assert_right, eight_bit, random_case
 
 from llamatelemetry.ops import paged_attention
 
 # (queries, keys): rows that decode, drafts on both sides of what decodes, chunks, nothing.
 SEQUENCES = [(1, 5000), (200, 1000), (0, 50), (1, 1), (16, 700), (4, 900), (5, 64), (1, 130)]
-DTYPES = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=lambda d: str(d)[6:])
+BFLOAT16 = pytest.param(torch.bfloat16, marks=pytest.mark.sm80)
+DTYPES = pytest.mark.parametrize("dtype", [torch.float16, BFLOAT16], ids=lambda d: str(d)[6:])
+SPLITS = pytest.mark.parametrize("splits", [{"split_size": 256}, {"num_splits": 5}], ids=str)
 
 
 @pytest.mark.parametrize("heads", [(2, 2), (8, 2), (20, 1)], ids=str)
@@ -58,24 +61,52 @@ def of_sequences(case: Case, which: list[int]) -> Case:
     )
 
 
+def assert_each_kind_alone_gives_its_bits(case, **options):
+    """case: of MIXED. Each kind is run with no more queries a sequence than it has, and with many
+    allowed, some of them one sequence."""
+    out, lse = case.run(**options)
+    for which in [[0, 3, 7], [5, 6, 8, 0], [1, 4], [9], [7]]:
+        alone = of_sequences(case, which)
+        for longest in (alone.max_seqlen_q, 1000):
+            one_out, one_lse = replace(alone, max_seqlen_q=longest).run(**options)
+            first = 0
+            for b in which:
+                rows = slice(*case.cu_seqlens_q[b : b + 2].tolist())
+                last = first + rows.stop - rows.start
+                assert torch.equal(one_out[first:last], out[rows])
+                assert torch.equal(one_lse[:, first:last], lse[:, rows])
+                first = last
+
+
+MIXED = [*SEQUENCES, (15, 2000), (300, 4000)]
+
+
 @pytest.mark.gpu
 @DTYPES
-@pytest.mark.parametrize("splits", [{"split_size": 256}, {"num_splits": 5}], ids=str)
+@SPLITS
 @pytest.mark.parametrize("options", [{}, {"window_size": (333, 0)}], ids=str)
-def test_fixed_splits_give_the_bits_of_each_kind_alone(dtype, splits, options):
-    sequences = [*SEQUENCES, (15, 2000), (300, 4000)]
-    case = random_case("cuda", dtype, sequences, (8, 2), 128)
-    out, lse = case.run(**splits, **options)
-    kinds = [[0, 3, 7], [5, 6, 8, 0], [1, 4], [9], [7]]
-    for which in kinds:
-        alone, alone_lse = of_sequences(case, which).run(**splits, **options)
-        first = 0
-        for b in which:
-            rows = slice(*case.cu_seqlens_q[b : b + 2].tolist())
-            last = first + rows.stop - rows.start
-            assert torch.equal(alone[first:last], out[rows])
-            assert torch.equal(alone_lse[:, first:last], lse[:, rows])
-            first = last
+@pytest.mark.parametrize("page_size", [16, 48])  # on Hopper of 48 by the code for 8.0
+def test_fixed_splits_give_the_bits_of_each_kind_alone(dtype, splits, options, page_size):
+    case = random_case("cuda", dtype, MIXED, (8, 2), 128, page_size)
+    assert_each_kind_alone_gives_its_bits(case, **splits, **options)
+
+
+@pytest.mark.gpu
+@SPLITS
+@pytest.mark.parametrize("kernel", [pytest.param("decode", marks=pytest.mark.sm80), "decode_sm75"])
+def test_so_do_the_kernels_for_few_queries_by_name(splits, kernel):
+    case = random_case("cuda", torch.float16, MIXED, (8, 2), 128)
+    assert_each_kind_alone_gives_its_bits(case, **splits, backend=kernel)
+    assert_right(case, **splits, backend=kernel)
+
+
+@pytest.mark.gpu
+@pytest.mark.sm80
+@SPLITS
+@pytest.mark.parametrize("stored", [torch.float8_e4m3fn, torch.int8], ids=lambda d: str(d)[6:])
+def test_and_caches_of_8_bits(stored, splits):
+    case, scales = eight_bit(random_case("cuda", torch.bfloat16, MIXED, (8, 2), 128), stored)
+    assert_each_kind_alone_gives_its_bits(case, **splits, **scales)
 
 
 @pytest.mark.gpu

@@ -206,7 +206,7 @@ struct Merging {
   __device__ int64_t place(int part, int row) const {
     if constexpr (!kFixed) return int64_t{part} * kRows + row;
     const int64_t token =
-        p.part_tokens < p.total_q ? index * p.seqlen_q + segment.query(row) : token_of(row);
+        p.part_tokens < p.total_q ? index * p.plan.max_queries + segment.query(row) : token_of(row);
     return (part * p.part_tokens + token) * p.num_heads_q + segment.head(row);
   }
   __device__ float* part_of(int64_t place, int column) const {
@@ -263,11 +263,13 @@ struct Merging {
         write(row, column, x);
       }
     }
-    // For a graph's next replay, which comes with the same number.
+    clear_flags(first_block);
+  }
+  // For a graph's next replay, which comes with the same number.
+  __device__ void clear_flags(int first_block) const {
     __syncthreads();
-    for (int i = threadIdx.x; i < own_block - first_block; i += kNumThreads) {
-      p.part_flags[first_block + i] = 0;
-    }
+    const int own_block = static_cast<int>(blockIdx.x);
+    for (int i = first_block + threadIdx.x; i < own_block; i += kNumThreads) p.part_flags[i] = 0;
   }
 
   // Waits for parts and takes their statistics. A flag is there when it carries this launch's

@@ -82,8 +82,7 @@ struct WarpgroupMerging : Merging<T, kConfig, false> {
       }
     }
     Base::finish();  // a thread writes what it has just put there
-    __syncthreads();
-    for (int i = threadIdx.x; i < num_parts; i += kNumThreads) p.part_flags[first_block + i] = 0;
+    Base::clear_flags(first_block);
   }
 
  private:
@@ -143,17 +142,17 @@ struct WarpgroupMerging : Merging<T, kConfig, false> {
   __device__ void take_stats(int row, int count) const {
     float2& own = shared.stats[row / kRowTile][row % kRowTile];
     float2(&stats)[kMaxPartsAtOnce] = shared.part_stats[row];
-    float largest = own.x;
-    for (int i = 0; i < count; ++i) largest = fmaxf(largest, stats[i].x);
-    const float reference = finite_or_zero(largest);
-    const float rescale = ptx::exp2_approx(own.x - reference);
+    float row_max = own.x;
+    for (int i = 0; i < count; ++i) row_max = fmaxf(row_max, stats[i].x);
+    const float base = finite_or_zero(row_max);
+    const float rescale = ptx::exp2_approx(own.x - base);
     float sum = own.y * rescale;
     for (int i = 0; i < count; ++i) {
-      stats[i].x = ptx::exp2_approx(stats[i].x - reference);
+      stats[i].x = ptx::exp2_approx(stats[i].x - base);
       sum += stats[i].y * stats[i].x;
     }
     stats[kPartsAtOnce].x = rescale;
-    own = {largest, sum};
+    own = {row_max, sum};
   }
 };
 
@@ -312,18 +311,18 @@ struct WarpgroupDecode {
     float rescale[2];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const float largest = max_of_row<kTileKeys>(x, half) * scale;
-      const bool grows = largest > rows.max[half] + kRescaleSlack;
-      const float row_max = grows ? largest : rows.max[half];
-      const float reference = finite_or_zero(row_max);
-      rescale[half] = ptx::exp2_approx(rows.max[half] - reference);
+      const float tile_max = max_of_row<kTileKeys>(x, half) * scale;
+      const bool grows = tile_max > rows.max[half] + kRescaleSlack;
+      const float row_max = grows ? tile_max : rows.max[half];
+      const float base = finite_or_zero(row_max);
+      rescale[half] = ptx::exp2_approx(rows.max[half] - base);
       rows.max[half] = row_max;
 #pragma unroll
       for (int j = 0; j < kTileKeys / 8; ++j) {
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
           float& score = x[4 * j + 2 * half + e];
-          score = ptx::exp2_approx(fmaf(score, scale, -reference));
+          score = ptx::exp2_approx(fmaf(score, scale, -base));
         }
       }
       rows.sum[half] = rows.sum[half] * rescale[half] + sum_of_row<kTileKeys>(x, half);
