@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import product
 
+import flash_cases
 import pytest
 import torch
+from flash_cases import with_tensors
 from op_checks import assert_replays
 from paged_cases import assert_right, random_case
 from tolerance import assert_within_2x
@@ -75,21 +78,59 @@ def test_rows_of_several_warps(kernel, dtype, head_dim, options):
     assert all(torch.equal(a, b) for a, b in zip(*again, strict=True))
 
 
+# What 64 rows by wgmma come to beside their default, and what mma.sync keeps.
+DRAFT_OPTIONS = [
+    {},
+    {"softmax_scale": -0.05},
+    {"sinks": True},
+    {"causal": False},
+    {"causal": False, "window_size": (300, 5)},
+    {"window_size": (333, 0)},
+    {"softcap": 30.0, "sinks": True, "alibi_slopes": True},
+]
+
+
 @KERNELS
 @pytest.mark.parametrize("page_size", [1, 64, 256])
-@pytest.mark.parametrize("terms", [False, True])
-def test_drafts_of_many_sequences(kernel, dtype, page_size, terms):
+@pytest.mark.parametrize("options", DRAFT_OPTIONS, ids=str)
+def test_drafts_of_many_sequences(kernel, dtype, page_size, options):
     """Of 64 rows each, and parts of them that are combined, with what few calls ask for."""
     sequences = [(16 - i % 3, 40 + 400 * i) for i in range(9)] + [(1, 7)] * 8
     case = random_case("cuda", dtype, sequences, (32, 8), 128, page_size)
-    options = {"softcap": 30.0} if terms else {}
-    if terms:
-        options |= {"sinks": torch.randn(32, device="cuda")}
-        options |= {"alibi_slopes": torch.rand(32, device="cuda") / 8}
+    options = with_tensors(options, 32, "cuda")
     first = assert_right(case, backend=kernel, **options)
     for _ in range(5):
         again = case.run(backend=kernel, **options)
         assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+
+
+@KERNELS
+@pytest.mark.parametrize("head_dim", [64, 96, 128])
+@pytest.mark.parametrize("options", DRAFT_OPTIONS, ids=str)
+def test_drafts_over_dense_keys(kernel, dtype, head_dim, options):
+    options = with_tensors(options, 32, "cuda")
+    q, k, v = flash_cases.random_qkv("cuda", dtype, 9, (16, 777), (32, 8), head_dim)
+    flash_cases.assert_right(q, k, v, kernel, **options)
+    packed = flash_cases.random_varlen("cuda", dtype, [(16, 777)] * 9, (32, 8), head_dim, tail=0)
+    packed = *(x.flatten(0, 1) for x in (q, k, v)), *packed[3:]
+    out, lse = flash_cases.run_varlen(*packed, backend=kernel, **options)
+    in_32, in_64 = (
+        reference.flash_attn_varlen(*(x.to(d) for x in packed[:3]), *packed[3:], **options)
+        for d in (torch.float32, torch.float64)
+    )
+    assert_within_2x(out, in_32[0].to(dtype), in_64[0])
+    flash_cases.assert_lse(lse, in_32[1], in_64[1], dtype)
+
+
+@KERNELS
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("splits", [{}, {"split_size": 128}], ids=str)
+def test_chunks(kernel, dtype, head_dim, splits):
+    """By name, and by default where nothing else with tensor cores serves pages."""
+    sequences = [(128, 1000), (300, 300), (1, 1500), (300, 1700), (16, 40)]
+    case = random_case("cuda", dtype, sequences, (8, 2), head_dim)
+    assert_right(case, backend=kernel, **splits)
+    assert_right(case, backend=kernel, window_size=(200, 0), **splits)
 
 
 @KERNELS
@@ -147,8 +188,16 @@ def test_fixed_splits(kernel, dtype, head_dim, splits):
     assert_right(case, backend=kernel, sinks=torch.randn(12, device="cuda"), **splits)
 
 
+@KERNELS
+def test_fixed_splits_have_room_for_more_queries_than_were_said(kernel, dtype):
+    case = random_case("cuda", dtype, [(10, 1024 - i) for i in range(4)], (32, 8), 128)
+    understated = replace(case, max_seqlen_q=2)
+    first, second = (x.run(backend=kernel, split_size=64) for x in (case, understated))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
 @pytest.mark.parametrize("kernel", [pytest.param("decode", marks=pytest.mark.sm80), "decode_sm75"])
-@pytest.mark.parametrize("heads", [(6, 2), (72, 36)], ids=["16 rows", "64 rows"])
+@pytest.mark.parametrize("heads", [(6, 2), (144, 36)], ids=["16 rows", "64 rows"])
 def test_a_graph_replays_with_other_lengths(kernel, heads):
     queries = 1 if heads[1] == 2 else 16
 
