@@ -34,7 +34,7 @@ MAY_INCLUDE = {
 # Files over their budget: the most lines they may have, and why.
 LONGER: dict[str, tuple[int, str]] = {
     "tests/test_sanitizer_cases.py": (
-        307,
+        309,
         "a small case for each of more than 30 ops, in one list",
     ),
 }

@@ -7,6 +7,8 @@ Without the variable tensors share memory, where neither overruns nor what was n
 initcheck does not see stores by TMA: it takes copies of such results to the host, those of sm90,
 for reads of what nobody wrote, unless `--check-api-memory-access no` is given. Even so it reports
 8-byte reads of decode: flags of parts, which count only where they hold the launch's number.
+synccheck says that nobody waits for barriers of the blocks from 9 on of several clusters of 16. It
+says so of a program of one barrier and one wait too: leave out `one_sequence` there.
 """
 
 from __future__ import annotations

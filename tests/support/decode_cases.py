@@ -63,8 +63,13 @@ def decode_case(options: dict[str, Any]) -> Case:
 
 
 def one_sequence(head_dim: int) -> Case:
-    """Clusters of blocks."""
+    """Clusters of 16 blocks."""
     q_and_caches, where = packed_call((1,), (300,), (16, 8), head_dim, (80, 4))
+    return (decode({}, 1), *q_and_caches, *where)
+
+
+def clusters_of_8(head_dim: int) -> Case:
+    q_and_caches, where = packed_call((1,), (300,), (32, 16), head_dim, (80, 4))
     return (decode({}, 1), *q_and_caches, *where)
 
 
@@ -113,7 +118,9 @@ CASES: dict[str, Callable[[], Case]] = {
     },
     **{
         f"paged decode, {what.__name__}, {head_dim}": partial(what, head_dim)
-        for what, head_dim in product((one_sequence, wide_case, mixed_case), (64, 128))
+        for what, head_dim in product(
+            (one_sequence, clusters_of_8, wide_case, mixed_case), (64, 128)
+        )
     },
     **{
         f"paged decode, cache of {stored}, {head_dim}": partial(eight_bit, stored, head_dim)
