@@ -177,7 +177,7 @@ def paged_attention(
             GPU, 16 on the CPU) cut the keys of each sequence, at most; 0: they choose
         split_size: the same kernels cut at its multiples, itself a multiple of 64; 0: they choose.
             With either of the two a row's bits depend on its own sequence alone: on a GPU beside
-            longer sequences too, on the CPU among calls of up to 16 queries a sequence
+            longer sequences too, on the CPU among calls of the same max_seqlen_q
         k_scales, v_scales: [num_blocks, page_size, num_heads_kv] float32 of any strides, or [1]: by
             which caches of 8 bits are multiplied, as append_kv_ writes or takes them; positive
 
