@@ -74,6 +74,7 @@ def test_a_single_page_of_any_size_on_hopper():
         (80, BF16, 65, "sm80"),
         (75, FP16, 1, "decode_sm75"),
         (75, FP16, 64, "decode_sm75"),
+        (75, FP16, 300, "decode_sm75"),
         (75, BF16, 64, "simt"),
     ],
 )

@@ -80,10 +80,10 @@ def wide_case(head_dim: int) -> Case:
     return (decode({}, 6), *q_and_caches, *where)
 
 
-def mixed_case(head_dim: int) -> Case:
+def mixed_case(head_dim: int, **options: str | int) -> Case:
     """A chunk beside sequences of few queries, which have a launch of their own."""
     tensors = packed_call((20, 1, 2), (40, 900, 7), (6, 2), head_dim, (120, 8), table_pages=600)
-    return (decode({}, 20), *tensors[0], *tensors[1])
+    return (decode(options, 20), *tensors[0], *tensors[1])
 
 
 def eight_bit(stored: torch.dtype, head_dim: int, queries: int = 2, **options: int) -> Case:
@@ -121,6 +121,12 @@ CASES: dict[str, Callable[[], Case]] = {
         for what, head_dim in product(
             (one_sequence, clusters_of_8, wide_case, mixed_case), (64, 128)
         )
+    },
+    **{
+        f"paged decode, beside a chunk, split_size, {backend}": partial(
+            mixed_case, 64, split_size=64, backend=backend
+        )
+        for backend in ("decode", "decode_sm75")
     },
     **{
         f"paged decode, cache of {stored}, {head_dim}": partial(eight_bit, stored, head_dim)
