@@ -53,6 +53,32 @@ def test_int8_of_rows_apart(m):
     assert torch.equal(tensor_core_gemm_int8(a, b, trans_b=True), exact(a, b))
 
 
+@pytest.mark.parametrize("m", [2, 6, 40])
+def test_int8_of_columns_apart(m):
+    """The same of matrices that lie the other way round."""
+    wide_a, wide_b = torch.full((267, m + 9), 77).char(), torch.full((267, 50), 77).char()
+    a, b = wide_a[:, 4 : m + 4], wide_b[:, 9:30]
+    a.copy_(ends(*a.shape))
+    b.copy_(ends(*b.shape))
+    assert torch.equal(tensor_core_gemm_int8(a, b, True), exact(a.T, b.T))
+    assert torch.equal(tensor_core_gemm_int8(a, b[:, ::2], True), exact(a.T, b[:, ::2].T))
+
+
+@pytest.mark.parametrize("block", [None, 128])
+@pytest.mark.parametrize("m", [1, 5, 20])
+def test_e4m3_that_lies_the_other_way_round(m, block):
+    n, k = 70, 600
+    x, scales = quantize_rows(torch.randn(m, k), torch.float8_e4m3fn, block)
+    weight = quantize_rows(torch.randn(n, k), torch.float8_e4m3fn)[0]
+    turned = weight.view(torch.uint8).T.contiguous().T.view(torch.float8_e4m3fn)
+    weight_scales = torch.rand(n, 1) if block is None else torch.rand(1, 5)
+
+    def product(weight):
+        return scaled_linear(x, scales, weight, weight_scales, torch.float32, None, block)
+
+    assert torch.equal(product(turned), product(weight))
+
+
 @pytest.mark.parametrize(
     ("kind", "block"),
     [(torch.int8, None), (torch.float8_e4m3fn, None), (torch.float8_e4m3fn, 128)],

@@ -1,13 +1,15 @@
 // out = a . b^T of bytes on the CPU: int8 exactly, in int32, and e4m3 in float32. Lanes run along
 // k. An item is a block of out. Few rows of a are bound by reading b, once and as it lies; of more,
-// b is copied first, four rows at a time, to what the products take. Every sum has one order, so a
-// row of out depends neither on the others nor on threads.
+// b is copied first, four rows at a time, to what the products take. A matrix whose rows are not
+// along k is turned first, a part at a time. Every sum has one order, so a row of out depends
+// neither on the others nor on threads.
 #include <type_traits>
 
 #include "common/int_menu.h"
 #include "cpu/parallel.h"
 #include "gemm/product/byte_dots_cpu.h"
 #include "gemm/product/epilogue_cpu.h"
+#include "gemm/product/turn_bytes_cpu.h"
 
 namespace llamatelemetry {
 namespace LT_ISA {
@@ -25,7 +27,11 @@ constexpr int kPanelRows = 2;  // 8 sums, 5 operands and a product in 16
 constexpr int kFewRows = 2 * kPanelRows;
 
 int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-int item_columns(const ProductParams& p) { return p.m > kFewRows ? kItemColumns : 32; }
+// Whether rows of x are to be read side by side: those of a matrix that lies the other way round.
+bool is_turned(const Operand& x) { return x.row_stride == 1 && x.k_stride != 1; }
+int item_columns(const ProductParams& p) {
+  return p.m > kFewRows || is_turned(p.b) ? kItemColumns : 32;
+}
 
 // Part of a row as to[depth], zeros up to a whole step.
 template <typename Dots, bool kLeft, typename To>
@@ -121,36 +127,52 @@ class Item {
   }
 
  private:
+  // Rows of an operand over a part of k.
+  struct Part {
+    const Code* data;
+    int64_t row_stride;
+    int64_t k_stride;
+  };
+
+  // As they lie, or in turned_.
+  Part part_of(const Operand& x, const Code* rows, int count, int64_t first_k, int depth) {
+    rows += first_k * x.k_stride;
+    if (!is_turned(x)) return {rows, x.row_stride, x.k_stride};
+    turn_bytes(reinterpret_cast<const uint8_t*>(rows), x.k_stride, depth, count,
+               reinterpret_cast<uint8_t*>(turned_[0]), kPitch);
+    return {turned_[0], kPitch, 1};
+  }
+
   // Over depth of k from first_k on.
   void add_part(int64_t first_k, int depth) {
+    const Part a = part_of(p_.a, a_, rows_, first_k, depth);
     for (int r = 0; r < rows_; ++r) {
-      const Code* row = a_ + r * p_.a.row_stride + first_k * p_.a.k_stride;
-      copy_row<Dots, true>(row, p_.a.k_stride, depth, left_[r]);
+      copy_row<Dots, true>(a.data + r * a.row_stride, a.k_stride, depth, left_[r]);
       excess_[r] = Dots::excess(left_[r], depth);
     }
+    const Part b = part_of(p_.b, b_, columns_, first_k, depth);
     for (int c = 0; c < columns_; c += kPanelColumns) {
       const Code* codes[kPanelColumns];  // past the last row of b: that one once more
       for (int i = 0; i < kPanelColumns; ++i) {
-        const int64_t row = smaller(c + i, columns_ - 1);
-        codes[i] = b_ + row * p_.b.row_stride + first_k * p_.b.k_stride;
+        codes[i] = b.data + smaller(c + i, columns_ - 1) * b.row_stride;
       }
-      if (rows_ <= kFewRows && p_.b.k_stride == 1) {
-        add_panel(codes, first_k, depth, c);
+      if (rows_ <= kFewRows && b.k_stride == 1) {
+        add_panel(codes, kPanelColumns * b.row_stride, first_k, depth, c);
         continue;
       }
       alignas(64) typename Dots::Right copies[kPanelColumns][Dots::kDepth];
       const typename Dots::Right* right[kPanelColumns];
       for (int i = 0; i < kPanelColumns; ++i) {
-        copy_row<Dots, false>(codes[i], p_.b.k_stride, depth, copies[i]);
+        copy_row<Dots, false>(codes[i], b.k_stride, depth, copies[i]);
         right[i] = copies[i];
       }
-      add_panel(right, first_k, depth, c);
+      add_panel(right, 0, first_k, depth, c);
     }
   }
 
   template <typename B>
-  void add_panel(const B* const (&b)[kPanelColumns], int64_t first_k, int depth, int column) {
-    const int64_t ahead = kPanelColumns * p_.b.row_stride;
+  void add_panel(const B* const (&b)[kPanelColumns], int64_t ahead, int64_t first_k, int depth,
+                 int column) {
     for (int r = 0; r < rows_;) {
       const int rows = rows_ - r >= kPanelRows ? kPanelRows : rows_ - r >= 2 ? 2 : 1;
       IntMenu<1, 2, 4>::dispatch(rows, [&](auto count) {
@@ -189,6 +211,9 @@ class Item {
   const int rows_, columns_;
   const Code* a_;
   const Code* b_;
+  static constexpr int kPitch = Dots::kDepth + 64;  // an odd number of cache lines, for all sets
+  alignas(64) Code turned_[kItemColumns][kPitch];   // of a, then of b
+  static_assert(kItemRows <= kItemColumns);
   alignas(64) typename Dots::Left left_[kItemRows][Dots::kDepth];
   Sum excess_[kItemRows];
   Sum sums_[kItemRows][kItemColumns];
