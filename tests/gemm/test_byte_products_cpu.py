@@ -106,6 +106,16 @@ def test_a_row_depends_on_no_other_and_on_no_thread(kind, block):
         torch.set_num_threads(threads)
 
 
+@pytest.fixture(params=[False, True], ids=["", "flushed"])
+def flushes(request):
+    """Whether the CPU takes denormal floats as 0, as torch.set_flush_denormal has it do."""
+    if not torch.set_flush_denormal(request.param) and request.param:
+        pytest.skip("this CPU cannot flush denormals")
+    yield request.param
+    torch.set_flush_denormal(False)
+
+
+@pytest.mark.usefixtures("flushes")
 @pytest.mark.parametrize("rows", [1, 20])
 def test_every_e4m3(rows):
     """All 256 bytes on both sides; both that are NaN make NaN."""

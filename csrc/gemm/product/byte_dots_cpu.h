@@ -37,6 +37,8 @@ LT_INLINE float code_to_float(int8_t x) { return static_cast<float>(x); }
 LT_INLINE float code_to_float(E4M3 x) {
   const uint32_t size = x.bits & 0x7f, sign = static_cast<uint32_t>(x.bits & 0x80) << 24;
   if (size == 0x7f) return bits_to_float(sign | 0x7fc00000);
+  // As denormal floats these would be 0 where the CPU flushes them.
+  if (size < 8) return bits_to_float(sign | float_to_bits(static_cast<float>(size) * 0x1p-9f));
   return bits_to_float(sign | float_to_bits(bits_to_float(size << 20) * 0x1p120f));
 }
 template <typename Code>
