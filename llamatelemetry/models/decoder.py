@@ -13,7 +13,8 @@ from transformers import PreTrainedModel
 
 from llamatelemetry.models.hf_overrides import in_force
 from llamatelemetry.models.opset import OpSet
-from llamatelemetry.models.pieces.attention import Attention, rope_angles
+from llamatelemetry.models.pieces.angles import rope_angles
+from llamatelemetry.models.pieces.attention import Attention
 from llamatelemetry.models.pieces.base import Piece
 from llamatelemetry.models.pieces.layer import DecoderLayer, add_norm, norm_of, number_of
 from llamatelemetry.models.pieces.linear import head_of

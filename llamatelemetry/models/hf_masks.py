@@ -38,6 +38,7 @@ class KeyMask(Tensor):
     key_rules: tuple[int, bool, int, int]
     _matrix: Tensor | None
     _plan: Plan | None
+    step: Any  # what the layers that are given this mask share: pieces/dynamic.py
 
     @staticmethod
     def __new__(
@@ -55,7 +56,7 @@ class KeyMask(Tensor):
         mask.key_tokens = layout.tokens
         mask.key_start = start if isinstance(start, Tensor) else None
         mask.key_rules = (0 if isinstance(start, Tensor) else start, *layout[4:7])
-        mask._matrix = mask._plan = None
+        mask._matrix = mask._plan = mask.step = None
         return mask
 
     def __init__(

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from llamatelemetry.models.opset import NATIVE, OpSet
+from llamatelemetry.models.pieces.angles import rows_of_angles
 from llamatelemetry.models.pieces.arguments import KNOWN_TO_LAYERS, take_cache, without_encoder
 from llamatelemetry.models.pieces.base import Piece, eager_attention_of
 from llamatelemetry.models.pieces.linear import Joined, Rows
@@ -204,6 +205,16 @@ class Attention(Piece):
         rope: tuple[Tensor, Tensor] | None,
         cache: Sequence[Tensor],
     ) -> Tensor:
+        return self.ops.all_reduce(self.o(self.before_output(x, step, rope, cache)))
+
+    def before_output(
+        self,
+        x: Rows,
+        step: StepInput,
+        rope: tuple[Tensor, Tensor] | None,
+        cache: Sequence[Tensor],
+    ) -> Tensor:
+        """What the output projection takes of a step, [num_tokens, num_heads_q * head_dim]."""
         k_cache, v_cache, *scales = cache
         if self.packed is not None and rope is not None:
             one = self.projections[0]
@@ -225,7 +236,7 @@ class Attention(Piece):
                     for begin, end, part in step.parts
                 ]
             )
-        return self.ops.all_reduce(self.o(out.view(x.shape[0], -1)))
+        return out.view(x.shape[0], -1)
 
     def _attended(
         self, q: Tensor, k: Tensor, v: Tensor, step: StepInput, cache: Sequence[Tensor]
@@ -257,9 +268,7 @@ class Attention(Piece):
         q, k, v = self.project(hidden_states.reshape(-1, hidden_size))
         rope = None
         if angles is not None:
-            cos, sin = rope_angles(self.spec, *angles)
-            cos, sin = (x.expand(batch, -1, -1).flatten(0, 1).to(q.dtype) for x in (cos, sin))
-            rope = (cos, sin)
+            rope = rows_of_angles(self.spec, angles, batch, q.dtype)
         q, k = self.turn(q, k, rope, None)
         q, k, v = (x.unflatten(0, (batch, seqlen)).transpose(1, 2) for x in (q, k, v))
         if cache is not None:
@@ -276,17 +285,3 @@ class Attention(Piece):
             self.module, q, k, v, attention_mask, dropout=0.0, scaling=self.scale, **call
         )
         return self.ops.all_reduce(self.o(out.reshape(batch, seqlen, -1))), weights
-
-
-def rope_angles(spec: LayerSpec, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    """cos and sin as the rotary op takes them: one value per turned element."""
-    layout = "pairs" if spec.rope == "interleaved" else "halves"
-    if spec.rope_angles == layout:
-        return cos, sin
-    if spec.rope_angles != "once":
-        half = cos.shape[-1] // 2
-        step = 2 if spec.rope_angles == "pairs" else 1
-        cos, sin = (x[..., : half * step : step] for x in (cos, sin))
-    if layout == "pairs":
-        return cos.repeat_interleave(2, -1), sin.repeat_interleave(2, -1)
-    return torch.cat([cos, cos], -1), torch.cat([sin, sin], -1)

@@ -10,9 +10,12 @@ from transformers.activations import ACT2FN
 
 from llamatelemetry.models.opset import NATIVE, OpSet
 from llamatelemetry.models.pieces.arguments import KNOWN_TO_LAYERS, without_encoder
+from llamatelemetry.models.pieces.attention import Attention
 from llamatelemetry.models.pieces.base import Piece
+from llamatelemetry.models.pieces.dynamic import asks_for_more, dynamic_step, sees_all, unheard
 from llamatelemetry.models.pieces.linear import Rows
-from llamatelemetry.models.pieces.norm import EPS_NAMES, NormFunction
+from llamatelemetry.models.pieces.mlp import GatedMlp, UngatedMlp
+from llamatelemetry.models.pieces.norm import EPS_NAMES, Norm, NormFunction
 from llamatelemetry.models.spec import LayerSpec
 from llamatelemetry.quantization.rows import RowFormat
 
@@ -34,6 +37,13 @@ class DecoderLayer(Piece):
         is_parallel = spec.parallel
         self.is_parallel = bool(
             getattr(config, is_parallel) if isinstance(is_parallel, str) else is_parallel
+        )
+        # Whether nothing comes between the residual and what attention and MLP give.
+        self.adds_alone = (
+            self.attention_norm is None
+            and self.mlp_norm is None
+            and self.multiplier == 1.0
+            and not self.is_parallel
         )
         if spec.mlp_kind == "plain":
             name = getattr(config, spec.activation)
@@ -94,6 +104,8 @@ class DecoderLayer(Piece):
         call = self.named(args, kwargs)
         if not without_encoder(call):
             return self.run_original(*args, **kwargs)
+        if (decoded := self._decoded(call)) is not None:
+            return decoded
         hidden_states = call.pop("hidden_states")
         attention = getattr(self.module, self.spec.attention)
         residual = hidden_states.clone()  # the caller may keep its tensor
@@ -102,6 +114,34 @@ class DecoderLayer(Piece):
         # The modules are called, not their pieces, so that hooks on them are.
         x = self.run(x, residual, lambda x: attention(hidden_states=x, **call)[0], self.mlp)
         return residual.add_(x)
+
+    def _decoded(self, call: dict[str, Any]) -> Tensor | None:
+        """The layer's output for one token a row over a dynamic cache; None for other calls."""
+        step = dynamic_step(call)
+        if step is None or self.ops is not NATIVE or asks_for_more(call):
+            return None
+        spec, module, x = self.spec, self.module, call["hidden_states"]
+        attention = unheard(getattr(module, spec.attention), Attention, x)
+        mlp = unheard(getattr(module, spec.mlp), (GatedMlp, UngatedMlp), x) if spec.mlp else None
+        norm = unheard(getattr(module, spec.first_norm), Norm, x) if spec.first_norm else None
+        if attention is None or mlp is None or (norm is None and spec.first_norm):
+            return None
+        rope = step.rope(call.get("position_embeddings"), attention, x.dtype)
+        if (rope is None and attention.turns) or not sees_all(attention):
+            return None
+        room = step.room(attention.module.layer_idx, x)
+        if room is None:
+            return None
+        h = x.view(step.batch, -1)
+        x = h if norm is None else norm.function(h)
+        where = (step.input(room.capacity), rope, room.pages)
+        if self.adds_alone:
+            h = attention.o.added(attention.before_output(x, *where), h)
+            x = h if self.middle_norm is None else self.middle_norm(h)
+            return mlp.down.added(mlp.into(x), h).unsqueeze(1)
+        h = h.clone()  # the caller may keep its tensor
+        x = self.run(x, h, lambda x: attention.step(x, *where), mlp.step)
+        return h.add_(x).unsqueeze(1)
 
 
 def _normed(x: Tensor, norm: NormFunction | None) -> Tensor:

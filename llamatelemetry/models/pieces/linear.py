@@ -77,6 +77,14 @@ class Joined:
             return self._forward(x, self._activation)
         return self._followed(self._forward(x))
 
+    def added(self, x: Rows, residual: Tensor) -> Tensor:
+        """residual and what the linear gives of x, in one launch where ops.linear serves it."""
+        if self._is_dense and not self._of_any_rows and isinstance(x, Tensor) and _is_small(x):
+            assert self._ops.linear is not None
+            return self._ops.linear(x, self.merged.weight, self.merged.bias, residual, None)
+        y: Tensor = self(x)
+        return y.add_(residual)
+
     def _by_op(self, x: Tensor, linear: Any, activation: str | None) -> Tensor:
         if self._is_grouped:
             assert self._ops.group_linear is not None
