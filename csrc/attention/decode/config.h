@@ -120,14 +120,14 @@ constexpr int kMaxWideHeadDim = 128;
 // sm_75, the larger of fixed and free splits, and in the loop over 16 keys:
 // clang-format off
 //   head_dim  shared memory  registers  stack  instructions of the loop  its loads from the stack
-//         64           9 KB        237      0                       759                         0
-//         96          12 KB        255     32                       905                         0
-//        128          16 KB        255     80                       958                         0
-//        192          30 KB        255    272                      1390                        52
-//        256          40 KB        255    264                      1525                        64
+//         64           9 KB        248      0                       791                         0
+//         96          12 KB        255     56                       960                         0
+//        128          16 KB        255    120                      1051                         0
+//        192          30 KB        255    288                      1487                        52
+//        256          40 KB        255    296                      1660                        69
 // clang-format on
 // A T4 gives each of its 40 multiprocessors 64 KB, 64 K registers and of 320 GB/s 5 bytes a clock.
-// Those instructions ask for 22 to 43 bytes of keys and values a clock, the tensor cores for 64, so
+// Those instructions ask for 21 to 39 bytes of keys and values a clock, the tensor cores for 64, so
 // memory binds. Its latency, some 700 clocks, needs 4 KB under way: a warp has 2 to 4.
 constexpr Config for_sm75(int head_dim, int blocks_per_sm, bool queries_in_registers) {
   return {.head_dim = head_dim,

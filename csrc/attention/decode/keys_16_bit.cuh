@@ -80,6 +80,8 @@ struct Keys16Bit {
     }
   }
 
+  // Adds to scores. Tensor cores cut each sum off towards zero, with m16n8k8 twice as often as with
+  // m16n8k16: there the sum of each step is rounded to nearest as it is added.
   static __device__ Scales multiply_keys(const Queries& q, const Stage& stage,
                                          float (&scores)[2][4]) {
     const uint32_t keys = ptx::shared_address(stage.k) + Tile::b_offset(threadIdx.x % kWarpSize);
@@ -88,8 +90,17 @@ struct Keys16Bit {
       uint32_t a[4], b[4];
       q.fragment(step, a);
       ptx::ldmatrix_x4(b, Tile::advance(keys, 2 * step));
-      Mma::template add<T>(scores[0], a, b[0], b[1]);
-      Mma::template add<T>(scores[1], a, b[2], b[3]);
+#pragma unroll
+      for (int t = 0; t < 2; ++t) {
+        if constexpr (kConfig.capability >= 80) {
+          Mma::template add<T>(scores[t], a, b[2 * t], b[2 * t + 1]);
+        } else {
+          float sum[4] = {};
+          Mma::template add<T>(sum, a, b[2 * t], b[2 * t + 1]);
+#pragma unroll
+          for (int i = 0; i < 4; ++i) scores[t][i] += sum[i];
+        }
+      }
     }
     return {};
   }
