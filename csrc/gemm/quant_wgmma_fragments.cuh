@@ -107,13 +107,35 @@ struct WeightFragments {
         store(Word(block, word + 4, row, selector, side), 0, own, a[1]);
       } else {
         const Word both(block, word, row, selector, side);
-        store(both, 0, own, a[0]);
-        store(both, 1, own, a[1]);
+        if (kFloatScales && __any_sync(0xffffffff, has_long_scale(both))) {
+          store_exactly(both, 0, a[0]);
+          store_exactly(both, 1, a[1]);
+        } else {
+          store(both, 0, own, a[0]);
+          store(both, 1, own, a[1]);
+        }
       }
     }
   }
 
  private:
+  // Scales of float32 may have more bits than decode_fused keeps: with 15 or fewer, as checkpoints
+  // in 16 bits have, their products with 128 + a zero point of eight bits are exact.
+  static constexpr bool kFloatScales = Word::kHasGroups && Word::kCodes == CodeFamily::kU4;
+  static __device__ bool has_long_scale(const Word& word) {
+    constexpr uint32_t kPast15Bits = 0x1ff;
+    return ((__float_as_uint(word.scale(0, 0)) | __float_as_uint(word.scale(0, 1))) &
+            kPast15Bits) != 0;
+  }
+  static __device__ void store_exactly(const Word& word, int part, uint32_t (&a)[4]) {
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      float values[4];
+      word.decode(part, r, values);
+      a[r] = pack_two(values[0], values[1], T{});
+      a[2 + r] = pack_two(values[2], values[3], T{});
+    }
+  }
   static __device__ void store(const Word& word, int part, float own, uint32_t (&a)[4]) {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {

@@ -29,8 +29,8 @@ SHAPES = [
 
 def grouped(n: int, k: int, group: int | None, format: str) -> GroupedWeight:
     groups = k // (group or k)
-    # Of 16 bits: of more, weights that are rounded may be an ulp of float32 off.
-    scales = (0.01 * torch.randn(n, groups, device="cuda")).half()
+    scales = 0.01 * torch.randn(n, groups, device="cuda")
+    scales[n // 2 :] = scales[n // 2 :].half()  # as checkpoints have them: decoded in another way
     if format == "E4M3":
         return pack_groups(
             (9 * torch.randn(n, k, device="cuda")).to(torch.float8_e4m3fn), format, scales
