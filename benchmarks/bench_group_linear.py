@@ -1,12 +1,14 @@
 """quant_linear with scales beside the codes, as GPTQ, AWQ, int8, float8 and bitsandbytes' become.
 
-Llama-3-8B's shapes on a GPU, against torch's linear over dense bfloat16 weights, and for four-bit
-codes torch's own int4 product (tinygemm); all weights are rotated past the cache. The limit is a
-read of codes, scales and zero points.
+Llama-3-8B's shapes on a GPU, against torch's linear over dense bfloat16 weights, for four-bit codes
+torch's own int4 product (tinygemm), and for int4 and int8 Humming where humming-kernels is
+installed; all weights are rotated past the cache. The limit is a read of codes, scales and zero
+points.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import itertools
 from collections.abc import Callable, Iterator
 
@@ -60,6 +62,31 @@ def tinygemm(weight: Tensor, group: int) -> Callable[..., Tensor]:
     return product
 
 
+def humming(weight: Tensor, format: str, group: int | None) -> Callable[..., Tensor] | None:
+    """Humming's layer over weight, which it quantises itself; None without it or its format."""
+    configs = {"S4": {"dtype": "int4", "group_size": group}, "S8": {"dtype": "int8"}}
+    if format not in configs or importlib.util.find_spec("humming") is None:
+        return None
+    from humming.layer import HummingLayer
+
+    n, k = weight.shape
+    bytes_of_codes = n * k // (2 if format == "S4" else 1)
+    layers = []
+    for _ in range(1 + ROTATED_BYTES // bytes_of_codes):
+        layer = HummingLayer(
+            shape_n=n, shape_k=k, weight_config=configs[format], torch_dtype=weight.dtype
+        ).cuda()
+        layer.load_from_unquantized(weight)
+        layer.transform()
+        layers.append(layer)
+    copies = itertools.cycle(layers)
+
+    def product(x: Tensor, *_: Tensor) -> Tensor:
+        return next(copies)(x)
+
+    return product
+
+
 def cases(device: torch.device, quick: bool) -> Iterator[Case]:
     on_cpu = device.type == "cpu"
     shapes = [(3072, 1536)] if on_cpu else GPU_SHAPES
@@ -72,6 +99,7 @@ def cases(device: torch.device, quick: bool) -> Iterator[Case]:
             tiny = None
             if not on_cpu and group and format in ("S4", "U4"):
                 tiny = tinygemm(unpack_groups(w, n, k), group)
+            hummings = None if on_cpu else humming(weight, format, group)
 
             def torchs(
                 x: Tensor, *_: Tensor, dense: Iterator[tuple[Tensor, ...]] = dense
@@ -88,6 +116,8 @@ def cases(device: torch.device, quick: bool) -> Iterator[Case]:
                 baselines: dict[str, Callable[..., Tensor]] = {f"{str(dtype)[6:]} linear": torchs}
                 if tiny and m <= MAX_TINYGEMM_ROWS:
                     baselines["tinygemm"] = tiny
+                if hummings:
+                    baselines["humming"] = hummings
                 yield Case(
                     f"{format} {f'g{group}' if group else 'column'} {k}->{n} m={m}",
                     inputs=(torch.randn(m, k, device=device).to(dtype), *tensors),
