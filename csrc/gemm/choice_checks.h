@@ -1,5 +1,5 @@
-// What choose_quant_linear must choose, checked at every build: on an H200, in float16, for weights
-// of 4096 columns, where a line says nothing else.
+// What choose_quant_linear must choose, and who applies an activation, checked at every build: on
+// an H200, in float16, for weights of 4096 columns, where a line says nothing else.
 #pragma once
 
 #include "gemm/choice.h"
@@ -59,6 +59,13 @@ static_assert(choose_quant_linear(q6_k(1, 4096)) == QuantLinearImpl::kStream);
 static_assert(choose_quant_linear(s8(4096, 2)) == QuantLinearImpl::kStream);
 static_assert(choose_quant_linear(s8(4096 + 32, 2)) == QuantLinearImpl::kSkinny);
 static_assert(choose_quant_linear(s8(4096, 1)) == QuantLinearImpl::kSkinny);
+
+// Gates in whole tiles, and a half that is none.
+static_assert(applies_activation(QuantLinearImpl::kStream, 32, true));
+static_assert(!applies_activation(QuantLinearImpl::kStream, 48, true));
+static_assert(applies_activation(QuantLinearImpl::kStream, 48, false));
+static_assert(!applies_activation(QuantLinearImpl::kSkinny, 32, true));
+static_assert(!applies_activation(QuantLinearImpl::kWgmma, 32, false));
 
 }  // namespace choice_checks
 

@@ -8,6 +8,9 @@ from torch import Tensor
 from llamatelemetry.ops._contract import inference_only, register_fake
 from llamatelemetry.ops.formats import QuantFormat, format_name
 
+GATED = ("silu_and_mul", "gelu_and_mul", "gelu_tanh_and_mul")
+ACTIVATIONS = (None, "relu", "relu2", "silu", "gelu", "gelu_tanh", *GATED)
+
 
 def linear(
     x: Tensor,
@@ -53,11 +56,23 @@ def _(
     residual: Tensor | None = None,
     activation: str | None = None,
 ) -> Tensor:
-    return x.new_empty((*x.shape[:-1], _columns(weight.shape[0], activation)))
+    columns = _columns("linear", "weight", weight.shape[0], activation)
+    return x.new_empty((*x.shape[:-1], columns))
 
 
-def _columns(n: int, activation: str | None) -> int:
-    return n // 2 if activation is not None and activation.endswith("_and_mul") else n
+def _columns(op: str, argument: str, n: int, activation: str | None) -> int:
+    """Of the result; refuses what the op refuses, in its words."""
+    if activation not in ACTIVATIONS:
+        names = ", ".join(map(str, ACTIVATIONS))
+        raise RuntimeError(f"{op}: activation must be one of {{{names}}}, got {activation}")
+    if activation not in GATED:
+        return n
+    if n % 2:
+        raise RuntimeError(
+            f"{op}: {argument} must have an even number of rows for {activation} (gate, then up), "
+            f"got {n}"
+        )
+    return n // 2
 
 
 def quant_linear(
@@ -101,8 +116,9 @@ def quant_linear(
         perm: [k] int32, for the formats with scales: column j of the weight meets column perm[j] of
             x, as where a quantiser sorted the columns (GPTQ's act-order). Where perm names no
             column x counts as 0.
-        activation: As in linear. On CUDA the kernel of up to 16 rows applies it; of gates where n
-            is a multiple of 32. Elsewhere another launch does.
+        activation: As in linear. On CUDA the stream kernel (the formats with `stream` in
+            docs/adding_a_format.md, 16-bit x, mostly up to 16 rows) applies it, of gates where n is
+            a multiple of 32; elsewhere another launch does.
 
     Returns:
         [..., n] in the dtype of x, [..., n / 2] where gated. On the CPU a row does not depend on
@@ -133,4 +149,4 @@ def _(
     perm: Tensor | None = None,
     activation: str | None = None,
 ) -> Tensor:
-    return x.new_empty((*x.shape[:-1], _columns(n, activation)))
+    return x.new_empty((*x.shape[:-1], _columns("quant_linear", "packed", n, activation)))

@@ -165,9 +165,27 @@ def test_groups_with_sorted_columns(device, dtype, format, m):
     perm = torch.randperm(256, device=device).int()
     bias = torch.randn(96, device=device).to(dtype)
     ours = of_groups(x, w, 96, "gelu_tanh_and_mul", bias, perm)
-    y = quant_linear(x, w.packed, format, 96, bias, False, w.scales, w.zeros, perm)
-    error = 0 if device.type == "cpu" else 0.02 * y.abs().max().item() ** 2
-    torch.testing.assert_close(ours, ops.gelu_tanh_and_mul(y), rtol=0, atol=error)
+    if device.type == "cpu":  # which rounds x too
+        y = quant_linear(x, w.packed, format, 96, bias, False, w.scales, w.zeros, perm)
+        assert torch.equal(ours, ops.gelu_tanh_and_mul(y))
+        return
+    weights, x = unpack_groups(w, 96, 256), x[:, perm.long()]
+    wide = x.double(), weights.double(), bias.double()
+    truth = reference.linear(*wide, activation="gelu_tanh_and_mul")
+    assert_within_2x(ours, ops.gelu_tanh_and_mul(torch_linear(x, weights, bias)), truth)
+
+
+@pytest.mark.sm80
+@pytest.mark.parametrize(("n", "m", "fused"), [(4096, 16, 1), (4112, 16, 0), (4096, 17, 0)])
+def test_gates_in_the_products_kernel(n, m, fused):
+    """Another launch for them would need the whole product in memory."""
+    packed = repack(gguf_rows(QuantFormat.Q4_0, n, 4096, "cuda"), "Q4_0")
+    x = torch.randn(m, 4096, device="cuda", dtype=torch.float16)
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    out = quant_linear(x, packed, "Q4_0", n, activation="silu_and_mul")
+    allocated = torch.cuda.max_memory_allocated() - before
+    assert (allocated < 2 * out.nbytes) == fused
 
 
 def test_empty(device):
@@ -198,6 +216,26 @@ def test_refusals(device):
         lambda: quant_linear(x, packed, "Q4_1", 21, activation="silu_and_mul"),
         "packed must have an even number of rows for silu_and_mul",
         "got 21",
+    )
+
+
+@pytest.mark.parametrize(
+    ("activation", "got"), [("bogus_and_mul", "bogus"), ("silu_and_mul", "21")]
+)
+def test_a_fake_refuses_too(activation, got):
+    packed = repack(gguf_rows(QuantFormat.Q4_1, 21, 64, "cpu"), "Q4_1").to("meta")
+    x = torch.empty(2, 64, device="meta")
+    rule = "activation must be one of" if got == "bogus" else "packed must have an even number"
+    assert_refuses(
+        lambda: quant_linear(x, packed, "Q4_1", 21, activation=activation),
+        f"quant_linear: {rule}",
+        f"got {got}",
+    )
+    weight = torch.empty(21, 64, device="meta")
+    assert_refuses(
+        lambda: ops.linear(x, weight, activation=activation),
+        f"linear: {rule.replace('packed', 'weight')}",
+        f"got {got}",
     )
 
 
