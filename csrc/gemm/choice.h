@@ -143,8 +143,9 @@ static inline constexpr QuantLinearImpl choose_quant_linear(const QuantLinearDes
   return d.exact || d.m <= kMaxFusedRows ? QuantLinearImpl::kFused : QuantLinearImpl::kDense;
 }
 
-// Whether launch_quant_linear applies an activation itself: otherwise another launch follows it. Of
-// gates it must find their tiles and those of what they multiply alike.
+// Whether launch_quant_linear applies an activation itself: otherwise another launch follows it.
+// Gated: n / 2 must be whole tiles, so that a block has as many tiles of gates as of what they
+// multiply.
 static inline constexpr bool applies_activation(QuantLinearImpl impl, int64_t n, bool gated) {
   return impl == QuantLinearImpl::kStream && (!gated || n % (2 * kTileRows) == 0);
 }

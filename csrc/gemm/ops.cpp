@@ -1,4 +1,5 @@
-// Linear layers: checks, allocation and Params, compiled once for each library.
+// activation(x . W^T + bias) of packed weights, of gates act(gate) * up, each step rounded to the
+// dtype of x: checks, allocation and Params, compiled once for each library.
 #include <optional>
 #include <vector>
 

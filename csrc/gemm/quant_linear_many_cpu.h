@@ -23,10 +23,10 @@ template <typename Block, bool kFew>
 constexpr int kBytesAhead = !kFew || is_byte(Block::kCodes) ? 4096 : 12288;
 
 // Asks for what lies kBytesAhead behind a sub-block of a block. Blocks of many sub-blocks are read
-// back and forth, scales at their end first, which the CPU does not take for a stream and meets
-// with waiting: for few tokens a load of each line of the next block, in order, makes it one. The
-// empty statement keeps the lines of a sub-block beside its products: GCC would ask for all of a
-// block's at once, which leaves nothing of the gain for Q6_K at AVX2.
+// back and forth, scales at their end first, so the hardware prefetcher does not follow them: for
+// few tokens a load of each line of the next block, in order, makes them a stream. The empty
+// statement keeps the lines of a sub-block beside its products: GCC would ask for all of a block's
+// at once, which leaves nothing of the gain for Q6_K at AVX2.
 template <typename Block, bool kFew>
 LT_INLINE void fetch_ahead(const uint8_t* block, int sub_block, const uint8_t* next) {
   constexpr int kLineBytes = 64, kBytes = Block::kBytes / Block::kSubBlocks;

@@ -1,5 +1,6 @@
-// out[m, :] = x[m, :] . W^T + bias for few rows of x, W [n, k] of codes of four to eight bits
-// (format/layout.h), on tensor cores: bound by reading W once.
+// out = activation(x . W^T + bias), of gates act(gate) * up, each step rounded to T, for few rows
+// of x, W [n, k] of codes of four to eight bits (format/layout.h), on tensor cores: bound by
+// reading W once.
 //
 // As in quant_skinny.cuh W is the A operand of mma.m16n8k16 and k is permuted such that a word of a
 // packed row is a lane's share of fragments. Here the words go from memory to registers, a ring of
@@ -367,7 +368,8 @@ struct QuantStream {
     first_tiles()[kNumWarps + 1] = gap().tiles;
   }
   __device__ Gap shared_gap() const {
-    const volatile int* gap = first_tiles() + kNumWarps;  // volatile: not before the loop
+    // volatile: else the compiler loads it before the loop and keeps it in registers.
+    const volatile int* gap = first_tiles() + kNumWarps;
     return {gap[0], gap[1]};
   }
 
