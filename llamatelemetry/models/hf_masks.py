@@ -162,9 +162,6 @@ def key_mask(
     device = torch.device(device)
     kind = dtype if adds_masks(type(config)) else torch.bool
     symbolic = _is_symbolic(attention_mask, device)
-    if attention_mask is not None and not is_tracing(attention_mask) and not symbolic:
-        reaches = attention_mask.shape[-1] >= kv_length + kv_offset
-        attention_mask = None if reaches and bool(attention_mask.all()) else attention_mask
     rules = None
     if not use_vmap:
         rules = (
@@ -172,6 +169,10 @@ def key_mask(
             if symbolic
             else rules_of(mask_function, kv_length + kv_offset)
         )
+    if attention_mask is not None and not is_tracing(attention_mask) and not symbolic:
+        is_causal = rules is not None and rules[0]
+        needed = q_offset + q_length if is_causal else kv_offset + kv_length
+        attention_mask = None if _keeps_all(attention_mask, needed) else attention_mask
     layout = None
     if rules is not None:
         tokens = None
@@ -206,6 +207,15 @@ def key_mask(
         layout = KeyLayout(batch_size, 1, kv_length, q_offset - kv_offset, False, -1, -1, row)
     mask = _as_dtype(mask, kind)
     return _with_layout(mask, layout) if layout is not None and mask.shape[1] == 1 else mask
+
+
+def _keeps_all(attention_mask: Tensor, needed: int | Tensor) -> bool:
+    """Whether no slot of the first needed ones is padding: those after them no query sees, as the
+    empty ones of a static cache, which a mask does not reach. Waits for the device."""
+    width = attention_mask.shape[-1]
+    if isinstance(needed, Tensor):
+        return bool(attention_mask.all() & (needed <= width))
+    return width >= needed and bool(attention_mask.all())
 
 
 def mask_of(layout: KeyLayout, device: torch.device) -> Tensor:

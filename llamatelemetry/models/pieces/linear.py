@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from llamatelemetry.models.opset import OpSet
 from llamatelemetry.models.pieces.merge import is_plain
+from llamatelemetry.models.pieces.side_by_side import linear_side_by_side
 from llamatelemetry.models.pieces.watch import EVERYWHERE, SERVED
 from llamatelemetry.quantization.group_linear import GroupLinear
 from llamatelemetry.quantization.modules import QuantLinear
@@ -67,6 +68,9 @@ class Joined:
     def __call__(self, x: Rows) -> Any:
         # A graph reads the linears' own weights, wherever they lie when it runs.
         if torch.compiler.is_compiling():
+            if self._is_dense and not self._of_any_rows and isinstance(x, Tensor):
+                y = self._traced(x.contiguous())
+                return y if self._activation is not None else self._followed(y)
             return self._followed(self._apart(x))
         if isinstance(x, QuantisedRows) or self._is_scaled:
             return self._followed(self._of_bytes(x, self.merged))
@@ -84,6 +88,13 @@ class Joined:
             return self._ops.linear(x, self.merged.weight, self.merged.bias, residual, None)
         y: Tensor = self(x)
         return y.add_(residual)
+
+    def _traced(self, x: Tensor) -> Tensor:
+        if len(self.linears) < 2:
+            return self._by_op(x, self.merged, self._activation)
+        weights = [linear.weight for linear in self.linears]
+        biases = [linear.bias for linear in self.linears if linear.bias is not None]
+        return linear_side_by_side(x, weights, biases, self._activation)
 
     def _by_op(self, x: Tensor, linear: Any, activation: str | None) -> Tensor:
         if self._is_grouped:

@@ -61,7 +61,7 @@ def _merge(linears: Sequence[nn.Module]) -> nn.Module | None:
     in_features = parts[0]["weight"].shape[1]
     merged = nn.Linear(in_features, out_features, bias="bias" in parts[0], device="meta")
     for name in parts[0]:
-        whole = _joined([part[name].data for part in parts])
+        whole = joined([part[name].data for part in parts])
         views = whole.split([part[name].shape[0] for part in parts])
         for part, view in zip(parts, views, strict=True):
             if part[name].data_ptr() != view.data_ptr():
@@ -70,7 +70,7 @@ def _merge(linears: Sequence[nn.Module]) -> nn.Module | None:
     return merged
 
 
-def _joined(parts: Sequence[Tensor]) -> Tensor:
+def joined(parts: Sequence[Tensor]) -> Tensor:
     """The parts one under another: what they are views of already, or a new tensor."""
     first, rows = parts[0], sum(part.shape[0] for part in parts)
     storage = first.untyped_storage()
