@@ -49,9 +49,10 @@ def build_quantised(
 
     Linears of bitsandbytes' 4-bit codes become dense ones of dtype where their values are neither
     NF4's nor FP4's, or rows no whole blocks of 32, 64 or a multiple of 128 weights. Linears of
-    formats that have their input quantised too are W8A8Linear on a Hopper GPU, and where rows are
-    no whole blocks of 32. Routed experts become LinearExperts of these, gpt-oss's QuantExperts;
-    dense ones stay transformers'.
+    formats that have their input quantised too are W8A8Linear where that is faster: on a Hopper
+    GPU, and of e4m3 with a scale a row on a CPU at AVX2; and where rows are no whole blocks of 32.
+    Routed experts become LinearExperts of these, gpt-oss's QuantExperts; dense ones stay
+    transformers'.
 
     Args:
         path: of a directory with safetensors.
@@ -265,7 +266,9 @@ class _Filling:
         # GroupLinear, whose weights alone are in 8 bits, has whole blocks of 32.
         if self.layout.takes_rows and not self.exact:
             linear = load_w8a8(self.layout, parts)
-            if linear is not None and (w8a8.is_fast_on(self.device) or linear.in_features % 32):
+            if linear is not None and (
+                w8a8.beats_weights_alone(linear.takes, self.device) or linear.in_features % 32
+            ):
                 return linear
         weight, (n, k), perm = load_linear(self.layout, parts)
         return GroupLinear(weight, k, n, None, perm, self.exact)

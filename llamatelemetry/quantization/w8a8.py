@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from llamatelemetry import ops
+from llamatelemetry._native.library import cpu_isa
 from llamatelemetry.quantization.rows import RowFormat
 
 MOST_OWN_ROWS = 64  # of e4m3 by our product; of more, torch's is faster
@@ -166,6 +167,17 @@ def is_fast_on(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
 
 
+def beats_weights_alone(takes: RowFormat, device: torch.device) -> bool:
+    """Whether quantised rows take less time there than weights that alone are in 8 bits.
+
+    On the CPU those of e4m3 with a scale a row, at AVX2: benchmarks/notes/gemm.md, "A byte a value
+    on the CPU". With AVX-512 many rows are level and 16 slower, and int8 is slower at both.
+    """
+    if device.type == "cpu":
+        return takes == (torch.float8_e4m3fn, None) and cpu_isa() == "avx2"
+    return is_fast_on(device)
+
+
 def _kind(linear: W8A8Linear) -> tuple[object, ...]:
     bias = None if linear.bias is None else (linear.bias.dtype, linear.bias.device)
     return linear.takes, linear.in_features, linear.weight.device, bias
@@ -193,8 +205,8 @@ def quantize_w8a8(
     than with dense float32 weights. "fp8" weights become float32 on their way to the product, so
     that many rows may be slower, 128 at AVX2 0.7 to 0.9 of float32's speed:
     benchmarks/notes/gemm.md, "A byte a value on the CPU". What save_pretrained wrote is read there
-    as GroupLinear, where in_features is a multiple of 32: the same weights in 8 bits, but inputs
-    are not quantised row by row, so logits differ.
+    as GroupLinear where in_features is a multiple of 32, except "fp8" at AVX2: the same weights in
+    8 bits, but inputs are not quantised row by row, so logits differ.
 
     Args:
         model: any module; it is changed. Its other modules stay, and so do linears whose weight

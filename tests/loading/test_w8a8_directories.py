@@ -36,7 +36,7 @@ BYTES = {
 @pytest.fixture
 def fast(monkeypatch):
     """As on a Hopper GPU: the ops are the same everywhere."""
-    monkeypatch.setattr(w8a8, "is_fast_on", lambda device: True)
+    monkeypatch.setattr(w8a8, "beats_weights_alone", lambda takes, device: True)
 
 
 @pytest.fixture(params=BYTES)
@@ -74,15 +74,21 @@ def test_weights_and_logits(path, device, fast):
     assert (model(ids).logits - ours).norm() < 0.02 * expected.norm()
 
 
-def test_blocks(tmp_path, device, fast):
-    """Of 128 x 128, as DeepSeek's and Qwen's directories have them."""
+def wide_model():
+    """Of whole blocks of 128 x 128."""
     config = LlamaConfig(
         vocab_size=97, hidden_size=256, intermediate_size=384, num_hidden_layers=2,
         num_attention_heads=4, num_key_value_heads=2, eos_token_id=None,
     )  # fmt: skip
+    with torch.inference_mode(False):
+        return LlamaForCausalLM(config).eval()
+
+
+def test_blocks(tmp_path, device, fast):
+    """Of 128 x 128, as DeepSeek's and Qwen's directories have them."""
     kind = dataclasses.replace(KINDS["float8-blocks"], group=128)
     with torch.inference_mode(False):
-        theirs = write_quantised(tmp_path, LlamaForCausalLM(config).eval(), kind).to(device)
+        theirs = write_quantised(tmp_path, wide_model(), kind).to(device)
     model = load_model(tmp_path, device=device, dtype=torch.float32).model
     assert kinds_of(model) == {W8A8Linear}
     for name, linear in linears_of(theirs):
@@ -99,8 +105,22 @@ def test_blocks(tmp_path, device, fast):
         assert kinds_of(load_model(tmp_path, device=device).model) == {GroupLinear}
 
 
-def test_elsewhere(path):
-    assert kinds_of(load_model(path, dtype=torch.float32).model) == {GroupLinear}
+@pytest.mark.parametrize("level", ["scalar", "avx2", "avx512", "amx"])
+def test_on_the_cpu(path, monkeypatch, level):
+    """Of e4m3 at AVX2 quantised rows are faster; elsewhere weights alone are in 8 bits."""
+    monkeypatch.setattr(w8a8, "cpu_isa", lambda: level)
+    is_float8 = "float" in quantization(path)["format"]
+    expected = W8A8Linear if is_float8 and level == "avx2" else GroupLinear
+    assert kinds_of(load_model(path, dtype=torch.float32).model) == {expected}
+    exact = load_model(path, dtype=torch.float32, exact=True).model
+    assert kinds_of(exact) == {GroupLinear}
+
+
+def test_blocks_on_the_cpu(tmp_path, monkeypatch):
+    monkeypatch.setattr(w8a8, "cpu_isa", lambda: "avx2")
+    kind = dataclasses.replace(KINDS["float8-blocks"], group=128)
+    write_quantised(tmp_path, wide_model(), kind)
+    assert kinds_of(load_model(tmp_path, dtype=torch.float32).model) == {GroupLinear}
 
 
 @pytest.mark.parametrize("kind", ["int8", "fp8"])
