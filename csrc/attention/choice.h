@@ -193,19 +193,43 @@ static inline constexpr bool runs_sm90_code(const AttentionDescriptor& d) {
 static inline constexpr bool multiplies_by_warpgroups(const AttentionDescriptor& d) {
   return runs_sm90_code(d) && !d.has_score_terms;
 }
+// Blocks of a cluster for each of so many clusters, a power of two: as many as multiprocessors
+// hold at once. 0 where clusters would leave most of those idle.
+static inline constexpr int cluster_blocks_for(const AttentionDescriptor& d, int64_t clusters) {
+  int blocks = decode::kMaxClusterBlocks;
+  while (blocks > 1 && clusters * blocks > d.num_sms) blocks /= 2;
+  constexpr int64_t kLeastInUse = 40;  // of 100 multiprocessors
+  return blocks > 1 && 100 * clusters * blocks >= kLeastInUse * d.num_sms ? blocks : 0;
+}
+static inline constexpr int64_t row_tiles_of(const AttentionDescriptor& d) {
+  return (rows_of_key_head(d) + decode::kRowTile - 1) / decode::kRowTile;
+}
+
+// Rows that wide tiles take: more than a warp's, of keys in q's dtype.
+static inline constexpr bool may_be_wide(const AttentionDescriptor& d) {
+  return rows_of_key_head(d) > decode::kRowTile && d.kv_dtype == d.dtype && !has_fixed_splits(d) &&
+         d.head_dim <= decode::kMaxWideHeadDim;
+}
+// As cluster_blocks_of, for up to kWideRowTile rows of a key head: blocks for each of a sequence's
+// key heads. Each sequence gets as many, whatever its length. Were one alone long, it would be read
+// by a share of the GPU; but row tiles of kRowTile, each of which reads the keys once more, are no
+// faster then where there are as many of them as sequences.
+static inline constexpr int wide_cluster_blocks_of(const AttentionDescriptor& d) {
+  const bool is_packed_dense = d.is_packed && d.page_size == 0;
+  const bool serves = may_be_wide(d) && rows_of_key_head(d) <= decode::kWideRowTile &&
+                      multiplies_by_warpgroups(d) && !is_packed_dense;
+  if (!serves || d.batch > row_tiles_of(d)) return 0;
+  return cluster_blocks_for(d, d.batch * d.num_heads_kv);
+}
 // Whether kDecode takes wide row tiles. They read keys once for more rows, but their parts take
-// long to combine: there must be a key head for two of five multiprocessors, where wgmma multiplies
-// them, or for every other. By measurement: benchmarks/notes/attention.md.
+// long to combine: clusters must have it, or there must be a key head for two of five
+// multiprocessors, where wgmma multiplies them, or for every other. By measurement:
+// benchmarks/notes/attention.md.
 static inline constexpr bool decodes_wide(const AttentionDescriptor& d) {
   const int64_t key_heads = d.batch * d.num_heads_kv;
   const bool has_many = multiplies_by_warpgroups(d) ? 5 * key_heads >= 2 * int64_t{d.num_sms}
                                                     : 2 * key_heads >= d.num_sms;
-  return rows_of_key_head(d) > decode::kRowTile && d.kv_dtype == d.dtype && !has_fixed_splits(d) &&
-         d.head_dim <= decode::kMaxWideHeadDim && has_many;
-}
-
-static inline constexpr int64_t row_tiles_of(const AttentionDescriptor& d) {
-  return (rows_of_key_head(d) + decode::kRowTile - 1) / decode::kRowTile;
+  return may_be_wide(d) && (has_many || wide_cluster_blocks_of(d) > 0);
 }
 
 // Blocks of a cluster for each row tile of a key head of one sequence, a power of two. 0 where
@@ -217,11 +241,7 @@ static inline constexpr int cluster_blocks_of(const AttentionDescriptor& d) {
       is_packed_dense || d.seqlen_k > decode::kMaxClusterKeys) {
     return 0;
   }
-  const int64_t clusters = d.num_heads_kv * row_tiles_of(d);
-  int blocks = decode::kMaxClusterBlocks;
-  while (blocks > 1 && clusters * blocks > d.num_sms) blocks /= 2;
-  constexpr int64_t kLeastInUse = 40;  // of 100 multiprocessors
-  return blocks > 1 && 100 * clusters * blocks >= kLeastInUse * d.num_sms ? blocks : 0;
+  return cluster_blocks_for(d, d.num_heads_kv * row_tiles_of(d));
 }
 
 static inline constexpr const char* why_not_decode(AttentionImpl impl,
@@ -433,7 +453,9 @@ static inline constexpr AttentionPlan plan_of(AttentionImpl impl, const Attentio
           .is_wide = is_wide,
           .by_warpgroups = is_wide && multiplies_by_warpgroups(d),
           .num_sms = d.num_sms,
-          .cluster_blocks = is_decode ? cluster_blocks_of(d) : 0,
+          .cluster_blocks = is_wide     ? wide_cluster_blocks_of(d)
+                            : is_decode ? cluster_blocks_of(d)
+                                        : 0,
           .min_queries = d.min_queries,
           .max_queries = d.max_queries};
 }

@@ -14,6 +14,7 @@ Error launch_decode_e4m3(const AttentionParams& params, Stream stream);       //
 Error launch_decode_int8(const AttentionParams& params, Stream stream);
 Error launch_decode_sm75(const AttentionParams& params, Stream stream);     // dense and paged
 Error launch_decode_cluster(const AttentionParams& params, Stream stream);  // plan.cluster_blocks
+Error launch_decode_wide_cluster(const AttentionParams& params, Stream stream);  // and is_wide
 Error launch_decode_cluster_e4m3(const AttentionParams& params, Stream stream);
 Error launch_decode_cluster_int8(const AttentionParams& params, Stream stream);
 Error launch_sm75(const AttentionParams& params, Stream stream);

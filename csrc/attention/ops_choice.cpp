@@ -133,6 +133,22 @@ constexpr bool verifies_wide(int64_t key_heads, bool has_score_terms = false) {
 static_assert(verifies_wide(53) && !verifies_wide(52));
 static_assert(verifies_wide(66, true) && !verifies_wide(65, true));
 
+// The same of few sequences of 8 key heads: blocks of a cluster for each; 0: none has one.
+constexpr int cluster_of_drafts(int64_t batch, int64_t queries, int64_t keys = 4096) {
+  AttentionDescriptor d = paged_call(90, batch, queries, queries * batch);
+  d.num_sms = 132;
+  d.seqlen_k = keys;
+  const AttentionPlan plan = plan_of(best_impl(d), d);
+  const bool is_wide = plan.impl == AttentionImpl::kDecode && plan.is_wide;
+  return is_wide && plan.by_warpgroups ? plan.cluster_blocks : 0;
+}
+static_assert(cluster_of_drafts(1, 16) == 16 && cluster_of_drafts(1, 5, 1 << 20) == 16);
+static_assert(cluster_of_drafts(2, 5) == 8 && cluster_of_drafts(3, 12) == 4);
+static_assert(cluster_of_drafts(4, 16) == 4 && cluster_of_drafts(5, 16) == 0);
+// One alone with keys would be read faster by tiles of 16 rows, and one query needs no other.
+static_assert(cluster_of_drafts(3, 8) == 0 && cluster_of_drafts(1, 17) == 0);
+static_assert(cluster_of_drafts(1, 4) == 0);
+
 // Aligned tensors on this library's current device, or on a GPU of capability where that is not 0;
 // everything else as a typical call has it.
 AttentionDescriptor typical_call(int capability, DType dtype, int64_t head_dim, int64_t seqlen_q,

@@ -76,4 +76,18 @@ __device__ inline void push_cluster(uint32_t cluster_address, const float2& valu
 #endif
 }
 
+// #data-movement-and-conversion-instructions-cp-async-bulk
+// num_bytes of this block's shared memory, a multiple of 16, to where `to` lies, which the mbarrier
+// beside it counts: both of cluster_address. This block must stay until they are there.
+__device__ inline void copy_to_cluster(uint32_t to, uint32_t from, uint32_t num_bytes,
+                                       uint32_t barrier) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile(
+      "cp.async.bulk.shared::cluster.shared::cta.mbarrier::complete_tx::bytes [%0], [%1], %2, "
+      "[%3];" ::"r"(to),
+      "r"(from), "r"(num_bytes), "r"(barrier)
+      : "memory");
+#endif
+}
+
 }  // namespace llamatelemetry::ptx

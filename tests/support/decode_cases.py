@@ -80,6 +80,12 @@ def wide_case(head_dim: int) -> Case:
     return (decode({}, 6), *q_and_caches, *where)
 
 
+def clusters_of_64_rows(head_dim: int) -> Case:
+    """Two sequences, of which one has keys for a single block."""
+    q_and_caches, where = packed_call((6, 6), (150, 33), (32, 8), head_dim, (40, 8))
+    return (decode({}, 6), *q_and_caches, *where)
+
+
 def mixed_case(head_dim: int, **options: str | int) -> Case:
     """A chunk beside sequences of few queries, which have a launch of their own."""
     tensors = packed_call((20, 1, 2), (40, 900, 7), (6, 2), head_dim, (120, 8), table_pages=600)
@@ -119,7 +125,7 @@ CASES: dict[str, Callable[[], Case]] = {
     **{
         f"paged decode, {what.__name__}, {head_dim}": partial(what, head_dim)
         for what, head_dim in product(
-            (one_sequence, clusters_of_8, wide_case, mixed_case), (64, 128)
+            (one_sequence, clusters_of_8, wide_case, clusters_of_64_rows, mixed_case), (64, 128)
         )
     },
     **{

@@ -16,17 +16,17 @@
 
 namespace llamatelemetry::decode {
 
-// What memory says of the sequence. Read past L1, so that it can be read as a
+// What memory says of a sequence. Read past L1, so that it can be read as a
 // guess before what writes it has ended.
 struct SequenceCounts {
   int first_query, num_queries, num_keys;
 
-  static __device__ SequenceCounts read(const AttentionParams& p) {
+  static __device__ SequenceCounts read(const AttentionParams& p, int index) {
     const int most = static_cast<int>(p.seqlen_q);
     if (p.cu_seqlens_q == nullptr) return {0, most, static_cast<int>(p.seqlen_k)};
-    const int first = __ldcg(p.cu_seqlens_q);
-    const int count = __ldcg(p.cu_seqlens_q + 1) - first;
-    return {first, max(0, min(count, most)), max(0, __ldcg(p.cache_seqlens))};
+    const int first = __ldcg(p.cu_seqlens_q + index);
+    const int count = __ldcg(p.cu_seqlens_q + index + 1) - first;
+    return {first, max(0, min(count, most)), max(0, __ldcg(p.cache_seqlens + index))};
   }
   __device__ bool operator==(const SequenceCounts& other) const {
     return first_query == other.first_query && num_queries == other.num_queries &&
@@ -129,7 +129,7 @@ struct ClusterDecode {
     extern __shared__ __align__(128) char s_bytes[];
     Shared& shared = *reinterpret_cast<Shared*>(s_bytes);
     let_successors_start();
-    SequenceCounts counts = SequenceCounts::read(p);
+    SequenceCounts counts = SequenceCounts::read(p, 0);
     ClusterShare share;
     Loader<Keys> loader;
     bool is_guess = true;
@@ -143,7 +143,7 @@ struct ClusterDecode {
         is_guess = false;
       }
       loader.find_page();  // beside the counts, not after them
-      const SequenceCounts now = SequenceCounts::read(p);
+      const SequenceCounts now = SequenceCounts::read(p, 0);
       if (now == counts) break;
       counts = now;
     }

@@ -63,6 +63,8 @@ struct Decode {
   static constexpr int kCapability = kConfig.capability;
   static constexpr int kNumThreads = kNumWarps * kWarpSize;
   static constexpr int kMinBlocks = kConfig.blocks_per_sm;
+  // Where that has been measured.
+  static constexpr bool kHasLanes = !kFixed && !kConfig.is_wide() && !kConfig.copies_by_registers();
   static constexpr bool kCutsSegments = !kFixed && !kConfig.is_wide();  // segment_parts.cuh
   static constexpr int kDimSteps = kHeadDim / 16;
   // Of a warp's ring: two small ones overlap; two of 128 columns spill.
@@ -98,7 +100,7 @@ struct Decode {
       part = wait_for_part<kConfig, kNumThreads, Element>(p);
     }
     if (part.exists && part.is_idle) return;
-    const int block = blockIdx.x;
+    const Lanes lanes(p, kHasLanes);
     Runs runs;
     int index, begin, end;
     int first_unit;  // of the sequence, among all; of a part among its own
@@ -108,12 +110,13 @@ struct Decode {
       begin = part.which * part.num_tiles + part.tiles.begin;
       end = part.which * part.num_tiles + part.tiles.end;
     } else {
-      const Plan<kFixed, kConfig.row_tile> plan(p);
+      const Plan<kFixed, kConfig.row_tile> plan(p, lanes.count);
       const int total = plan.total_units();
-      runs = Runs(total, gridDim.x, kFixed ? 1 : shortest_run(total, p.plan.num_sms));
-      if (block >= runs.num_runs) return;
-      begin = runs.first_of(block);
-      end = runs.first_of(block + 1);
+      runs = Runs(total, lanes.num_groups(),
+                  kFixed ? 1 : shortest_run(total, p.plan.num_sms / lanes.count));
+      if (lanes.group >= runs.num_runs) return;
+      begin = runs.first_of(lanes.group);
+      end = runs.first_of(lanes.group + 1);
       if (begin >= end) return;
       index = plan.find(end - 1, &first_unit);
     }
@@ -125,11 +128,13 @@ struct Decode {
         const int which = (end - 1 - first_unit) / sequence.units;
         const int segment_begin = first_unit + which * sequence.units;
         const int from = max(begin, segment_begin);
-        const Segment segment(p, sequence, which);
-        const typename Kernel::Merge merge{p, sequence, index, segment, shared.merge};
+        const Segment segment = part.exists ? Segment(p, sequence, which, 1, 0)
+                                            : Segment(p, sequence, which, lanes.count, lanes.own);
+        const typename Kernel::Merge merge{p,       sequence,     index,
+                                           segment, shared.merge, part.exists ? 1 : lanes.count};
         const auto block_of = [&](int unit) {
           if (part.exists) return unit == 0 ? part.first_block : part.last_block;
-          return runs.block_of(segment_begin + unit);
+          return lanes.block_of(runs.block_of(segment_begin + unit));
         };
         attend_piece<Kernel>(merge, block_of, from - segment_begin, end - segment_begin, shared);
         __syncthreads();  // the stages are free again
@@ -138,15 +143,16 @@ struct Decode {
       if (end == begin) return;
       do {
         --index;
-        first_unit -= Sequence(p, index).work(p);
+        first_unit -= Sequence(p, index).work(p, lanes.count);
       } while (first_unit == end);
     }
   }
 
   // Up to a block a multiprocessor runs stay as short as they can, beyond that kLongestShortRun
   // before there are more blocks: more parts take longer to combine than so many tiles to read.
+  // total: a lane's units. num_sms: its share of the multiprocessors.
   static __device__ int shortest_run(int total, int num_sms) {
-    return max(1, min(total / num_sms, kLongestShortRun));
+    return max(1, min(total / max(1, num_sms), kLongestShortRun));
   }
 
   // Units [from, end) of a segment. block_of(unit): whose it is.

@@ -15,8 +15,9 @@ struct Segment {
   int first_row, num_rows;
 
   template <bool kFixed, int kRows>
-  __device__ Segment(const AttentionParams& p, const Sequence<kFixed, kRows>& s, int which)
-      : kv_head(which / s.row_tiles),
+  __device__ Segment(const AttentionParams& p, const Sequence<kFixed, kRows>& s, int which,
+                     int num_lanes, int lane)
+      : kv_head(which / s.row_tiles * num_lanes + lane),
         group_size(static_cast<int>(p.group_size)),
         first_row(which % s.row_tiles * kRows),
         num_rows(min(kRows, s.num_queries * group_size - first_row)) {}
@@ -96,6 +97,7 @@ struct Merging {
   const int index;  // of the sequence
   const Segment& segment;
   Shared& shared;
+  const int block_step;  // from a block of the segment to the next
 
   static __device__ int warp() { return threadIdx.x / kWarpSize; }
   static __device__ int lane() { return threadIdx.x % kWarpSize; }
@@ -237,7 +239,8 @@ struct Merging {
   __device__ void combine(BlockOf block_of) const {
     const int first_block = block_of(0);
     const int own_block = static_cast<int>(blockIdx.x);
-    const int num_parts = kFixed ? s.units : own_block - first_block;
+    const int num_blocks = (own_block - first_block) / block_step;  // before this one
+    const int num_parts = kFixed ? s.units : num_blocks;
 #pragma unroll 1
     for (int item = 0; item < kItems; ++item) {
       const int i = threadIdx.x + item * kNumThreads;
@@ -248,7 +251,7 @@ struct Merging {
         const int count = min(kMaxPartsAtOnce, num_parts - begin);
         if (item == 0 || num_parts > kMaxPartsAtOnce) gather_stats(begin, count, block_of);
         if (row < segment.num_rows) {
-          add_parts((kFixed ? 0 : first_block) + begin, count, row, column, all);
+          add_parts(kFixed ? begin : first_block + begin * block_step, count, row, column, all);
         }
       }
       if (row >= segment.num_rows) continue;
@@ -269,7 +272,10 @@ struct Merging {
   __device__ void clear_flags(int first_block) const {
     __syncthreads();
     const int own_block = static_cast<int>(blockIdx.x);
-    for (int i = first_block + threadIdx.x; i < own_block; i += kNumThreads) p.part_flags[i] = 0;
+    for (int i = first_block + threadIdx.x * block_step; i < own_block;
+         i += kNumThreads * block_step) {
+      p.part_flags[i] = 0;
+    }
   }
 
   // Waits for parts and takes their statistics. A flag is there when it carries this launch's
@@ -280,12 +286,13 @@ struct Merging {
     const int first_part = kFixed ? 0 : block_of(0);
     for (int i = threadIdx.x; i < count * segment.num_rows; i += kNumThreads) {
       const int part = begin + i % count, row = i / count;
-      const int block = kFixed ? block_of(part) : first_part + part;
+      const int at = kFixed ? part : first_part + part * block_step;
+      const int block = kFixed ? block_of(part) : at;
       while (block != static_cast<int>(blockIdx.x) &&
              ptx::load_acquire(p.part_flags + block) != p.launch_number) {
       }
       const auto* stats = reinterpret_cast<const float2*>(p.partial_stats);
-      shared.part_stats[row][i % count] = __ldcg(stats + place(first_part + part, row));
+      shared.part_stats[row][i % count] = __ldcg(stats + place(at, row));
     }
     __syncthreads();
   }
@@ -302,7 +309,7 @@ struct Merging {
 #pragma unroll
       for (int i = 0; i < kLoadsAtOnce; ++i) {
         if (first + i < count && (!kFixed || column < p.head_dim)) {
-          const int64_t at = place(begin + first + i, row);
+          const int64_t at = place(begin + (first + i) * (kFixed ? 1 : block_step), row);
           o[i] = __ldcg(reinterpret_cast<const float4*>(part_of(at, column)));
         }
       }

@@ -5,7 +5,8 @@
 // segments, in order, are cut into runs that differ by at most one tile, so that a long sequence
 // beside short ones does not set the time. Where a run ends inside a segment the next block goes on
 // with it, and the last block of the segment combines the parts. Where segments are few they are
-// cut one by one instead: segment_parts.cuh.
+// cut one by one instead: segment_parts.cuh. Key heads may have blocks of their own, which cut them
+// in the same places: Lanes.
 //
 // kFixed: the caller says where segments are cut, and runs are made of whole parts. Then what a
 // sequence gets depends on no other, bit for bit. So a unit of the plan is a tile, or such a part.
@@ -66,12 +67,30 @@ struct Sequence {
                ? paged_keys(p, num_keys, num_queries, query)
                : window_keys(p.window_left, p.window_right, num_keys, num_queries, query);
   }
-  __device__ int work(const AttentionParams& p) const {
-    return num_queries > 0 ? units * row_tiles * static_cast<int>(p.num_heads_kv) : 0;
+  // Units of a lane: Lanes.
+  __device__ int work(const AttentionParams& p, int num_lanes) const {
+    return num_queries > 0 ? units * row_tiles * (static_cast<int>(p.num_heads_kv) / num_lanes) : 0;
   }
 };
 
-// Block b's run is the units [first_of(b), first_of(b + 1)).
+// Key heads of a token lie side by side in memory, and are read side by side: a group of
+// neighbouring blocks has the same run of tokens, a lane each. Lanes are a power of two that
+// divides both the key heads and the blocks; each has num_heads_kv / count of a sequence's heads.
+struct Lanes {
+  int count, own, group;  // own, group: of this block
+  // are_used: else there is one, of all heads.
+  __device__ Lanes(const AttentionParams& p, bool are_used) {
+    const int both = static_cast<int>(p.num_heads_kv) | static_cast<int>(gridDim.x);
+    count = are_used ? both & -both : 1;
+    const int shift = 31 - __clz(count);
+    own = static_cast<int>(blockIdx.x) & (count - 1);
+    group = static_cast<int>(blockIdx.x) >> shift;
+  }
+  __device__ int num_groups() const { return static_cast<int>(gridDim.x) / count; }
+  __device__ int block_of(int of_group) const { return of_group * count + own; }
+};
+
+// The run of group b of blocks is the lane's units [first_of(b), first_of(b + 1)).
 struct Runs {
   int num_runs, quotient, remainder;  // the first `remainder` runs have one unit more
 
@@ -100,7 +119,7 @@ __device__ inline int inclusive_scan(int value) {
 template <bool kFixed, int kRows>
 class Plan {
  public:
-  __device__ explicit Plan(const AttentionParams& p) : p_(p) {}
+  __device__ Plan(const AttentionParams& p, int num_lanes) : p_(p), num_lanes_(num_lanes) {}
 
   __device__ int total_units() const {
     int sum = 0;
@@ -127,9 +146,10 @@ class Plan {
  private:
   __device__ int work_of_lane(int first) const {
     const int index = first + static_cast<int>(threadIdx.x % kWarpSize);
-    return index < p_.batch ? Sequence<kFixed, kRows>(p_, index).work(p_) : 0;
+    return index < p_.batch ? Sequence<kFixed, kRows>(p_, index).work(p_, num_lanes_) : 0;
   }
   const AttentionParams& p_;
+  const int num_lanes_;
 };
 
 }  // namespace llamatelemetry::decode

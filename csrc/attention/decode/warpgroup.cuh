@@ -8,6 +8,8 @@
 // Without softcap and ALiBi, which decode.cuh serves.
 #pragma once
 
+#include <type_traits>
+
 #include "attention/decode/decode.cuh"
 #include "attention/sm90/softmax.cuh"
 #include "ptx/tma.cuh"
@@ -45,7 +47,7 @@ struct WarpgroupMerging : Merging<T, kConfig, false> {
   static constexpr int kLoadedParts = 4;
   using Base::kItems, Base::kNumThreads, Base::kRowVectors, Base::kVector;
   static_assert(Base::kItems % kItemsAtOnce == 0);
-  using Base::p, Base::segment, Base::shared;
+  using Base::p, Base::segment, Base::shared, Base::block_step;
 
   // A warpgroup's share of the tiles attended, accumulators of wgmma.
   __device__ void leave_rows(const float (&o)[Base::kHeadDim / 2], const float (&max)[2],
@@ -69,7 +71,7 @@ struct WarpgroupMerging : Merging<T, kConfig, false> {
   template <typename BlockOf>
   __device__ void combine(BlockOf block_of) const {
     const int first_block = block_of(0);
-    const int num_parts = static_cast<int>(blockIdx.x) - first_block;
+    const int num_parts = (static_cast<int>(blockIdx.x) - first_block) / block_step;
 #pragma unroll 1
     for (int begin = 0; begin < num_parts; begin += kPartsAtOnce) {
       const int count = min(kPartsAtOnce, num_parts - begin);
@@ -78,7 +80,7 @@ struct WarpgroupMerging : Merging<T, kConfig, false> {
       __syncthreads();
 #pragma unroll 1
       for (int item = 0; item < kItems; item += kItemsAtOnce) {
-        add_parts(first_block + begin, count, threadIdx.x + item * kNumThreads);
+        add_parts(first_block + begin * block_step, count, threadIdx.x + item * kNumThreads);
       }
     }
     Base::finish();  // a thread writes what it has just put there
@@ -112,7 +114,7 @@ struct WarpgroupMerging : Merging<T, kConfig, false> {
         const int which = min(first + i, count - 1);
 #pragma unroll
         for (int k = 0; k < kItemsAtOnce; ++k) {
-          const int64_t at = Base::place(first_part + which, rows[k]);
+          const int64_t at = Base::place(first_part + which * block_step, rows[k]);
           part[i][k] = __ldcg(reinterpret_cast<const float4*>(Base::part_of(at, columns[k])));
         }
       }
@@ -198,36 +200,69 @@ struct WarpgroupDecode {
     const int end = min(s.end, first_key + num_tiles * kTileKeys);
     Loader loader(p, merge.index, merge.segment.kv_head, s.first_key, first_key, {s.begin, end});
     loader.find_page();
-    const int warp_rows = Plain::warp() * kWarpKeys * Tile::kRowBytes;
+    RowStats rows;
+    float o[kHeadDim / 2] = {};
+    const auto query_of = [&](int row) {
+      return row < merge.segment.num_rows ? Plain::query_of(merge, row) : nullptr;
+    };
+    attend_keys<WholeBlock>(
+        p, loader, first_key, num_tiles, shared.tiles, shared.queries,
+        [&] {  // the barrier before the first product comes after
+          load_queries<kNumThreads>(static_cast<int>(p.head_dim), query_of, shared.queries);
+        },
+        [&] { return Plain::rules_of(p, s, merge.index, merge.segment, end); },
+        [&] { return keys_of_all(merge); }, rows, o);
+    merge.leave_rows(o, rows.max, rows.sum);
+    __syncthreads();
+  }
+
+  // The warpgroup that attends keys together: a block's only one.
+  struct WholeBlock {
+    static constexpr int kKeysApart = kTileKeys;  // from one of its tiles to the next
+    static __device__ int warp() { return Plain::warp(); }
+    static __device__ void sync() { __syncthreads(); }
+  };
+
+  // num_tiles tiles of keys from first_key on, where loader stands, added to rows and o; after it
+  // nobody of the group reads the tiles any more. load_queries() fills the rows of `queries`.
+  // rules_of(): of this thread's rows. seen_of(): the keys that every row sees.
+  template <typename Group, typename KeysLoader, typename Tiles, typename LoadQueries,
+            typename RulesOf, typename SeenOf>
+  static __device__ void attend_keys(const Params& p, KeysLoader& loader, int first_key,
+                                     int num_tiles, Tiles& tiles, const char* queries,
+                                     const LoadQueries& load_queries, const RulesOf& rules_of,
+                                     const SeenOf& seen_of, RowStats& rows,
+                                     float (&o)[kHeadDim / 2]) {
+    constexpr int kStages = std::extent_v<Tiles>;
+    const auto wrapped = [](int stage) { return stage >= kStages ? stage - kStages : stage; };
+    const int warp_rows = Group::warp() * kWarpKeys * Tile::kRowBytes;
     // The next tile, or an empty group of copies.
     const auto load = [&](int stage, bool exists) {
       if (!exists) return ptx::cp_async_commit();
-      auto& free = shared.tiles[stage];
+      auto& free = tiles[stage];
       typename Tile::Stage to{free.k + warp_rows, free.v + warp_rows};
       loader.load(to);
     };
 #pragma unroll
     for (int i = 0; i < kStages - 1; ++i) load(i, i < num_tiles);
-    load_queries(merge, shared.queries);
-    const RowRules rules = Plain::rules_of(p, s, merge.index, merge.segment, end);
-    const KeysRead seen_by_all = keys_of_all(merge);
+    load_queries();
+    const RowRules rules = rules_of();
+    const KeysRead seen_by_all = seen_of();
     const float scale = p.softmax_scale * kLog2E;
     const bool scales_first = !(scale > 0);  // else the exponential's argument takes it along
-    RowStats rows;
-    float o[kHeadDim / 2] = {};
     int stage = 0;
 #pragma unroll 1
     for (int i = 0; i < num_tiles; ++i) {
       ptx::cp_async_wait<kStages - 2>();
       ptx::fence_proxy_async_shared();
       // The tile is there, and nobody reads the one before any more.
-      __syncthreads();
+      Group::sync();
       float x[kTileKeys / 2];
-      multiply_keys(shared.queries, shared.tiles[stage].k, x);
-      load(Plain::wrapped(stage + kStages - 1), i + kStages - 1 < num_tiles);
+      multiply_keys(queries, tiles[stage].k, x);
+      load(wrapped(stage + kStages - 1), i + kStages - 1 < num_tiles);
       ptx::wgmma_wait<0>();
       ptx::wgmma_hold(x);
-      const int key = first_key + i * kTileKeys;
+      const int key = first_key + i * Group::kKeysApart;
       const bool hides = key < seen_by_all.begin || key + kTileKeys > seen_by_all.end;
       if (scales_first) {
 #pragma unroll
@@ -235,13 +270,11 @@ struct WarpgroupDecode {
       }
       if (hides) hide(rules, key, x);
       exponentiate(scales_first ? 1.0f : scale, rows, x, o);
-      multiply_values(x, shared.tiles[stage].v, o);
-      stage = Plain::wrapped(stage + 1);
+      multiply_values(x, tiles[stage].v, o);
+      stage = wrapped(stage + 1);
     }
     ptx::cp_async_wait<0>();
-    __syncthreads();
-    merge.leave_rows(o, rows.max, rows.sum);
-    __syncthreads();
+    Group::sync();
   }
 
   // Keys that every row of the segment sees: what its first and its last query see.
@@ -252,14 +285,16 @@ struct WarpgroupDecode {
     return {static_cast<int>(last.begin), static_cast<int>(first.end)};
   }
 
-  // As rows of a tile; the barrier before the first product comes after.
-  static __device__ void load_queries(const Merge& merge, char* queries) {
-    const int num_chunks = static_cast<int>(merge.p.head_dim) / 8;
-    for (int i = threadIdx.x; i < kWideRowTile * Tile::kRowChunks; i += kNumThreads) {
+  // As rows of a tile. query_of(row): where it lies, or nullptr.
+  template <int kThreads, typename QueryOf>
+  static __device__ void load_queries(int head_dim, const QueryOf& query_of, char* queries) {
+    const int num_chunks = head_dim / 8;
+    for (int i = threadIdx.x; i < kWideRowTile * Tile::kRowChunks; i += kThreads) {
       const int row = i / Tile::kRowChunks, chunk = i % Tile::kRowChunks;
+      const T* from = query_of(row);
       uint4 values{};
-      if (row < merge.segment.num_rows && chunk < num_chunks) {
-        values = reinterpret_cast<const uint4*>(Plain::query_of(merge, row))[chunk];
+      if (from != nullptr && chunk < num_chunks) {
+        values = reinterpret_cast<const uint4*>(from)[chunk];
       }
       *reinterpret_cast<uint4*>(queries + Tile::offset(row, chunk)) = values;
     }
