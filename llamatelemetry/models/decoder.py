@@ -269,8 +269,7 @@ def rope_state(model: Any) -> list[object]:
         for name, x in (*part._parameters.items(), *part._buffers.items())
         if x is not None
     ]
-    kinds = (int, float, str, dict)
-    numbers = [item for item in vars(rotary).items() if isinstance(item[1], kinds)]
+    numbers = [x for x in vars(rotary).items() if isinstance(x[1], (int, float, str, dict))]
     return [
         rotary,
         type(rotary).forward,
