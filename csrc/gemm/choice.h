@@ -118,14 +118,16 @@ static inline constexpr int max_stream_rows(const QuantLinearDescriptor& d) {
 
 static inline constexpr bool serves_stream(const QuantLinearDescriptor& d) {
   const int64_t max_n = kMaxGridY * kTileRows;  // if a block has one tile
+  // FP4's values are a product with float32's twelfth, which may differ from them by a last bit.
   // Of bytes whose groups are small the kernel for them all has no instance: they are rare.
   constexpr int kShiftOf128 = 2;
   const bool small_groups =
       d.scale_rule == ScaleRule::kGroup && is_byte(d.codes) && d.group_shift < kShiftOf128;
   const bool has_clusters =
       has_stream_clusters(d.capability, d.code_capability, d.max_shared_bytes);
+  const bool is_rounded = d.exact && has_float_table(d.codes);
   return serves_skinny(d) && serves_stream_format(d.codes, d.scale_rule) && !small_groups &&
-         d.n <= max_n && d.m <= kMaxStreamRows &&
+         !is_rounded && d.n <= max_n && d.m <= kMaxStreamRows &&
          fits_stream(d.m, d.k, d.codes, d.scale_rule, has_clusters, d.max_shared_bytes);
 }
 

@@ -30,6 +30,9 @@ constexpr QuantLinearDescriptor q4_0(int64_t m) {
 constexpr QuantLinearDescriptor q6_k(int64_t m, int64_t n) {
   return on_h200(m, n, CodeFamily::kU6, ScaleRule::kSubBlock16);
 }
+constexpr QuantLinearDescriptor table(CodeFamily codes) {
+  return on_h200(16, 4096, codes, has_code_table(codes) ? ScaleRule::kBlock : ScaleRule::kGroup);
+}
 constexpr QuantLinearDescriptor s8(int64_t k, int group_shift) {
   QuantLinearDescriptor d = on_h200(1, 4096, CodeFamily::kS8, ScaleRule::kGroup);
   d.k = k;
@@ -55,6 +58,12 @@ static_assert(choose_quant_linear(on_7_5(q4_0(kMaxFusedRows + 1))) == QuantLinea
 static_assert(choose_quant_linear(q6_k(2, 8192)) == QuantLinearImpl::kStream);
 static_assert(choose_quant_linear(q6_k(2, 4096)) == QuantLinearImpl::kSkinny);
 static_assert(choose_quant_linear(q6_k(1, 4096)) == QuantLinearImpl::kStream);
+// Tables of 16 values that 16 bits hold; NF4's are not such.
+static_assert(choose_quant_linear(table(CodeFamily::kIq4)) == QuantLinearImpl::kStream);
+static_assert(choose_quant_linear(exact(table(CodeFamily::kIq4))) == QuantLinearImpl::kStream);
+static_assert(choose_quant_linear(table(CodeFamily::kFp4)) == QuantLinearImpl::kStream);
+static_assert(choose_quant_linear(exact(table(CodeFamily::kFp4))) == QuantLinearImpl::kFused);
+static_assert(choose_quant_linear(table(CodeFamily::kNf4)) == QuantLinearImpl::kSkinny);
 // Whole chunks of 128, and groups as large.
 static_assert(choose_quant_linear(s8(4096, 2)) == QuantLinearImpl::kStream);
 static_assert(choose_quant_linear(s8(4096 + 32, 2)) == QuantLinearImpl::kSkinny);

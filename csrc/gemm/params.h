@@ -68,11 +68,13 @@ Error launch_quant_linear(const QuantLinearParams& params, Stream stream);
 // What a launch needs beside its output; each backend says. workspace may still be null.
 int64_t quant_linear_workspace_bytes(const QuantLinearParams& params);
 
-// CUDA: what launch_quant_linear hands kStream to, by the dtype of x; wide: is_wide_stream.
+// CUDA: what launch_quant_linear hands kStream to, by its stream_set and the dtype of x.
 Error launch_quant_stream_f16(const QuantLinearParams& params, Stream stream);
 Error launch_quant_stream_bf16(const QuantLinearParams& params, Stream stream);
 Error launch_quant_stream_wide_f16(const QuantLinearParams& params, Stream stream);
 Error launch_quant_stream_wide_bf16(const QuantLinearParams& params, Stream stream);
+Error launch_quant_stream_tables_f16(const QuantLinearParams& params, Stream stream);
+Error launch_quant_stream_tables_bf16(const QuantLinearParams& params, Stream stream);
 
 // CUDA: what launch_quant_linear hands kSkinny to, by the set of formats and the dtype of x.
 Error launch_quant_skinny_f16(const QuantLinearParams& params, Stream stream);

@@ -20,11 +20,16 @@ Error launch_skinny(const QuantLinearParams& p, FormatSet set, Stream stream) {
 
 Error launch_stream(const QuantLinearParams& p, Stream stream) {
   const bool is_half = p.dtype == DType::kFloat16;
-  if (is_wide_stream(kFormats[p.format].codes)) {
-    return is_half ? launch_quant_stream_wide_f16(p, stream)
-                   : launch_quant_stream_wide_bf16(p, stream);
+  switch (stream_set(kFormats[p.format].codes)) {
+    case StreamSet::kWide:
+      return is_half ? launch_quant_stream_wide_f16(p, stream)
+                     : launch_quant_stream_wide_bf16(p, stream);
+    case StreamSet::kTables:
+      return is_half ? launch_quant_stream_tables_f16(p, stream)
+                     : launch_quant_stream_tables_bf16(p, stream);
+    default:
+      return is_half ? launch_quant_stream_f16(p, stream) : launch_quant_stream_bf16(p, stream);
   }
-  return is_half ? launch_quant_stream_f16(p, stream) : launch_quant_stream_bf16(p, stream);
 }
 
 #ifdef LT_SM90

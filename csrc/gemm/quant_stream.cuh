@@ -8,8 +8,10 @@
 // a warp's 256 in one piece. Nibbles become weights that are kBase too large (stream_weights.cuh).
 // Their sums start from what that adds to them, -(kBase + zero point) times the sum of x, so each
 // product still counts with the code that dequantize has; other codes lose their zero points in
-// registers. Scales are applied in float32 to sums over the weights that share one, at most 128. x
-// past 1e34 leaves float32's range, and of x that is not finite its rows become NaN.
+// registers. Where codes name one of 16 values a byte of two is looked up in shared memory, in a
+// table of pairs that each bank has a copy of. Scales are applied in float32 to sums over the
+// weights that share one, at most 128. x past 1e34 leaves float32's range, and of x that is not
+// finite its rows become NaN.
 //
 // Against the rule of tile/dependent_launch.cuh the first weights are read before the wait, which
 // alone promises to show earlier writes. It rests on the hardware, as tests measure: a grid starts
@@ -45,8 +47,11 @@ struct QuantStreamArgs {
   QuantLinearParams call;
   StreamPlan plan;
   StreamShared shared;
-  int num_tiles;   // of W
-  int num_chunks;  // of a row
+  int num_tiles;         // of W
+  int num_chunks;        // of a row
+  uint32_t over_chunks;  // the high half of a product with it is over num_chunks; or 0
+  uint32_t over_tile;    // likewise by the fours of sums of a tile
+  StreamTable table;
 };
 
 // kTokenTiles: eights of rows of x. kScaleRuns: runs of 32 weights with one scale in an item, 1 or
@@ -67,6 +72,7 @@ struct QuantStream {
   static constexpr int kSums = kScalePer16 ? 2 * kRuns : kRuns / kScaleRuns;  // scaled, of an item
   static constexpr int kItemBytes = kChunk / Word::kBlockSize * Word::kPackedBytes;
   static constexpr bool kSuperBlocks = Word::kBlockSize == 256;
+  static constexpr int kTableBytes = stream_table_bytes(Word::kCodes);
 
   using Weights = StreamWeights<T, Word, kRuns>;
   // Whether sums of x are needed, and what they are multiplied by where they lie.
@@ -77,12 +83,19 @@ struct QuantStream {
       Word::kHasGroups, StreamGroups<kSums, Word::kHasZeros>,
       std::conditional_t<
           kScalePer16, StreamSixteens,
-          std::conditional_t<kSuperBlocks, StreamSubBlocks, StreamBlocks<kSums, Word::kHasMin>>>>;
+          std::conditional_t<
+              Word::kScaleRule == ScaleRule::kExponent, StreamExponents<kSums>,
+              std::conditional_t<Word::kScaleRule == ScaleRule::kSubBlock32Six, StreamSixes,
+                                 std::conditional_t<kSuperBlocks, StreamSubBlocks,
+                                                    StreamBlocks<kSums, Word::kHasMin>>>>>>;
   // An item's share of a lane: rows 2 * group and 2 * group + 1 of a tile.
   struct Item {
     Weights weights;
     Sides sides;
   };
+  // Whether products of the first and the last 16 weights of a run have sums of their own: a chain
+  // half as long. Of two eights of rows those of one fill the waits of the other.
+  static constexpr bool kTwoChains = kTokenTiles == 1 && kScaleRuns > 1;
   // 48 to 128 KiB of a multiprocessor are on their way.
   static constexpr int kDepth = kSuperBlocks || Word::kByteCodes ? 2 : kScaleRuns == 1 ? 3 : 4;
 
@@ -96,7 +109,9 @@ struct QuantStream {
   const int items;                // of the block
   const int begin, end;           // of this warp
   const StreamShared& shared;     // where things lie in s_bytes
+  const StreamTable& table;
   char* const s_bytes;
+  const uint32_t& over_tile;
   const int tile_of_begin, chunk_of_begin;  // in the block
   // The item that is loaded next; scales and zeros of its tile.
   const uint8_t* next_words;
@@ -120,6 +135,8 @@ struct QuantStream {
     }
     if (work.lane == 0) work.first_tiles()[work.warp] = work.tile_of_begin;
     if (threadIdx.x == 0) work.share_gap();
+    work.share_warps();
+    if constexpr (Weights::kTable) work.stage_table();
     wait_for_predecessors();
     work.stage_tokens();
     __syncthreads();
@@ -138,17 +155,19 @@ struct QuantStream {
         splits(args.plan.splits),
         num_tiles(args.num_tiles),
         num_chunks(args.num_chunks),
-        first_chunk(rank * num_chunks / splits),
-        chunks((rank + 1) * num_chunks / splits - first_chunk),
-        first_tile(static_cast<int>(blockIdx.y) * args.plan.tiles / (p.gated ? 2 : 1)),
+        first_chunk(splits == 1 ? 0 : rank * num_chunks / splits),
+        chunks(splits == 1 ? num_chunks : (rank + 1) * num_chunks / splits - first_chunk),
+        first_tile(static_cast<int>(blockIdx.y) * args.plan.tiles >> (p.gated ? 1 : 0)),
         tiles(p.gated ? min(args.plan.tiles, args.num_tiles - 2 * first_tile)
                       : min(args.plan.tiles, args.num_tiles - first_tile)),
         items(tiles * chunks),
         begin(warp * items / kNumWarps),
         end((warp + 1) * items / kNumWarps),
         shared(args.shared),
+        table(args.table),
         s_bytes(s_bytes),
-        tile_of_begin(begin / chunks),
+        over_tile(args.over_tile),
+        tile_of_begin(args.over_chunks != 0 ? divided(begin, args.over_chunks) : begin / chunks),
         chunk_of_begin(begin - tile_of_begin * chunks),
         next_chunk(chunk_of_begin) {
     const int64_t tile = first_tile + tile_of_begin + (begin < gap().item ? 0 : gap().tiles);
@@ -195,61 +214,100 @@ struct QuantStream {
     if constexpr (Word::kHasZeros) next_zeros += tiles_on * (p.groups.groups * kTileRows);
   }
 
+  // The pair of each byte, in 32 banks.
+  __device__ void stage_table() const {
+    constexpr int kVectors = kStreamPairBytes / sizeof(uint4);
+#pragma unroll
+    for (int first = 0; first < kTableBytes / static_cast<int>(sizeof(uint4));
+         first += kNumThreads) {
+      const int at = first + static_cast<int>(threadIdx.x), byte = at / kVectors;
+      const uint32_t pair = pack_two(table.values[byte % 16], table.values[byte / 16], T{});
+      reinterpret_cast<uint4*>(s_bytes)[at] = {pair, pair, pair, pair};
+    }
+  }
+
   // Rows of x in shared memory: for each run of 32 weights and each lane of a group 16 bytes, what
-  // its words meet; and what sums start from.
+  // its words meet; and what sums start from. The lanes of a group have a segment of a row.
   __device__ void stage_tokens() {
-    constexpr int kAtOnce = 4;             // units of a thread whose loads overlap
-    const int units = chunks * kRuns * 2;  // of a row: 8 elements and the 8 that lie 16 on
-    const int total = static_cast<int>(p.m) * units;
-    const uint32_t over_units =
-        0xffffffffu / units + 1;  // at * this >> 32 is at / units: both small
-    for (int first = 0; first < total; first += kAtOnce * kNumThreads) {
-      uint4 low[kAtOnce] = {}, high[kAtOnce] = {};
+    constexpr int kParts = kHasStarts && kScaleRuns == 4 ? 2 : 1;  // of 64 elements
+    // Segments of a lane whose loads overlap: as many as registers hold beside the first items.
+    constexpr int kAtOnce = kParts == 2 ? 2 : 3;
+    const int segments = chunks * kRuns / (2 * kParts), total = static_cast<int>(p.m) * segments;
+    const uint32_t over_segments =
+        0xffffffffu / segments + 1;  // at * this >> 32 is at / segments: both small
+    const auto token_of = [&](int at) {
+      return segments == 1 ? at : static_cast<int>(__umulhi(at, over_segments));
+    };
+    for (int first = 8 * warp; first < total; first += kAtOnce * 8 * kNumWarps) {
+      uint4 low[kAtOnce * kParts] = {}, high[kAtOnce * kParts] = {};
 #pragma unroll
       for (int i = 0; i < kAtOnce; ++i) {
-        const int at = first + i * kNumThreads + static_cast<int>(threadIdx.x);
+        const int at = first + i * 8 * kNumWarps + group;
         if (at >= total) continue;
-        const int token = static_cast<int>(__umulhi(at, over_units)), unit = at - token * units;
-        const T* from = static_cast<const T*>(p.x) + token * p.x_row_stride +
-                        (first_chunk * kChunk + unit / 2 * 32 + unit % 2 * 8);
-        low[i] = *reinterpret_cast<const uint4*>(from);
-        high[i] = *reinterpret_cast<const uint4*>(from + 16);
+        const int token = token_of(at), segment = at - token * segments;
+        const T* from = static_cast<const T*>(p.x) + token * p.x_row_stride + first_chunk * kChunk +
+                        segment * (kParts * 64) + lane_in_group / 2 * 32 + lane_in_group % 2 * 8;
+#pragma unroll
+        for (int part = 0; part < kParts; ++part) {
+          low[i * kParts + part] = *reinterpret_cast<const uint4*>(from + part * 64);
+          high[i * kParts + part] = *reinterpret_cast<const uint4*>(from + part * 64 + 16);
+        }
       }
 #pragma unroll
       for (int i = 0; i < kAtOnce; ++i) {
-        if (first + i * kNumThreads + warp * kWarpSize >= total) break;
-        const int at = first + i * kNumThreads + static_cast<int>(threadIdx.x);
-        const int token = static_cast<int>(__umulhi(at, over_units));
-        stage_unit(token, at - token * units, low[i], high[i]);
+        if (first + i * 8 * kNumWarps >= total) break;
+        const int at = first + i * 8 * kNumWarps + group;
+        const int token = token_of(at), segment = at - token * segments;
+        float sums[4] = {};
+#pragma unroll
+        for (int part = 0; part < kParts; ++part) {
+          const uint4 &l = low[i * kParts + part], &h = high[i * kParts + part];
+          if (kHasStarts) add_to_starts(l, h, sums);
+          if (at < total) stage_unit(token, (segment * kParts + part) * 4 + lane_in_group, l, h);
+        }
+        if (kHasStarts && at < total) stage_starts(token, segment, sums);
       }
     }
   }
+  // Groups in turns begin with either half, so that 8 lanes store to different banks.
   __device__ void stage_unit(int token, int unit, const uint4& low, const uint4& high) {
-    float sum = sum_two(low.x) + sum_two(low.y) + (sum_two(low.z) + sum_two(low.w)) +
-                (sum_two(high.x) + sum_two(high.y) + (sum_two(high.z) + sum_two(high.w)));
-#pragma unroll
-    for (int offset = 1; kHasStarts && offset < 2 * kScaleRuns; offset *= 2) {
-      sum += __shfl_xor_sync(0xffffffff, sum, offset);
-    }
-    if (token >= p.m) return;
-    auto* to = reinterpret_cast<uint4*>(s_bytes + token * shared.token_bytes + unit * 32);
-    to[0] = permuted(low.x, low.y, high.x, high.y);
-    to[1] = permuted(low.z, low.w, high.z, high.w);
-    if (kHasStarts && unit % (2 * kScaleRuns) == 0) {
-      auto* starts = reinterpret_cast<float*>(s_bytes + shared.starts);
-      const int column = (token / 8 * chunks * kSums + unit / (2 * kScaleRuns)) * 16 +
-                         token % 8 / 2 * 4 + token % 2;
-      starts[column] = starts[column + 2] = -kStartFactor * sum;
-    }
+    char* to = s_bytes + kTableBytes + token * shared.token_bytes + unit * 32;
+    const uint4 front = permuted(low.x, low.y, high.x, high.y);
+    const uint4 back = permuted(low.z, low.w, high.z, high.w);
+    const bool odd = group % 2 != 0;
+    *reinterpret_cast<uint4*>(to + (odd ? 16 : 0)) = odd ? back : front;
+    *reinterpret_cast<uint4*>(to + (odd ? 0 : 16)) = odd ? front : back;
   }
-  // Elements 0 and 2, 1 and 3 of four in a group of 16 weights, then of those 16 on.
+  // By tensor cores: the elements of a group's lanes are two rows of A, B is -kStartFactor. Where
+  // each run has a sum, the even columns of B are of the first two lanes' and the odd ones of the
+  // others'.
+  __device__ void add_to_starts(const uint4& low, const uint4& high, float (&sums)[4]) const {
+    const T factor = from_float<T>(-kStartFactor);
+    const bool counts = kScaleRuns != 1 || lane_in_group / 2 == group % 2;
+    const uint32_t b = counts ? reinterpret_cast<const uint16_t&>(factor) * 0x10001u : 0;
+    const uint32_t first[4] = {low.x, low.y, low.z, low.w};
+    const uint32_t last[4] = {high.x, high.y, high.z, high.w};
+    ptx::mma_m16n8k16(sums, first, b, b, sums, T{});
+    ptx::mma_m16n8k16(sums, last, b, b, sums, T{});
+  }
+  __device__ void stage_starts(int token, int segment, const float (&sums)[4]) const {
+    constexpr bool kOfRuns = kScaleRuns == 1;
+    if (!kOfRuns && lane_in_group >= 2) return;
+    const int run = kOfRuns ? lane_in_group / 2 : 0;
+    const int sum = kOfRuns ? 2 * segment + run : segment;
+    auto* starts = reinterpret_cast<float*>(s_bytes + shared.starts);
+    starts[(token / 8 * chunks * kSums + sum) * 16 + token % 8 / 2 * 4 + token % 2 +
+           lane_in_group % 2 * 2] = run == 0 ? sums[0] + sums[2] : sums[1] + sums[3];
+  }
+  // Elements 0 and 2, 1 and 3 of four in a group of 16 weights, then of those 16 on; by a table
+  // each of the four with the one 16 on, as the nibbles of a byte are.
   static __device__ uint4 permuted(uint32_t low0, uint32_t low1, uint32_t high0, uint32_t high1) {
+    if constexpr (Weights::kTable) {
+      return {__byte_perm(low0, high0, 0x5410), __byte_perm(low0, high0, 0x7632),
+              __byte_perm(low1, high1, 0x5410), __byte_perm(low1, high1, 0x7632)};
+    }
     return {__byte_perm(low0, low1, 0x5410), __byte_perm(low0, low1, 0x7632),
             __byte_perm(high0, high1, 0x5410), __byte_perm(high0, high1, 0x7632)};
-  }
-  static __device__ float sum_two(uint32_t two) {
-    const T* pair = reinterpret_cast<const T*>(&two);
-    return to_float(pair[0]) + to_float(pair[1]);
   }
 
   using Sums = float[kTokenTiles][4];
@@ -274,13 +332,13 @@ struct QuantStream {
 
   __device__ void multiply_item(const Item& item, int chunk, Sums& sums) const {
     const char* starts = s_bytes + shared.starts + (chunk * kSums * 4 + lane_in_group) * 16;
-    float start[kTokenTiles][4], products[kTokenTiles][4];
+    float start[kTokenTiles][4], products[kTokenTiles][4], others[4];
     const auto scales = item.sides.decoded();
 #pragma unroll
     for (int run = 0; run < kRuns; ++run) {
       const int i = run / kScaleRuns;
       uint32_t a[2][4];
-      item.weights.fragments(run, a);
+      item.weights.fragments(run, s_bytes + lane * 4, a);
 #pragma unroll
       for (int n = 0; n < kTokenTiles; ++n) {
         const uint4 x = tokens_of(n, chunk * kRuns + run);
@@ -301,12 +359,21 @@ struct QuantStream {
           add_scaled(scales, 2 * run, start[n], products[n], sums[n]);
           ptx::mma_m16n8k16(products[n], a[1], x.z, x.w, kZeros, T{});
           add_scaled(scales, 2 * run + 1, start[n], products[n], sums[n]);
-        } else {
-          ptx::mma_m16n8k16(products[n], a[1], x.z, x.w, products[n], T{});
-          if (run % kScaleRuns == kScaleRuns - 1) {
-            add_scaled(scales, i, start[n], products[n], sums[n]);
-          }
+          continue;
         }
+        if constexpr (!kTwoChains) {
+          ptx::mma_m16n8k16(products[n], a[1], x.z, x.w, products[n], T{});
+        } else if (run % kScaleRuns == 0) {
+          ptx::mma_m16n8k16(others, a[1], x.z, x.w, kZeros, T{});
+        } else {
+          ptx::mma_m16n8k16(others, a[1], x.z, x.w, others, T{});
+        }
+        if (run % kScaleRuns != kScaleRuns - 1) continue;
+        if constexpr (kTwoChains) {
+#pragma unroll
+          for (int e = 0; e < 4; ++e) products[n][e] += others[e];
+        }
+        add_scaled(scales, i, start[n], products[n], sums[n]);
       }
     }
   }
@@ -314,8 +381,8 @@ struct QuantStream {
   __device__ uint4 tokens_of(int n, int run) const {
     const int token = 8 * n + group;
     const int row = token < p.m ? token : 0;  // columns past m are not stored
-    return *reinterpret_cast<const uint4*>(s_bytes + row * shared.token_bytes + run * 64 +
-                                           lane_in_group * 16);
+    return *reinterpret_cast<const uint4*>(s_bytes + kTableBytes + row * shared.token_bytes +
+                                           run * 64 + lane_in_group * 16);
   }
 
   // start is -kStartFactor, a power of two where it is used here, times the sum of x.
@@ -373,67 +440,131 @@ struct QuantStream {
     return {gap[0], gap[1]};
   }
 
-  // Adds the warps' sums of each tile up, in their order, and then those of the cluster's blocks.
-  __device__ void store() const {
-    const int of_tile = static_cast<int>(p.m) * kTileRows;
-    const int out_tiles = p.gated ? tiles / 2 : tiles;
-    const int up = p.gated ? out_tiles * of_tile : 0;  // from a gate's sum to what it multiplies
-    if (splits == 1) {
-      for (int i = threadIdx.x; i < out_tiles * of_tile; i += kNumThreads) {
-        store_sum(i, of_tile, total(i, of_tile), p.gated ? total(i + up, of_tile) : 0.0f);
-      }
-      return;
+  // The first and, 16 bits up, the last warp with items of each tile: known before they are needed.
+  __device__ int* warps_of_tiles() const { return first_tiles() + kNumWarps + 2; }
+  __device__ void share_warps() const {
+    for (int tile = threadIdx.x; tile < tiles; tile += kNumThreads) {
+      const int first = (tile * chunks + 1) * kNumWarps - 1;
+      const int last = (tile + 1) * chunks * kNumWarps - 1;
+      warps_of_tiles()[tile] = first / items | last / items << 16;
     }
-    auto* totals = reinterpret_cast<float*>(s_bytes + shared.totals);
-    for (int i = threadIdx.x; i < tiles * of_tile; i += kNumThreads) totals[i] = total(i, of_tile);
-    ptx::cluster_sync();
-    for (int i = threadIdx.x; i < out_tiles * of_tile / 4; i += kNumThreads) {
-      if (i % splits != rank) continue;
-      const float4 sums = total_of_cluster(totals + 4 * i);
-      const float4 factors = p.gated ? total_of_cluster(totals + 4 * i + up) : float4{};
-      store_sum(4 * i, of_tile, sums.x, factors.x);
-      store_sum(4 * i + 1, of_tile, sums.y, factors.y);
-      store_sum(4 * i + 2, of_tile, sums.z, factors.z);
-      store_sum(4 * i + 3, of_tile, sums.w, factors.w);
-    }
-    ptx::cluster_sync();  // nobody leaves while its sums are read
-  }
-  // i: of a tile of the block, a row of x and a row of the tile.
-  __device__ float total(int i, int of_tile) const {
-    const int tile = i / of_tile, place = i % of_tile;
-    const int first = tile * chunks, last = first + chunks - 1;
-    const int last_warp = ((last + 1) * kNumWarps - 1) / items;
-    float total = 0;
-    for (int w = ((first + 1) * kNumWarps - 1) / items; w <= last_warp; ++w) {
-      if (w * items / kNumWarps == (w + 1) * items / kNumWarps) continue;  // has no item
-      total += sums_of(w, tile - first_tiles()[w])[place];
-    }
-    return total;
-  }
-  __device__ float4 total_of_cluster(const float* four) const {
-    float4 total{};
-    for (int r = 0; r < splits; ++r) {
-      const float4 part = ptx::load_cluster(ptx::cluster_address(ptx::shared_address(four), r));
-      total.x += part.x, total.y += part.y, total.z += part.z, total.w += part.w;
-    }
-    return total;
   }
 
-  // up: the sum that a gate's, total, multiplies.
-  __device__ void store_sum(int i, int of_tile, float total, float up) const {
-    const int tile = i / of_tile, place = i % of_tile;
-    const int64_t out_n = p.gated ? p.n / 2 : p.n;
+  // Adds the warps' sums of each tile up, in their order, and then those of the cluster's blocks;
+  // a thread one, or where they are more than threads four at once.
+  __device__ void store() const {
+    const int fours = static_cast<int>(p.m) * (kTileRows / 4);  // of a tile
+    const int out_tiles = p.gated ? tiles / 2 : tiles;
+    if (splits > 1) return store_of_cluster(fours, out_tiles);
+    if (4 * out_tiles * fours <= kNumThreads) return store_of_one(threadIdx.x, fours, out_tiles);
+    for (int i = threadIdx.x; i < out_tiles * fours; i += kNumThreads) {
+      const int tile = tile_of(i), four = i - tile * fours;
+      const float4 up = p.gated ? total<float4>(tile + out_tiles, four) : float4{};
+      store_sums(tile, four, total<float4>(tile, four), up);
+    }
+  }
+  __device__ void store_of_one(int i, int fours, int out_tiles) const {
+    const int tile = tile_of(i / 4), place = i - 4 * tile * fours;
     const int64_t column = int64_t{first_tile + tile} * kTileRows + place % kTileRows;
-    if (column >= out_n) return;
-    T y = with_bias(total, column);
+    if (i >= 4 * out_tiles * fours || column >= out_n()) return;
+    T y = with_bias(total<float>(tile, place), column);
     if (p.activation != Activation::kNone) {
       y = from_float<T>(activated(p.activation, to_float(y)));
     }
-    if (p.gated) y = from_float<T>(to_float(y) * to_float(with_bias(up, out_n + column)));
-    static_cast<T*>(p.out)[place / kTileRows * out_n + column] = y;
+    if (p.gated) {
+      const T up = with_bias(total<float>(tile + out_tiles, place), out_n() + column);
+      y = from_float<T>(to_float(y) * to_float(up));
+    }
+    static_cast<T*>(p.out)[place / kTileRows * out_n() + column] = y;
   }
+  __device__ void store_of_cluster(int fours, int out_tiles) const {
+    const int up = p.gated ? out_tiles * fours : 0;  // from gates' sums to what they multiply
+    auto* totals = reinterpret_cast<float4*>(s_bytes + shared.totals);
+    for (int i = threadIdx.x; i < tiles * fours; i += kNumThreads) {
+      const int tile = tile_of(i);
+      totals[i] = total<float4>(tile, i - tile * fours);
+    }
+    ptx::cluster_sync();
+    for (int i = threadIdx.x * splits + rank; i < out_tiles * fours; i += kNumThreads * splits) {
+      const int tile = tile_of(i);
+      const float4 factors = p.gated ? total_of_cluster(totals + i + up) : float4{};
+      store_sums(tile, i - tile * fours, total_of_cluster(totals + i), factors);
+    }
+    ptx::cluster_sync();  // nobody leaves while its sums are read
+  }
+  __device__ int tile_of(int i) const { return divided(i, over_tile); }
+  static __device__ int divided(int n, uint32_t over) {
+    return static_cast<int>(static_cast<uint64_t>(n) * over >> 32);
+  }
+  // Sum: float or float4, as which the sums of a tile are counted.
+  template <typename Sum>
+  __device__ Sum total(int tile, int place) const {
+    const int warps = warps_of_tiles()[tile];
+    Sum total{};
+    for (int w = warps & 0xffff; w <= warps >> 16; ++w) {
+      if (w * items / kNumWarps == (w + 1) * items / kNumWarps) continue;  // has no item
+      add(total, reinterpret_cast<const Sum*>(sums_of(w, tile - first_tiles()[w]))[place]);
+    }
+    return total;
+  }
+  __device__ float4 total_of_cluster(const float4* four) const {
+    float4 total{};
+    for (int r = 0; r < splits; ++r) {
+      add(total, ptx::load_cluster(ptx::cluster_address(ptx::shared_address(four), r)));
+    }
+    return total;
+  }
+  static __device__ void add(float& to, float one) { to += one; }
+  static __device__ void add(float4& to, const float4& four) {
+    to.x += four.x, to.y += four.y, to.z += four.z, to.w += four.w;
+  }
+
+  // four: of a row of x and of four rows of the tile. up: the sums that those of gates multiply.
+  __device__ void store_sums(int tile, int four, const float4& sums, const float4& up) const {
+    const int64_t column = int64_t{first_tile + tile} * kTileRows + four % 4 * 4;
+    if (column >= out_n()) return;
+    Four y = with_bias(sums, column);
+    if (p.activation != Activation::kNone) {
+#pragma unroll 1
+      for (int e = 0; e < 4; ++e) {  // the first goes and comes back last: no index, no stack
+        const T first = from_float<T>(activated(p.activation, to_float(y.of[0])));
+        y = {y.of[1], y.of[2], y.of[3], first};
+      }
+    }
+    if (p.gated) {
+      const Four factors = with_bias(up, out_n() + column);
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        y.of[e] = from_float<T>(to_float(y.of[e]) * to_float(factors.of[e]));
+      }
+    }
+    T* to = static_cast<T*>(p.out) + four / 4 * out_n() + column;
+    if (out_n() % 4 == 0) {  // then to lies at a multiple of four
+      *reinterpret_cast<Four*>(to) = y;
+      return;
+    }
+#pragma unroll
+    for (int e = 0; e < 4; ++e) {
+      if (column + e < out_n()) to[e] = y.of[e];
+    }
+  }
+  __device__ int64_t out_n() const { return p.gated ? p.n / 2 : p.n; }
+  struct alignas(4 * sizeof(T)) Four {
+    T of[4];
+  };
+  __device__ Four with_bias(const float4& sums, int64_t column) const {
+    const float s[4] = {sums.x, sums.y, sums.z, sums.w};
+    Four y;
+#pragma unroll
+    for (int e = 0; e < 4; ++e) y.of[e] = with_bias(s[e], column + e);
+    return y;
+  }
+  // column may lie past the last one, as the fourth of four does.
   __device__ T with_bias(float total, int64_t column) const {
-    if (p.bias != nullptr) total += to_float(static_cast<const T*>(p.bias)[column]);
+    if constexpr (Weights::kTable) total *= table.unit;
+    if (p.bias != nullptr && column < p.n) {
+      total += to_float(static_cast<const T*>(p.bias)[column]);
+    }
     return from_float<T>(total);
   }
 };

@@ -3,7 +3,7 @@
 namespace llamatelemetry {
 
 Error launch_quant_stream_bf16(const QuantLinearParams& p, Stream stream) {
-  return launch_quant_stream<BFloat16, false>(p, stream);
+  return launch_quant_stream<BFloat16, StreamSet::kNibbles>(p, stream);
 }
 
 }  // namespace llamatelemetry

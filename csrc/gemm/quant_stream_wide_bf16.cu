@@ -3,7 +3,7 @@
 namespace llamatelemetry {
 
 Error launch_quant_stream_wide_bf16(const QuantLinearParams& p, Stream stream) {
-  return launch_quant_stream<BFloat16, true>(p, stream);
+  return launch_quant_stream<BFloat16, StreamSet::kWide>(p, stream);
 }
 
 }  // namespace llamatelemetry

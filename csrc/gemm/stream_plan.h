@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "format/format.h"
+#include "gemm/stream_table.h"
 
 namespace llamatelemetry {
 
@@ -18,15 +19,25 @@ static inline constexpr bool serves_stream_format(CodeFamily codes, ScaleRule ru
     case CodeFamily::kU6:
     case CodeFamily::kS8:
     case CodeFamily::kE4m3: return true;
-    default: return false;
+    default: return is_stream_table(codes);
   }
 }
-// Codes of more than four bits, whose kernels are compiled in files of their own.
-static inline constexpr bool is_wide_stream(CodeFamily codes) { return codes != CodeFamily::kU4; }
+// The kernels of each set are compiled in files of their own.
+enum class StreamSet : int8_t {
+  kNibbles,
+  kWide,    // codes of more than four bits
+  kTables,  // nibbles that name one of 16 values
+};
+static inline constexpr StreamSet stream_set(CodeFamily codes) {
+  if (is_stream_table(codes)) return StreamSet::kTables;
+  return codes == CodeFamily::kU4 ? StreamSet::kNibbles : StreamSet::kWide;
+}
 
 // Weights of a row that a warp takes at once.
 static inline constexpr int stream_chunk(ScaleRule rule) {
-  return rule == ScaleRule::kSubBlock32 || rule == ScaleRule::kSubBlock16 ? 256 : 128;
+  const bool of_256 = rule == ScaleRule::kSubBlock32 || rule == ScaleRule::kSubBlock32Six ||
+                      rule == ScaleRule::kSubBlock16;
+  return of_256 ? 256 : 128;
 }
 // Whether the kernel needs sums of x: to take from products what codes are too large by, or minima.
 static inline constexpr bool has_stream_sums(CodeFamily codes, ScaleRule rule) {
@@ -35,6 +46,13 @@ static inline constexpr bool has_stream_sums(CodeFamily codes, ScaleRule rule) {
 // Of those that a chunk has, for each 32 weights or more: at most.
 static inline constexpr int max_stream_sums(CodeFamily codes, ScaleRule rule) {
   return has_stream_sums(codes, rule) ? stream_chunk(rule) / 32 : 0;
+}
+
+// Of shared memory: the pair of values that each byte of two nibbles names, once for each bank, so
+// that the lanes of a warp never wait for each other.
+constexpr int kStreamPairBytes = 32 * 4;
+static inline constexpr int stream_table_bytes(CodeFamily codes) {
+  return is_stream_table(codes) ? 256 * kStreamPairBytes : 0;
 }
 
 constexpr int kMaxStreamSplits = 4;  // blocks that share k, where they can form clusters
@@ -65,17 +83,18 @@ static inline constexpr bool fits_stream(int64_t m, int64_t k, CodeFamily codes,
   const int64_t rows = m == 1 ? 1 : m <= 8 ? 8 : 16;  // as they are planned for
   return k % chunk == 0 &&
          rows * (chunks * 2 * chunk + 4096) + 192 * max_stream_sums(codes, rule) * chunks <=
-             max_shared_bytes;
+             max_shared_bytes - stream_table_bytes(codes);
 }
 
-// Where things lie in a block's shared memory, in bytes: x at 0, token_bytes a row.
+// Where things lie in a block's shared memory, in bytes: the pairs of a table at 0, x behind them,
+// token_bytes a row.
 struct StreamShared {
   int token_bytes;
   int starts;       // of sums of x: [eights of rows][sums of a row][4] of 16 bytes
   int sums;         // of each warp: [slots][m][16] float
   int slots;        // tiles that a warp may meet
   int totals;       // splits > 1: [tiles][m][16] float
-  int first_tiles;  // [kStreamWarps] int, and two more of a gap between tiles
+  int first_tiles;  // [kStreamWarps] int, and two of a gap, and one of each tile
   int bytes;
 };
 // The tiles that a warp's items may be of, if a row has so many chunks.
@@ -85,18 +104,18 @@ static inline constexpr int stream_slots(int tiles, int chunks) {
 }
 static inline constexpr StreamShared stream_shared(const StreamPlan& plan, int m, int chunk,
                                                    int num_chunks, int token_tiles,
-                                                   int sums_of_item) {
+                                                   int sums_of_item, int table_bytes) {
   const int chunks = (num_chunks + plan.splits - 1) / plan.splits;
   const int fewer = num_chunks / plan.splits;  // of some blocks
   StreamShared shared{};
   shared.token_bytes = chunks * chunk * 2 + 64;  // rows of x in different banks
-  shared.starts = m * shared.token_bytes;
+  shared.starts = table_bytes + m * shared.token_bytes;
   shared.sums = shared.starts + token_tiles * chunks * sums_of_item * 64;
   const int slots = stream_slots(plan.tiles, chunks), of_fewer = stream_slots(plan.tiles, fewer);
   shared.slots = slots > of_fewer ? slots : of_fewer;
   shared.totals = shared.sums + kStreamWarps * shared.slots * m * 64;
   shared.first_tiles = shared.totals + (plan.splits > 1 ? plan.tiles * m * 64 : 0);
-  shared.bytes = shared.first_tiles + (kStreamWarps + 2) * 4;
+  shared.bytes = shared.first_tiles + (kStreamWarps + 2 + plan.tiles) * 4;
   return shared;
 }
 
@@ -105,7 +124,7 @@ static inline constexpr StreamShared stream_shared(const StreamPlan& plan, int m
 // even numbers of tiles.
 static inline constexpr StreamPlan stream_plan(int64_t m, int64_t n, int64_t k, bool gated,
                                                int chunk, int token_tiles, int sums_of_item,
-                                               int max_shared_bytes,
+                                               int table_bytes, int max_shared_bytes,
                                                const int (&slots)[kMaxStreamSplits]) {
   // Beside its items a block costs as much as so many of 128 weights, a cluster more; so do kTokens
   // rows of x for each 128 of k.
@@ -124,7 +143,7 @@ static inline constexpr StreamPlan stream_plan(int64_t m, int64_t n, int64_t k, 
       plan.tiles = static_cast<int>((tiles + places - 1) / places * together);
       const StreamShared shared =
           stream_shared(plan, static_cast<int>(m), chunk, static_cast<int>(num_chunks), token_tiles,
-                        sums_of_item);
+                        sums_of_item, table_bytes);
       if (shared.bytes > max_shared_bytes) continue;
       const int64_t of_block =
           (plan.tiles * chunks + m * chunks / kTokens) * chunk / 128 + kBlockCost;

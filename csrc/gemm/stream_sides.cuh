@@ -59,6 +59,46 @@ struct StreamBlocks {
   }
 };
 
+// An exponent in each block of 32 weights: ScaleRule::kExponent.
+template <int kSums>
+struct StreamExponents {
+  uint16_t exponents[kSums];
+
+  template <typename Word>
+  __device__ void load(const uint8_t* blocks, int group) {
+#pragma unroll
+    for (int i = 0; i < kSums; ++i) {
+      const uint8_t* block = blocks + i * Word::kPackedBytes + 2 * group;
+      exponents[i] = *reinterpret_cast<const uint16_t*>(block + Word::kScale);
+    }
+  }
+  __device__ const StreamExponents& decoded() const { return *this; }
+  __device__ float scale(int i, int row) const {
+    return exponent_bits_to_float(exponents[i] >> (8 * row) & 0xff);
+  }
+};
+
+// Six-bit scales of 8 sub-blocks, less 32, times a float16 of the block: ScaleRule::kSubBlock32Six.
+struct StreamSixes {
+  uint2 low;  // four bits each
+  uint32_t high;
+  uint32_t unit;
+
+  template <typename Word>
+  __device__ void load(const uint8_t* block, int group) {
+    low = ptx::load_streamed_8(block + Word::kSubScales + 8 * group);
+    high = *reinterpret_cast<const uint32_t*>(block + Word::kSubScalesHigh + 4 * group);
+    unit = *reinterpret_cast<const uint32_t*>(block + Word::kScale + 4 * group);
+  }
+  __device__ const StreamSixes& decoded() const { return *this; }
+  __device__ float scale(int i, int row) const {
+    const uint32_t four = (row == 0 ? low.x : low.y) >> (4 * i) & 15;
+    const uint32_t two = high >> (16 * row + 2 * i) & 3;
+    return half_bits_to_float(static_cast<uint16_t>(unit >> (16 * row))) *
+           static_cast<float>(static_cast<int>(four | two << 4) - 32);
+  }
+};
+
 // Six-bit scales and minima of 8 sub-blocks, times a float16 of the block: ScaleRule::kSubBlock32.
 struct StreamSubBlocks {
   uint2 words[3];

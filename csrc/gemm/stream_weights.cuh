@@ -7,6 +7,7 @@
 #include <type_traits>
 
 #include "format/decode.cuh"
+#include "gemm/stream_plan.h"
 #include "ptx/nibbles.cuh"
 
 namespace llamatelemetry {
@@ -94,6 +95,13 @@ __device__ inline uint32_t e4m3_to_pair(uint32_t codes, Half) {
   return pair_times<Half>(ptx::and_or(codes, 0x80008000, codes >> 1 & 0x3f803f80), kScale);
 }
 
+// What a byte of two nibbles names: the value of its low one, then of its high one. Of a table in
+// shared memory, from this lane's bank on.
+__device__ inline uint32_t pair_of_byte(const char* table, uint32_t word, int byte) {
+  const uint32_t index = __byte_perm(word, 0, 0x4440 + byte);
+  return *reinterpret_cast<const uint32_t*>(table + index * kStreamPairBytes);
+}
+
 // Of kRuns times 32 weights: whole blocks. Run after run; a lane has groups lane_in_group and
 // lane_in_group + 4 of each.
 template <typename T, typename Word, int kRuns>
@@ -101,6 +109,7 @@ struct StreamWeights {
   static constexpr CodeFamily kCodes = Word::kCodes;
   static constexpr bool kSuperBlocks = Word::kBlockSize == 256;
   static constexpr bool kNibbles = kCodes == CodeFamily::kU4;
+  static constexpr bool kTable = is_stream_table(kCodes);
   static constexpr int kBase = kNibbles ? NibblePairs<T>::kBase : 0;
   static constexpr int kFourWords = 4 * 4 * kTileRows;  // bytes of what a group of lanes loads
   static constexpr int kWordsOfRun = Word::kByteCodes ? 2 : 1;
@@ -126,10 +135,19 @@ struct StreamWeights {
     }
   }
 
-  // The A operands of the first and the last 16 weights of a run.
-  __device__ void fragments(int run, uint32_t (&a)[2][4]) const {
+  // The A operands of the first and the last 16 weights of a run; by a table, of each eight of
+  // either half, of which a byte of a word has one each.
+  __device__ void fragments(int run, const char* table, uint32_t (&a)[2][4]) const {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
+      if constexpr (kTable) {
+        const uint2 word = words[run];
+        a[half][0] = pair_of_byte(table, word.x, 2 * half);
+        a[half][2] = pair_of_byte(table, word.x, 2 * half + 1);
+        a[half][1] = pair_of_byte(table, word.y, 2 * half);
+        a[half][3] = pair_of_byte(table, word.y, 2 * half + 1);
+        continue;
+      }
       const uint2 word = words[word_of(run, half)];
       const uint2 plane = high[kHighWords == 0 ? 0 : plane_of(run, half)];
       pairs(run, half, word.x, plane.x, a[half][0], a[half][2]);

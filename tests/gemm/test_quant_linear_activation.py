@@ -130,7 +130,9 @@ def test_gates_on_uneven_shapes(format, n, k, group):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("format", ["Q4_0", "Q4_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K"])
+@pytest.mark.parametrize(
+    "format", ["Q4_0", "Q4_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS", "MXFP4"]
+)
 def test_gates_of_blocks(format):
     format = QuantFormat[format]
     for n, k in [(28672, 2048), (2 * 37 * 16, 4096)]:

@@ -31,6 +31,9 @@ SHAPES = [
 def grouped(n: int, k: int, group: int | None, format: str = "S4") -> GroupedWeight:
     groups = k // (group or k)
     scales = 0.01 * torch.randn(n, groups, device="cuda")
+    if format == "FP4":  # by scales as files have them
+        codes = torch.randint(0, 16, (n, k), device="cuda", dtype=torch.uint8)
+        return pack_groups(codes, format, scales.half())
     if format != "U4":
         bound = 8 if format == "S4" else 128
         codes = torch.randint(-bound, bound, (n, k), device="cuda", dtype=torch.int8)
@@ -58,6 +61,13 @@ def test_bytes(format, n, k, group):
     assert_grouped(n, k, group, format)
 
 
+@pytest.mark.parametrize(
+    ("n", "k", "group"), [(563, 1152, 32), (563, 1152, 64), (4096, 14336, None)]
+)
+def test_fp4(n, k, group):
+    assert_grouped(n, k, group, "FP4")
+
+
 def assert_grouped(n: int, k: int, group: int | None, format: str) -> None:
     w = grouped(n, k, group, format)
     weights = unpack_groups(w, n, k)
@@ -70,7 +80,10 @@ def assert_grouped(n: int, k: int, group: int | None, format: str) -> None:
         assert_one_hot_rows(w, weights, m, dtype)
 
 
-@pytest.mark.parametrize("format", ["Q4_0", "Q4_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K"])
+BLOCKS = ["Q4_0", "Q4_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS", "MXFP4"]
+
+
+@pytest.mark.parametrize("format", BLOCKS)
 def test_scales_in_the_blocks(format):
     format = QuantFormat[format]
     for n, k, rows_of_x in [(1043, 2048, (1, 3, 16)), (4096, 14336, (1, 2))]:
@@ -80,11 +93,22 @@ def test_scales_in_the_blocks(format):
             for dtype in (torch.bfloat16, torch.float16):
                 x = torch.randn(m, k, device="cuda", dtype=dtype)
                 assert_values(quant_linear(x, packed, format, n), x, weights)
-        one = torch.zeros(1, k, device="cuda", dtype=torch.bfloat16)
-        one[0, k - 37] = 1
-        assert torch.equal(
-            quant_linear(one, packed, format, n)[0], weights[:, k - 37].to(one.dtype)
-        )
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("format", BLOCKS)
+def test_columns(format, dtype):
+    """A row of zeros with a one picks a column of the weights, bit for bit: for each number of
+    rows, of which each picks another, in rows that do not lie one behind the other."""
+    format = QuantFormat[format]
+    n, k = 1043, 2304
+    rows = gguf_rows(format, n, k, "cuda")
+    weights, packed = dequantize(rows, format, torch.float32), repack(rows, format)
+    for m in range(1, 17):
+        picked = torch.randperm(k, device="cuda")[:m]
+        x = torch.zeros(m, k + 24, device="cuda", dtype=dtype)[:, 8 : 8 + k]
+        x[torch.arange(m, device="cuda"), picked] = 1
+        assert torch.equal(quant_linear(x, packed, format, n), weights[:, picked].T.to(dtype))
 
 
 @pytest.mark.parametrize("format", ["S4", "U4", "S8"])

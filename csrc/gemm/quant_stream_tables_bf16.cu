@@ -1,0 +1,9 @@
+#include "gemm/quant_stream_launch.cuh"
+
+namespace llamatelemetry {
+
+Error launch_quant_stream_tables_bf16(const QuantLinearParams& p, Stream stream) {
+  return launch_quant_stream<BFloat16, StreamSet::kTables>(p, stream);
+}
+
+}  // namespace llamatelemetry
