@@ -81,6 +81,35 @@ def test_a_hook_that_only_looks(device):
     assert seen == [1]
 
 
+@pytest.mark.parametrize("part", ["self_attn", "self_attn.o_proj"])
+def test_what_a_hook_keeps_or_puts_there_is_not_written(part, device):
+    model, ids, kept = tiny_model("llama", device), ids_of(device), []
+    part = model.model.layers[1].get_submodule(part)
+
+    def first(output):
+        return output if isinstance(output, torch.Tensor) else output[0]
+
+    def results():
+        kept.clear()
+        handle = part.register_forward_hook(lambda *call: kept.append(first(call[-1])))
+        model(ids)
+        handle.remove()
+        mine = torch.ones_like(kept[0])
+        handle = part.register_forward_hook(
+            lambda *call: mine if call[-1] is first(call[-1]) else (mine, *call[-1][1:])
+        )
+        logits = [model(ids).logits for _ in range(2)]
+        handle.remove()
+        assert torch.equal(mine, torch.ones_like(mine))
+        return kept[0], *logits
+
+    with torch.no_grad():
+        before = results()
+        patch(model)
+        for ours, theirs in zip(results(), before, strict=True):
+            assert_close(ours, theirs)
+
+
 @pytest.mark.parametrize(
     "path", ["", "model", "model.layers.1", "model.layers.1.mlp", "model.norm"]
 )

@@ -16,6 +16,7 @@ from llamatelemetry.models.pieces.dynamic import asks_for_more, dynamic_step, se
 from llamatelemetry.models.pieces.linear import Rows
 from llamatelemetry.models.pieces.mlp import GatedMlp, UngatedMlp
 from llamatelemetry.models.pieces.norm import EPS_NAMES, Norm, NormFunction
+from llamatelemetry.models.pieces.watch import EVERYWHERE
 from llamatelemetry.models.spec import LayerSpec
 from llamatelemetry.quantization.rows import RowFormat
 
@@ -112,7 +113,7 @@ class DecoderLayer(Piece):
         first_norm = self.spec.first_norm
         x = getattr(self.module, first_norm)(hidden_states) if first_norm else hidden_states
         # The modules are called, not their pieces, so that hooks on them are.
-        x = self.run(x, residual, lambda x: attention(hidden_states=x, **call)[0], self.mlp)
+        x = self.run(x, residual, lambda x: _attended(attention, x, call), self.mlp)
         return residual.add_(x)
 
     def _decoded(self, call: dict[str, Any]) -> Tensor | None:
@@ -142,6 +143,16 @@ class DecoderLayer(Piece):
         h = h.clone()  # the caller may keep its tensor
         x = self.run(x, h, lambda x: attention.step(x, *where), mlp.step)
         return h.add_(x).unsqueeze(1)
+
+
+def _attended(attention: nn.Module, x: Tensor, call: dict[str, Any]) -> Tensor:
+    """What the attention's module gives, in memory of its own: the norm after it writes there."""
+    attended = attention(hidden_states=x, **call)[0]
+    # A hook may keep its tensor, or have put its own in that one's place.
+    is_heard = bool(EVERYWHERE[0]) or any(
+        part._forward_hooks for part in (attention, *attention.children())
+    )
+    return attended.clone() if is_heard else attended
 
 
 def _normed(x: Tensor, norm: NormFunction | None) -> Tensor:
