@@ -27,6 +27,21 @@ inline void check_lengths(const char* op, const char* arg, const Tensor& x, cons
   check_contiguous(op, arg, x);
 }
 
+// Where sequences begin among `total` tokens. Only on the CPU, where looking costs no wait: starts
+// past the end would have it write there.
+inline void check_starts(const char* op, const char* arg, const Tensor& starts, const char* of,
+                         int64_t total) {
+  if constexpr (kOnCuda) return;
+  const int32_t* at = starts.const_data_ptr<int32_t>();
+  int32_t before = 0;
+  for (int64_t i = 0; i < starts.size(0); ++i) {
+    check(at[i] >= before && at[i] <= total, op, arg,
+          "rise from 0 to at most " + std::to_string(total) + ", the tokens of " + of,
+          std::to_string(at[i]) + " at " + std::to_string(i));
+    before = at[i];
+  }
+}
+
 inline void check_head_dim(const char* op, int64_t head_dim) {
   check(head_dim % kHeadDimMultiple == 0 && head_dim > 0 && head_dim <= kMaxHeadDim, op, "head_dim",
         "be a multiple of " + std::to_string(kHeadDimMultiple) + " up to " +

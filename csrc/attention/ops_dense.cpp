@@ -93,6 +93,8 @@ std::tuple<Tensor, Tensor> flash_attn_varlen(const Tensor& q, const Tensor& k, c
   const int64_t batch = cu_seqlens_q.size(0) - 1;
   check_lengths(op, "cu_seqlens_q", cu_seqlens_q, "[batch + 1]", batch + 1, q);
   check_lengths(op, "cu_seqlens_k", cu_seqlens_k, "[batch + 1]", batch + 1, q);
+  check_starts(op, "cu_seqlens_q", cu_seqlens_q, "q", q.size(0));
+  check_starts(op, "cu_seqlens_k", cu_seqlens_k, "k", k.size(0));
   check_at_least(op, "max_seqlen_q", max_seqlen_q, 0);
   check_at_least(op, "max_seqlen_k", max_seqlen_k, 0);
   const DeviceGuard guard(q);

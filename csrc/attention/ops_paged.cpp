@@ -54,6 +54,7 @@ void check_tables(const char* op, const PagedTensors& t) {
   check_last_contiguous(op, "block_table", t.block_table);
   check_lengths(op, "cache_seqlens", t.cache_seqlens, "[batch]", batch, t.q);
   check_lengths(op, "cu_seqlens_q", t.cu_seqlens_q, "[batch + 1]", batch + 1, t.q);
+  check_starts(op, "cu_seqlens_q", t.cu_seqlens_q, "q", t.q.size(0));
 }
 
 void check_splits(const char* op, int64_t num_splits, int64_t split_size) {

@@ -97,7 +97,7 @@ def flash_attn_varlen(
         q: [total_q, num_heads_q, head_dim], the queries of all sequences, one after the other
         k, v: [total_k, num_heads_kv, head_dim], likewise
         cu_seqlens_q, cu_seqlens_k: [batch + 1] int32, where each sequence starts in q and in k, and
-            the end; a sequence may be empty
+            the end; a sequence may be empty. That they rise within q and k the CPU alone checks
         max_seqlen_q, max_seqlen_k: no sequence is longer; they size the launch
         softmax_scale, causal, window_size, softcap, sinks, alibi_slopes, backend: as in flash_attn
 

@@ -108,6 +108,19 @@ def test_refusals(device):
     refuses("max_seqlen_k must be at least 0, got -2", max_seqlen_k=-2)
 
 
+@pytest.mark.parametrize("starts", [[0, 3, 99], [-1, 3, 5], [0, 4, 3]], ids=str)
+def test_starts_past_the_tokens_on_the_cpu(starts):
+    q, k, v, *right = random_varlen(torch.device("cpu"), torch.float32, [(3, 5), (2, 2)], tail=0)
+    for which, of, total in [(0, "q", 5), (1, "k", 7)]:
+        given = list(right)
+        given[which] = torch.tensor(starts, dtype=torch.int32)
+        message = f"cu_seqlens_{of} must rise from 0 to at most {total}, the tokens of {of}, got"
+        assert_refuses(
+            lambda given=given: flash_attn_varlen(q, k, v, *given, max_seqlen_q=3, max_seqlen_k=5),
+            message,
+        )
+
+
 @pytest.mark.parametrize("seqlen", [0, 1, 70])
 def test_opcheck(device, dtype, seqlen):
     q, k, v, *starts = random_varlen(device, dtype, [(seqlen, 9), (4, 50)], tail=0)

@@ -156,6 +156,13 @@ def test_no_pages(device, dtype, queries):
     assert (lse == -torch.inf).all()
 
 
+@pytest.mark.parametrize("starts", [[0, 3, 5], [-1, 3, 4], [0, 4, 3], [0, 3, 90000]], ids=str)
+def test_starts_past_the_queries_on_the_cpu(starts):
+    case = random_case(torch.device("cpu"), torch.float32, [(3, 5), (1, 7)])
+    wrong = replace(case, cu_seqlens_q=torch.tensor(starts, dtype=torch.int32))
+    assert_refuses(wrong.run, "cu_seqlens_q must rise from 0 to at most 4, the tokens of q, got")
+
+
 def test_refusals(device):
     case = random_case(device, torch.float32, [(3, 5), (1, 7)])
 
