@@ -2,8 +2,8 @@
 
 A DynamicLayer makes new tensors of all its keys and values for each token. Here they are the front
 of memory with slots to spare, which rope_append_kv_ fills and paged_attention reads as a page a
-row: a layer is ten launches, and what they share is made once a forward. To whoever reads the
-cache its layers hold what they would hold.
+row: a layer is eight launches, ten where a norm follows attention, and what they share is made once
+a forward. To whoever reads the cache its layers hold what they would hold.
 """
 
 from __future__ import annotations
